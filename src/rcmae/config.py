@@ -1,0 +1,368 @@
+"""What a run is told. `Recipe` is all that changes a result and is hashed; `Machine` is all that does not.
+
+Both are frozen dataclasses. A recipe file is TOML with one table a section; every field is also a flag of `rcmae pretrain`,
+named without its section (`[images] size = 224` is `--size 224`), so no two sections share a field name (a test holds that).
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, fields, is_dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """What a training sample is."""
+
+    size: int = 224
+    "side of the training crop in pixels; must be a multiple of the patch"
+    channels: int = 3
+    "bands of an image; other than 1 and 3 needs multi-band TIFF and the [tiff] extra"
+    normalize: Literal["imagenet", "data"] = "imagenet"
+    "statistics that standardise the pixels: ImageNet's, or the data's own (measured and recorded)"
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    "share of the image's area that a random crop covers (lowest, highest); 1 1 takes the whole image"
+    flip: bool = True
+    "flip left and right at random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The encoder (a plain timm Vision Transformer) and the decoder that pre-training needs."""
+
+    model: str = "vit_base_patch16"
+    "a named size (see `rcmae list`) or timm:NAME of any plain timm Vision Transformer"
+    patch: int | None = None
+    "patch side in pixels; default: the named size's own"
+    width: int | None = None
+    "encoder width; default: the named size's own"
+    depth: int | None = None
+    "encoder blocks; default: the named size's own"
+    heads: int | None = None
+    "encoder attention heads; default: the named size's own"
+    registers: int = 0
+    "register tokens beside the class token"
+    decoder_width: int | None = None
+    "decoder width; default: the named size's own"
+    decoder_depth: int | None = None
+    "decoder blocks; default: the named size's own"
+    decoder_heads: int | None = None
+    "decoder attention heads; default: the named size's own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAE:
+    """Masked auto-encoding, shared by `mae` and `rcmae`."""
+
+    mask_ratio: float = 0.75
+    "share of the patches that is hidden"
+    target: Literal["normalised", "pixels"] = "normalised"
+    "what a hidden patch is compared with: standardised by its own mean and variance, or plain pixels"
+    target_eps: float = 1e-6
+    "added to a patch's variance before it is divided by; larger on small patches, where flat ones are noise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RCMAE:
+    """The mean teacher of `rcmae`."""
+
+    gamma: float = 1.0
+    "weight of the consistency with the teacher; 0 is MAE"
+    teacher_mask: Literal["same", "different"] = "same"
+    "the teacher sees the student's visible patches (the paper's S), or draws its own (D)"
+    schedule: Literal["half-life", "described", "released"] = "half-life"
+    "teacher momentum: constant, from `half_life`; the paper's text (cosine to 1 over the run); the official code (constant)"
+    momentum: float = 0.996
+    "starting momentum of `described`, constant momentum of `released`; `half-life` does not use it"
+    half_life: str = "1.5%"
+    "how long a student stays half remembered: '1.5%' of the run, '173 steps', '2e6 images' or '0.5 epochs'"
+    ema_updates: int = 1
+    "teacher updates an optimizer step; the official code makes one a micro-batch (ViT-B and L: 2)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW with warm-up and cosine."""
+
+    batch_size: int = 256
+    "images an optimizer step, over all devices and micro-batches"
+    base_lr: float = 1.5e-4
+    "learning rate for a batch of 256; the linear rule gives base_lr * batch_size / 256"
+    min_lr: float = 0.0
+    "learning rate at the end of the cosine"
+    warmup: float = 0.05
+    "share of the run in which the learning rate rises linearly"
+    weight_decay: float = 0.05
+    "decoupled weight decay, on matrices only"
+    betas: tuple[float, float] = (0.9, 0.95)
+    "AdamW's decay rates"
+    clip: float | None = None
+    "largest norm of the gradient; default: no clipping"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What is measured on the way, on a small labelled subset when the data has labels."""
+
+    probes: int = 6
+    "times that student and teacher are probed during the run; 0: never"
+    probe_train: int = 2000
+    "labelled images that the probes are fitted on"
+    probe_test: int = 1000
+    "labelled images that they are scored on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that changes the result of a pre-training run."""
+
+    method: Literal["mae", "rcmae"] = "rcmae"
+    "what is learned: see `rcmae list`"
+    data: str = "embedded:digits"
+    "folder, list file (.txt), tar shards (folder or pattern), hub:NAME, or embedded:digits"
+    seed: int = 0
+    "every crop, mask and initial weight is a function of it"
+    epochs: float | None = None
+    "length of the run in passes over the data"
+    steps: int | None = None
+    "length of the run in optimizer steps"
+    time: str | None = None
+    "length of the run as time (90s, 10m, 8h): the steps that fit are measured first, then fixed"
+    images: Images = Images()
+    network: Network = Network()
+    mae: MAE = MAE()
+    rcmae: RCMAE = RCMAE()
+    optim: Optim = Optim()
+    probe: Probe = Probe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where and how a run is carried out. Nothing here changes what is computed, beyond rounding."""
+
+    out: Path | None = None
+    "run directory; default: runs/<recipe>. A run that is already there goes on"
+    device: str = "auto"
+    "auto, cpu, cuda, cuda:1 or mps"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    "auto: bf16 where the device multiplies it faster (CUDA, CPUs with AMX), else fp32"
+    accumulate: int = 1
+    "micro-batches an optimizer step and device: the same gradient with less memory"
+    workers: int | None = None
+    "loader processes a device; default: by the data and the cores"
+    threads: int | None = None
+    "CPU threads of this process; default: torch's"
+    compile: bool = False
+    "compile the blocks with torch.compile"
+    checkpointing: bool = False
+    "recompute activations in the backward pass: less memory, about a third more time"
+    save_every: str = "5m"
+    "time between checkpoints"
+    keep: int = 2
+    "newest checkpoints that are kept"
+    log_every: int | None = None
+    "steps between two lines of metrics.jsonl; default: about 400 lines a run"
+    strict: bool = False
+    "end at the first unreadable image"
+    bad_share: float = 0.01
+    "end when more than this share of the images (and more than ten files) is unreadable"
+    tensorboard: bool = False
+    "also write TensorBoard events (needs the [tensorboard] extra)"
+    wandb: str | None = None
+    "also log to this Weights & Biases project (needs the [wandb] extra)"
+    debug: bool = False
+    "show the traceback of an error"
+
+
+def sections(cls: type = Recipe) -> dict[str, type]:
+    """The sections of a recipe by name, in order."""
+    return {f.name: f.type for f in fields(cls) if is_dataclass(f.type)}  # type: ignore[misc]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name (`rcmae list`) or by the path of a TOML file.
+
+    Raises ConfigError with the file, the key and the nearest legal name.
+    """
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        if not path.is_file():
+            raise ConfigError(f"recipe file {name} does not exist")
+        return parse_recipe(path.read_text(encoding="utf-8"), source=name)
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise ConfigError(f"there is no recipe {name!r}{_hint(name, shipped)} (`rcmae list` shows all)")
+    return parse_recipe(shipped[name].read_text(encoding="utf-8"), source=f"{name}.toml")
+
+
+def shipped_recipes() -> dict[str, Any]:
+    """The recipes inside the package: name -> readable file."""
+    folder = resources.files("rcmae.recipes")
+    return {
+        f.name.removesuffix(".toml"): f
+        for f in sorted(folder.iterdir(), key=lambda f: f.name)
+        if f.name.endswith(".toml")
+    }
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """TOML text to a checked Recipe; `source` names the file in messages."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{source} is not TOML: {e}") from e
+    return check(_build(Recipe, tree, source))
+
+
+def from_dict(cls: type, tree: dict[str, Any], source: str) -> Any:
+    """A nested dict to the dataclass `cls`, refusing unknown keys and wrong types."""
+    return _build(cls, tree, source)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """A recipe as TOML that `parse_recipe` reads back to an equal one; values that are None are left out."""
+    tree = dataclasses.asdict(recipe)
+    lines = [f"{k} = {_toml(v)}" for k, v in tree.items() if not isinstance(v, dict) and v is not None]
+    for name in sections():
+        lines += ["", f"[{name}]"]
+        lines += [f"{k} = {_toml(v)}" for k, v in tree[name].items() if v is not None]
+    return "\n".join(lines) + "\n"
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Twelve hex digits that name the recipe. Where the data lies is not part of it; its fingerprint is recorded apart."""
+    tree = dataclasses.asdict(replace(recipe, data=""))
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as flag name -> value, without the sections and without what is None."""
+    tree = dataclasses.asdict(recipe)
+    for name in sections():
+        tree |= tree.pop(name)
+    return {k: v for k, v in tree.items() if v is not None}
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check(r: Recipe) -> Recipe:
+    """Refuse impossible values, all problems in one message, before any data is touched. Returns the recipe."""
+    lo, hi = r.images.crop_scale
+    lengths = [n for n in ("epochs", "steps", "time") if getattr(r, n) is not None]
+    rules = [
+        (len(lengths) <= 1, f"give one of epochs, steps and time, not {' and '.join(lengths)}"),
+        (r.epochs is None or r.epochs > 0, f"epochs must be above 0, not {r.epochs}"),
+        (r.steps is None or r.steps > 0, f"steps must be above 0, not {r.steps}"),
+        (r.images.size > 0, f"size must be above 0, not {r.images.size}"),
+        (r.images.channels > 0, f"channels must be above 0, not {r.images.channels}"),
+        (0 < lo <= hi <= 1, f"crop_scale must satisfy 0 < low <= high <= 1, not {lo} {hi}"),
+        (0 < r.mae.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, not {r.mae.mask_ratio}"),
+        (r.mae.target_eps > 0, f"target_eps must be above 0, not {r.mae.target_eps}"),
+        (r.rcmae.gamma >= 0, f"gamma must be 0 or more, not {r.rcmae.gamma}"),
+        (0 <= r.rcmae.momentum <= 1, f"momentum must lie in 0 to 1, not {r.rcmae.momentum}"),
+        (r.rcmae.ema_updates >= 1, f"ema_updates must be 1 or more, not {r.rcmae.ema_updates}"),
+        (r.optim.batch_size > 0, f"batch_size must be above 0, not {r.optim.batch_size}"),
+        (r.optim.base_lr > 0 and math.isfinite(r.optim.base_lr), f"base_lr must be above 0, not {r.optim.base_lr}"),
+        (0 <= r.optim.warmup < 1, f"warmup is a share of the run, from 0 to below 1, not {r.optim.warmup}"),
+        (r.optim.weight_decay >= 0, f"weight_decay must be 0 or more, not {r.optim.weight_decay}"),
+        (all(0 <= b < 1 for b in r.optim.betas), f"betas must lie in 0 to below 1, not {r.optim.betas}"),
+        (r.optim.clip is None or r.optim.clip > 0, f"clip must be above 0, not {r.optim.clip}"),
+        (r.probe.probes >= 0, f"probes must be 0 or more, not {r.probe.probes}"),
+    ]
+    problems = [message for fine, message in rules if not fine]
+    for parse, value in ((parse_time, r.time), (parse_half_life, r.rcmae.half_life)):
+        try:
+            if value is not None:
+                parse(value)
+        except ConfigError as e:
+            problems.append(str(e))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return r
+
+
+def parse_time(text: str) -> float:
+    """'90s', '10m', '1.5h', '2d' or plain seconds, in seconds."""
+    m = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([smhd]?)\s*", text)
+    if m is None or not (seconds := float(m[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[m[2]]) > 0:
+        raise ConfigError(f"{text!r} is no length of time; write 90s, 10m, 8h or 2d")
+    return seconds
+
+
+def parse_half_life(text: str) -> tuple[float, str]:
+    """'1.5%', '173 steps', '2e6 images' or '0.5 epochs' as (number, unit); the unit of a share is '%'."""
+    m = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(%|steps?|images?|epochs?)\s*", text)
+    if m is None or not float(m[1]) > 0:
+        raise ConfigError(
+            f"{text!r} is no half-life; write '1.5%' (of the run), '173 steps', '2e6 images' or '0.5 epochs'"
+        )
+    return float(m[1]), m[2] if m[2] == "%" else m[2].rstrip("s") + "s"
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _build(cls: type, tree: dict[str, Any], source: str, where: str = "") -> Any:
+    known = {f.name: f for f in fields(cls)}
+    values = {}
+    for key, value in tree.items():
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {where}{key}{_hint(key, known, where)}")
+        kind = known[key].type
+        if is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {where}{key} is a section: write [{key}]")
+            values[key] = _build(typing.cast(type, kind), value, source, f"{key}.")
+        else:
+            values[key] = _convert(kind, value, f"{source}: {where}{key}")
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}{_hint(str(value), args)}")
+    if origin is types.UnionType:
+        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        if isinstance(value, (list, tuple)) and len(value) == len(args):
+            return tuple(_convert(a, v, where) for a, v in zip(args, value, strict=True))
+        raise ConfigError(f"{where} must be a list of {len(args)} values, not {value!r}")
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if type(value) is kind:
+        return value
+    raise ConfigError(f"{where} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    # JSON's strings and numbers are TOML's; a float keeps its point so that it stays a float.
+    return json.dumps(value)
+
+
+def _hint(word: str, known: Any, where: str = "") -> str:
+    close = difflib.get_close_matches(word, list(map(str, known)), n=1)
+    return f"; did you mean {where}{close[0]}?" if close else ""
