@@ -1,7 +1,7 @@
 """What a run is told. `Recipe` is all that changes a result and is hashed; `Machine` is all that does not.
 
-Both are frozen dataclasses. A recipe file is TOML with one table a section; every field is also a flag of `rcmae pretrain`,
-named without its section (`[images] size = 224` is `--size 224`), so no two sections share a field name (a test holds that).
+Both are frozen dataclasses. A recipe file is TOML with one table a section; every field is also a flag of
+`rcmae pretrain`, named without its section (`[images] size = 224` is `--size 224`), so no two sections share a name.
 """
 
 import dataclasses
@@ -26,7 +26,9 @@ class Images:
     """What a training sample is."""
 
     size: int = 224
-    "side of the training crop in pixels; must be a multiple of the patch"
+    "side of the training crop in pixels (its width, if `height` is given); a multiple of the patch"
+    height: int | None = None
+    "height of a crop that is not square"
     channels: int = 3
     "bands of an image; other than 1 and 3 needs multi-band TIFF and the [tiff] extra"
     normalize: Literal["imagenet", "data"] = "imagenet"
@@ -35,6 +37,11 @@ class Images:
     "share of the image's area that a random crop covers (lowest, highest); 1 1 takes the whole image"
     flip: bool = True
     "flip left and right at random"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of a crop in pixels."""
+        return self.height or self.size, self.size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ class RCMAE:
     teacher_mask: Literal["same", "different"] = "same"
     "the teacher sees the student's visible patches (the paper's S), or draws its own (D)"
     schedule: Literal["half-life", "described", "released"] = "half-life"
-    "teacher momentum: constant, from `half_life`; the paper's text (cosine to 1 over the run); the official code (constant)"
+    "teacher momentum: constant, from `half_life`; the paper's text (cosine to 1); the official code (constant)"
     momentum: float = 0.996
     "starting momentum of `described`, constant momentum of `released`; `half-life` does not use it"
     half_life: str = "1.5%"
@@ -244,7 +251,7 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Twelve hex digits that name the recipe. Where the data lies is not part of it; its fingerprint is recorded apart."""
+    """Twelve hex digits that name the recipe. Where the data lies is no part of it; its fingerprint is recorded apart."""
     tree = dataclasses.asdict(replace(recipe, data=""))
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 

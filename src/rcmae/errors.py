@@ -1,4 +1,4 @@
-"""What can go wrong, each with the exit code that the command ends with. The message is one line: what, where, what to do."""
+"""What can go wrong, each with the exit code the command ends with. A message is one line: what, where, what to do."""
 
 
 class RcmaeError(Exception):

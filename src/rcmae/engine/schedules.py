@@ -1,0 +1,35 @@
+"""Time is one object, and every schedule a pure function of it."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: optimizer steps done, of how many, and how many make an epoch."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        return self.step / self.total_steps
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.step / self.steps_per_epoch
+
+
+def cosine(start: float, end: float, fraction: float) -> float:
+    """Half a cosine from `start` at 0 to `end` at 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
+
+
+def warmup_cosine(peak: float, end: float, warmup: float, t: Progress) -> float:
+    """Linear from 0 to `peak` over the share `warmup` of the run, then a cosine to `end`; the value for step `t.step`."""
+    if t.fraction < warmup:
+        return peak * t.fraction / warmup
+    return cosine(peak, end, (t.fraction - warmup) / (1 - warmup))

@@ -1,0 +1,86 @@
+"""Masked auto-encoding (He et al., CVPR 2022, arXiv 2111.06377).
+
+    L = mean over hidden patches of |s - x|^2 / p
+
+x: the p pixel values of a patch, standardised by the patch's own mean and unbiased variance; s: the reconstruction from
+the visible quarter.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ..config import Images, Recipe
+from ..data.masking import random_order, visible_count
+from ..data.views import flip, random_resized_crop
+from ..engine.schedules import Progress
+from ..models.autoencoder import build
+from ..models.backbone import Backbone
+from ..models.patches import patchify, standardise, take
+from .base import Method
+
+
+@dataclass(frozen=True)
+class CropAndOrder:
+    """One random crop, and for each name in `orders` a random order of its patches (the visible ones first)."""
+
+    images: Images
+    patches: int
+    orders: tuple[str, ...] = ("order",)
+
+    def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
+        crop = random_resized_crop(image, self.images.shape, self.images.crop_scale, rng=rng)
+        if self.images.flip:
+            crop = flip(crop, rng)
+        return {"image": crop} | {name: torch.from_numpy(random_order(self.patches, rng)) for name in self.orders}
+
+
+class MAE(Method):
+    """Masked auto-encoding."""
+
+    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
+        """`mean` and `std` standardise the pixels, a value a channel, in units of 0 to 1."""
+        super().__init__()
+        self.recipe = recipe
+        self.statistics = mean, std
+        self.student = build(recipe.images, recipe.network)
+        self.patch = self.student.encoder.patch
+        gh, gw = self.student.encoder.grid
+        self.patches = gh * gw
+        self.visible = visible_count(self.patches, recipe.mae.mask_ratio)
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def views(self) -> CropAndOrder:
+        return CropAndOrder(self.recipe.images, self.patches)
+
+    def cut(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
+        """Bytes to standardised patches."""
+        return patchify((images.float() - self.mean) / self.std, self.patch)
+
+    def target(self, hidden: Float[Tensor, "b m p"]) -> Float[Tensor, "b m p"]:
+        """What the hidden patches are compared with."""
+        return standardise(hidden, self.recipe.mae.target_eps) if self.recipe.mae.target == "normalised" else hidden
+
+    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+        patches, order = self.cut(batch["image"]), batch["order"]
+        prediction = self.student(patches, order, self.visible)
+        loss = F.mse_loss(prediction, self.target(take(patches, order[:, self.visible :])))
+        return {"loss": loss, "reconstruction": loss.detach()}
+
+    def backbone(self, which: str = "student") -> Backbone:
+        return Backbone(self.student.encoder.vit, *self.statistics)
+
+    @torch.no_grad()
+    def snapshot(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        order = batch["order"]
+        return {
+            "image": batch["image"],
+            "visible": order[:, : self.visible],
+            "hidden": order[:, self.visible :],
+            "student": self.student(self.cut(batch["image"]), order, self.visible),
+        }

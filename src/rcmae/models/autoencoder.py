@@ -1,0 +1,94 @@
+"""Encoder and decoder together, and the named sizes."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..config import Images, Network
+from ..errors import ConfigError
+from .decoder import Decoder
+from .encoder import Encoder, build_vit, timm_vit
+from .patches import take
+
+
+@dataclass(frozen=True)
+class Size:
+    """A named size: patch side, then (width, depth, heads) of encoder and decoder."""
+
+    patch: int
+    encoder: tuple[int, int, int]
+    decoder: tuple[int, int, int]
+
+
+# Encoder and decoder sizes as the RC-MAE reference code pairs them; `tiny` is ours, for 32 to 64 px.
+SIZES = {
+    "vit_tiny_small_images": Size(4, (128, 6, 4), (64, 2, 2)),
+    "vit_tiny_patch16": Size(16, (192, 12, 3), (128, 2, 4)),
+    "vit_small_patch16": Size(16, (384, 12, 6), (256, 4, 8)),
+    "vit_base_patch16": Size(16, (768, 12, 12), (512, 8, 16)),
+    "vit_large_patch16": Size(16, (1024, 24, 16), (512, 8, 16)),
+    "vit_huge_patch14": Size(14, (1280, 32, 16), (512, 8, 16)),
+}
+
+
+class Autoencoder(nn.Module):
+    """What is trained: `encoder` and `decoder`."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, patches: Float[Tensor, "b n p"], order: Int[Tensor, "b n"], visible: int) -> Float[Tensor, "b m p"]:
+        """All patches and their order, of which the first `visible` may be seen, to predictions of the m others."""
+        seen = order[:, :visible]
+        return self.decoder(self.encoder(take(patches, seen), seen), order)
+
+
+def build(images: Images, network: Network) -> Autoencoder:
+    """The auto-encoder of a recipe. Raises ConfigError when sizes do not fit together, all problems in one message."""
+    name = network.model
+    if name.startswith("timm:"):
+        own = [k for k in ("patch", "width", "depth", "heads") if getattr(network, k) is not None]
+        if own or network.registers:
+            raise ConfigError(f"{name} brings its own {', '.join(own or ['registers'])}: leave that out")
+        vit = timm_vit(name.removeprefix("timm:"), size=images.shape, channels=images.channels)
+        decoder_size = (256, 4, 8)
+    else:
+        if name not in SIZES:
+            raise ConfigError(f"there is no model {name!r}; known are {', '.join(SIZES)} and timm:NAME (`rcmae list`)")
+        size = SIZES[name]
+        patch = network.patch or size.patch
+        width, depth, heads = (
+            getattr(network, k) or default for k, default in zip(("width", "depth", "heads"), size.encoder, strict=True)
+        )
+        _check(images.shape, patch, "", width, heads)
+        vit = build_vit(
+            size=images.shape, channels=images.channels, patch=patch, width=width, depth=depth, heads=heads,
+            registers=network.registers,
+        )  # fmt: skip
+        decoder_size = size.decoder
+    encoder = Encoder(vit)
+    width, depth, heads = (
+        getattr(network, f"decoder_{k}") or d for k, d in zip(("width", "depth", "heads"), decoder_size, strict=True)
+    )
+    _check(images.shape, encoder.patch, "decoder_", width, heads)
+    decoder = Decoder(
+        inputs=encoder.width, prefix=encoder.prefix, grid=encoder.grid, values=encoder.patch**2 * images.channels,
+        width=width, depth=depth, heads=heads,
+    )  # fmt: skip
+    return Autoencoder(encoder, decoder)
+
+
+def _check(shape: tuple[int, int], patch: int, part: str, width: int, heads: int) -> None:
+    h, w = shape
+    rules = [
+        (h % patch == 0 == w % patch, f"size {h} x {w} is not a multiple of the patch, {patch}"),
+        ((h // patch) * (w // patch) > 1, f"size {h} x {w} holds no two patches of {patch}"),
+        (width % heads == 0, f"{part}width {width} is not a multiple of {part}heads, {heads}"),
+        (width % 4 == 0, f"{part}width {width} is not a multiple of 4"),
+    ]
+    problems = [message for fine, message in rules if not fine]
+    if problems:
+        raise ConfigError("; ".join(problems))

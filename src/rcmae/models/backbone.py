@@ -1,0 +1,36 @@
+"""What evaluation sees of any encoder."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """A class token "b d" (the mean of the patches for a ViT without one) and patch tokens "b d gh gw"."""
+
+    cls: Float[Tensor, "b d"]
+    patches: Float[Tensor, "b d gh gw"]
+
+    @property
+    def mean(self) -> Float[Tensor, "b d"]:
+        """Mean over the patch tokens, the feature that masked image models are read by."""
+        return self.patches.mean((2, 3))
+
+
+class Backbone(nn.Module):
+    """A timm Vision Transformer with the statistics its images are standardised by. It takes pixels in 0 to 1."""
+
+    def __init__(self, vit: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.vit = vit
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
+        """Images with values in 0 to 1 to features."""
+        tokens = self.vit.forward_features((images - self.mean) / self.std).float()
+        grid = tokens[:, self.vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
+        return Features(tokens[:, 0] if self.vit.has_class_token else grid.mean((2, 3)), grid)
