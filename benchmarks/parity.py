@@ -57,7 +57,7 @@ def compare(path: str) -> dict[str, tuple[float, str]]:
         error = (got.double() - expected.double()).norm().item() / scale
         worst[kind] = max(worst.get(kind, (0.0, "-")), (error, name))
 
-    steps = len(data["images"])
+    steps, one = len(data["images"]), torch.ones(())
     for step in range(steps):
         t = Progress(step, steps, steps)
         batch = {"image": data["images"][step], "order": data["ids_shuffle"][step]}
@@ -65,7 +65,7 @@ def compare(path: str) -> dict[str, tuple[float, str]]:
             hidden = batch["order"][:, method.visible :]
             mask = torch.zeros_like(data["step0/mask"]).scatter_(1, hidden, 1.0)
             note("mask", "step 0", mask, data["step0/mask"])
-            shots = method.snapshot(batch)
+            shots, _ = method.snapshot(batch)
             for who in ("student", "teacher"):
                 expected = data[f"step0/{who}_pred"].gather(1, hidden.unsqueeze(2).expand(-1, -1, shots[who].shape[2]))
                 note("prediction", f"step 0 {who}", shots[who], expected)
@@ -80,10 +80,10 @@ def compare(path: str) -> dict[str, tuple[float, str]]:
                 worst["gradient"] = (float("inf"), f"names {sorted(gradients.keys() ^ expected.keys())}")
             for name in gradients.keys() & expected.keys():
                 note("gradient", name, gradients[name], expected[name])
-        method.before_step(t)
+        method.before_step(t, one)
         optimizer.step()
         optimizer.zero_grad()
-        method.after_step(t)
+        method.after_step(t, one)
     for who, model in (("student", method.student), ("teacher", method.teacher.model)):
         own = model.state_dict()
         for name, value in part(data, f"final/{who}/").items():

@@ -219,11 +219,7 @@ def load_recipe(name: str) -> Recipe:
 def shipped_recipes() -> dict[str, Any]:
     """The recipes inside the package: name -> readable file."""
     folder = resources.files("rcmae.recipes")
-    return {
-        f.name.removesuffix(".toml"): f
-        for f in sorted(folder.iterdir(), key=lambda f: f.name)
-        if f.name.endswith(".toml")
-    }
+    return {f.name.removesuffix(".toml"): f for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".toml")}
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
@@ -315,9 +311,7 @@ def parse_half_life(text: str) -> tuple[float, str]:
     """'1.5%', '173 steps', '2e6 images' or '0.5 epochs' as (number, unit); the unit of a share is '%'."""
     m = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(%|steps?|images?|epochs?)\s*", text)
     if m is None or not float(m[1]) > 0:
-        raise ConfigError(
-            f"{text!r} is no half-life; write '1.5%' (of the run), '173 steps', '2e6 images' or '0.5 epochs'"
-        )
+        raise ConfigError(f"{text!r} is no half-life; write '1.5%' (of the run), '173 steps', '2e6 images' or '0.5 epochs'")
     return float(m[1]), m[2] if m[2] == "%" else m[2].rstrip("s") + "s"
 
 

@@ -5,21 +5,24 @@ Their encoder has timm's parameter names at the top level and their decoder the 
 
 import argparse
 import pickle
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..config import Images, Network
-from ..errors import CheckpointError
+from ..config import RCMAE, Images, Network, Recipe, to_toml
+from ..engine.checkpoint import write_folder
+from ..errors import CheckpointError, ConfigError
 from ..models.autoencoder import SIZES, Autoencoder, build
+from ..models.backbone import IMAGENET, Backbone
+from .timm_export import export
 
 State = dict[str, Tensor]
 
 _DECODER = {"decoder_embed": "embed", "decoder_blocks": "blocks", "decoder_norm": "norm", "decoder_pred": "pred"}
-_POSITIONS = ("pos_embed", "decoder_pos_embed")
 
 
 def ours(name: str) -> str:
@@ -123,4 +126,39 @@ def autoencoder(state: State, heads: tuple[int, int] | None = None) -> tuple[Aut
     images, network = shape_of(state, heads)
     model = build(images, network)
     load_official(model, state)
-    return model, replace(images), network
+    return model, images, network
+
+
+def import_pth(file: Path, out: Path, heads: tuple[int, int] | None = None) -> list[str]:
+    """Turn an official `.pth` into a folder laid out like a run: recipe.toml, weights.safetensors, export/.
+
+    `weights.safetensors` holds encoders and decoders under our names (student.*, teacher.*). Returns what was done, in lines.
+    Raises CheckpointError, ConfigError (the folder exists) or StorageError.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already; choose another folder with --out")
+    official = read_pth(file)
+    model, images, network = autoencoder(official.student, heads)
+    models = {"student": model}
+    if official.teacher is not None:
+        models["teacher"], *_ = autoencoder(official.teacher, heads)
+    method = "rcmae" if official.teacher is not None else "mae"
+    recipe = Recipe(method=method, images=images, network=network, rcmae=RCMAE(schedule="released"))
+    weights = {f"{who}.{k}": v.contiguous() for who, m in models.items() for k, v in m.state_dict().items()}
+    write_folder(out, {"recipe.toml": to_toml(recipe).encode(), "weights.safetensors": save(weights)})
+    for who, m in models.items():
+        about = {
+            "method": method,
+            "network": who,
+            "source": file.name,
+            "epoch": official.epoch if isinstance(official.epoch, int) else None,
+        }
+        export(Backbone(m.encoder.vit, *IMAGENET), out / "export" / who, about)
+    width, depth = model.encoder.width, len(model.encoder.vit.blocks)
+    best = out / "export" / ("teacher" if official.teacher is not None else "student")
+    return [
+        f"{file}: official {'RC-MAE (student and teacher)' if official.teacher is not None else 'MAE'}, "
+        f"ViT {width} x {depth}, patch {model.encoder.patch}, {images.size} px, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
+        f"wrote {out}",
+        f'load it: timm.create_model("local-dir:{best}", pretrained=True)',
+    ]

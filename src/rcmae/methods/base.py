@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ..engine.schedules import Progress
@@ -19,6 +18,10 @@ class Method(nn.Module):
 
     student: nn.Module
     "every trained parameter lives here"
+    statistics: tuple[tuple[float, ...], tuple[float, ...]]
+    "mean and deviation of each channel that standardise the pixels, in units of 0 to 1"
+    networks: tuple[str, ...] = ("student",)
+    "what is probed and exported, the one to use last"
 
     def views(self) -> Views:
         """What one sample is."""
@@ -28,11 +31,14 @@ class Method(nn.Module):
         """Scalars on the device: "loss" is what is minimised, the rest is logged."""
         raise NotImplementedError
 
-    def before_step(self, t: Progress) -> None:
-        """Once an optimizer step, after the gradients are there and before the weights move."""
+    def before_step(self, t: Progress, applied: Tensor) -> None:
+        """Once an optimizer step, after the gradients are there and before the weights move.
 
-    def after_step(self, t: Progress) -> None:
-        """Once an APPLIED optimizer step, after the weights moved."""
+        `applied` is a scalar on the device: 1, or 0 if the gradients are not finite and nothing may move.
+        """
+
+    def after_step(self, t: Progress, applied: Tensor) -> None:
+        """Once an optimizer step, after the weights moved (`applied` 1) or were left alone (0)."""
 
     def backbone(self, which: Literal["student", "teacher"] = "teacher") -> Backbone:
         """What evaluation loads; a method without a teacher has only the student."""
@@ -42,7 +48,10 @@ class Method(nn.Module):
         """More to log at `t`: numbers, or scalars on the device."""
         return {}
 
-    @torch.no_grad()
-    def snapshot(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a picture of a fixed batch needs (see the report); nothing by default."""
+    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """What simple guesses would score on this batch, to read the loss against."""
         return {}
+
+    def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and text from which the report draws pictures of a fixed batch; nothing by default."""
+        return {}, {}

@@ -6,6 +6,7 @@ x: the p pixel values of a patch, standardised by the patch's own mean and unbia
 the visible quarter.
 """
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,11 +77,29 @@ class MAE(Method):
         return Backbone(self.student.encoder.vit, *self.statistics)
 
     @torch.no_grad()
-    def snapshot(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """The reconstruction loss of three guesses: nothing (0), each patch's own mean colour, the nearest visible patch."""
+        patches, order = self.cut(batch["image"]), batch["order"]
+        seen, hidden = order[:, : self.visible], order[:, self.visible :]
+        target = self.target(take(patches, hidden))
+        colours = self.target(take(patches, hidden)).unflatten(2, (-1, self.recipe.images.channels)).mean(2, keepdim=True)
+        gw = self.student.encoder.grid[1]
+        (hy, hx), (sy, sx) = ((ids.unsqueeze(-1) // gw, ids.unsqueeze(-1) % gw) for ids in (hidden, seen))
+        nearest = ((hy - sy.transpose(1, 2)) ** 2 + (hx - sx.transpose(1, 2)) ** 2).argmin(2)
+        copied = self.target(take(take(patches, seen), nearest))
+        guesses = {"zero": torch.zeros_like(target), "nearest_visible": copied}
+        guesses["patch_mean"] = colours.expand(-1, -1, self.patch**2, -1).flatten(2)
+        return {name: F.mse_loss(guess, target).item() for name, guess in guesses.items()}
+
+    @torch.no_grad()
+    def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         order = batch["order"]
-        return {
+        tensors = {
             "image": batch["image"],
             "visible": order[:, : self.visible],
             "hidden": order[:, self.visible :],
             "student": self.student(self.cut(batch["image"]), order, self.visible),
         }
+        mean, std = self.statistics
+        facts = {"patch": self.patch, "target": self.recipe.mae.target, "target_eps": self.recipe.mae.target_eps}
+        return tensors, {k: str(v) for k, v in facts.items()} | {"mean": json.dumps(mean), "std": json.dumps(std)}

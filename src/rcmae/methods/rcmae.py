@@ -24,6 +24,8 @@ from .mae import MAE, CropAndOrder
 class RCMAE(MAE):
     """MAE that also agrees with a slow average of itself."""
 
+    networks = ("student", "teacher")
+
     def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
         self.teacher = Teacher(self.student)
@@ -60,13 +62,13 @@ class RCMAE(MAE):
             "teacher_reconstruction": ahead,
         }
 
-    def before_step(self, t: Progress) -> None:
+    def before_step(self, t: Progress, applied: Tensor) -> None:
         # The reference code moves the teacher after every micro-batch, all but the last towards the student as it was.
         for _ in range(self.recipe.rcmae.ema_updates - 1):
-            self.teacher.update(self.student, self.momentum(t))
+            self.teacher.update(self.student, self.momentum(t), applied)
 
-    def after_step(self, t: Progress) -> None:
-        self.teacher.update(self.student, self.momentum(t))
+    def after_step(self, t: Progress, applied: Tensor) -> None:
+        self.teacher.update(self.student, self.momentum(t), applied)
 
     def momentum(self, t: Progress) -> float:
         """Momentum of one teacher update."""
@@ -80,12 +82,15 @@ class RCMAE(MAE):
     def _half_life(self, t: Progress) -> float:
         """The recipe's half-life in optimizer steps."""
         number, unit = parse_half_life(self.recipe.rcmae.half_life)
-        return number * {
-            "%": t.total_steps / 100,
-            "steps": 1,
-            "images": 1 / self.recipe.optim.batch_size,
-            "epochs": t.steps_per_epoch,
-        }[unit]
+        return (
+            number
+            * {
+                "%": t.total_steps / 100,
+                "steps": 1,
+                "images": 1 / self.recipe.optim.batch_size,
+                "epochs": t.steps_per_epoch,
+            }[unit]
+        )
 
     def backbone(self, which: str = "teacher") -> Backbone:
         model = self.student if which == "student" else self.teacher.model
@@ -97,9 +102,9 @@ class RCMAE(MAE):
         }
 
     @torch.no_grad()
-    def snapshot(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        guess = self.teacher(self.cut(batch["image"]), batch["order"], self.visible)
-        return super().snapshot(batch) | {"teacher": guess}
+    def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors, facts = super().snapshot(batch)
+        return tensors | {"teacher": self.teacher(self.cut(batch["image"]), batch["order"], self.visible)}, facts
 
 
 def blended_loss(

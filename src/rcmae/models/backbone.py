@@ -7,6 +7,9 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"Channel means and deviations of ImageNet, in units of 0 to 1 (torchvision's documentation)."
+
 
 class Features(NamedTuple):
     """A class token "b d" (the mean of the patches for a ViT without one) and patch tokens "b d gh gw"."""

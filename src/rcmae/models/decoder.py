@@ -40,7 +40,9 @@ class Decoder(nn.Module):
         hidden = order.shape[1] - visible
         x = self.embed(tokens).float()
         positions = take(self.positions, order)
-        x = torch.cat([x[:, : self.prefix], x[:, self.prefix :] + positions[:, :visible], self.mask_token + positions[:, visible:]], 1)
+        x = torch.cat(
+            [x[:, : self.prefix], x[:, self.prefix :] + positions[:, :visible], self.mask_token + positions[:, visible:]], 1
+        )
         for i, block in enumerate(self.blocks):
             last = hidden if i == len(self.blocks) - 1 else 0
             if self.checkpointing and x.requires_grad:

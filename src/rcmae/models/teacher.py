@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -22,14 +22,22 @@ class Teacher(nn.Module):
             return self.model(*args)
 
     @torch.no_grad()
-    def update(self, student: nn.Module, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, over all trained parameters in one fused call."""
+    def update(self, student: nn.Module, momentum: float, applied: Tensor | None = None) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, over all trained parameters in fused calls.
+
+        `applied` is 1 or 0 on the device: with 0 nothing moves, and the host need not know.
+        """
         pairs = zip(self.model.parameters(), student.parameters(), strict=True)
-        own, new = zip(*((t, s) for t, s in pairs if s.requires_grad), strict=True)
-        get_ema_multi_avg_fn(momentum)(list(own), list(new), 1)
+        own, new = map(list, zip(*((t, s) for t, s in pairs if s.requires_grad), strict=True))
+        if applied is None:
+            get_ema_multi_avg_fn(momentum)(own, new, 1)
+            return
+        step = torch._foreach_sub(new, own)
+        torch._foreach_mul_(step, (1 - momentum) * applied)
+        torch._foreach_add_(own, step)
 
     @torch.no_grad()
-    def drift(self, student: nn.Module) -> torch.Tensor:
+    def drift(self, student: nn.Module) -> Tensor:
         """|student - teacher| / |student| over all weights, a scalar on the device."""
         own, new = list(self.model.parameters()), list(student.parameters())
         gap = torch.stack(torch._foreach_norm(torch._foreach_sub(new, own))).norm()

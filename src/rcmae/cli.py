@@ -1,0 +1,190 @@
+"""The commands: each parses, calls one function, prints. torch is imported inside them, so that --help is quick."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Dict
+
+from . import __version__
+from .config import Machine, Recipe, flat, load_recipe, parse_recipe, sections, shipped_recipes
+from .errors import ConfigError, RcmaeError
+
+app = App(
+    name="rcmae",
+    version=__version__,
+    help="Self-supervised pre-training of Vision Transformers with RC-MAE.",
+    help_epilogue="Exit codes: 0 done, 2 usage or recipe, 3 data, 4 checkpoint, 5 diverged, 6 storage, 7 lost process, "
+    "8 memory, 75 stopped and saved (run the same command again).",
+)
+Flat = Parameter(name="*", negative_iterable=())
+for section in sections().values():  # `--size`, not `--images.size`
+    Flat(section)
+
+
+@app.command
+def pretrain(
+    recipe: str | None = None, /, *, settings: Annotated[Recipe, Flat] = Recipe(), machine: Annotated[Machine, Flat] = Machine()
+) -> None:
+    """Pre-train a Vision Transformer; a run that is already in --out goes on.
+
+    Parameters
+    ----------
+    recipe
+        A recipe's name (`rcmae list`) or the path of a TOML file [default: embedded]. Every option below replaces a line of it.
+    """
+    from .loop import pretrain as run
+
+    run(settings, machine)
+
+
+@app.command(name="check")
+def check_data(path: str, /, *, val: str | None = None, recipe: str = "folder", json: Path | None = None) -> int:
+    """Audit a data folder before any training: counts, sizes, unreadable files, duplicates, statistics, speed.
+
+    Parameters
+    ----------
+    path
+        Folder, list file, tar shards, hub:NAME or embedded:digits.
+    val
+        A validation set, to look for images that are in both.
+    recipe
+        The recipe whose view of the data is told.
+    json
+        Also write the findings to this file.
+    """
+    from .data.audit import audit, render, to_json
+
+    found = audit(path, val=val, recipe=load_recipe(recipe))
+    _console().print(render(found))
+    if json:
+        json.write_text(to_json(found), encoding="utf-8")
+    return 0 if found.fit else 3
+
+
+@app.command
+def report(run: Path, /) -> None:
+    """Write RUN/report.html anew.
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    """
+    if not (run / "recipe.toml").exists():
+        raise ConfigError(f"{run} is no run directory: recipe.toml is missing")
+    from .report import write_report
+
+    print(write_report(run))
+
+
+@app.command(name="import")
+def import_official(file: Path, /, *, out: Path | None = None, heads: int | None = None, decoder_heads: int | None = None) -> None:
+    """Turn an official MAE or RC-MAE checkpoint (.pth) into a folder that rcmae and timm load. No code in it is run.
+
+    Parameters
+    ----------
+    file
+        The .pth file.
+    out
+        The folder to write [default: the file's name without .pth].
+    heads
+        Attention heads of the encoder, where the widths are of no named size.
+    decoder_heads
+        Attention heads of the decoder, likewise.
+    """
+    from .interop.official import import_pth
+
+    if (heads is None) != (decoder_heads is None):
+        raise ConfigError("give --heads and --decoder-heads together")
+    pair = None if heads is None or decoder_heads is None else (heads, decoder_heads)
+    for line in import_pth(file, out or file.with_suffix(""), pair):
+        print(line)
+
+
+@app.command(name="list")
+def list_all() -> None:
+    """Show methods, models and recipes."""
+    from rich.table import Table
+
+    from .methods import METHODS
+    from .models.autoencoder import SIZES
+
+    table = Table("recipe", "method", "what for", title="Recipes", title_justify="left")
+    for name, file in shipped_recipes().items():
+        text = file.read_text(encoding="utf-8")
+        table.add_row(name, parse_recipe(text, name).method, text.splitlines()[0].lstrip("# "))
+    _console().print(table)
+    table = Table("model", "patch", "encoder", "decoder", title="Models (width x depth, heads)", title_justify="left")
+    for name, s in SIZES.items():
+        table.add_row(name, str(s.patch), *("{} x {}, {}".format(*part) for part in (s.encoder, s.decoder)))
+    table.add_row("timm:NAME", "", "any plain timm VisionTransformer", "256 x 4, 8")
+    _console().print(table)
+    table = Table("method", "", title="Methods", title_justify="left")
+    for name, method in METHODS.items():
+        table.add_row(name, (method.__doc__ or "").splitlines()[0])
+    _console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Every expected failure is one line on stderr and its documented exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        app.config = _recipe_defaults(argv)
+        result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as e:
+        return _fail(" ".join(str(e).split()), 2)
+    except RcmaeError as e:
+        if debug:
+            traceback.print_exc()
+        return _fail(str(e), e.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except MemoryError:
+        return _fail("the host ran out of memory; try a smaller --batch-size or fewer --workers", 8)
+    except Exception as e:
+        if debug:
+            raise
+        with contextlib.suppress(OSError):
+            Path("rcmae-error.log").write_text(traceback.format_exc(), encoding="utf-8")
+        return _fail(f"unexpected {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}; see rcmae-error.log", 1)
+    return result if isinstance(result, int) else 0
+
+
+def _recipe_defaults(argv: list[str]) -> tuple[Dict, ...]:
+    """The recipe that `pretrain` was given, as defaults of its flags; an unfinished run's own recipe if only --out is given."""
+    if argv[:1] != ["pretrain"] or {"--help", "-h"} & set(argv):
+        return ()
+    given = {a.removeprefix("--").partition("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
+    name = next((a for a in argv[1:2] if not a.startswith("-")), None)
+    out = next((v for a, v in zip(argv, [*argv[1:], ""], strict=True) if a == "--out"), "") or next(
+        (a.partition("=")[2] for a in argv if a.startswith("--out=")), ""
+    )
+    settings = {f.name for f in fields(Recipe)} | set(flat(Recipe()))
+    begun = Path(out) / "recipe.toml"
+    if name is None and out and begun.exists() and not given & settings:
+        recipe = parse_recipe(begun.read_text(encoding="utf-8"), str(begun))
+    else:
+        recipe = load_recipe(name or "embedded")
+    values = flat(recipe)
+    if given & {"epochs", "steps", "time"}:  # a length on the command line replaces the recipe's, in whatever unit
+        values = {k: v for k, v in values.items() if k not in ("epochs", "steps", "time")}
+    return (Dict({"pretrain": values}, source=f"recipe {name or 'embedded'}"),)
+
+
+def _fail(message: str, code: int) -> int:
+    word = "stopped" if code == 75 else "error"
+    print(f"rcmae: {word}: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(highlight=False)

@@ -1,0 +1,152 @@
+"""Checkpoints that survive a kill at any moment: tensors in safetensors, the rest in JSON, no pickle.
+
+A checkpoint is a folder `step_00001234` whose `manifest.json`, written last, holds the SHA-256 of every other file. It is
+made under a temporary name, flushed to the disk, and renamed; so under its own name it is whole, or it is not there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, StorageError
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+    """Write `folder/step_N` for N = state["step"], then delete all but the newest `keep`.
+
+    Raises CheckpointError, writing nothing, when a weight is not finite; StorageError when the disk refuses.
+    """
+    weights = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
+    broken = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{broken[0]} is not finite at step {state['step']}; nothing was saved")
+    files = {
+        "model.safetensors": save(weights),
+        "optimizer.safetensors": save(optimizer_state(method, optimizer)),
+        "state.json": json.dumps(state, indent=1).encode(),
+    }
+    path = folder / f"step_{state['step']:08d}"
+    write_folder(path, files)
+    for old in checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def write_folder(path: Path, files: dict[str, bytes]) -> None:
+    """Write files and their manifest as the folder `path`, all or nothing. Raises StorageError."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    # A fixed temporary name: what a killed process left there is cleared by the next save.
+    temporary = path.parent / f".tmp_{path.name}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, content in [*files.items(), (MANIFEST, json.dumps(hashes, indent=1).encode())]:
+            _write(temporary / name, content)
+        _sync(temporary)
+        if path.exists():  # the same step again, after a resume from an older one: the bytes are the same
+            shutil.rmtree(path)
+        temporary.rename(path)
+        _sync(path.parent)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(f"cannot write {path}: {e.strerror}; older checkpoints are kept, free some space") from e
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints by step, newest first; whole or not is not asked here."""
+    return sorted(folder.glob("step_" + "[0-9]" * 8), key=lambda p: p.name, reverse=True)
+
+
+def newest(folder: Path, warn=print) -> Path | None:
+    """The newest checkpoint whose files match their hashes; None if there is none at all.
+
+    Damaged ones are named to `warn`. Raises CheckpointError when there are checkpoints and all are damaged: a run never
+    starts again from nothing by itself.
+    """
+    found = checkpoints(folder)
+    for path in found:
+        problem = verify(path)
+        if problem is None:
+            return path
+        warn(f"checkpoint {path.name} is damaged ({problem}); trying an older one")
+    if found:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged; delete the folder to start again from step 0")
+    return None
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return "no readable manifest"
+    for name, expected in manifest.items():
+        try:
+            with (path / name).open("rb") as f:
+                actual = hashlib.file_digest(f, "sha256").hexdigest()
+        except OSError:
+            return f"{name} is missing"
+        if actual != expected:
+            return f"{name} does not match its hash"
+    return None
+
+
+def load_checkpoint(path: Path, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Fill method and optimizer from a verified checkpoint and return its state. Raises CheckpointError on a misfit."""
+    _fill(method, load_file(path / "model.safetensors"), path)
+    saved = load_file(path / "optimizer.safetensors")
+    expected = [f"{name}/{key}" for name, _ in _named(method, optimizer) for key in ("step", "exp_avg", "exp_avg_sq")]
+    if saved and sorted(saved) != sorted(expected):
+        raise CheckpointError(f"the optimizer state in {path} is of another model")
+    for name, p in _named(method, optimizer):
+        if saved:
+            state = {key: saved[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {k: v.to(p.device).clone() for k, v in state.items()}
+    return json.loads((path / "state.json").read_bytes())
+
+
+def optimizer_state(method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by parameter name: "NAME/step", "NAME/exp_avg", "NAME/exp_avg_sq"."""
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, p in _named(method, optimizer)
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def _named(method: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(name, p) for name, p in method.named_parameters() if id(p) in own]
+
+
+def _fill(method: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    own = method.state_dict()
+    odd = sorted(own.keys() ^ weights.keys()) or sorted(k for k in own if own[k].shape != weights[k].shape)
+    if odd:
+        raise CheckpointError(f"{path} is of another model: {odd[0]} does not fit ({len(odd)} such)")
+    method.load_state_dict(weights)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,79 @@
+"""What one sees of a run: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Screen:
+    """Prints for rank 0 and is silent on the others; a context around the loop."""
+
+    def __init__(self, first: bool):
+        self.console = Console(quiet=not first, soft_wrap=True, highlight=False)
+        self.bar: Progress | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def start(self, total: int, done: int) -> None:
+        """Show the bar, on a terminal."""
+        if self.console.is_terminal:
+            columns = (
+                BarColumn(24), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeElapsedColumn(), TextColumn("left"),
+                TimeRemainingColumn(), TextColumn("{task.description}"),
+            )  # fmt: skip
+            self.bar = Progress(*columns, console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=total, completed=done)
+
+    def step(self, done: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=done)
+
+    def report(self, done: int, total: int, line: dict[str, float], left: float) -> None:
+        """The numbers of one log step; `left` is the expected time to the end in seconds."""
+        text = describe(line)
+        if self.bar:
+            self.bar.update(self.task, description=text)
+        else:
+            self.say(f"step {done:>6,}/{total:,}  {text}  {clock(left)} left")
+
+    def stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def __enter__(self) -> "Screen":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+        sys.stdout.flush()
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+
+def describe(line: dict[str, float]) -> str:
+    """A metrics line in one short line of text."""
+    names = {"loss": "loss", "reconstruction": "rec", "consistency": "cons", "teacher_reconstruction": "teacher"}
+    parts = [f"{short} {line[name]:.4f}" for name, short in names.items() if line.get(name) is not None]
+    parts.append(f"{line['images_per_s']:,.0f} img/s")
+    parts.append(f"data wait {line['data_wait']:.0%}")
+    parts.append(f"{line['memory_gib']:.1f} GiB")
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """3725 -> '1:02:05'."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,109 @@
+"""Ranks, and the few things they tell each other. Alone, everything here is the identity."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that `torchrun` started; `control` is a group on the CPU that never waits for a GPU."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    control: object = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, *flags: bool) -> list[bool]:
+        """Each flag, raised everywhere if it is raised anywhere."""
+        if self.size == 1:
+            return list(flags)
+        told = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(f) for f in told]
+
+    def everywhere(self, fine: Tensor) -> Tensor:
+        """A 0 or 1 on the device, in place: 1 only if it is 1 on every rank."""
+        if self.size > 1:
+            dist.all_reduce(fine, op=dist.ReduceOp.MIN)
+        return fine
+
+    def from_first(self, value: object) -> object:
+        """A plain value (numbers and text), as rank 0 has it."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+
+def start(device: torch.device) -> World:
+    """Join the world that torchrun describes in the environment, or be alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    control = dist.new_group(backend="gloo") if device.type == "cuda" else None
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control)
+
+
+def stop() -> None:
+    """Leave the world."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(method: nn.Module, world: World) -> nn.Module:
+    """The method, its gradients averaged over the ranks."""
+    return DistributedDataParallel(method, broadcast_buffers=False) if world.size > 1 else method
+
+
+def only_last(net: nn.Module, last: bool):
+    """A context in which gradients are exchanged for the last micro-batch only."""
+    return nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device by name; `auto` takes CUDA, then MPS, then the CPU. Raises ConfigError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise ConfigError(f"{name!r} is no device; write auto, cpu, cuda, cuda:1 or mps") from e
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, False):
+        raise ConfigError(f"device {name} is not available here; --device auto takes what is")
+    if device.type == "cuda":
+        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"device cuda:{index} is not here; this machine has {torch.cuda.device_count()}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`bf16` or `fp32`; `auto` takes bf16 where the device multiplies it faster."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"

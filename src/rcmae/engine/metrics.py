@@ -1,0 +1,78 @@
+"""The record of a run: one JSON object a line in metrics.jsonl, and the optional sinks that show the same numbers."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+
+class Metrics:
+    """Appends to `metrics.jsonl`; on a resume, what lies beyond the checkpoint is cut off first."""
+
+    def __init__(self, run: Path, step: int, tensorboard: bool = False, wandb: str | None = None):
+        """Open the record of `run` at optimizer step `step`. Raises ConfigError when an optional sink is not installed."""
+        path = run / "metrics.jsonl"
+        kept = [line for line in read_metrics(run) if line.get("step", 0) <= step] if step else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.board = self.wandb = None
+        if tensorboard:
+            self.board = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
+        if wandb:
+            self.wandb = optional("wandb", "wandb").init(project=wandb, name=run.name, dir=str(run), resume="allow")
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One line. JSON has no infinity and no NaN: they become null."""
+        line = {"kind": kind, "step": step} | {k: _plain(v) for k, v in values.items()}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        numbers = {f"{kind}/{k}": v for k, v in _flat(line).items() if isinstance(v, (int, float))}
+        if self.board:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All whole lines of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    path = run / "metrics.jsonl"
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                continue
+    return lines
+
+
+def optional(module: str, extra: str) -> Any:
+    """Import a module of an extra. Raises ConfigError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise ConfigError(f"--{extra} needs the {extra} extra: pip install 'rcmae[{extra}]'") from e
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,146 @@
+"""The run directory: who owns it, what it says of itself, and the signals that end a run politely."""
+
+import ctypes
+import fcntl
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..config import Recipe, flat, parse_recipe, to_toml
+from ..errors import ConfigError, StorageError
+
+
+@contextmanager
+def owned(run: Path) -> Iterator[None]:
+    """Make the run directory and hold it alone; the system frees it when the process ends, however it ends.
+
+    Raises ConfigError when another process works there, StorageError when it cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("a+")
+    except OSError as e:
+        raise StorageError(f"cannot write the run directory {run}: {e.strerror}; choose another with --out") from e
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            lock.seek(0)
+            raise ConfigError(f"{run} is in use by process {lock.read().strip() or '?'}; choose another --out") from e
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def record_recipe(run: Path, recipe: Recipe) -> None:
+    """Write recipe.toml, or compare with the one that is there. Raises ConfigError naming what differs."""
+    path = run / "recipe.toml"
+    if not path.exists():
+        path.write_text(to_toml(recipe), encoding="utf-8")
+        return
+    old, new = flat(parse_recipe(path.read_text(encoding="utf-8"), str(path))), flat(recipe)
+    differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if old.get(k) != new.get(k)]
+    if differ:
+        raise ConfigError(f"{run} was begun with {', '.join(differ)}; use another --out, or the same recipe to go on")
+
+
+def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
+    """What a reader needs to know to compare numbers: versions, hardware, commit. No names of people or machines."""
+    cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.processor())
+    return {
+        "rcmae": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": version("timm"),
+        "numpy": version("numpy"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": precision,
+        "commit": _commit(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def _commit() -> str | None:
+    """The commit of this package's own checkout, with + when it has changes; None outside one."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        top = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5)
+        if top.returncode:
+            return None
+        head = subprocess.run([*git, "describe", "--always", "--dirty=+"], capture_output=True, text=True, timeout=5)
+        return head.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a small JSON file in one go."""
+    temporary = path.with_name(f".tmp_{path.name}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+class StopSignals:
+    """Within it, SIGTERM, SIGINT and SIGUSR1 only raise `asked`; the loop polls it. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            try:
+                self.before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: whoever runs us there handles signals
+                break
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = signal.Signals(number).name
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the device's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep the big blocks that a step frees for the next one: on a CPU, page faults cost up to a tenth."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+                libc.mallopt(parameter, 2**30)

@@ -1,0 +1,462 @@
+"""Pre-training: the loop. It never names a method; the step itself is framed.
+
+rcmae pretrain [RECIPE] --data FOLDER --out RUN
+"""
+
+import contextlib
+import copy
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .config import Machine, Recipe, check, parse_time, recipe_hash
+from .data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker
+from .data.sampler import BatchSampler
+from .data.sources import open_source
+from .engine import distributed
+from .engine.checkpoint import load_checkpoint, newest, save_checkpoint
+from .engine.console import Screen, clock
+from .engine.distributed import World
+from .engine.metrics import Metrics, read_metrics
+from .engine.optim import adamw, linear_rule
+from .engine.run import StopSignals, describe_machine, keep_freed_memory, memory_gib, owned, record_recipe, write_json
+from .engine.schedules import Progress, warmup_cosine
+from .errors import DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError
+from .interop.timm_export import PLAIN, export
+from .methods import METHODS, Method
+from .models.backbone import IMAGENET
+from .report import write_report
+from .tasks.probe import ProbeSet, probe_set
+
+PATIENCE = 5
+"Non-finite steps in a row after which a run has diverged."
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves: its directory, the step it reached, and the last probe (percent right), if any."""
+
+    run: Path
+    step: int
+    probe: dict[str, dict[str, float]]
+
+
+def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
+    """Pre-train as `recipe` says, on the machine as `machine` says; a run that is already in `machine.out` goes on.
+
+    Raises the errors of `rcmae.errors`; Preempted when a signal asked it to stop and the state is saved.
+    """
+    check(recipe)
+    device = distributed.pick_device(machine.device)
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    world = distributed.start(device)
+    out = machine.out or Path("runs") / f"{recipe.method}-{Path(recipe.data.replace(':', '-')).name}"
+    try:
+        with owned(out) if world.first else contextlib.nullcontext(), Screen(world.first) as screen, StopSignals() as stop:
+            return Run(recipe, replace(machine, out=out), device, world, screen, stop).train()
+    except torch.OutOfMemoryError as e:
+        advice = "try --accumulate 2, --checkpointing or a smaller --batch-size"
+        raise OutOfMemoryError(f"{device} ran out of memory at {memory_gib(device):.1f} GiB; {advice}") from e
+    except RuntimeError as e:
+        if "DataLoader worker" in str(e):
+            raise ProcessError(f"a loader process was lost ({str(e).splitlines()[0]}); run the same command again") from e
+        raise
+    finally:
+        distributed.stop()
+
+
+class Run:
+    """One run: everything that is built before the first step, then `train`."""
+
+    def __init__(self, recipe: Recipe, machine: Machine, device: torch.device, world: World, screen: Screen, stop: StopSignals):
+        self.recipe, self.machine, self.device, self.world, self.screen, self.stop = recipe, machine, device, world, screen, stop
+        self.began = time.monotonic()
+        self.out: Path = machine.out
+        self.source = open_source(recipe.data, recipe.images.channels, size=recipe.images.size)
+        batch = recipe.optim.batch_size
+        if len(self.source) < batch:
+            have = f"{recipe.data} holds {len(self.source)} images, fewer than the batch of {batch}"
+            raise DataError(f"{have}; give --batch-size {2 ** (max(len(self.source), 1).bit_length() - 1)} or more images")
+        self.steps_per_epoch = len(self.source) // batch
+        mean, std = self.statistics()
+        self.precision = distributed.pick_precision(machine.precision, device)
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            self.method: Method = METHODS[recipe.method](recipe, mean, std)
+        self.method.to(device)
+        self.prepare_blocks()
+        self.optimizer = adamw(self.method.student, recipe.optim, linear_rule(recipe.optim))
+        self.net = distributed.wrap(self.method, world)
+        self.bad = BadFiles(self.out, len(self.source), machine.bad_share, machine.strict)
+        if world.first:
+            record_recipe(self.out, recipe)
+        self.step, self.total, self.skipped, self.seconds = 0, 0, 0, 0.0
+        self.probe: dict[str, dict[str, float]] = {}
+        self.resume()
+
+    # --- what is built ------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel, in units of 0 to 1."""
+        channels = self.recipe.images.channels
+        if self.recipe.images.normalize == "imagenet" and channels in (1, 3):
+            return IMAGENET if channels == 3 else tuple((sum(s) / 3,) for s in IMAGENET)
+        return self.world.from_first(measure_statistics(self.source, channels))
+
+    def prepare_blocks(self) -> None:
+        for part in (self.method.student.encoder, self.method.student.decoder):
+            part.checkpointing = self.machine.checkpointing
+        if self.machine.compile:
+            for module in self.method.modules():
+                if hasattr(module, "attn") and hasattr(module, "mlp"):
+                    module.compile()
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint, or plan a new run."""
+        path = newest(self.out / "checkpoints", warn=self.screen.say)
+        if path is not None:
+            state = load_checkpoint(path, self.method, self.optimizer)
+            if state["data"] != self.source.fingerprint():
+                raise DataError(f"{self.recipe.data} has changed since {path} was written; use another --out to start anew")
+            self.step, self.total, self.skipped = state["step"], state["total_steps"], state["skipped"]
+            self.seconds = state["seconds"]
+            same = {k: (v, self.circumstances()[k]) for k, v in state["circumstances"].items() if v != self.circumstances()[k]}
+            self.screen.say(f"resumed from {path.name} of {self.total:,} steps in {self.out}")
+            for k, (then, now) in same.items():
+                self.screen.say(f"note: {k} was {then}, is {now}: the run goes on, but not to the same bit")
+        self.metrics = Metrics(self.out, self.step, self.machine.tensorboard, self.machine.wandb) if self.world.first else None
+        if path is not None:
+            self.write("event", text=f"resumed from step {self.step}")
+
+    def circumstances(self) -> dict[str, Any]:
+        """What must not change if a resumed run is to be equal to the bit."""
+        m = self.machine
+        return {
+            "torch": torch.__version__, "device": self.device.type, "precision": self.precision, "ranks": self.world.size,
+            "accumulate": m.accumulate, "threads": torch.get_num_threads(), "compile": m.compile,
+        }  # fmt: skip
+
+    def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Micro-batches of the steps from `start` to before `stop`, on the device."""
+        r, m = self.recipe, self.machine
+        dataset = Images(self.source, self.method.views(), r.seed, r.images.channels)
+        sampler = BatchSampler(
+            len(self.source), r.optim.batch_size, rank=self.world.rank, world=self.world.size, micro=m.accumulate,
+            start=start, stop=stop, seed=r.seed,
+        )  # fmt: skip
+        workers = m.workers
+        if workers is None:
+            share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            workers = 0 if self.source.kind == "embedded" else min(8, max(1, share - 1))
+        loader = DataLoader(
+            dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, worker_init_fn=quiet_worker,
+            pin_memory=self.device.type == "cuda", prefetch_factor=4 if workers else None,
+        )  # fmt: skip
+        for batch in loader:
+            self.bad.note(batch.pop("bad", []))
+            yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> Result:
+        """From wherever the run stands to its end."""
+        probes = probe_set(self.source, self.recipe) if self.world.first else None
+        if not self.total:
+            self.begin(probes)
+        elif self.step >= self.total:
+            self.screen.say(f"{self.out} is finished at step {self.step:,}")
+        milestones = spread(self.total, max(self.recipe.probe.probes, 6))
+        probe_steps = spread(self.total, self.recipe.probe.probes)
+        log_every = self.machine.log_every or min(max(1, self.total // 400), 50)
+        save_seconds = parse_time(self.machine.save_every)
+        self.fixed = self.fixed_batch()
+        self.window = Window(self.device)
+        recent: list[Tensor] = []
+        in_a_row = 0
+        saved = time.monotonic()
+        offset = self.seconds - (time.monotonic() - self.began)
+        batches = self.loader(self.step, self.total)
+        self.screen.start(self.total, self.step)
+
+        while self.step < self.total:
+            t = Progress(self.step, self.total, self.steps_per_epoch)
+
+            # ---- one optimizer step ----------------------------------------------------------------------------------
+            applied = self.update(batches, t, self.window)
+            # ----------------------------------------------------------------------------------------------------------
+
+            self.step += 1
+            recent.append(applied)
+            self.screen.step(self.step)
+            if self.step % log_every == 0 or self.step == self.total:
+                in_a_row = self.check_finite(recent, in_a_row)
+                self.seconds = offset + time.monotonic() - self.began
+                self.log(replace(t, step=self.step))
+                recent = []
+            asked, due = self.world.agree(self.stop.asked is not None, time.monotonic() - saved > save_seconds)
+            if self.step in milestones:
+                self.milestone(probes if self.step in probe_steps else None)
+            if asked or due or self.step in milestones:
+                self.seconds = offset + time.monotonic() - self.began
+                self.save()
+                saved = time.monotonic()
+            if asked:
+                self.close()
+                raise Preempted(
+                    f"stopped by {self.stop.asked or 'another rank'}; saved at step {self.step}, run the same command again"
+                )
+        return self.finish()
+
+    def update(self, batches: Iterator[dict[str, Tensor]], t: Progress, window: "Window") -> Tensor:
+        """One optimizer step: `accumulate` micro-batches, then everything moves, or nothing. 1 or 0, on the device."""
+        r, micro = self.recipe.optim, self.machine.accumulate
+        for group in self.optimizer.param_groups:
+            group["lr"] = warmup_cosine(linear_rule(r), r.min_lr, r.warmup, t)
+        total: dict[str, Tensor] = {}
+        for i in range(micro):
+            batch = window.wait(batches)
+            with distributed.only_last(self.net, i == micro - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    losses = self.net(batch, t)
+                (losses["loss"] / micro).backward()
+            total = {k: total.get(k, 0) + v.detach() / micro for k, v in losses.items()}
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if r.clip:
+            torch._foreach_mul_(gradients, (r.clip / (norm + 1e-6)).clamp(max=1.0))
+        # Decided on the device: no step waits for the host, and no rank goes its own way.
+        applied = self.world.everywhere((norm.isfinite() & total["loss"].isfinite()).float())
+        self.method.before_step(t, applied)
+        self.optimizer.found_inf = 1 - applied  # the fused optimizer leaves everything alone where this is 1
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(t, applied)
+        window.add(total | {"grad_norm": norm}, applied, r.batch_size)
+        return applied
+
+    def begin(self, probes: ProbeSet | None) -> None:
+        """Plan a new run: how many steps, which floors, and a first checkpoint that also proves the disk."""
+        started = time.monotonic()
+        floor = self.floors(probes) if probes else {}
+        self.total = self.plan(self.recipe.probe.probes * (time.monotonic() - started) if probes else 0.0)
+        parameters = sum(p.numel() for p in self.method.student.parameters())
+        about = describe_machine(self.device, self.precision) | {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "parameters": parameters, "ranks": self.world.size,
+            "images": len(self.source), "data": self.source.fingerprint(), "recipe_hash": recipe_hash(self.recipe),
+            "steps": self.total, "steps_per_epoch": self.steps_per_epoch,
+            "mean": list(self.method.statistics[0]), "std": list(self.method.statistics[1]),
+        }  # fmt: skip
+        self.fixed = self.fixed_batch()
+        if self.world.first:
+            write_json(self.out / "machine.json", about)
+            for kind, values in ({"floor": floor, "reference": self.method.references(self.fixed)}).items():
+                if values:
+                    self.write(kind, **values)
+            self.picture()
+        self.save()
+        epochs = self.total / self.steps_per_epoch
+        images = f"{len(self.source):,} images of {self.recipe.data}"
+        self.screen.say(f"fresh start in {self.out}: {self.recipe.method}, {parameters / 1e6:.1f} M parameters, {images}")
+        self.screen.say(f"{self.total:,} steps ({epochs:.1f} epochs) on {about['device']} in {self.precision}")
+        if floor:
+            f = {k: v["linear"] for k, v in floor.items()}
+            self.screen.say(f"floors of the linear probe: raw pixels {f['raw_pixels']:.1f} %, untrained {f['untrained']:.1f} %")
+
+    def floors(self, probes: ProbeSet) -> dict[str, Any]:
+        untrained = probes.backbone(self.method.backbone("student"), self.device)
+        return {"raw_pixels": probes.pixels(), "untrained": untrained}
+
+    def plan(self, other_seconds: float) -> int:
+        """The number of optimizer steps, from steps, epochs or time; `other_seconds` are needed for probing."""
+        r = self.recipe
+        if r.steps:
+            return r.steps
+        if r.epochs:
+            return max(1, round(r.epochs * self.steps_per_epoch))
+        if not r.time:
+            # Small sets bear some 400 passes; no set needs fewer than 4 or more than 40 million samples on one GPU's budget.
+            images = min(max(400 * len(self.source), 4_000_000), 40_000_000)
+            return max(1, images // r.optim.batch_size)
+        step_seconds = self.measure_step()
+        left = parse_time(r.time) - (time.monotonic() - self.began) - other_seconds
+        steps = max(1, int(0.95 * left / step_seconds))
+        self.screen.say(f"{r.time} hold about {steps:,} steps of {1000 * step_seconds:.0f} ms")
+        return self.world.from_first(steps)
+
+    def measure_step(self, warm: int = 5, timed: int = 15) -> float:
+        """Seconds an optimizer step takes here (median), measured on the real step; weights and optimizer are put back."""
+        kept = copy.deepcopy(self.method.state_dict())
+        window, times = Window(self.device), []
+        batches = self.loader(0, warm + timed)
+        for step in range(warm + timed):
+            start = time.monotonic()
+            self.update(batches, Progress(step, 10 * (warm + timed), self.steps_per_epoch), window)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(time.monotonic() - start)
+        self.method.load_state_dict(kept)
+        self.optimizer.state.clear()
+        return sorted(times[warm:])[timed // 2]
+
+    def check_finite(self, recent: list[Tensor], in_a_row: int) -> int:
+        """Look at the steps since the last look; name skipped batches. Raises DivergedError after PATIENCE in a row."""
+        for i, fine in enumerate(torch.stack(recent).tolist()):
+            in_a_row = 0 if fine else in_a_row + 1
+            if not fine:
+                self.skipped += 1
+                step = self.step - len(recent) + i
+                keys = BatchSampler(len(self.source), self.recipe.optim.batch_size, seed=self.recipe.seed).keys(step)
+                where = f"images {self.source.where(keys[0][1])} to {self.source.where(keys[-1][1])}"
+                self.write(
+                    "event",
+                    text=f"step {step} was not finite and was skipped: epoch {keys[0][0]}, {where}",
+                    images=[k[1] for k in keys],
+                )
+                self.screen.say(f"step {step} was not finite and was skipped ({where})")
+            if in_a_row >= PATIENCE:
+                self.close()
+                last = newest(self.out / "checkpoints")
+                advice = "lower --base-lr, set --clip 1, or try --precision fp32"
+                raise DivergedError(f"{PATIENCE} steps in a row were not finite, up to step {self.step}; {last} is kept; {advice}")
+        return in_a_row
+
+    # --- what one sees ------------------------------------------------------------------------------------------------
+
+    def write(self, kind: str, **values: Any) -> None:
+        if self.metrics:
+            self.metrics.write(kind, self.step, **values)
+
+    def log(self, t: Progress) -> None:
+        line = self.window.read() | {"memory_gib": memory_gib(self.device), "seconds": self.seconds, "skipped": self.skipped}
+        line |= {k: float(v) for k, v in self.method.state(t).items()}
+        line |= {"lr": self.optimizer.param_groups[0]["lr"], "epoch": t.epoch, "images": self.step * self.recipe.optim.batch_size}
+        self.write("train", **line)
+        left = (self.total - self.step) * self.recipe.optim.batch_size / max(line["images_per_s"], 1e-9)
+        self.screen.report(self.step, self.total, line, left)
+
+    def fixed_batch(self) -> dict[str, Tensor]:
+        """The first images with their masks, the same whenever one looks."""
+        dataset = Images(self.source, self.method.views(), self.recipe.seed, self.recipe.images.channels)
+        count = min(64, len(self.source))
+        batch = collate([dataset[(0, i)] for i in range(count)])
+        batch.pop("bad", None)
+        return {k: v.to(self.device) for k, v in batch.items()}
+
+    @torch.no_grad()
+    def picture(self, count: int = 6) -> None:
+        """Keep the reconstructions of the first images for the report."""
+        tensors, facts = self.method.snapshot({k: v[:count] for k, v in self.fixed.items()})
+        if tensors:
+            (self.out / "snapshots").mkdir(exist_ok=True)
+            tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+            save_file(tensors, self.out / "snapshots" / f"{self.step:08d}.safetensors", facts | {"step": str(self.step)})
+
+    def milestone(self, probes: ProbeSet | None) -> None:
+        """Probe, picture and export what there is."""
+        if not self.world.first:
+            return
+        self.picture()
+        if probes:
+            scores = {which: probes.backbone(self.method.backbone(which), self.device) for which in self.method.networks}
+            self.write("probe", **scores)
+            text = ", ".join(f"{which} linear {s['linear']:.1f} % k-NN {s['knn']:.1f} %" for which, s in scores.items())
+            self.screen.say(f"step {self.step:,}: {text}")
+            self.probe = scores
+
+    def save(self) -> None:
+        """Checkpoint, exported backbones and report."""
+        if not self.world.first:
+            return
+        state = {
+            "step": self.step, "total_steps": self.total, "skipped": self.skipped, "seconds": self.seconds,
+            "data": self.source.fingerprint(), "recipe_hash": recipe_hash(self.recipe), "circumstances": self.circumstances(),
+        }  # fmt: skip
+        save_checkpoint(self.out / "checkpoints", self.method, self.optimizer, state, self.machine.keep)
+        for which in self.method.networks:
+            about = {"method": self.recipe.method, "network": which, "step": self.step} | {
+                k: state[k] for k in ("recipe_hash", "data")
+            }
+            model = self.recipe.network.model
+            architecture = model.removeprefix("timm:") if model.startswith("timm:") else PLAIN
+            export(self.method.backbone(which), self.out / "export" / which, about, architecture)
+        write_report(self.out)
+
+    def finish(self) -> Result:
+        """Say where everything is."""
+        self.close()
+        if self.world.first:
+            write_report(self.out)
+            summarise(self.out, self.screen)
+            self.screen.say(f"{clock(self.seconds)} for {self.step:,} steps. Open {self.out / 'report.html'}")
+            self.screen.say(
+                f'Load the backbone: timm.create_model("local-dir:{self.out / "export" / self.method.networks[-1]}", pretrained=True)'
+            )
+        return Result(self.out, self.step, self.probe)
+
+    def close(self) -> None:
+        self.screen.stop()
+        if self.metrics:
+            self.metrics.close()
+            self.metrics = None
+
+
+def summarise(run: Path, screen: Screen) -> None:
+    """The last table: floors, student and teacher."""
+    lines = read_metrics(run)
+    floor = next((line for line in lines if line["kind"] == "floor"), None)
+    probe = next((line for line in reversed(lines) if line["kind"] == "probe"), None)
+    if floor and probe:
+        rows = {"raw pixels": floor["raw_pixels"], "untrained encoder": floor["untrained"]}
+        rows |= {name: probe[name] for name in ("student", "teacher") if name in probe}
+        table = [[name, f"{s['linear']:.1f}", f"{s['knn']:.1f}"] for name, s in rows.items()]
+        screen.table(f"Percent right at step {probe['step']:,}, on mean-pooled patches", ["", "linear probe", "k-NN"], table)
+
+
+class Window:
+    """Sums since the last log line, kept on the device; reading them is the only time the host waits for it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.applied: Tensor | float = 0.0
+        self.images, self.waited, self.since = 0, 0.0, time.monotonic()
+
+    def wait(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+        start = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - start
+        return batch
+
+    def add(self, values: dict[str, Tensor], applied: Tensor, images: int) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(applied > 0, value, 0.0)
+        self.applied = self.applied + applied
+        self.images += images
+
+    def read(self) -> dict[str, float]:
+        """Means over the applied steps, images a second and the share of time that waited for data; then start anew."""
+        applied = float(self.applied)
+        means = {name: float(value) / applied if applied else float("nan") for name, value in self.sums.items()}
+        seconds = time.monotonic() - self.since
+        line = means | {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
+        self.clear()
+        return line
+
+
+def spread(total: int, count: int) -> set[int]:
+    """`count` steps evenly over the run, the last one at its end."""
+    return {round(total * (i + 1) / count) for i in range(count)} - {0}

@@ -1,0 +1,82 @@
+"""Online probes: is the backbone learning anything? Linear and k-NN accuracy on a small labelled subset."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from ..config import Recipe
+from ..data.decode import BadImage, decode
+from ..data.digits import DigitsSource
+from ..data.sources import Source
+from ..data.views import center
+from ..models.backbone import Backbone
+from .features import mean_patches
+from .knn import knn_accuracy
+from .linear import linear_accuracy
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """Labelled images for fitting and for scoring."""
+
+    train: UInt8[Tensor, "n c h w"]
+    labels: Int[np.ndarray, " n"]
+    test: UInt8[Tensor, "m c h w"]
+    truth: Int[np.ndarray, " m"]
+
+    def scores(self, train: np.ndarray, test: np.ndarray) -> Scores:
+        """Percent right of both probes on given features."""
+        sets = (train, self.labels, test, self.truth)
+        return {"linear": linear_accuracy(*sets), "knn": knn_accuracy(*sets)}
+
+    def pixels(self) -> Scores:
+        """The floor that needs no network: raw pixels."""
+        return self.scores(*(x.flatten(1).numpy().astype(np.float32) / 255 for x in (self.train, self.test)))
+
+    def backbone(self, backbone: Backbone, device: torch.device) -> Scores:
+        """Mean-pooled patch tokens of a backbone."""
+        return self.scores(mean_patches(backbone, self.train, device), mean_patches(backbone, self.test, device))
+
+
+def probe_set(source: Source, recipe: Recipe) -> ProbeSet | None:
+    """The probe's images: the embedded set's own test split, else a held-apart part of a labelled source; None without.
+
+    A labelled source gives at most one class in twenty training images, so that each has enough of them.
+    """
+    p = recipe.probe
+    if p.probes == 0 or source.labels is None:
+        return None
+    if source.kind == "embedded":
+        size = recipe.images.size
+        parts = [DigitsSource("train", p.probe_train, size, recipe.seed + 1), DigitsSource("test", p.probe_test, size, recipe.seed)]
+        read = [_read(part, np.arange(len(part)), recipe) for part in parts]
+    else:
+        rng = np.random.Generator(np.random.Philox(key=recipe.seed))
+        classes = np.unique(source.labels[source.labels >= 0])
+        classes = classes[np.linspace(0, len(classes) - 1, min(len(classes), max(2, p.probe_train // 20))).astype(int)]
+        chosen = rng.permutation(np.flatnonzero(np.isin(source.labels, classes)))[: p.probe_train + p.probe_test]
+        cut = len(chosen) * p.probe_train // (p.probe_train + p.probe_test)
+        read = [_read(source, part, recipe) for part in (chosen[:cut], chosen[cut:])]
+    (train, labels), (test, truth) = read
+    if len(np.unique(labels)) < 2 or not len(truth):
+        return None
+    return ProbeSet(train, labels, test, truth)
+
+
+def _read(source: Source, indices: np.ndarray, recipe: Recipe) -> tuple[Tensor, np.ndarray]:
+    images, labels = [], []
+    for i in indices:
+        try:
+            raw = source.read(int(i))
+            image = raw if isinstance(raw, np.ndarray) else decode(raw, recipe.images.channels)
+        except BadImage:
+            continue  # the training loop counts and names it
+        images.append(center(image, recipe.images.shape))
+        labels.append(source.labels[i])
+    shape = (0, recipe.images.channels, *recipe.images.shape)
+    return torch.stack(images) if images else torch.zeros(shape, dtype=torch.uint8), np.array(labels, dtype=np.int64)
