@@ -13,7 +13,7 @@ from cyclopts.config import Dict
 
 from . import __version__
 from .config import Machine, Recipe, flat, load_recipe, parse_recipe, sections, shipped_recipes
-from .errors import ConfigError, RcmaeError
+from .errors import ConfigError, RcmaeError, first_line
 
 app = App(
     name="rcmae",
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         with contextlib.suppress(OSError):
             Path("rcmae-error.log").write_text(traceback.format_exc(), encoding="utf-8")
-        return _fail(f"unexpected {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}; see rcmae-error.log", 1)
+        return _fail(f"unexpected {type(e).__name__}: {first_line(e)}; see rcmae-error.log", 1)
     return result if isinstance(result, int) else 0
 
 

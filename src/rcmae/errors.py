@@ -53,3 +53,8 @@ class Preempted(RcmaeError):  # noqa: N818 - not an error: the state is saved, t
     """A signal asked the run to stop; the state is saved, and the same command goes on from there."""
 
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the error's kind where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

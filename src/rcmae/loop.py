@@ -29,7 +29,7 @@ from .engine.metrics import Metrics, read_metrics
 from .engine.optim import adamw, linear_rule
 from .engine.run import StopSignals, describe_machine, keep_freed_memory, memory_gib, owned, record_recipe, write_json
 from .engine.schedules import Progress, warmup_cosine
-from .errors import DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError
+from .errors import DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError, first_line
 from .interop.timm_export import PLAIN, export
 from .methods import METHODS, Method
 from .models.backbone import IMAGENET
@@ -70,7 +70,7 @@ def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
         raise OutOfMemoryError(f"{device} ran out of memory at {memory_gib(device):.1f} GiB; {advice}") from e
     except RuntimeError as e:
         if "DataLoader worker" in str(e):
-            raise ProcessError(f"a loader process was lost ({str(e).splitlines()[0]}); run the same command again") from e
+            raise ProcessError(f"a loader process was lost ({first_line(e)}); run the same command again") from e
         raise
     finally:
         distributed.stop()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import RCMAE, Images, Network, Recipe, to_toml
 from ..engine.checkpoint import write_folder
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, first_line
 from ..models.autoencoder import SIZES, Autoencoder, build
 from ..models.backbone import IMAGENET, Backbone
 from .timm_export import export
@@ -70,7 +70,7 @@ def read_pth(path: Path) -> Official:
     except pickle.UnpicklingError as e:
         raise CheckpointError(f"{path} holds Python objects other than weights and was not read, for safety") from e
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        raise CheckpointError(f"{path} is not a checkpoint of torch: {str(e).splitlines()[0] if str(e) else 'empty'}") from e
+        raise CheckpointError(f"{path} is not a checkpoint of torch: {first_line(e)}") from e
     if not isinstance(content, dict) or not ({"student", "model"} & content.keys()):
         found = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} has neither `student` nor `model` (found: {found}); is it an MAE or RC-MAE checkpoint?")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 
 from ..engine.checkpoint import write_folder
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, first_line
 from ..models.backbone import Backbone
 
 # A timm architecture whose create function passes every argument on to VisionTransformer.
@@ -56,7 +56,7 @@ def import_backbone(folder: Path) -> Backbone:
     except FileNotFoundError as e:
         raise CheckpointError(f"{folder} is no exported backbone: {Path(e.filename).name} is missing") from e
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, OSError) as e:
-        raise CheckpointError(f"{folder} is damaged or not ours: {str(e).splitlines()[0]}") from e
+        raise CheckpointError(f"{folder} is damaged or not ours: {first_line(e)}") from e
 
 
 def load(path: str | Path, which: str = "teacher") -> Backbone:

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from .blocks import Attention
 from .patches import sincos_positions, take
 
@@ -102,7 +102,7 @@ def timm_vit(name: str, *, size: int | tuple[int, int], channels: int) -> Vision
     try:
         vit = timm.create_model(name, pretrained=False, img_size=size, in_chans=channels, num_classes=0, global_pool="")
     except (RuntimeError, TypeError, AssertionError) as e:
-        raise ConfigError(f"timm cannot build {name!r} as a Vision Transformer: {str(e).splitlines()[0]}") from e
+        raise ConfigError(f"timm cannot build {name!r} as a Vision Transformer: {first_line(e)}") from e
     if type(vit) is not VisionTransformer or type(vit.patch_embed).__name__ != "PatchEmbed":
         raise ConfigError(f"timm:{name} is a {type(vit).__name__}; pre-training needs a plain VisionTransformer")
     return vit

@@ -1,0 +1,65 @@
+"""One thread a worker; every shape annotation of the package is checked while the tests run."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from jaxtyping import install_import_hook
+
+with install_import_hook("rcmae", "beartype.beartype"):
+    import rcmae.methods
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rcmae.config as c
+
+torch.set_num_threads(1)
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def small(method: str = "rcmae", **changes) -> c.Recipe:
+    """A recipe of a second: 16 px, patch 4, two blocks. Keyword arguments replace fields of any section."""
+    base = c.Recipe(
+        method=method, steps=6, images=c.Images(size=16, crop_scale=(1.0, 1.0), flip=False),
+        network=c.Network(model="vit_tiny_small_images", width=24, depth=2, heads=2, decoder_width=16, decoder_depth=2, decoder_heads=2),
+        mae=c.MAE(target_eps=0.1), rcmae=c.RCMAE(half_life="2 steps"), optim=c.Optim(batch_size=8, base_lr=0.03), probe=c.Probe(probes=0),
+    )  # fmt: skip
+    tree = {name: getattr(base, name) for name in c.sections()}
+    parts = {
+        name: c.replace(part, **{k: v for k, v in changes.items() if hasattr(part, k)}) for name, part in tree.items()
+    }
+    own = {k: v for k, v in changes.items() if k in {f.name for f in c.fields(base)}}
+    return c.replace(base, **(parts | own))
+
+
+def method_for(recipe: c.Recipe, mean: float = 0.5, std: float = 0.25):
+    """The method of a recipe with weights from seed 0."""
+    torch.manual_seed(0)
+    channels = recipe.images.channels
+    return rcmae.methods.METHODS[recipe.method](recipe, (mean,) * channels, (std,) * channels)
+
+
+def batch_for(method, size: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random images and orders that fit a method."""
+    g = torch.Generator().manual_seed(seed)
+    h, w = method.recipe.images.shape
+    images = torch.randint(0, 256, (size, method.recipe.images.channels, h, w), dtype=torch.uint8, generator=g)
+    batch = {"image": images, "order": torch.stack([torch.randperm(method.patches, generator=g) for _ in range(size)])}
+    if method.recipe.rcmae.teacher_mask == "different":
+        batch["teacher_order"] = torch.stack([torch.randperm(method.patches, generator=g) for _ in range(size)])
+    return batch
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, torch.Tensor]:
+    """The numbers recorded from the official RC-MAE code."""
+    return load_file(GOLDEN / "rcmae_reference.safetensors")

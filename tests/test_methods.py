@@ -1,0 +1,260 @@
+"""Properties of MAE and RC-MAE that can fail. Each has been seen red against its break in tests/breaks.py (`make mutants`)."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import batch_for, method_for, small
+
+from rcmae.engine.optim import adamw
+from rcmae.engine.schedules import Progress
+from rcmae.methods.rcmae import blended_loss, teacher_clock
+from rcmae.models.patches import patchify, standardise, take
+
+ONE = torch.ones(())
+T0 = Progress(0, 100, 10)
+
+
+def pixels_of(method, order: torch.Tensor, places: slice) -> torch.Tensor:
+    """Boolean image [b, 1, h, w]: the pixels of the patches at these places of the order."""
+    b, n = order.shape
+    chosen = torch.zeros(b, n, dtype=torch.bool).scatter_(1, order[:, places], True)
+    gh, gw = method.student.encoder.grid
+    p = method.patch
+    return chosen.view(b, 1, gh, 1, gw, 1).expand(b, 1, gh, p, gw, p).reshape(b, 1, gh * p, gw * p)
+
+
+def train(method, steps: int, applied: torch.Tensor = ONE) -> None:
+    optimizer = adamw(method.student, method.recipe.optim, 1e-3)
+    for step in range(steps):
+        t = Progress(step, steps, 10)
+        method(batch_for(method, seed=step), t)["loss"].backward()
+        method.before_step(t, applied)
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(t, applied)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_hidden_pixels_cannot_reach_the_encoder(registers):
+    method = method_for(small(registers=registers))
+    batch = batch_for(method)
+    seen = batch["order"][:, : method.visible]
+    hidden = pixels_of(method, batch["order"], slice(method.visible, None))
+    changed = torch.where(hidden, 255 - batch["image"], batch["image"])
+    assert not torch.equal(changed, batch["image"])
+    latents = [method.student.encoder(take(method.cut(x), seen), seen) for x in (batch["image"], changed)]
+    assert torch.equal(*latents)
+    seen_pixels = pixels_of(method, batch["order"], slice(0, method.visible))
+    other = method.student.encoder(take(method.cut(torch.where(seen_pixels, 255 - batch["image"], batch["image"])), seen), seen)
+    assert not torch.equal(latents[0], other)
+
+
+def test_visible_patches_get_exactly_no_gradient():
+    """The loss, as a function of what it is compared with, depends on hidden patches only: visible targets cannot move it."""
+    method = method_for(small("mae", target="pixels"))
+    batch = batch_for(method)
+    patches = method.cut(batch["image"]).requires_grad_()
+    with torch.no_grad():
+        prediction = method.student(patches, batch["order"], method.visible)
+    loss = F.mse_loss(prediction, method.target(take(patches, batch["order"][:, method.visible :])))
+    assert loss.item() == method(batch, T0)["loss"].item()
+    loss.backward()
+    by_order = take(patches.grad, batch["order"])
+    assert by_order[:, : method.visible].count_nonzero() == 0
+    assert (by_order[:, method.visible :].abs().sum(2) > 0).all()
+
+
+def test_the_loss_is_the_mean_over_hidden_patches():
+    """Against a plain loop over images and patches."""
+    method = method_for(small())
+    batch = batch_for(method)
+    losses = method(batch, T0)
+    shots, _ = method.snapshot(batch)
+    patches = patchify((batch["image"].double() / 255 - 0.5) / 0.25, method.patch)
+    total = count = 0
+    for i, order in enumerate(batch["order"].tolist()):
+        for j, place in enumerate(order[method.visible :]):
+            x = patches[i, place]
+            x = (x - x.mean()) / (x.var(unbiased=True) + method.recipe.mae.target_eps).sqrt()
+            total += (shots["student"][i, j].double() - x).square().mean().item()
+            count += 1
+    assert count == 3 * (method.patches - method.visible)
+    assert losses["reconstruction"].item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_gamma_zero_is_mae_bit_for_bit():
+    mae, rc = method_for(small("mae")), method_for(small("rcmae", gamma=0.0))
+    for model in (mae, rc):
+        train(model, 5)
+    assert mae.state_dict().keys() < rc.state_dict().keys()
+    for name, value in mae.state_dict().items():
+        assert torch.equal(value, rc.state_dict()[name]), name
+
+
+def test_gamma_matters():
+    one, two = method_for(small(gamma=1.0)), method_for(small(gamma=0.0))
+    for model in (one, two):
+        train(model, 3)
+    assert not torch.equal(one.student.decoder.pred.weight, two.student.decoder.pred.weight)
+
+
+def test_at_the_start_student_and_teacher_agree_exactly():
+    losses = (method := method_for(small()))(batch_for(method), T0)
+    assert losses["consistency"] == 0
+    assert losses["teacher_reconstruction"] == losses["reconstruction"]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 4.0])
+def test_the_fused_loss_is_the_sum_of_both(gamma):
+    s, x, t = (torch.randn(2, 5, 12, dtype=torch.float64) for _ in range(3))
+    one, two = s.clone().requires_grad_(), s.clone().requires_grad_()
+    fused = blended_loss(one, x, t, gamma)
+    plain = (two - x).square().mean() + gamma * (two - t).square().mean()
+    fused["loss"].backward()
+    plain.backward()
+    assert fused["loss"].item() == pytest.approx(plain.item(), rel=1e-13)
+    assert torch.allclose(one.grad, two.grad, rtol=1e-12, atol=1e-15)
+    assert fused["loss"].item() == pytest.approx((fused["reconstruction"] + gamma * fused["consistency"]).item(), rel=1e-13)
+
+
+def test_the_gap_to_the_teacher_survives_bf16():
+    """The last layer runs in float32 under autocast: a gap of 1e-3 in a weight shows as it is."""
+    method = method_for(small())
+    with torch.no_grad():
+        method.student.decoder.pred.bias.add_(1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = method(batch_for(method), T0)
+    assert losses["consistency"].item() == pytest.approx(1e-6, rel=0.01)
+
+
+def test_the_teacher_never_gets_a_gradient():
+    method = method_for(small())
+    method(batch_for(method), T0)["loss"].backward()
+    assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
+    assert all(p.grad is not None for p in method.student.parameters() if p.requires_grad)
+    assert not method.train().teacher.model.training
+
+
+def test_momentum_one_and_zero_do_what_they_say():
+    for momentum in (1.0, 0.0):
+        method = method_for(small(schedule="released", momentum=momentum))
+        before = copy.deepcopy(method.teacher.model.state_dict())
+        train(method, 2)
+        expected = before if momentum else method.student.state_dict()
+        for name, value in method.teacher.model.state_dict().items():
+            assert torch.allclose(value, expected[name], rtol=0, atol=0 if momentum else 1e-7), (momentum, name)
+        assert not torch.equal(method.student.decoder.pred.weight, before["decoder.pred.weight"])
+
+
+def test_the_teacher_is_the_moving_average_of_the_students():
+    method = method_for(small(schedule="released", momentum=0.7, ema_updates=2))
+    expected = method.student.decoder.pred.weight.detach().double().clone()
+    optimizer = adamw(method.student, method.recipe.optim, 1e-2)
+    for step in range(4):
+        method(batch_for(method, seed=step), T0)["loss"].backward()
+        expected = 0.7 * expected + 0.3 * method.student.decoder.pred.weight.detach()  # against the student as it was
+        method.before_step(T0, ONE)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected = 0.7 * expected + 0.3 * method.student.decoder.pred.weight.detach()
+        method.after_step(T0, ONE)
+    assert torch.allclose(method.teacher.model.decoder.pred.weight.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_skipped_step_moves_no_teacher():
+    method = method_for(small())
+    before = copy.deepcopy(method.teacher.model.state_dict())
+    train(method, 2, applied=torch.zeros(()))
+    assert all(torch.equal(v, before[k]) for k, v in method.teacher.model.state_dict().items())
+
+
+def test_student_and_teacher_get_the_same_patches():
+    """With equal weights the two agree on any batch; with the teacher's own mask (D) they do not."""
+    different = method_for(small(teacher_mask="different"))
+    batch = batch_for(different)
+    assert different(batch, T0)["consistency"] > 1e-4
+    batch["teacher_order"] = batch["order"]
+    assert different(batch, T0)["consistency"] == pytest.approx(0, abs=1e-12)
+
+
+def test_different_masks_are_scored_where_both_are_blind():
+    method = method_for(small(teacher_mask="different"))
+    batch = batch_for(method)
+    losses = method(batch, T0)
+    patches = method.cut(batch["image"])
+    s = method.student(patches, batch["order"], method.visible)
+    t = method.teacher(patches, batch["teacher_order"], method.visible)
+    terms = []
+    for i in range(len(s)):
+        mine, theirs = (batch[k][i, method.visible :].tolist() for k in ("order", "teacher_order"))
+        terms += [(s[i, mine.index(p)] - t[i, theirs.index(p)]).square().mean() for p in mine if p in theirs]
+    assert losses["consistency"].item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+
+
+def test_schedules():
+    at = [Progress(k, 100, 10) for k in (0, 50, 100)]
+    described, released = method_for(small(schedule="described")), method_for(small(schedule="released"))
+    assert [described.momentum(t) for t in at] == pytest.approx([0.996, 0.998, 1.0])
+    assert [released.momentum(t) for t in at] == [0.996] * 3
+    for text, steps in (("5%", 5), ("7 steps", 7), ("80 images", 10), ("0.5 epochs", 5)):
+        method = method_for(small(half_life=text))
+        assert method.momentum(at[0]) ** steps == pytest.approx(0.5), text
+        assert teacher_clock(method.momentum(at[0]), at[0], 8) == pytest.approx(
+            {"momentum": 0.5 ** (1 / steps), "half_life_steps": steps, "half_life_images": 8 * steps,
+             "half_life_epochs": steps / 10, "half_life_share": steps / 100}
+        )  # fmt: skip
+    assert teacher_clock(1.0, at[0], 8)["half_life_steps"] == math.inf
+
+
+def test_half_life_counts_every_update_of_a_step():
+    method = method_for(small(half_life="6 steps", ema_updates=3))
+    assert (method.momentum(T0) ** 3) ** 6 == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", ["mae", "rcmae"])
+def test_micro_batches_give_the_gradient_of_the_whole(kind):
+    whole, parts = method_for(small(kind)), method_for(small(kind))
+    batch = batch_for(whole, size=8)
+    whole(batch, T0)["loss"].backward()
+    for i in range(4):
+        (parts({k: v[2 * i : 2 * i + 2] for k, v in batch.items()}, T0)["loss"] / 4).backward()
+    for (name, p), q in zip(whole.student.named_parameters(), parts.student.parameters(), strict=True):
+        if p.requires_grad:
+            assert torch.allclose(p.grad, q.grad, rtol=1e-5, atol=1e-6 * whole.student.decoder.pred.weight.grad.abs().max()), name
+
+
+def test_loss_falls():
+    method = method_for(small(gamma=1.0))
+    batch = batch_for(method, size=4)
+    first = method(batch, T0)["loss"].item()
+    optimizer = adamw(method.student, method.recipe.optim, 3e-3)
+    for _ in range(60):
+        method(batch, T0)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(T0, ONE)
+    assert method(batch, T0)["reconstruction"].item() < 0.7 * first
+
+
+def test_references_read_the_data():
+    """On images of one colour a patch every guess is exact; on noise, copying is worse than predicting nothing."""
+    method = method_for(small("mae", target="pixels"))
+    batch = batch_for(method, size=8)
+    noise = method.references(batch)
+    assert noise["nearest_visible"] == pytest.approx(2 * noise["zero"], rel=0.1)
+    assert noise["patch_mean"] < noise["zero"]
+    batch["image"] = torch.full_like(batch["image"], 200)
+    flat = method.references(batch)
+    assert flat["nearest_visible"] == 0
+    assert flat["patch_mean"] == pytest.approx(0, abs=1e-10)
+    assert flat["zero"] == pytest.approx(((200 / 255 - 0.5) / 0.25) ** 2, rel=1e-5)
+
+
+def test_standardise_is_unbiased():
+    x = torch.randn(1, 2, 16, dtype=torch.float64) * 3 + 1
+    y = standardise(x, 1e-6)
+    assert torch.allclose(y.mean(2), torch.zeros(1, 2, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(y.var(2, unbiased=True), torch.ones(1, 2, dtype=torch.float64), atol=1e-5)

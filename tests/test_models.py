@@ -1,0 +1,120 @@
+"""The encoder is timm's; the decoder forgets nothing; kernels and shapes agree."""
+
+import pytest
+import timm
+import torch
+from conftest import small
+
+from rcmae.errors import ConfigError
+from rcmae.interop.official import ours
+from rcmae.models import blocks
+from rcmae.models.autoencoder import SIZES, build
+from rcmae.models.encoder import Encoder, timm_vit
+from rcmae.models.patches import patchify, sincos_positions, take
+
+
+def network(**changes):
+    recipe = small(**changes)
+    return build(recipe.images, recipe.network)
+
+
+@pytest.mark.parametrize("changes", [{}, {"registers": 3}, {"height": 8}, {"channels": 5}, {"patch": 8}])
+def test_with_every_patch_visible_the_encoder_is_timm(changes):
+    encoder = network(**changes).encoder
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    h, w = small(**changes).images.shape
+    images = torch.randn(2, small(**changes).images.channels, h, w)
+    patches = patchify(images, encoder.patch)
+    order = torch.stack([torch.randperm(patches.shape[1]) for _ in range(2)])
+    tokens = encoder(take(patches, order), order)
+    expected = encoder.vit.forward_features(images)
+    assert torch.allclose(tokens[:, : encoder.prefix], expected[:, : encoder.prefix], atol=1e-5)
+    assert torch.allclose(tokens[:, encoder.prefix :], take(expected[:, encoder.prefix :], order), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "deit3_small_patch16_224", "vit_tiny_r_s16_p8_224"])
+def test_any_plain_timm_vit_is_an_encoder(name):
+    """Learned positions with and without the class token, layer scale, class token only: all through the same code."""
+    try:
+        vit = timm_vit(name, size=(32, 48), channels=3)
+    except ConfigError:
+        assert name in ("vit_small_patch16_dinov3", "vit_tiny_r_s16_p8_224")  # rotary positions; a convolutional stem
+        return
+    encoder, images = Encoder(vit).eval(), torch.randn(1, 3, 32, 48)
+    patches = patchify(images, encoder.patch)
+    everything = torch.arange(patches.shape[1])[None]
+    assert torch.allclose(encoder(patches, everything), vit.forward_features(images), atol=1e-5)
+
+
+def test_a_decoder_with_all_queries_agrees_on_the_hidden_ones():
+    """The last block computes hidden tokens only: they must be what the whole block gives."""
+    block = blocks.Block(16, 2, qkv_bias=True, attn_layer=blocks.Attention)
+    x = torch.randn(2, 9, 16)
+    assert torch.allclose(block(x, last=4), block(x)[:, -4:], atol=1e-6)
+
+
+def test_the_decoder_knows_where_a_patch_is():
+    """A permutation of the hidden patches permutes the predictions, and nothing else."""
+    model = network()
+    patches, order = torch.randn(2, 16, 48), torch.stack([torch.randperm(16) for _ in range(2)])
+    again = torch.cat([order[:, :4].flip(1), order[:, 4:].flip(1)], 1)
+    assert torch.allclose(model(patches, order, 4), model(patches, again, 4).flip(1), atol=1e-5)
+    assert not torch.allclose(model(patches, order, 4)[:, 0], model(patches, order, 4)[:, 1], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_attention_kernels_agree(dtype):
+    q, k, v = (torch.randn(2, 2, 7, 8, dtype=dtype) for _ in range(3))
+    with torch.no_grad():
+        fused = blocks.attend(q, k, v)
+    expected = ((q.float() @ k.float().mT) / 8**0.5).softmax(-1) @ v.float()
+    for got in (fused, blocks.attend(q.requires_grad_(), k, v)):
+        assert torch.allclose(got.float(), expected, atol=1e-6 if dtype == torch.float32 else 3e-2)
+
+
+def test_positions_are_those_of_the_official_code(reference):
+    for name in ("pos_embed", "decoder_pos_embed"):
+        expected = reference[f"student/{name}"][0]
+        table = sincos_positions((4, 4), expected.shape[1])
+        assert torch.allclose(table, expected[1:], atol=1e-6), name
+        assert expected[0].count_nonzero() == 0
+
+
+def test_official_names_map_onto_ours():
+    assert ours("decoder_blocks.0.attn.qkv.weight") == "decoder.blocks.0.attn.qkv.weight"
+    assert ours("mask_token") == "decoder.mask_token"
+    assert ours("blocks.1.mlp.fc1.bias") == "encoder.vit.blocks.1.mlp.fc1.bias"
+
+
+# Encoder and decoder weights without positions, counted by hand from width, depth and patch (paper.md section 1).
+@pytest.mark.parametrize(("name", "millions"), [("vit_small_patch16", 21.6 + 3.5), ("vit_base_patch16", 85.6 + 26.0)])
+def test_named_sizes_have_the_published_weights(name, millions):
+    with torch.device("meta"):
+        model = build(small(size=224).images, small().network.__class__(model=name))
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count / 1e6 == pytest.approx(millions, abs=0.15)
+
+
+def test_every_named_size_is_listed_with_a_patch_that_fits():
+    assert {s.patch for s in SIZES.values()} == {4, 14, 16}
+
+
+def test_one_message_names_every_problem():
+    with pytest.raises(ConfigError, match=r"not a multiple of the patch, 4.*; width 25 is not a multiple of heads, 2"):
+        network(size=18, width=25)
+    with pytest.raises(ConfigError, match="decoder_width 15"):
+        network(decoder_width=15)
+    with pytest.raises(ConfigError, match="no model 'vit_bas'"):
+        network(model="vit_bas")
+    with pytest.raises(ConfigError, match="plain VisionTransformer"):
+        timm_vit("swin_tiny_patch4_window7_224", size=224, channels=3)
+    with pytest.raises(ConfigError, match="timm cannot build"):
+        timm_vit("no_such_model", size=224, channels=3)
+
+
+def test_plain_timm_models_bring_their_own_size():
+    with pytest.raises(ConfigError, match="brings its own depth"):
+        network(model="timm:vit_tiny_patch16_224", width=None, heads=None, size=32)
+    assert timm.__version__
