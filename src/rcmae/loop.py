@@ -204,6 +204,7 @@ class Run:
                 self.seconds = offset + time.monotonic() - self.began
                 self.log(replace(t, step=self.step))
                 recent = []
+            paused = time.monotonic()
             asked, due = self.world.agree(self.stop.asked is not None, time.monotonic() - saved > save_seconds)
             if self.step in milestones:
                 self.milestone(probes if self.step in probe_steps else None)
@@ -211,6 +212,7 @@ class Run:
                 self.seconds = offset + time.monotonic() - self.began
                 self.save()
                 saved = time.monotonic()
+                self.window.pause(saved - paused)
             if asked:
                 self.close()
                 raise Preempted(
@@ -274,7 +276,7 @@ class Run:
             self.screen.say(f"floors of the linear probe: raw pixels {f['raw_pixels']:.1f} %, untrained {f['untrained']:.1f} %")
 
     def floors(self, probes: ProbeSet) -> dict[str, Any]:
-        untrained = probes.backbone(self.method.backbone("student"), self.device)
+        untrained = probes.backbone(self.method.backbone("student"), self.device, self.precision)
         return {"raw_pixels": probes.pixels(), "untrained": untrained}
 
     def plan(self, other_seconds: float) -> int:
@@ -368,7 +370,7 @@ class Run:
             return
         self.picture()
         if probes:
-            scores = {which: probes.backbone(self.method.backbone(which), self.device) for which in self.method.networks}
+            scores = {which: probes.backbone(self.method.backbone(which), self.device, self.precision) for which in self.method.networks}
             self.write("probe", **scores)
             text = ", ".join(f"{which} linear {s['linear']:.1f} % k-NN {s['knn']:.1f} %" for which, s in scores.items())
             self.screen.say(f"step {self.step:,}: {text}")
@@ -440,6 +442,10 @@ class Window:
         batch = next(batches)
         self.waited += time.monotonic() - start
         return batch
+
+    def pause(self, seconds: float) -> None:
+        """Time that was no training: probes, pictures, checkpoints."""
+        self.since += seconds
 
     def add(self, values: dict[str, Tensor], applied: Tensor, images: int) -> None:
         for name, value in values.items():

@@ -11,7 +11,11 @@ from rich.table import Table
 class Screen:
     """Prints for rank 0 and is silent on the others; a context around the loop."""
 
+    LINES = 30
+    "lines of progress a run where there is no terminal to hold a bar"
+
     def __init__(self, first: bool):
+        self.told = -1
         self.console = Console(quiet=not first, soft_wrap=True, highlight=False)
         self.bar: Progress | None = None
 
@@ -38,7 +42,8 @@ class Screen:
         text = describe(line)
         if self.bar:
             self.bar.update(self.task, description=text)
-        else:
+        elif done == total or done * self.LINES // total > self.told:
+            self.told = done * self.LINES // total
             self.say(f"step {done:>6,}/{total:,}  {text}  {clock(left)} left")
 
     def stop(self) -> None:

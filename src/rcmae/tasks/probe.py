@@ -38,9 +38,9 @@ class ProbeSet:
         """The floor that needs no network: raw pixels."""
         return self.scores(*(x.flatten(1).numpy().astype(np.float32) / 255 for x in (self.train, self.test)))
 
-    def backbone(self, backbone: Backbone, device: torch.device) -> Scores:
+    def backbone(self, backbone: Backbone, device: torch.device, precision: str) -> Scores:
         """Mean-pooled patch tokens of a backbone."""
-        return self.scores(mean_patches(backbone, self.train, device), mean_patches(backbone, self.test, device))
+        return self.scores(*(mean_patches(backbone, x, device, precision) for x in (self.train, self.test)))
 
 
 def probe_set(source: Source, recipe: Recipe) -> ProbeSet | None:

@@ -1,0 +1,22 @@
+PYTHON ?= python
+
+.PHONY: fix check test golden mutants
+
+fix:  ## format and mend what can be mended
+	$(PYTHON) -m ruff format src tests benchmarks
+	$(PYTHON) -m ruff check --fix src tests benchmarks
+
+check:  ## what CI runs before the tests
+	$(PYTHON) -m ruff format --check src tests benchmarks
+	$(PYTHON) -m ruff check src tests benchmarks
+	$(PYTHON) -m mypy
+
+test:  ## the whole suite
+	$(PYTHON) -m pytest
+
+golden:  ## rewrite tests/golden/steps.json and show what changed
+	$(PYTHON) -m tests.golden_steps --write
+	git --no-pager diff --stat -- tests/golden
+
+mutants:  ## break the code on purpose, one break at a time: each must turn a test red
+	$(PYTHON) -m tests.mutants
