@@ -350,7 +350,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if kind is Path and isinstance(value, (str, Path)):
         return Path(value)
-    if type(value) is kind:
+    if type(value) is kind is not float:
         return value
     raise ConfigError(f"{where} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
 
@@ -360,8 +360,8 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, bool):
         return str(value).lower()
-    # JSON's strings and numbers are TOML's; a float keeps its point so that it stays a float.
-    return json.dumps(value)
+    # JSON's numbers and strings are TOML's, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _hint(word: str, known: Any, where: str = "") -> str:

@@ -1,0 +1,166 @@
+"""A checkpoint is whole or it is not there; damage is noticed; nothing else is ever taken for it."""
+
+import json
+import os
+import random
+
+import pytest
+import torch
+from conftest import batch_for, method_for, small
+
+from rcmae.engine import checkpoint as cp
+from rcmae.engine.optim import adamw
+from rcmae.engine.schedules import Progress
+from rcmae.errors import CheckpointError, StorageError
+
+STATE = {"total_steps": 9, "skipped": 0}
+
+
+def trained(steps: int = 2):
+    method = method_for(small())
+    optimizer = adamw(method.student, method.recipe.optim, 1e-3)
+    for step in range(steps):
+        method(batch_for(method, seed=step), Progress(step, 9, 3))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(Progress(step, 9, 3), torch.ones(()))
+    return method, optimizer
+
+
+def save(folder, step, model=None, keep=2):
+    return cp.save_checkpoint(folder, *(model or trained()), STATE | {"step": step}, keep)
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    method, optimizer = trained()
+    path = save(tmp_path, 2, (method, optimizer))
+    other, fresh = trained(0)
+    assert cp.load_checkpoint(path, other, fresh) == STATE | {"step": 2}
+    for name, value in method.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+    mine, theirs = cp.optimizer_state(method, optimizer), cp.optimizer_state(other, fresh)
+    assert mine.keys() == theirs.keys()
+    assert len(mine) > 30
+    assert all(torch.equal(v, theirs[k]) for k, v in mine.items())
+    assert any(k.startswith("teacher") for k in method.state_dict())
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
+    path = save(tmp_path, 1)
+    rng = random.Random(0)
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
+        file = path / name
+        whole = file.read_bytes()
+        for _ in range(40):
+            damaged = bytearray(whole)
+            if rng.random() < 0.5:
+                damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+            else:
+                damaged = damaged[: rng.randrange(len(damaged))]
+            file.write_bytes(damaged)
+            if name == "manifest.json" and json_equal(damaged, whole):
+                continue
+            assert cp.verify(path), name
+        file.write_bytes(whole)
+        assert cp.verify(path) is None
+
+
+def json_equal(a: bytes, b: bytes) -> bool:
+    """A flip inside white space leaves the manifest as it was."""
+    try:
+        return json.loads(a) == json.loads(b)
+    except ValueError:
+        return False
+
+
+def test_a_damaged_newest_falls_back_and_all_damaged_is_an_error(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    said = []
+    (tmp_path / "step_00000002" / "model.safetensors").write_bytes(b"x")
+    assert cp.newest(tmp_path, said.append).name == "step_00000001"
+    assert "step_00000002 is damaged (model.safetensors does not match its hash)" in said[0]
+    (tmp_path / "step_00000001" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint .* is damaged"):
+        cp.newest(tmp_path, said.append)
+    assert cp.newest(tmp_path / "nowhere") is None
+
+
+def test_the_newest_are_kept_by_step_not_by_name_or_time(tmp_path):
+    model = trained()
+    for step in (9, 10, 100, 11):
+        save(tmp_path, step, model)
+    assert [p.name for p in cp.checkpoints(tmp_path)] == ["step_00000100", "step_00000011"]
+
+
+def test_a_crash_at_any_call_leaves_an_older_or_the_new_checkpoint(tmp_path, monkeypatch):
+    """Every write, flush, rename and delete of the protocol fails once; what is then on the disk is always whole."""
+    model = trained()
+    calls = ["open", "fsync", "rename", "rmtree", "mkdir"]
+
+    class Crash(BaseException):
+        pass
+
+    def run(limit: int) -> bool:
+        count = 0
+
+        def counted(function):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == limit:
+                    raise Crash
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cp.os, "open", counted(os.open))
+            patch.setattr(cp.os, "fsync", counted(os.fsync))
+            patch.setattr(cp.Path, "rename", counted(cp.Path.rename))
+            patch.setattr(cp.Path, "mkdir", counted(cp.Path.mkdir))
+            patch.setattr(cp.shutil, "rmtree", counted(cp.shutil.rmtree))
+            patch.setattr(cp, "_write", counted(cp._write))
+            try:
+                save(tmp_path, limit + 1, model)
+            except Crash:
+                return True
+        return False
+
+    save(tmp_path, 0, model)
+    limit = 1
+    while run(limit):
+        assert cp.newest(tmp_path, lambda text: pytest.fail(text)) is not None
+        limit += 1
+    assert limit > 12, calls
+
+
+@pytest.mark.parametrize("errno", [28, 5, 122, 30])
+def test_a_full_or_broken_disk_is_one_line_and_keeps_the_old(tmp_path, monkeypatch, errno):
+    save(tmp_path, 1)
+
+    def refuse(path, content):
+        path.write_bytes(content[: len(content) // 2])
+        raise OSError(errno, os.strerror(errno))
+
+    monkeypatch.setattr(cp, "_write", refuse)
+    with pytest.raises(StorageError, match="older checkpoints are kept"):
+        save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    assert cp.newest(tmp_path) is not None
+
+
+def test_nothing_that_is_not_finite_is_saved(tmp_path):
+    model = trained()
+    with torch.no_grad():
+        model[0].teacher.model.decoder.pred.bias[0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"teacher.model.decoder.pred.bias is not finite at step 3"):
+        save(tmp_path, 3, model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_model_does_not_load(tmp_path):
+    path = save(tmp_path, 1)
+    other = method_for(small(width=32))
+    with pytest.raises(CheckpointError, match="is of another model"):
+        cp.load_checkpoint(path, other, adamw(other.student, other.recipe.optim, 1e-3))
