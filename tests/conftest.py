@@ -63,3 +63,9 @@ def batch_for(method, size: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
 def reference() -> dict[str, torch.Tensor]:
     """The numbers recorded from the official RC-MAE code."""
     return load_file(GOLDEN / "rcmae_reference.safetensors")
+
+
+if broken := os.environ.get("RCMAE_BREAK"):
+    from tests.breaks import BREAKS, put
+
+    put(*BREAKS[broken][:2])

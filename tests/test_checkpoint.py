@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import batch_for, method_for, small
+from tests.conftest import batch_for, method_for, small
 
 from rcmae.engine import checkpoint as cp
 from rcmae.engine.optim import adamw

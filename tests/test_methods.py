@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch_for, method_for, small
+from tests.conftest import batch_for, method_for, small
 
 from rcmae.engine.optim import adamw
 from rcmae.engine.schedules import Progress
@@ -41,15 +41,17 @@ def train(method, steps: int, applied: torch.Tensor = ONE) -> None:
 def test_hidden_pixels_cannot_reach_the_encoder(registers):
     method = method_for(small(registers=registers))
     batch = batch_for(method)
-    seen = batch["order"][:, : method.visible]
-    hidden = pixels_of(method, batch["order"], slice(method.visible, None))
-    changed = torch.where(hidden, 255 - batch["image"], batch["image"])
-    assert not torch.equal(changed, batch["image"])
-    latents = [method.student.encoder(take(method.cut(x), seen), seen) for x in (batch["image"], changed)]
+    hidden, seen = (pixels_of(method, batch["order"], part) for part in (slice(method.visible, None), slice(method.visible)))
+    shots = [method.snapshot(batch | {"image": x})[0] for x in (
+        batch["image"], torch.where(hidden, 255 - batch["image"], batch["image"]), torch.where(seen, 255 - batch["image"], batch["image"])
+    )]  # fmt: skip
+    assert not torch.equal(shots[0]["image"], shots[1]["image"])
+    for who in ("student", "teacher"):
+        assert torch.equal(shots[0][who], shots[1][who])
+        assert not torch.equal(shots[0][who], shots[2][who])
+    ids = batch["order"][:, : method.visible]
+    latents = [method.student.encoder(take(method.cut(s["image"]), ids), ids) for s in shots[:2]]
     assert torch.equal(*latents)
-    seen_pixels = pixels_of(method, batch["order"], slice(0, method.visible))
-    other = method.student.encoder(take(method.cut(torch.where(seen_pixels, 255 - batch["image"], batch["image"])), seen), seen)
-    assert not torch.equal(latents[0], other)
 
 
 def test_visible_patches_get_exactly_no_gradient():

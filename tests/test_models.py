@@ -3,14 +3,14 @@
 import pytest
 import timm
 import torch
-from conftest import small
+from tests.conftest import small
 
 from rcmae.errors import ConfigError
 from rcmae.interop.official import ours
 from rcmae.models import blocks
 from rcmae.models.autoencoder import SIZES, build
 from rcmae.models.encoder import Encoder, timm_vit
-from rcmae.models.patches import patchify, sincos_positions, take
+from rcmae.models.patches import patchify, take
 
 
 def network(**changes):
@@ -75,11 +75,10 @@ def test_both_attention_kernels_agree(dtype):
 
 
 def test_positions_are_those_of_the_official_code(reference):
-    for name in ("pos_embed", "decoder_pos_embed"):
-        expected = reference[f"student/{name}"][0]
-        table = sincos_positions((4, 4), expected.shape[1])
-        assert torch.allclose(table, expected[1:], atol=1e-6), name
-        assert expected[0].count_nonzero() == 0
+    model = network()
+    assert torch.allclose(model.encoder.vit.pos_embed, reference["student/pos_embed"], atol=1e-6)
+    assert torch.allclose(model.decoder.positions, reference["student/decoder_pos_embed"][0, 1:], atol=1e-6)
+    assert not model.encoder.vit.pos_embed.requires_grad
 
 
 def test_official_names_map_onto_ours():

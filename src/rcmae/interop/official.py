@@ -5,6 +5,7 @@ Their encoder has timm's parameter names at the top level and their decoder the 
 
 import argparse
 import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def read_pth(path: Path) -> Official:
     Raises CheckpointError when the file is missing, is no such checkpoint, or holds anything else.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol of files that are then refused
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise CheckpointError(f"{path} does not exist") from e

@@ -35,7 +35,7 @@ def export(backbone: Backbone, folder: Path, about: dict[str, Any], architecture
         "global_pool": "",
         "model_args": args | {"global_pool": ""},
         "pretrained_cfg": {
-            "num_classes": 0, "global_pool": "", "input_size": [vit.in_chans, *size], "fixed_input_size": True,
+            "num_classes": 0, "input_size": [vit.in_chans, *size], "fixed_input_size": True,
             "interpolation": "bicubic", "crop_pct": 224 / 256, "mean": mean, "std": std, "license": "your own",
             "first_conv": "patch_embed.proj", "classifier": "head",
         },

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num, UInt8
 from torch import Tensor
 
 from ..config import Images, Recipe
@@ -59,8 +59,8 @@ class MAE(Method):
     def views(self) -> CropAndOrder:
         return CropAndOrder(self.recipe.images, self.patches)
 
-    def cut(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
-        """Bytes to standardised patches."""
+    def cut(self, images: Num[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
+        """Pixels from 0 to 255 to standardised patches."""
         return patchify((images.float() - self.mean) / self.std, self.patch)
 
     def target(self, hidden: Float[Tensor, "b m p"]) -> Float[Tensor, "b m p"]:

@@ -1,0 +1,60 @@
+"""The golden step of every method: `make golden` writes tests/golden/steps.json, tests/test_golden.py compares."""
+
+import json
+import sys
+
+import torch
+
+from rcmae.engine.optim import adamw
+from rcmae.engine.schedules import Progress
+from rcmae.methods import METHODS
+from tests.conftest import GOLDEN, batch_for, method_for, small
+
+FILE = GOLDEN / "steps.json"
+
+
+def rms(tensors) -> float:
+    """Root mean square over all values of several tensors."""
+    tensors = list(tensors)
+    return (sum(t.double().square().sum() for t in tensors) / sum(t.numel() for t in tensors)).sqrt().item()
+
+
+def steps(name: str) -> dict[str, float]:
+    """Loss, gradient, update and weights after step 1 and step 10, float32, from fixed weights and batches."""
+    torch.manual_seed(0)
+    method = method_for(small(name))
+    optimizer = adamw(method.student, method.recipe.optim, 1e-3)
+    trained = [p for p in method.student.parameters() if p.requires_grad]
+    found = {}
+    for step in range(1, 11):
+        before = [p.detach().clone() for p in trained]
+        t = Progress(step - 1, 10, 5)
+        losses = method(batch_for(method, seed=step), t)
+        losses["loss"].backward()
+        gradient = rms(p.grad for p in trained)
+        method.before_step(t, torch.ones(()))
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(t, torch.ones(()))
+        if step in (1, 10):
+            update = rms(p.detach() - b for p, b in zip(trained, before, strict=True))
+            found |= {f"step {step} {k}": v.item() for k, v in losses.items()}
+            found |= {f"step {step} gradient": gradient, f"step {step} update": update, f"step {step} weights": rms(method.parameters())}
+    return found
+
+
+def all_methods() -> dict[str, dict[str, float]]:
+    return {name: steps(name) for name in METHODS}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    new = all_methods()
+    old = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for name, values in new.items():
+        for key, value in values.items():
+            was = old.get(name, {}).get(key)
+            if was != value:
+                print(f"{name} {key}: {was} -> {value}")
+    if "--write" in sys.argv:
+        FILE.write_text(json.dumps(new, indent=1) + "\n")

@@ -1,0 +1,136 @@
+"""Backbones out and in: timm loads what we write, and official files are read without running them."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import timm
+import torch
+from tests.conftest import GOLDEN, method_for, small
+
+import rcmae.interop.official as official
+from benchmarks import parity
+from rcmae.errors import CheckpointError, ConfigError
+from rcmae.interop.timm_export import export, load
+from rcmae.models.autoencoder import build
+from rcmae.models.backbone import Backbone
+
+
+@pytest.mark.parametrize("changes", [{}, {"registers": 2, "channels": 4}, {"height": 8}])
+def test_timm_gives_equal_outputs(tmp_path, changes):
+    method = method_for(small(**changes))
+    images = torch.rand(2, small(**changes).images.channels, *small(**changes).images.shape)
+    export(method.backbone("teacher"), tmp_path / "b", {})
+    ours = method.backbone("teacher")(images)
+    model = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
+    theirs = model.forward_features((images - mean) / std)
+    assert torch.equal(theirs[:, 0], ours.cls)
+    assert torch.equal(theirs[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, ours.patches.shape[2:]), ours.patches)
+    again = load(tmp_path / "b")
+    assert torch.equal(again(images).patches, ours.patches)
+    assert torch.equal(load(tmp_path / "b" / "model.safetensors")(images).cls, ours.cls)
+
+
+def test_a_timm_encoder_goes_out_under_its_own_name(tmp_path):
+    recipe = small(model="timm:vit_tiny_patch16_224", width=None, depth=None, heads=None, size=32)
+    model = build(recipe.images, recipe.network)
+    backbone = Backbone(model.encoder.vit, (0.5,) * 3, (0.5,) * 3).eval()
+    export(backbone, tmp_path / "b", {}, "vit_tiny_patch16_224")
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(load(tmp_path / "b").eval()(images).patches, backbone(images).patches)
+
+
+def test_what_is_no_backbone_is_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load(tmp_path / "no")
+    with pytest.raises(CheckpointError, match="holds no backbone"):
+        load(tmp_path)
+    with pytest.raises(CheckpointError, match="is a pickle: `rcmae import"):
+        load(GOLDEN / "mae_official_layout.pth")
+    with pytest.raises(ConfigError, match="student or teacher, not 'pupil'"):
+        load(tmp_path, "pupil")
+    export(method_for(small()).backbone(), tmp_path / "b", {})
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match="damaged or not ours"):
+        load(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("name", "networks"), [("rcmae", ("student", "teacher")), ("mae", ("student",))])
+def test_official_files_come_in(tmp_path, name, networks, reference):
+    out = tmp_path / "run"
+    lines = official.import_pth(GOLDEN / f"{name}_official_layout.pth", out, heads=(3, 2))
+    assert "ViT 24 x 2, patch 8, 32 px" in lines[0]
+    assert sorted(p.name for p in (out / "export").iterdir()) == sorted(networks)
+    raw = official.read_pth(GOLDEN / f"{name}_official_layout.pth")
+    for which in networks:
+        vit = load(out, which).vit
+        state = raw.teacher if which == "teacher" else raw.student
+        assert torch.equal(vit.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"])
+        assert torch.equal(vit.pos_embed, state["pos_embed"])
+    about = json.loads((out / "export" / networks[-1] / "config.json").read_text())["rcmae"]
+    assert about["network"] == networks[-1]
+    with pytest.raises(ConfigError, match="exists already"):
+        official.import_pth(GOLDEN / f"{name}_official_layout.pth", out, heads=(3, 2))
+
+
+def test_heads_are_asked_for_where_nothing_says_them():
+    state = official.read_pth(GOLDEN / "mae_official_layout.pth").student
+    with pytest.raises(CheckpointError, match="give --heads and --decoder-heads"):
+        official.autoencoder(state)
+    with pytest.raises(CheckpointError, match="an encoder without its decoder"):
+        official.autoencoder({k: v for k, v in state.items() if "decoder" not in k}, (3, 2))
+    state["mask_token"] = torch.zeros(1, 1, 3)
+    with pytest.raises(CheckpointError, match=r"decoder.mask_token is \(1, 1, 3\), not \(1, 1, 16\)"):
+        official.autoencoder(state, (3, 2))
+
+
+class Bomb:
+    """Unpickling it would leave a file behind."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (shutil.copy, (str(self.trace.parent / "a"), str(self.trace)))
+
+
+def test_no_code_in_a_file_is_run(tmp_path):
+    (tmp_path / "a").write_text("a")
+    trace = tmp_path / "ran"
+    torch.save({"model": Bomb(trace)}, tmp_path / "evil.pth")
+    (tmp_path / "old.pth").write_bytes(pickle.dumps({"model": Bomb(trace)}))
+    for name in ("evil.pth", "old.pth"):
+        with pytest.raises(CheckpointError):
+            official.read_pth(tmp_path / name)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is not a checkpoint"), (b"hello" * 99, "is not a checkpoint|was not read"), (None, "does not exist")],
+)
+def test_what_is_no_checkpoint_is_one_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        official.read_pth(tmp_path / "x.pth")
+
+
+def test_a_foreign_checkpoint_is_told_by_its_keys(tmp_path):
+    torch.save({"weights": {}, "step": 3}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"neither `student` nor `model` \(found: weights, step\)"):
+        official.read_pth(tmp_path / "x.pth")
+
+
+def test_parity_with_the_official_code(capsys):
+    assert parity.main(str(GOLDEN / "rcmae_reference.safetensors")) == 0
+    assert capsys.readouterr().out.count("ok  ") == len(parity.LIMITS)
+
+
+def test_parity_can_fail(monkeypatch, capsys):
+    monkeypatch.setattr(parity, "LIMITS", dict.fromkeys(parity.LIMITS, -1.0))
+    assert parity.main(str(GOLDEN / "rcmae_reference.safetensors")) == 1
+    assert "MISS" in capsys.readouterr().out
+    assert parity.main("nowhere") == 2
