@@ -34,9 +34,7 @@ def small(method: str = "rcmae", **changes) -> c.Recipe:
         mae=c.MAE(target_eps=0.1), rcmae=c.RCMAE(half_life="2 steps"), optim=c.Optim(batch_size=8, base_lr=0.03), probe=c.Probe(probes=0),
     )  # fmt: skip
     tree = {name: getattr(base, name) for name in c.sections()}
-    parts = {
-        name: c.replace(part, **{k: v for k, v in changes.items() if hasattr(part, k)}) for name, part in tree.items()
-    }
+    parts = {name: c.replace(part, **{k: v for k, v in changes.items() if hasattr(part, k)}) for name, part in tree.items()}
     own = {k: v for k, v in changes.items() if k in {f.name for f in c.fields(base)}}
     return c.replace(base, **(parts | own))
 

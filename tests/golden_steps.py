@@ -39,7 +39,11 @@ def steps(name: str) -> dict[str, float]:
         if step in (1, 10):
             update = rms(p.detach() - b for p, b in zip(trained, before, strict=True))
             found |= {f"step {step} {k}": v.item() for k, v in losses.items()}
-            found |= {f"step {step} gradient": gradient, f"step {step} update": update, f"step {step} weights": rms(method.parameters())}
+            found |= {
+                f"step {step} gradient": gradient,
+                f"step {step} update": update,
+                f"step {step} weights": rms(method.parameters()),
+            }
     return found
 
 

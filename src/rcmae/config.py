@@ -13,6 +13,7 @@ import re
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -288,15 +289,37 @@ def check(r: Recipe) -> Recipe:
         (r.probe.probes >= 0, f"probes must be 0 or more, not {r.probe.probes}"),
     ]
     problems = [message for fine, message in rules if not fine]
-    for parse, value in ((parse_time, r.time), (parse_half_life, r.rcmae.half_life)):
-        try:
-            if value is not None:
-                parse(value)
-        except ConfigError as e:
-            problems.append(str(e))
+    problems += _unreadable((parse_time, r.time), (parse_half_life, r.rcmae.half_life))
     if problems:
         raise ConfigError("; ".join(problems))
     return r
+
+
+def check_machine(m: Machine) -> Machine:
+    """Likewise for the machine."""
+    rules = [
+        (m.accumulate >= 1, f"accumulate must be 1 or more, not {m.accumulate}"),
+        (m.workers is None or m.workers >= 0, f"workers must be 0 or more, not {m.workers}"),
+        (m.threads is None or m.threads >= 1, f"threads must be 1 or more, not {m.threads}"),
+        (m.keep >= 1, f"keep must be 1 or more, not {m.keep}"),
+        (m.log_every is None or m.log_every >= 1, f"log_every must be 1 or more, not {m.log_every}"),
+        (0 <= m.bad_share <= 1, f"bad_share must lie in 0 to 1, not {m.bad_share}"),
+    ]
+    problems = [message for fine, message in rules if not fine] + _unreadable((parse_time, m.save_every))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return m
+
+
+def _unreadable(*texts: tuple[Callable[[str], Any], str | None]) -> list[str]:
+    problems = []
+    for parse, text in texts:
+        try:
+            if text is not None:
+                parse(text)
+        except ConfigError as e:
+            problems.append(str(e))
+    return problems
 
 
 def parse_time(text: str) -> float:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .config import Machine, Recipe, check, parse_time, recipe_hash
+from .config import Machine, Recipe, check, check_machine, parse_time, recipe_hash
 from .data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker
 from .data.sampler import BatchSampler
 from .data.sources import open_source
@@ -55,6 +55,7 @@ def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
     Raises the errors of `rcmae.errors`; Preempted when a signal asked it to stop and the state is saved.
     """
     check(recipe)
+    check_machine(machine)
     device = distributed.pick_device(machine.device)
     if machine.threads:
         torch.set_num_threads(machine.threads)
@@ -64,7 +65,8 @@ def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
     out = machine.out or Path("runs") / f"{recipe.method}-{Path(recipe.data.replace(':', '-')).name}"
     try:
         with owned(out) if world.first else contextlib.nullcontext(), Screen(world.first) as screen, StopSignals() as stop:
-            return Run(recipe, replace(machine, out=out), device, world, screen, stop).train()
+            with contextlib.closing(Run(recipe, replace(machine, out=out), device, world, screen, stop)) as run:
+                return run.train()
     except torch.OutOfMemoryError as e:
         advice = "try --accumulate 2, --checkpointing or a smaller --batch-size"
         raise OutOfMemoryError(f"{device} ran out of memory at {memory_gib(device):.1f} GiB; {advice}") from e
@@ -214,7 +216,6 @@ class Run:
                 saved = time.monotonic()
                 self.window.pause(saved - paused)
             if asked:
-                self.close()
                 raise Preempted(
                     f"stopped by {self.stop.asked or 'another rank'}; saved at step {self.step}, run the same command again"
                 )
@@ -327,7 +328,6 @@ class Run:
                 )
                 self.screen.say(f"step {step} was not finite and was skipped ({where})")
             if in_a_row >= PATIENCE:
-                self.close()
                 last = newest(self.out / "checkpoints")
                 advice = "lower --base-lr, set --clip 1, or try --precision fp32"
                 raise DivergedError(f"{PATIENCE} steps in a row were not finite, up to step {self.step}; {last} is kept; {advice}")
@@ -370,7 +370,9 @@ class Run:
             return
         self.picture()
         if probes:
-            scores = {which: probes.backbone(self.method.backbone(which), self.device, self.precision) for which in self.method.networks}
+            scores = {
+                which: probes.backbone(self.method.backbone(which), self.device, self.precision) for which in self.method.networks
+            }
             self.write("probe", **scores)
             text = ", ".join(f"{which} linear {s['linear']:.1f} % k-NN {s['knn']:.1f} %" for which, s in scores.items())
             self.screen.say(f"step {self.step:,}: {text}")

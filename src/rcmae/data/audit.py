@@ -1,0 +1,1 @@
+"""`rcmae check`: what a folder holds, before any training."""

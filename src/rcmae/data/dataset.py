@@ -1,0 +1,132 @@
+"""Samples from a source, and what becomes of images that cannot be read."""
+
+import ctypes
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from ..errors import DataError
+from .decode import BadImage, decode
+from .sampler import Key
+from .sources import Source
+from .views import rng
+
+ATTEMPTS = 20
+"Substitutes that are tried for an unreadable image."
+
+
+class Images(Dataset):
+    """Sample (epoch, index) is `view(image, generator)`, a pure function of (seed, epoch, index).
+
+    For an unreadable image another one is taken, also a pure function of (seed, index), and the sample says so under "bad".
+    """
+
+    def __init__(
+        self, source: Source, view: Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]], seed: int, channels: int = 3
+    ):
+        self.source, self.view, self.seed, self.channels = source, view, seed, channels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        image, bad = self.read(index)
+        sample: dict[str, Any] = self.view(image, rng(self.seed, epoch, index))
+        return sample | {"bad": bad}
+
+    def read(self, index: int) -> tuple[np.ndarray, list[tuple[int, str, str]]]:
+        """The image, or its substitute, with (index, where, reason) of each that could not be read.
+
+        Raises DataError when no substitute can be read either.
+        """
+        bad = []
+        others = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 2, 0, index])).integers(
+            len(self.source), size=ATTEMPTS
+        )
+        for i in (index, *map(int, others)):
+            try:
+                return read_image(self.source, i, self.channels), bad
+            except BadImage as e:
+                bad.append((i, self.source.where(i), str(e)))
+        raise DataError(f"{bad[0][1]} cannot be read ({bad[0][2]}), nor can {ATTEMPTS} others; look with `rcmae check`")
+
+
+def read_image(source: Source, index: int, channels: int) -> np.ndarray:
+    """Image `index`, uint8 [h, w, channels]. Raises BadImage."""
+    try:
+        raw = source.read(index)
+    except OSError as e:
+        raise BadImage(e.strerror or "cannot be read") from e
+    return raw if isinstance(raw, np.ndarray) else decode(raw, channels)
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of tensors, and under "bad" the list of all unreadable images."""
+    bad = [b for sample in samples for b in sample.pop("bad")]
+    return default_collate(samples) | {"bad": bad}
+
+
+class BadFiles:
+    """Names every unreadable image once in bad_files.jsonl, over resumes too, and ends the run when there are too many."""
+
+    def __init__(self, run: Path, images: int, share: float = 0.01, strict: bool = False):
+        self.path = run / "bad_files.jsonl"
+        self.limit, self.images, self.strict = max(10, share * images), images, strict
+        self.known = {line["index"] for line in self._lines()}
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        whole = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        self.path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")  # a kill may have cut the last one
+        return [json.loads(line) for line in whole]
+
+    def note(self, bad: list[tuple[int, str, str]]) -> None:
+        """Record what a batch found. Raises DataError above the limit, or at the first one if strict."""
+        for index, where, reason in bad:
+            if index in self.known:
+                continue
+            self.known.add(index)
+            with self.path.open("a", encoding="utf-8") as f:
+                f.write(json.dumps({"index": index, "where": where, "reason": reason}) + "\n")
+            if self.strict:
+                raise DataError(f"{where} cannot be read ({reason}); mend or remove it, or go on without --strict")
+            if len(self.known) > self.limit:
+                many = f"{len(self.known)} of {self.images} images cannot be read, the last one {where} ({reason})"
+                raise DataError(f"{many}; all are named in {self.path}; raise --bad-share to go on")
+
+
+def measure_statistics(source: Source, channels: int, samples: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel over the pixels of a fixed random subset, in units of 0 to 1."""
+    chosen = np.random.Generator(np.random.Philox(key=0)).permutation(len(source))[:samples]
+    sums, squares, count = np.zeros(channels), np.zeros(channels), 0
+    for i in chosen:
+        try:
+            pixels = read_image(source, int(i), channels).reshape(-1, channels) / 255.0
+        except BadImage:
+            continue
+        # Every image counts alike, whatever its size.
+        sums, squares, count = sums + pixels.mean(0), squares + (pixels**2).mean(0), count + 1
+    if not count:
+        raise DataError(f"none of {len(chosen)} sampled images of {source.name} can be read; look with `rcmae check`")
+    mean = sums / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-8))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def quiet_worker(worker: int) -> None:
+    """A loader process: one thread, deaf to the signals that stop the run, gone when its parent is."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

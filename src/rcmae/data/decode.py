@@ -1,0 +1,121 @@
+"""Encoded bytes to 8-bit pixels. Whatever the bytes are, the answer is pixels or BadImage with a short reason."""
+
+import io
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..engine.metrics import optional
+
+PIXEL_LIMIT = 100_000_000
+"Pixels above which an image is refused before it is decoded: a hundred megapixels, 300 MB as RGB."
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
+"What Pillow may open; its rarer formats have been a source of bombs."
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message is the reason in a few words."""
+
+
+def decode(raw: bytes, channels: int = 3, pixel_limit: int = PIXEL_LIMIT) -> UInt8[np.ndarray, "h w {channels}"]:
+    """Pixels of the first frame, turned as EXIF says.
+
+    1 or 3 channels: grey or RGB of any image; transparency is laid on white; 16-bit values are divided by 257; float and
+    32-bit images are scaled from 0..1 if they lie in it, else from their own minimum and maximum. Other numbers of channels
+    need a TIFF with that many bands (the [tiff] extra). Raises BadImage.
+    """
+    if not raw:
+        raise BadImage("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own limit, odd EXIF and TIFF tags: we refuse by our own rules
+            if channels not in (1, 3):
+                return _bands(raw, channels, pixel_limit)
+            return _pillow(raw, channels, pixel_limit)
+    except BadImage:
+        raise
+    except UnidentifiedImageError as e:
+        if raw[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return _bands(raw, channels, pixel_limit)
+        raise BadImage("not an image") from e
+    except MemoryError:
+        raise
+    except Exception as e:  # decoders of foreign bytes fail in every way there is
+        reason = "truncated" if "truncated" in str(e).lower() else f"damaged ({type(e).__name__})"
+        raise BadImage(reason) from e
+
+
+def _pillow(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    _refuse_huge(*image.size, pixel_limit)
+    if image.format == "TIFF" and len(image.getbands()) > 4:
+        return _bands(raw, channels, pixel_limit)
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        grey = _eight_bits(np.asarray(image))
+        return np.repeat(grey[..., None], channels, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB" if channels == 3 else "L")).reshape(image.height, image.width, channels)
+
+
+def _bands(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
+    if raw[:2] not in (b"II", b"MM"):
+        raise BadImage(f"{channels} channels need a multi-band TIFF")
+    tifffile = optional("tifffile", "tiff")
+    try:
+        with tifffile.TiffFile(io.BytesIO(raw)) as file:
+            series = file.series[0]
+            axes = dict(zip(series.axes, series.shape, strict=True))
+            height, width = axes.get("Y", 0), axes.get("X", 0)
+            _refuse_huge(width, height, pixel_limit)
+            pixels = series.asarray()
+    except BadImage:
+        raise
+    except MemoryError:
+        raise
+    except Exception as e:
+        raise BadImage(f"damaged TIFF ({type(e).__name__})") from e
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3:
+        raise BadImage(f"a TIFF of shape {pixels.shape} is no image")
+    if pixels.shape[:2] != (height, width):
+        pixels = np.moveaxis(pixels, 0, 2)
+    if pixels.shape[2] != channels:
+        raise BadImage(f"{pixels.shape[2]} bands, not {channels}")
+    return np.ascontiguousarray(_eight_bits(pixels))
+
+
+def _refuse_huge(width: int, height: int, limit: int) -> None:
+    if width * height == 0:
+        raise BadImage("no pixels")
+    if width * height > limit:
+        raise BadImage(f"{width} x {height} is above the limit of {limit:,} pixels")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.dtype == np.uint16 or (
+        values.dtype.kind == "i" and values.size and 0 <= values.min() and 255 < values.max() <= 65535
+    ):
+        return (values.astype(np.float32) / 257).round().astype(np.uint8)
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise BadImage("no finite values")
+    low, high = (0.0, 1.0) if finite.min() >= 0 and finite.max() <= 1 else (finite.min(), finite.max())
+    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-12)
+    return (255 * scaled.clip(0, 1)).round().astype(np.uint8)

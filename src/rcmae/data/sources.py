@@ -1,0 +1,309 @@
+"""Where images are: a folder, a list, tar shards, a hub data set or the embedded set, all behind one small contract.
+
+A source is an index: names and offsets in a few flat arrays, so that loader processes share them instead of copying.
+"""
+
+import difflib
+import fnmatch
+import glob
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..engine.metrics import optional
+from ..errors import ConfigError, DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif")
+
+
+class Source(Protocol):
+    """Images by number."""
+
+    name: str
+    "as the user gave it"
+    kind: str
+    "folder, list, tar, hub or embedded"
+    labels: np.ndarray | None
+    "int64 [n], -1 where unknown; None without any"
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The encoded bytes, or pixels uint8 [h, w, c]."""
+
+    def where(self, index: int) -> str:
+        """What to call the image in a message: printable on one line."""
+
+    def fingerprint(self) -> str:
+        """A hash of names and sizes, the same wherever the data lies."""
+
+
+class Strings:
+    """A million names as two arrays."""
+
+    def __init__(self, names: list[bytes]):
+        self.ends = np.cumsum([len(n) for n in names], dtype=np.int64)
+        self.data = np.frombuffer(b"".join(names), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> bytes:
+        start = self.ends[i - 1] if i else 0
+        return self.data[start : self.ends[i]].tobytes()
+
+
+def printable(name: bytes) -> str:
+    """A file name for a message or a log: one line, control characters and bytes that are not UTF-8 escaped."""
+    text = name.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Files:
+    """Image files below a root."""
+
+    def __init__(
+        self, name: str, kind: str, root: Path, names: list[bytes], sizes: list[int], labels: list[int] | None, classes: list[str]
+    ):
+        self.name, self.kind, self.root, self.classes = name, kind, os.fsencode(root), classes
+        self.names, self.sizes = Strings(names), np.array(sizes, dtype=np.int64)
+        self.labels = None if labels is None else np.array(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> bytes:
+        with open(os.path.join(self.root, self.names[index]), "rb") as f:  # noqa: PTH118, PTH123 - names are bytes
+            return f.read()
+
+    def where(self, index: int) -> str:
+        return printable(os.path.join(self.root, self.names[index]))  # noqa: PTH118
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.names.data.tobytes())
+        digest.update(self.names.ends.tobytes() + self.sizes.tobytes())
+        return digest.hexdigest()
+
+
+class Shards:
+    """Tar shards in the WebDataset layout: indexed once, then read at random."""
+
+    def __init__(
+        self, name: str, shards: list[Path], names: list[bytes], places: list[tuple[int, int, int]], labels: list[int] | None
+    ):
+        self.name, self.kind, self.shards = name, "tar", [str(s) for s in shards]
+        self.names, self.places = Strings(names), np.array(places, dtype=np.int64)
+        self.labels = None if labels is None else np.array(labels, dtype=np.int64)
+        self.classes = [] if labels is None else [str(i) for i in range(max(labels) + 1)]
+        self.open: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"open": {}}
+
+    def read(self, index: int) -> bytes:
+        shard, offset, size = (int(v) for v in self.places[index])
+        if shard not in self.open:
+            self.open[shard] = os.open(self.shards[shard], os.O_RDONLY)
+        return os.pread(self.open[shard], size, offset)
+
+    def where(self, index: int) -> str:
+        return printable(os.fsencode(self.shards[int(self.places[index, 0])]) + b"!" + self.names[index])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.names.data.tobytes())
+        digest.update(self.names.ends.tobytes() + self.places.tobytes())
+        return digest.hexdigest()
+
+
+class Hub:
+    """A Hugging Face data set."""
+
+    def __init__(self, name: str):
+        datasets = optional("datasets", "hub")
+        path, _, split = name.partition(":")
+        try:
+            self.table = datasets.load_dataset(path, split=split or "train")
+        except Exception as e:
+            raise DataError(f"hub:{name} cannot be loaded: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}") from e
+        kinds = self.table.features
+        self.column = next((k for k, v in kinds.items() if type(v).__name__ == "Image"), None)
+        if self.column is None:
+            raise DataError(f"hub:{name} has no image column; its columns are {', '.join(kinds)}")
+        label = next((k for k, v in kinds.items() if type(v).__name__ == "ClassLabel"), None)
+        self.name, self.kind = f"hub:{name}", "hub"
+        self.classes = kinds[label].names if label else []
+        self.labels = np.array(self.table[label], dtype=np.int64) if label else None
+        self.table = self.table.cast_column(self.column, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, index: int) -> bytes:
+        cell = self.table[index][self.column]
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+    def where(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.name} {len(self)} {self.table._fingerprint}".encode()).hexdigest()
+
+
+def open_source(spec: str, channels: int = 3, size: int = 32, seed: int = 0) -> Source:
+    """A source by what the user wrote: folder, list file (.txt), tar shards, hub:NAME or embedded:digits.
+
+    `size` and `seed` are for the embedded set. Raises DataError or ConfigError in one line.
+    """
+    if spec.startswith("embedded:"):
+        if spec != "embedded:digits":
+            close = difflib.get_close_matches(spec, ["embedded:digits"], cutoff=0.3)
+            raise ConfigError(f"there is no {spec}{'; did you mean embedded:digits?' if close else '; there is embedded:digits'}")
+        from .digits import DigitsSource  # only here: it reads scikit-learn's data
+
+        return DigitsSource("train", size=size, seed=seed)
+    if spec.startswith("hub:"):
+        return Hub(spec.removeprefix("hub:"))
+    path = Path(spec)
+    shards = _shards(spec)
+    if shards:
+        return _open_shards(spec, shards)
+    try:
+        if path.is_dir():
+            return _open_folder(spec, path)
+        if path.suffix == ".txt" and path.is_file():
+            return _open_list(spec, path)
+    except PermissionError as e:
+        raise DataError(f"no permission to read {printable(os.fsencode(e.filename))}; change it, or leave that folder out") from e
+    if path.exists():
+        raise DataError(f"{spec} is neither a folder, nor a list (.txt), nor a tar; give the folder that holds the images")
+    raise DataError(f"{spec} does not exist; give --data a folder, a list file, tar shards, hub:NAME or embedded:digits")
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _open_folder(spec: str, root: Path) -> Files:
+    found, others = [], 0
+    for name, size in _walk(os.fsencode(root)):
+        if name.lower().endswith(tuple(e.encode() for e in EXTENSIONS)):
+            found.append((name, size))
+        else:
+            others += 1
+    if not found:
+        raise DataError(f"{spec} holds no images ({others} other files); looked for {' '.join(EXTENSIONS)}")
+    tops = [name.split(b"/")[0] if b"/" in name else b"" for name, _ in found]
+    classes = sorted(set(tops))
+    labels = [classes.index(t) for t in tops] if b"" not in classes and len(classes) > 1 else None
+    names = [printable(c) for c in classes] if labels else []
+    return Files(spec, "folder", root, [n for n, _ in found], [s for _, s in found], labels, names)
+
+
+def _walk(root: bytes) -> Iterator[tuple[bytes, int]]:
+    """Names below the root, with sizes, sorted. Hidden ones are left out; each file and folder is met once, however linked."""
+    met: set[tuple[int, int]] = set()
+
+    def below(folder: bytes, prefix: bytes) -> Iterator[tuple[bytes, int]]:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
+                if entry.name.startswith(b"."):
+                    continue
+                try:
+                    stat = entry.stat()
+                except FileNotFoundError:  # a link to nowhere
+                    continue
+                except OSError:  # a link to itself
+                    continue
+                if (stat.st_dev, stat.st_ino) in met:
+                    continue
+                met.add((stat.st_dev, stat.st_ino))
+                if entry.is_dir():
+                    yield from below(entry.path, prefix + entry.name + b"/")
+                elif entry.is_file():
+                    yield prefix + entry.name, stat.st_size
+
+    top = os.stat(root)  # noqa: PTH116 - bytes
+    met.add((top.st_dev, top.st_ino))
+    return below(root, b"")
+
+
+def _open_list(spec: str, path: Path) -> Files:
+    names, sizes, labels = [], [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        name, _, label = line.partition(b"\t")
+        try:
+            sizes.append(os.stat(os.path.join(os.fsencode(path.parent), name)).st_size)  # noqa: PTH116, PTH118
+        except FileNotFoundError:
+            raise DataError(f"{spec} line {number}: {printable(name)} does not exist; paths are relative to the list") from None
+        names.append(name)
+        labels.append(label.strip().decode("utf-8", "backslashreplace"))
+    if not names:
+        raise DataError(f"{spec} lists no images; write one path a line, optionally a tab and a label")
+    classes = sorted(set(labels) - {""})
+    numbers = [classes.index(label) if label else -1 for label in labels] if len(classes) > 1 else None
+    return Files(spec, "list", path.parent, names, sizes, numbers, classes if numbers else [])
+
+
+# --- tar shards -------------------------------------------------------------------------------------------------------
+
+
+def _shards(spec: str) -> list[Path]:
+    """Tar files that a spec means: one, a pattern, or a folder with nothing but tars."""
+    path = Path(spec)
+    if path.suffix == ".tar" and path.is_file():
+        return [path]
+    if path.is_dir():
+        visible = [p for p in path.iterdir() if not p.name.startswith(".")] if os.access(path, os.R_OK) else []
+        tars = sorted(p for p in visible if p.suffix == ".tar")
+        return tars if tars and not any(p.is_dir() or p.suffix.lower() in EXTENSIONS for p in visible) else []
+    return sorted(Path(p) for s in _braces(spec) for p in glob.glob(s) if fnmatch.fnmatch(p, "*.tar"))
+
+
+def _braces(spec: str) -> list[str]:
+    """WebDataset's 'x-{000..003}.tar' spelled out."""
+    head, brace, rest = spec.partition("{")
+    inner, closed, tail = rest.partition("}")
+    first, dots, last = inner.partition("..")
+    if not (brace and closed and dots and first.isdigit() and last.isdigit()):
+        return [spec]
+    return [f"{head}{i:0{len(first)}d}{end}" for i in range(int(first), int(last) + 1) for end in _braces(tail)]
+
+
+def _open_shards(spec: str, shards: list[Path]) -> Shards:
+    names, places, labels = [], [], []
+    for number, shard in enumerate(shards):
+        classes: dict[bytes, int] = {}
+        found: list[tuple[bytes, int, int]] = []
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    name = os.fsencode(member.name)
+                    key, _, extension = name.rpartition(b".")
+                    if not member.isfile():
+                        continue
+                    if extension == b"cls" and (file := tar.extractfile(member)):
+                        text = file.read(32).strip()
+                        classes[key] = int(text) if text.isdigit() else -1
+                    elif b"." + extension.lower() in (e.encode() for e in EXTENSIONS):
+                        found.append((name, member.offset_data, member.size))
+        except PermissionError as e:
+            raise DataError(f"no permission to read {shard}") from e
+        except (tarfile.TarError, EOFError, OSError) as e:
+            raise DataError(f"{shard} is not a whole tar file ({e}); compressed shards must be unpacked to plain .tar") from e
+        for name, offset, size in found:
+            names.append(name)
+            places.append((number, offset, size))
+            labels.append(classes.get(name.rpartition(b".")[0], -1))
+    if not names:
+        raise DataError(f"{spec} holds no images in {len(shards)} tar files; looked for {' '.join(EXTENSIONS)}")
+    return Shards(spec, shards, names, places, labels if max(labels) > 0 else None)

@@ -1,0 +1,140 @@
+"""The commands as a person meets them: every failure is one line on stderr with its exit code, never a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rcmae.cli import main
+from tests.conftest import GOLDEN
+
+TINY = ["--size", "16", "--width", "24", "--depth", "1", "--heads", "2", "--decoder-width", "16", "--decoder-depth", "1"]
+TINY += ["--batch-size", "8", "--probes", "0", "--device", "cpu", "--steps", "2"]
+
+
+def images(root: Path, count: int = 12) -> Path:
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(root / f"{i}.png")
+    return root
+
+
+# argv, exit code, what the one line says; {tmp} is a fresh folder
+FAILURES = [
+    (["pretrain", "--gama", "3"], 2, "Unknown option: --gama. Did you mean --gamma?"),
+    (["pretrain", "--gamma", "x"], 2, '--gamma: unable to convert "x" into float'),
+    (["pretrain", "foldr"], 2, "there is no recipe 'foldr'; did you mean folder?"),
+    (["pretrain", "{tmp}/no.toml"], 2, "no.toml does not exist"),
+    (["pretrain", "--mask-ratio", "1.0", "--warmup", "2"], 2, "mask_ratio must lie between 0 and 1, not 1.0; warmup is a share"),
+    (["pretrain", "--size", "30", "--out", "{tmp}/run"], 2, "size 30 x 30 is not a multiple of the patch, 4"),
+    (["pretrain", "--model", "vit_bas"], 2, "there is no model 'vit_bas'"),
+    (["pretrain", "--device", "tpu"], 2, "'tpu' is no device"),
+    (["pretrain", "--device", "cuda:7"], 2, "cuda:7 is"),
+    (["pretrain", "--save-every", "often", "--out", "{tmp}/run"], 2, "'often' is no length of time"),
+    (["pretrain", "--accumulate", "0", "--out", "{tmp}/run"], 2, "accumulate"),
+    (["pretrain", "--accumulate", "3", "--out", "{tmp}/run"], 2, "128"),
+    (["pretrain", "--data", "{tmp}/nowhere", "--out", "{tmp}/run"], 3, "nowhere"),
+    (["pretrain", "--data", "{tmp}", "--out", "{tmp}/run"], 3, "{tmp}"),
+    (["pretrain", "--data", "embedded:digit", "--out", "{tmp}/run"], 2, "embedded:digits"),
+    (["pretrain", "--out", "/proc/run"], 6, "/proc/run"),
+    (["pretrian"], 2, 'Did you mean "pretrain"?'),
+    (["check"], 2, "requires an argument"),
+    (["check", "{tmp}/nowhere"], 3, "nowhere"),
+    (["report", "{tmp}"], 2, "is no run directory: recipe.toml is missing"),
+    (["import", "{tmp}/no.pth"], 4, "no.pth does not exist"),
+    (["import", "{golden}/mae_official_layout.pth", "--out", "{tmp}/x"], 4, "give --heads and --decoder-heads"),
+    (["import", "{golden}/mae_official_layout.pth", "--out", "{tmp}/x", "--heads", "3"], 2, "--heads and --decoder-heads together"),
+    (["import", "{golden}/mae_official_layout.pth", "--out", "{tmp}", "--heads", "3", "--decoder-heads", "2"], 2, "exists already"),
+    (["import", "{golden}/steps.json"], 4, "steps.json"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "says"), FAILURES, ids=lambda x: " ".join(x) if isinstance(x, list) else None)
+def test_every_failure_is_one_line_and_its_code(tmp_path, capsys, monkeypatch, argv, code, says):
+    monkeypatch.chdir(tmp_path)
+    place = {"tmp": str(tmp_path), "golden": str(GOLDEN)}
+    assert main([a.format(**place) for a in argv]) == code
+    err = capsys.readouterr().err
+    assert err.startswith("rcmae: error: ")
+    assert err.count("\n") == 1
+    assert says.format(**place) in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "rcmae-error.log").exists()
+
+
+def test_the_main_job_resume_and_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = images(tmp_path / "data")
+    command = ["pretrain", "--data", str(data), *TINY]
+    assert main(command) == 0
+    run = tmp_path / "runs" / "rcmae-data"
+    assert "fresh start in" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "is finished at step 2" in capsys.readouterr().out
+    assert main(["pretrain", "--out", str(run)]) == 0, "a run's own recipe is taken when only --out is given"
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").exists()
+
+
+def test_a_length_on_the_command_line_replaces_the_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = images(tmp_path / "data")
+    assert main(["pretrain", "--data", str(data), *TINY[:-2], "--epochs", "2"]) == 0
+    assert json.loads((tmp_path / "runs/rcmae-data/machine.json").read_text())["steps"] == 2
+
+
+def test_import_and_list_and_help(tmp_path, capsys):
+    file = str(GOLDEN / "rcmae_official_layout.pth")
+    assert main(["import", file, "--out", str(tmp_path / "x"), "--heads", "3", "--decoder-heads", "2"]) == 0
+    assert "RC-MAE (student and teacher)" in capsys.readouterr().out
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("rcmae-vitb16-in1k", "folder", "embedded", "vit_huge_patch14", "mae"))
+    for command in ([], ["pretrain"], ["check"], ["report"], ["import"], ["list"]):
+        assert main([*command, "--help"]) == 0
+    assert "--gamma" in capsys.readouterr().out
+
+
+def test_help_is_quick_and_does_not_import_torch():
+    code = "import sys; from rcmae.cli import main; main(['pretrain', '--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_python_dash_m(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "rcmae", "report", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("rcmae: error: ")
+
+
+def test_an_unexpected_error_is_one_line_and_leaves_its_traceback_in_a_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rcmae.report.write_report", lambda run: 1 / 0)
+    (tmp_path / "recipe.toml").write_text("")
+    assert main(["report", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err == "rcmae: error: unexpected ZeroDivisionError: division by zero; see rcmae-error.log\n"
+    assert "Traceback" in Path("rcmae-error.log").read_text()
+
+
+def test_signals_stop_a_run_politely(tmp_path):
+    """SIGTERM to a real process: saved at a step boundary, exit 75, one line."""
+    import signal
+
+    data = images(tmp_path / "data")
+    command = [sys.executable, "-m", "rcmae", "pretrain", "--data", str(data), "--out", str(tmp_path / "run"), *TINY[:-1], "100000"]
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        for text in process.stdout:
+            if "steps (" in text:
+                process.send_signal(signal.SIGTERM)
+                break
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert err.startswith("rcmae: stopped: stopped by SIGTERM; saved at step ")

@@ -1,0 +1,330 @@
+"""The life of a run: it goes on where it stopped, to the bit; it is the same however it is fed; it survives what it must."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import rcmae.loop as loop
+from rcmae.config import Machine
+from rcmae.engine.checkpoint import checkpoints
+from rcmae.engine.metrics import read_metrics
+from rcmae.errors import ConfigError, DataError, DivergedError, Preempted
+from rcmae.interop.timm_export import load
+from tests.conftest import small
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Forty random images in two class folders."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        (root / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(root / "ab"[i % 2] / f"{i:02d}.png")
+    return root
+
+
+def run(out: Path, data: Path | str, method: str = "rcmae", machine: dict | None = None, **changes) -> loop.Result:
+    recipe = small(method, data=str(data), crop_scale=(0.5, 1.0), flip=True, **changes)
+    own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
+    return loop.pretrain(recipe, Machine(out=out, **(own | (machine or {}))))
+
+
+def weights(out: Path) -> str:
+    """One hash of student, teacher and optimizer as they are on the disk."""
+    newest = checkpoints(out / "checkpoints")[0]
+    return hashlib.sha256(b"".join((newest / f"{n}.safetensors").read_bytes() for n in ("model", "optimizer"))).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory, folder) -> Path:
+    """An uninterrupted run of twelve steps."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    run(out, folder, steps=12)
+    return out
+
+
+class StopAt:
+    """Asks for a stop after some steps, as a signal would."""
+
+    def __init__(self, monkeypatch, step: int):
+        update = loop.Run.update
+
+        def counted(run, batches, t, window):
+            if t.step + 1 == step:
+                run.stop.asked = "SIGTERM"
+            return update(run, batches, t, window)
+
+        monkeypatch.setattr(loop.Run, "update", counted)
+
+
+@pytest.mark.parametrize("stops", [(1,), (5,), (11,), (2, 3, 7)])
+def test_a_stopped_run_goes_on_to_the_same_bit(tmp_path, folder, straight, monkeypatch, stops):
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            StopAt(patch, stop)
+            with pytest.raises(Preempted, match=f"SIGTERM; saved at step {stop}, run the same command again") as e:
+                run(tmp_path / "run", folder, steps=12)
+            assert e.value.exit_code == 75
+    run(tmp_path / "run", folder, steps=12)
+    assert weights(tmp_path / "run") == weights(straight)
+
+
+@pytest.mark.parametrize("machine", [{"workers": 2}, {"threads": 1}, {"keep": 1, "save_every": "1s", "log_every": 1}])
+def test_how_a_run_is_fed_changes_nothing(tmp_path, folder, straight, machine):
+    run(tmp_path / "run", folder, steps=12, machine=machine)
+    assert weights(tmp_path / "run") == weights(straight)
+
+
+def test_another_seed_is_another_run(tmp_path, folder, straight):
+    run(tmp_path / "run", folder, steps=12, seed=1)
+    assert weights(tmp_path / "run") != weights(straight)
+
+
+@pytest.mark.parametrize("kind", ["mae", "rcmae"])
+def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, folder, kind, monkeypatch):
+    """1 x 8 against 4 x 2, through the loop itself."""
+    gradients = []
+    step = torch.optim.AdamW.step
+
+    def noted(optimizer, *args):
+        gradients.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"]])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    for micro in (1, 4):
+        run(tmp_path / str(micro), folder, kind, steps=1, machine={"accumulate": micro})
+    scale = max(g.abs().max() for g in gradients[0])
+    for one, four in zip(*gradients, strict=True):
+        assert (one - four).abs().max() <= 1e-6 * scale
+
+
+def test_kill_9_at_any_moment(tmp_path, folder, straight):
+    """A real process, killed without warning while it trains and saves all the time, then run again to its end."""
+    script = (
+        "import sys; from tests.test_loop import run; import torch, pathlib; torch.set_num_threads(1);"
+        "run(pathlib.Path(sys.argv[1]), sys.argv[2], steps=12, machine={'save_every': '0.000001s', 'log_every': 1})"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run"), str(folder)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONUNBUFFERED": "1"}
+    kills = 0
+    for line in range(5, 30, 8):
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            for i, text in enumerate(process.stdout):
+                if i >= line or ("step" in text and i > 2):
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert kills >= 2
+    assert weights(tmp_path / "run") == weights(straight)
+
+
+def test_a_run_directory_explains_itself(straight):
+    names = {p.name for p in straight.iterdir()}
+    assert names >= {"recipe.toml", "machine.json", "metrics.jsonl", "checkpoints", "export", "report.html", "snapshots"}
+    machine = json.loads((straight / "machine.json").read_text())
+    assert machine["steps"] == 12
+    assert machine["images"] == 40
+    kinds = [line["kind"] for line in read_metrics(straight)]
+    assert kinds.count("train") == 12
+    assert "reference" in kinds
+    line = next(line for line in read_metrics(straight) if line["kind"] == "train")
+    assert {
+        "loss",
+        "reconstruction",
+        "consistency",
+        "teacher_reconstruction",
+        "momentum",
+        "half_life_images",
+        "drift",
+        "lr",
+    } <= set(line)
+    assert load(straight)(torch.rand(1, 3, 16, 16)).cls.shape == (1, 24)
+    assert not torch.equal(load(straight, "student").vit.norm.bias, load(straight, "teacher").vit.norm.bias)
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        StopAt(patch, 4)
+        with pytest.raises(Preempted):
+            run(tmp_path / "run", folder, steps=12)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + json.dumps({"kind": "train", "step": 9, "loss": 1.0}) + '\n{"kind": "tr')
+    run(tmp_path / "run", folder, steps=12)
+    steps = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert steps == list(range(1, 13))
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path, folder, capsys):
+    run(tmp_path / "run", folder, steps=2)
+    before = weights(tmp_path / "run")
+    capsys.readouterr()
+    assert run(tmp_path / "run", folder, steps=2).step == 2
+    assert "is finished at step 2" in capsys.readouterr().out
+    assert weights(tmp_path / "run") == before
+
+
+def test_a_run_is_not_continued_as_another(tmp_path, folder):
+    run(tmp_path / "run", folder, steps=2)
+    with pytest.raises(ConfigError, match=r"was begun with .*gamma 1.0 \(now 2.0\).*; use another --out"):
+        run(tmp_path / "run", folder, steps=2, gamma=2.0)
+    with pytest.raises(DataError, match="has changed since"):
+        more = tmp_path / "more"
+        for i, path in enumerate(sorted(folder.rglob("*.png"))[:20]):
+            more.mkdir(exist_ok=True)
+            os.link(path, more / f"{i}.png")
+        recipe = small(data=str(more), steps=2)
+        (tmp_path / "run" / "recipe.toml").write_text(loop_toml(recipe))
+        loop.pretrain(recipe, Machine(out=tmp_path / "run", device="cpu"))
+
+
+def loop_toml(recipe) -> str:
+    from rcmae.config import to_toml
+
+    return to_toml(recipe)
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path, folder, monkeypatch):
+    inner = []
+
+    def nested(run_, batches, t, window):
+        with pytest.raises(ConfigError, match=rf"is in use by process {os.getpid()}; choose another --out"):
+            run(tmp_path / "run", folder, steps=1)
+        inner.append(1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "update", nested)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", folder, steps=1)
+    assert inner
+    run(tmp_path / "run", folder, steps=1)
+
+
+def poison(monkeypatch, steps: set[int]) -> None:
+    """Make the loss of these steps NaN."""
+    from rcmae.methods.rcmae import RCMAE
+
+    forward = RCMAE.forward
+
+    def poisoned(method, batch, t):
+        losses = forward(method, batch, t)
+        return losses | {"loss": losses["loss"] * float("nan")} if t.step in steps else losses
+
+    monkeypatch.setattr(RCMAE, "forward", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, folder, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        poison(patch, {3, 4})
+        run(tmp_path / "run", folder, steps=8)
+    lines = read_metrics(tmp_path / "run")
+    events = [line for line in lines if line["kind"] == "event"]
+    assert [e["text"].split(":")[0] for e in events] == [
+        "step 3 was not finite and was skipped",
+        "step 4 was not finite and was skipped",
+    ]
+    assert len(events[0]["images"]) == 8
+    assert "step 3 was not finite" in capsys.readouterr().out
+    assert [line["skipped"] for line in lines if line["kind"] == "train"][-1] == 2
+    for which in ("student", "teacher"):
+        assert all(p.isfinite().all() for p in load(tmp_path / "run", which).parameters())
+
+
+def test_a_skipped_step_leaves_weights_and_teacher_alone(tmp_path, folder, monkeypatch):
+    poison(monkeypatch, {0, 1, 2})
+    run(tmp_path / "run", folder, steps=3)
+    first = load_file(checkpoints(tmp_path / "run" / "checkpoints")[0] / "model.safetensors")
+    monkeypatch.undo()
+    run(tmp_path / "other", folder, steps=3, machine={"keep": 9})
+    begin = load_file(checkpoints(tmp_path / "other" / "checkpoints")[-1] / "model.safetensors")
+    assert all(torch.equal(v, begin[k]) for k, v in first.items())
+
+
+def test_divergence_ends_with_the_last_good_checkpoint(tmp_path, folder, monkeypatch):
+    poison(monkeypatch, set(range(4, 99)))
+    with pytest.raises(DivergedError, match=r"5 steps in a row were not finite.*step_0000000\d is kept; lower --base-lr") as e:
+        run(tmp_path / "run", folder, steps=40)
+    assert e.value.exit_code == 5
+    assert checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_time_is_a_number_of_steps_that_is_then_fixed(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(loop.Run, "measure_step", lambda self: 0.5)
+    result = run(tmp_path / "run", folder, steps=None, time="8s")
+    assert 8 <= result.step <= 15
+    assert json.loads((tmp_path / "run" / "machine.json").read_text())["steps"] == result.step
+
+
+def test_measuring_a_step_leaves_no_trace(tmp_path, folder, straight, monkeypatch):
+    plan = loop.Run.plan
+
+    def measured(self, seconds):
+        assert self.measure_step(1, 3) > 0
+        return plan(self, seconds)
+
+    monkeypatch.setattr(loop.Run, "plan", measured)
+    run(tmp_path / "run", folder, steps=12)
+    assert weights(tmp_path / "run") == weights(straight)
+
+
+def test_epochs_count_whole_batches(tmp_path, folder):
+    assert run(tmp_path / "run", folder, steps=None, epochs=2.0).step == 10
+
+
+def test_too_few_images_is_told_with_numbers(tmp_path, folder):
+    with pytest.raises(DataError, match="holds 40 images, fewer than the batch of 64; give --batch-size 32"):
+        run(tmp_path / "run", folder, batch_size=64)
+
+
+def test_probes_stand_beside_their_floors(tmp_path, folder, capsys):
+    result = run(tmp_path / "run", folder, steps=4, probes=2, probe_train=20, probe_test=10)
+    lines = read_metrics(tmp_path / "run")
+    floor = next(line for line in lines if line["kind"] == "floor")
+    assert set(floor) == {"kind", "step", "raw_pixels", "untrained"}
+    probes = [line for line in lines if line["kind"] == "probe"]
+    assert [p["step"] for p in probes] == [2, 4]
+    assert set(probes[0]) == {"kind", "step", "student", "teacher"}
+    assert result.probe == {k: probes[-1][k] for k in ("student", "teacher")}
+    assert re.search(r"untrained encoder\s+│\s+[\d.]+ │\s+[\d.]+ │", capsys.readouterr().out)
+
+
+def test_bf16_and_checkpointing_and_compile_free_options_run(tmp_path, folder):
+    run(tmp_path / "run", folder, steps=2, machine={"precision": "bf16", "checkpointing": True})
+    assert all(p.isfinite().all() for p in load(tmp_path / "run").parameters())
+
+
+def test_activation_checkpointing_changes_no_weight(tmp_path, folder, straight):
+    run(tmp_path / "run", folder, steps=12, machine={"checkpointing": True})
+    assert weights(tmp_path / "run") == weights(straight)
+
+
+def test_a_bad_image_is_replaced_named_once_and_changes_no_other(tmp_path, folder):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "a" / "00.png").write_bytes(b"not an image")
+    run(tmp_path / "run", tmp_path / "data", steps=12, machine={"bad_share": 0.1})
+    bad = [json.loads(line) for line in (tmp_path / "run" / "bad_files.jsonl").read_text().splitlines()]
+    assert len(bad) == 1
+    assert bad[0]["where"].endswith("00.png")
+    with pytest.raises(DataError, match=r"00\.png"):
+        run(tmp_path / "strict", tmp_path / "data", steps=12, machine={"strict": True})
+
+
+def test_results_are_frozen():
+    assert dataclasses.is_dataclass(loop.Result)
