@@ -20,7 +20,7 @@ app = App(
     version=__version__,
     help="Self-supervised pre-training of Vision Transformers with RC-MAE.",
     help_epilogue="Exit codes: 0 done, 2 usage or recipe, 3 data, 4 checkpoint, 5 diverged, 6 storage, 7 lost process, "
-    "8 memory, 75 stopped and saved (run the same command again).",
+    "8 memory, 75 stopped and saved (run the same command again). --debug shows the traceback of an error.",
 )
 Flat = Parameter(name="*", negative_iterable=())
 for section in sections().values():  # `--size`, not `--images.size`
@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Every expected failure is one line on stderr and its documented exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    argv = [a for a in argv if a != "--debug"]
     try:
         app.config = _recipe_defaults(argv)
         result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")

@@ -154,6 +154,20 @@ class Recipe:
     optim: Optim = Optim()
     probe: Probe = Probe()
 
+    def total_steps(self, images: int) -> int | None:
+        """Optimizer steps on a set of so many images; None where `time` decides.
+
+        Without any length: some 400 passes over a small set, but no run is shorter than 4 or longer than 40 million samples,
+        the budget of one GPU from an hour to a day.
+        """
+        if self.time:
+            return None
+        if self.steps:
+            return self.steps
+        if self.epochs:
+            return max(1, round(self.epochs * (images // self.optim.batch_size)))
+        return max(1, min(max(400 * images, 4_000_000), 40_000_000) // self.optim.batch_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -189,8 +203,6 @@ class Machine:
     "also write TensorBoard events (needs the [tensorboard] extra)"
     wandb: str | None = None
     "also log to this Weights & Biases project (needs the [wandb] extra)"
-    debug: bool = False
-    "show the traceback of an error"
 
 
 def sections(cls: type = Recipe) -> dict[str, type]:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from .config import Machine, Recipe, check, check_machine, parse_time, recipe_hash
 from .data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker
-from .data.sampler import BatchSampler
+from .data.sampler import BatchSampler, check_parts
 from .data.sources import open_source
 from .engine import distributed
 from .engine.checkpoint import load_checkpoint, newest, save_checkpoint
@@ -85,6 +85,7 @@ class Run:
         self.recipe, self.machine, self.device, self.world, self.screen, self.stop = recipe, machine, device, world, screen, stop
         self.began = time.monotonic()
         self.out: Path = machine.out
+        check_parts(recipe.optim.batch_size, world.size, machine.accumulate)
         self.source = open_source(recipe.data, recipe.images.channels, size=recipe.images.size)
         batch = recipe.optim.batch_size
         if len(self.source) < batch:
@@ -283,14 +284,8 @@ class Run:
     def plan(self, other_seconds: float) -> int:
         """The number of optimizer steps, from steps, epochs or time; `other_seconds` are needed for probing."""
         r = self.recipe
-        if r.steps:
-            return r.steps
-        if r.epochs:
-            return max(1, round(r.epochs * self.steps_per_epoch))
-        if not r.time:
-            # Small sets bear some 400 passes; no set needs fewer than 4 or more than 40 million samples on one GPU's budget.
-            images = min(max(400 * len(self.source), 4_000_000), 40_000_000)
-            return max(1, images // r.optim.batch_size)
+        if r.time is None:
+            return r.total_steps(len(self.source))
         step_seconds = self.measure_step()
         left = parse_time(r.time) - (time.monotonic() - self.began) - other_seconds
         steps = max(1, int(0.95 * left / step_seconds))

@@ -1,1 +1,190 @@
-"""`rcmae check`: what a folder holds, before any training."""
+"""`rcmae check`: what a data set holds, before any training."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from rich.console import Group
+from rich.table import Table
+
+from ..config import Recipe
+from .decode import FORMATS, BadImage
+from .dataset import read_image
+from .sources import Source, open_source
+
+FLAT = 2.0
+"Deviation of the pixels (of 255) below which an image is called nearly constant."
+
+SHOWN = 10
+"Lines of a list that are shown; the JSON holds all."
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The findings. Sizes are (smallest, median, largest) in pixels; mean and std a value a channel, in units of 0 to 1."""
+
+    name: str
+    kind: str
+    images: int
+    formats: dict[str, int]
+    modes: dict[str, int]
+    widths: tuple[int, int, int]
+    heights: tuple[int, int, int]
+    unreadable: list[tuple[str, str]]
+    duplicates: list[tuple[str, ...]]
+    leaks: list[tuple[str, str]]
+    constant: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images_per_second: float
+    classes: dict[str, int]
+    plan: dict[str, float]
+    bad_share: float
+
+    @property
+    def fit(self) -> bool:
+        """Whether a run with the default limits would not end on unreadable images."""
+        return self.images > len(self.unreadable) and len(self.unreadable) <= max(10, self.bad_share * self.images)
+
+
+def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_share: float = 0.01) -> Audit:
+    """Read every image of `path` once (and the bytes of `val`). Raises the DataErrors of `open_source`."""
+    channels = recipe.images.channels
+    source = open_source(path, channels, recipe.images.size, recipe.seed)
+    formats, modes, sizes = Counter[str](), Counter[str](), []
+    unreadable, constant = [], []
+    hashes: dict[bytes, list[int]] = {}
+    sums, squares, seconds = np.zeros(channels), np.zeros(channels), 0.0
+    for i in range(len(source)):
+        try:
+            raw, digest = _bytes(source, i)
+            start = time.perf_counter()
+            pixels = read_image(source, i, channels)
+            seconds += time.perf_counter() - start
+        except BadImage as e:
+            unreadable.append((source.where(i), str(e)))
+            continue
+        hashes.setdefault(digest, []).append(i)
+        form, mode = _header(raw) if source.kind != "embedded" else ("drawn", "RGB")
+        formats[form] += 1
+        modes[mode] += 1
+        sizes.append(pixels.shape[:2])
+        values = pixels.reshape(-1, channels) / 255.0
+        sums, squares = sums + values.mean(0), squares + (values**2).mean(0)
+        if 255 * values.std(0).max() < FLAT:
+            constant.append(source.where(i))
+    count = len(sizes)
+    mean = sums / max(count, 1)
+    heights, widths = (np.array(sizes) if sizes else np.zeros((1, 2), int)).T
+    return Audit(
+        name=path, kind=source.kind, images=len(source), formats=dict(formats), modes=dict(modes),
+        widths=_range(widths), heights=_range(heights), unreadable=unreadable,
+        duplicates=[tuple(source.where(i) for i in same) for same in hashes.values() if len(same) > 1],
+        leaks=_leaks(source, hashes, open_source(val, channels, recipe.images.size, recipe.seed)) if val else [],
+        constant=constant, mean=tuple(mean.tolist()), std=tuple(np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0)).tolist()),
+        images_per_second=count / max(seconds, 1e-9), classes=_classes(source), plan=_plan(len(source), heights, widths, recipe),
+        bad_share=bad_share,
+    )  # fmt: skip
+
+
+def _bytes(source: Source, index: int) -> tuple[bytes, bytes]:
+    try:
+        raw = source.read(index)
+    except OSError as e:
+        raise BadImage(e.strerror or "cannot be read") from e
+    raw = raw.tobytes() if isinstance(raw, np.ndarray) else raw
+    return raw, hashlib.sha256(raw).digest()
+
+
+def _header(raw: bytes) -> tuple[str, str]:
+    try:
+        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+            return image.format or "?", image.mode
+    except Exception:  # multi-band TIFF and pixels in memory have no header that Pillow reads
+        return "other", "other"
+
+
+def _range(values: np.ndarray) -> tuple[int, int, int]:
+    return int(values.min()), int(np.median(values)), int(values.max())
+
+
+def _leaks(source: Source, hashes: dict[bytes, list[int]], val: Source) -> list[tuple[str, str]]:
+    found = []
+    for i in range(len(val)):
+        try:
+            _, digest = _bytes(val, i)
+        except BadImage:
+            continue
+        found += [(source.where(hashes[digest][0]), val.where(i))] if digest in hashes else []
+    return found
+
+
+def _classes(source: Source) -> dict[str, int]:
+    if source.labels is None:
+        return {}
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
+    return {name: int(n) for name, n in zip(source.classes, counts, strict=True)}
+
+
+def _plan(images: int, heights: np.ndarray, widths: np.ndarray, recipe: Recipe) -> dict[str, float]:
+    h, w = recipe.images.shape
+    steps = recipe.total_steps(images)
+    plan = {"batch": recipe.optim.batch_size, "steps_per_epoch": images // recipe.optim.batch_size}
+    if steps and plan["steps_per_epoch"]:
+        plan |= {"steps": steps, "epochs": steps / plan["steps_per_epoch"]}
+    return plan | {"crop_height": h, "crop_width": w, "smaller_than_crop": float(((heights < h) | (widths < w)).mean())}
+
+
+def to_json(found: Audit) -> str:
+    """All findings."""
+    return json.dumps(dataclasses.asdict(found) | {"fit": found.fit}, indent=1) + "\n"
+
+
+def render(found: Audit) -> Group:
+    """For a terminal."""
+    table = Table(title=f"{found.name}: {found.images:,} images ({found.kind})", title_justify="left", show_header=False)
+    rows = {
+        "formats": _counts(found.formats),
+        "modes": _counts(found.modes),
+        "width": "smallest {:,}, median {:,}, largest {:,} px".format(*found.widths),
+        "height": "smallest {:,}, median {:,}, largest {:,} px".format(*found.heights),
+        "mean of channels": " ".join(f"{v:.3f}" for v in found.mean),
+        "deviation": " ".join(f"{v:.3f}" for v in found.std) + "  (--normalize data uses these)",
+        "decoding": f"{found.images_per_second:,.0f} images/s on one core",
+        "classes": f"{len(found.classes)}: {_extremes(found.classes)}" if found.classes else "none: pre-training needs none, probes do",
+    }
+    p = found.plan
+    crop = f"{p['crop_height']:.0f} x {p['crop_width']:.0f}"
+    rows["this recipe"] = f"crops of {crop}; {p['smaller_than_crop']:.0%} of the images are smaller and are enlarged"
+    if "steps" in p:
+        rows["length"] = f"{p['steps']:,.0f} steps of {p['batch']} images, {p['epochs']:.1f} epochs"
+    elif not p["steps_per_epoch"]:
+        rows["length"] = f"none: fewer images than the batch of {p['batch']}; give a smaller --batch-size"
+    for name, text in rows.items():
+        table.add_row(name, text)
+    parts: list[Table | str] = [table]
+    for title, lines in (
+        ("unreadable", [f"{w}: {r}" for w, r in found.unreadable]),
+        ("exact duplicates", [" = ".join(d) for d in found.duplicates]),
+        ("in both training and validation", [" = ".join(pair) for pair in found.leaks]),
+        ("nearly constant", found.constant),
+    ):
+        more = [f"  ... and {len(lines) - SHOWN} more (--json FILE has all)"] if len(lines) > SHOWN else []
+        parts.append("\n".join([f"{len(lines):,} {title}", *(f"  {line}" for line in lines[:SHOWN]), *more]))
+    parts.append("Fit for training." if found.fit else "Not fit for training: too many unreadable images; mend them or raise --bad-share.")
+    return Group(*parts)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items(), key=lambda x: -x[1])) or "none"
+
+
+def _extremes(classes: dict[str, int]) -> str:
+    few, many = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
+    return f"smallest {few} ({classes[few]:,}), largest {many} ({classes[many]:,})"

@@ -15,6 +15,14 @@ def order(n: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 1, 0, epoch])).permutation(n)
 
 
+def check_parts(batch_size: int, world: int, micro: int) -> None:
+    """Refuse a batch that does not divide, with what would. Raises ConfigError."""
+    if batch_size % (world * micro):
+        parts = [m for m in range(1, batch_size // world + 1) if batch_size % (world * m) == 0]
+        fit = f"--accumulate may be {', '.join(map(str, parts))}" if parts else f"no --accumulate fits {world} processes"
+        raise ConfigError(f"a batch of {batch_size} does not divide into {world} processes x accumulate {micro}; {fit}")
+
+
 class BatchSampler:
     """For torch's DataLoader: lists of keys (epoch, index), one a micro-batch, for the steps `start` to before `stop`.
 
@@ -37,10 +45,7 @@ class BatchSampler:
     ):
         if n < batch_size:
             raise DataError(f"{n} images are fewer than the batch of {batch_size}; lower --batch-size or add images")
-        if micro < 1 or batch_size % (world * micro):
-            parts = [m for m in range(1, batch_size // world + 1) if batch_size % (world * m) == 0]
-            fit = f"--accumulate may be {', '.join(map(str, parts))}" if parts else f"no --accumulate fits {world} processes"
-            raise ConfigError(f"a batch of {batch_size} does not divide into {world} processes x accumulate {micro}; {fit}")
+        check_parts(batch_size, world, micro)
         self.n, self.batch_size, self.rank, self.world, self.micro = n, batch_size, rank, world, micro
         self.start, self.stop, self.seed = start, stop, seed
         self.cached: tuple[int, np.ndarray] | None = None
