@@ -1,0 +1,271 @@
+"""`report.html`: the whole run on one page, in one file, for somebody who did not write the code."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from ..config import Recipe, flat, parse_recipe, recipe_hash
+from ..engine.metrics import read_metrics
+from . import pictures
+from .curves import Line, plot
+
+IMAGES = 4
+"Images whose reconstructions are shown."
+
+CHAPTERS = 5
+"Points in time of the strip."
+
+
+def write_report(run: Path) -> Path:
+    """Read a run directory and write its report.html; what is missing is left out."""
+    path = run / "report.html"
+    temporary = run / ".tmp_report.html"
+    temporary.write_text(render(run), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def render(run: Path) -> str:
+    """The page as text."""
+    recipe = parse_recipe((run / "recipe.toml").read_text(encoding="utf-8"), "recipe.toml")
+    lines = read_metrics(run)
+    machine = _json(run / "machine.json")
+    by_kind = {kind: [line for line in lines if line.get("kind") == kind] for kind in ("train", "probe", "event")}
+    floor = next((line for line in lines if line.get("kind") == "floor"), None)
+    reference = next((line for line in lines if line.get("kind") == "reference"), None)
+    bad = _bad_files(run)
+    environment = Environment(loader=PackageLoader("rcmae.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["thousands"] = lambda v: f"{v:,.0f}" if isinstance(v, (int, float)) else "–"
+    train, probes = by_kind["train"], by_kind["probe"]
+    total = machine.get("steps")
+    return environment.get_template("page.html.j2").render(
+        title=f"{recipe.method} on {recipe.data}",
+        run=run.resolve().name, step=train[-1]["step"] if train else 0, total=total,
+        verdict=verdict(recipe, train, probes, floor, reference, bad, total),
+        table=score_table(floor, probes), loss=loss_figure(train, reference), accuracy=probe_figure(probes, floor),
+        teacher=teacher_panel(train), rates=rate_figures(train), shots=reconstructions(run), strip=strip(run),
+        recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad[:50], bad_count=len(bad),
+        events=by_kind["event"][-20:], export=exports(run), labelled=floor is not None, reference=reference,
+    )  # fmt: skip
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+def verdict(
+    recipe: Recipe, train: list[dict], probes: list[dict], floor: dict | None, reference: dict | None, bad: list, total: int | None
+) -> list[tuple[str, str]]:
+    """Sentences that answer: is it done, is the loss normal, does it learn, does the teacher help, was anything wrong.
+
+    Each is (good | note | bad, text).
+    """
+    if not train:
+        return [("note", "The run has not made a step that was recorded yet.")]
+    last, said = train[-1], []
+    done = total is not None and last["step"] >= total
+    said.append(("good" if done else "note", f"{'Finished' if done else 'Running or stopped'} at step {last['step']:,} of {total or 0:,}."))
+    said += _loss_sentence(train, reference)
+    if floor and probes:
+        best = "teacher" if "teacher" in probes[-1] else "student"
+        score, raw, untrained = probes[-1][best]["linear"], floor["raw_pixels"]["linear"], floor["untrained"]["linear"]
+        gain = score - max(raw, untrained)
+        text = f"A linear probe on the {best}'s features is right on {score:.1f} %: {score - untrained:+.1f} points against the untrained "
+        text += f"encoder ({untrained:.1f} %), {score - raw:+.1f} against raw pixels ({raw:.1f} %). "
+        said.append(("good" if gain > 2 else "note", text + ("It learns." if gain > 2 else "Not yet better than its floors.")))
+    elif not floor:
+        said.append(("note", "The images have no labels (or probes are off), so accuracy could not be watched; the loss is all there is to see."))
+    ahead, own = last.get("teacher_reconstruction"), last.get("reconstruction")
+    if ahead is not None and own:
+        share = (own - ahead) / own
+        if abs(share) < 0.002:
+            said.append(("note", "Teacher and student reconstruct equally well now, so the teacher neither pulls ahead nor holds back."))
+        else:
+            text = f"On the same batches the teacher reconstructs {abs(share):.1%} {'better' if share > 0 else 'worse'} than the student: "
+            text += "it is ahead, so agreeing with it adds information." if share > 0 else "it lags, so agreeing with it slows the student down"
+            text += "" if share > 0 else " (normal early in a run; if it stays, shorten --half-life)."
+            said.append(("good" if share > 0 else "note", text))
+    if last.get("skipped"):
+        said.append(("bad", f"{last['skipped']} steps were not finite and were skipped; they are listed below."))
+    if bad:
+        said.append(("bad", f"{len(bad)} images could not be read and were replaced by others; they are named below."))
+    return said
+
+
+def _loss_sentence(train: list[dict], reference: dict | None) -> list[tuple[str, str]]:
+    tail = [line["reconstruction"] for line in train[-max(1, len(train) // 20) :] if line.get("reconstruction") is not None]
+    if not tail:
+        return [("bad", "The last losses are not finite.")]
+    loss = sum(tail) / len(tail)
+    if not reference:
+        return [("note", f"The reconstruction loss is {loss:.4f}.")]
+    explained = 1 - loss / reference["zero"]
+    text = f"The reconstruction loss is {loss:.3f}. Guessing nothing would score {reference['zero']:.3f}, so {explained:.0%} of what is hidden is "
+    text += f"explained; painting each hidden patch in its own true mean colour would score {reference['patch_mean']:.3f}, "
+    text += f"and copying the nearest visible patch {reference['nearest_visible']:.3f}. "
+    if explained <= 0.02:
+        return [("bad", text + "Nothing is learned yet: early in a run that is normal, later it is not.")]
+    return [("good", text + "That is a healthy loss: well below guessing, and never near zero, since hidden detail cannot be known.")]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _column(lines: list[dict], key: str) -> list[float | None]:
+    return [line.get(key) for line in lines]
+
+
+def loss_figure(train: list[dict], reference: dict | None) -> str | None:
+    if not train:
+        return None
+    x = _column(train, "step")
+    lines = [Line("student", "student", x, _column(train, "reconstruction"))]
+    if any(v is not None for v in _column(train, "teacher_reconstruction")):
+        lines.append(Line("teacher", "teacher", x, _column(train, "teacher_reconstruction")))
+    names = {"zero": "guessing nothing", "nearest_visible": "nearest visible patch", "patch_mean": "true mean colour"}
+    levels = {names[k]: reference[k] for k in names} if reference else {}
+    return plot(lines, _apart(levels), "reconstruction loss", log=True)
+
+
+def _apart(levels: dict[str, float]) -> dict[str, float]:
+    """Levels that lie on one another share a line and a label."""
+    kept: dict[str, float] = {}
+    for name, value in sorted(levels.items(), key=lambda x: x[1]):
+        twin = next((k for k, v in kept.items() if v and abs(value / v - 1) < 0.04), None)
+        if twin:
+            kept[f"{twin}, {name}"] = kept.pop(twin)
+        elif value > 0:
+            kept[name] = value
+    return kept
+
+
+def probe_figure(probes: list[dict], floor: dict | None) -> str | None:
+    if not probes or not floor:
+        return None
+    x = _column(probes, "step")
+    start = floor["untrained"]["linear"]
+    lines = [
+        Line(who, who, [0, *x], [start, *(line[who]["linear"] for line in probes)]) for who in ("student", "teacher") if who in probes[-1]
+    ]
+    levels = {"raw pixels": floor["raw_pixels"]["linear"], "untrained encoder": start}
+    return plot(lines, _apart(levels), "linear probe, % right", markers=True)
+
+
+def teacher_panel(train: list[dict]) -> dict[str, Any] | None:
+    """The clock of the teacher in all units, and its distance to the student."""
+    with_teacher = [line for line in train if line.get("momentum") is not None and "consistency" in line]
+    if not with_teacher:
+        return None
+    last, x = with_teacher[-1], _column(with_teacher, "step")
+    gap = [v**0.5 if v is not None else None for v in _column(with_teacher, "consistency")]
+    advantage = [
+        100 * (r - t) / r if r and t is not None else None
+        for r, t in zip(_column(with_teacher, "reconstruction"), _column(with_teacher, "teacher_reconstruction"), strict=True)
+    ]
+    units = {
+        "momentum an optimizer step": f"{last['momentum']:.6f}",
+        "half-life in steps": _number(last.get("half_life_steps")),
+        "half-life in images": _number(last.get("half_life_images")),
+        "half-life in epochs": _number(last.get("half_life_epochs")),
+        "half-life as a share of the run": f"{100 * last['half_life_share']:.2f} %" if last.get("half_life_share") is not None else "never",
+    }
+    figures = {
+        "Teacher advantage: how much less the teacher errs than the student on the same batch. Above 0 it is ahead.": plot(
+            [Line("advantage", "teacher", x, advantage)], {"equal": 0.0}, "advantage, %"
+        ),
+        "Gap in output: root mean square of student minus teacher on hidden patches. It follows the learning rate.": plot(
+            [Line("gap", "student", x, gap)], ylabel="output gap", log=True
+        ),
+        "Gap in weights: |student - teacher| / |student|. A sudden rise means a learning rate that is too high.": plot(
+            [Line("drift", "student", x, _column(with_teacher, "drift"))], ylabel="weight gap", log=True
+        ),
+    }
+    return {"units": units, "figures": figures}
+
+
+def _number(value: float | None) -> str:
+    return "never forgets" if value is None else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def rate_figures(train: list[dict]) -> dict[str, str]:
+    if not train:
+        return {}
+    x = _column(train, "step")
+    return {
+        "Learning rate: warm-up, then cosine.": plot([Line("learning rate", "ink", x, _column(train, "lr"))], ylabel="learning rate"),
+        "Images a second while training (probes and saving not counted).": plot(
+            [Line("speed", "ink", x, _column(train, "images_per_s"))], ylabel="images/s"
+        ),
+        "Share of the time that waits for data. Above a tenth, more --workers help.": plot(
+            [Line("waiting", "ink", x, [None if v is None else 100 * v for v in _column(train, "data_wait")])], ylabel="waiting, %"
+        ),
+        "Norm of the gradient.": plot([Line("norm", "ink", x, _column(train, "grad_norm"))], ylabel="gradient norm", log=True),
+    }
+
+
+def score_table(floor: dict | None, probes: list[dict]) -> list[tuple[str, float, float]]:
+    """(name, linear, k-NN) of floors, student and teacher at the last probe."""
+    if not floor:
+        return []
+    rows = {"raw pixels": floor["raw_pixels"], "untrained encoder": floor["untrained"]}
+    if probes:
+        rows |= {who: probes[-1][who] for who in ("student", "teacher") if who in probes[-1]}
+    return [(name, s["linear"], s["knn"]) for name, s in rows.items()]
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _snapshots(run: Path) -> list[Path]:
+    return sorted((run / "snapshots").glob("*.safetensors"))
+
+
+def reconstructions(run: Path) -> dict[str, Any] | None:
+    """Input, what was seen, student, teacher and their difference, for some images at the last snapshot."""
+    paths = _snapshots(run)
+    if not paths:
+        return None
+    s = pictures.read_snapshot(paths[-1])
+    rows = []
+    for i in range(min(IMAGES, len(s.image))):
+        made = {who: pictures.picture(s, i, who) for who in s.predictions}
+        row = {"input": s.image[i].transpose(1, 2, 0), "seen": pictures.seen(s, i)} | made
+        if len(made) == 2:
+            row["difference x 4"] = pictures.difference(made["student"], made["teacher"])
+        if s.target == "normalised":
+            row["student, true contrast"] = pictures.picture(s, i, "student", true_statistics=True)
+        rows.append({name: pictures.data_uri(pixels) for name, pixels in row.items()})
+    return {"step": s.step, "rows": rows, "normalised": s.target == "normalised", "columns": list(rows[0])}
+
+
+def strip(run: Path) -> list[dict[str, Any]]:
+    """The student's picture of two images over time."""
+    paths = _snapshots(run)
+    if len(paths) < 2:
+        return []
+    chosen = [paths[round(k * (len(paths) - 1) / (min(CHAPTERS, len(paths)) - 1))] for k in range(min(CHAPTERS, len(paths)))]
+    shots = [pictures.read_snapshot(p) for p in chosen]
+    return [{"step": s.step, "pictures": [pictures.data_uri(pictures.picture(s, i, "student")) for i in range(min(2, len(s.image)))]} for s in shots]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _bad_files(run: Path) -> list[dict[str, str]]:
+    path = run / "bad_files.jsonl"
+    whole = re.findall(r"^\{.*\}$", path.read_text(encoding="utf-8"), re.MULTILINE) if path.exists() else []
+    return [json.loads(line) for line in whole]
+
+
+def exports(run: Path) -> list[str]:
+    """Networks that can be loaded, the one to use last."""
+    return [who for who in ("student", "teacher") if (run / "export" / who / "config.json").exists()]
