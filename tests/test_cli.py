@@ -83,6 +83,20 @@ def test_the_main_job_resume_and_report(tmp_path, capsys, monkeypatch):
     assert (run / "report.html").exists()
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_nothing_but_bad_images_is_one_line(tmp_path, capsys, workers):
+    (tmp_path / "data").mkdir()
+    for i in range(12):
+        (tmp_path / "data" / f"{i}.png").write_bytes(b"no")
+    argv = ["pretrain", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *TINY, "--workers", workers]
+    assert main(argv) == 3
+    err = capsys.readouterr().err
+    assert err.startswith("rcmae: error: ")
+    assert "cannot be read (not an image), nor can 20 others" in err
+    assert "Traceback" not in err
+    assert err.count("\n") == 1
+
+
 def test_a_length_on_the_command_line_replaces_the_recipes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = images(tmp_path / "data")

@@ -29,7 +29,7 @@ from .engine.metrics import Metrics, read_metrics
 from .engine.optim import adamw, linear_rule
 from .engine.run import StopSignals, describe_machine, keep_freed_memory, memory_gib, owned, record_recipe, write_json
 from .engine.schedules import Progress, warmup_cosine
-from .errors import DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError, first_line
+from .errors import DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError, RcmaeError, first_line
 from .interop.timm_export import PLAIN, export
 from .methods import METHODS, Method
 from .models.backbone import IMAGENET
@@ -166,7 +166,7 @@ class Run:
             dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, worker_init_fn=quiet_worker,
             pin_memory=self.device.type == "cuda", prefetch_factor=4 if workers else None,
         )  # fmt: skip
-        for batch in loader:
+        for batch in _plain_errors(loader):
             self.bad.note(batch.pop("bad", []))
             yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
@@ -389,13 +389,22 @@ class Run:
             model = self.recipe.network.model
             architecture = model.removeprefix("timm:") if model.startswith("timm:") else PLAIN
             export(self.method.backbone(which), self.out / "export" / which, about, architecture)
-        write_report(self.out)
+        self.report()
+
+    def report(self) -> None:
+        """A page that cannot be drawn is no reason to lose a run."""
+        try:
+            write_report(self.out)
+        except Exception as e:
+            self.screen.say(
+                f"note: report.html could not be written ({type(e).__name__}: {first_line(e)}); `rcmae report` tries again"
+            )
 
     def finish(self) -> Result:
         """Say where everything is."""
         self.close()
         if self.world.first:
-            write_report(self.out)
+            self.report()
             summarise(self.out, self.screen)
             self.screen.say(f"{clock(self.seconds)} for {self.step:,} steps. Open {self.out / 'report.html'}")
             self.screen.say(
@@ -408,6 +417,14 @@ class Run:
         if self.metrics:
             self.metrics.close()
             self.metrics = None
+
+
+def _plain_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The loader's batches; our own errors come back from its processes with a traceback for a text: only their line is kept."""
+    try:
+        yield from loader
+    except RcmaeError as e:
+        raise type(e)(str(e).strip().splitlines()[-1].removeprefix(f"{type(e).__module__}.{type(e).__name__}: ")) from e
 
 
 def summarise(run: Path, screen: Screen) -> None:

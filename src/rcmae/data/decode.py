@@ -8,6 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..engine.metrics import optional
+from ..errors import RcmaeError
 
 PIXEL_LIMIT = 100_000_000
 "Pixels above which an image is refused before it is decoded: a hundred megapixels, 300 MB as RGB."
@@ -35,14 +36,12 @@ def decode(raw: bytes, channels: int = 3, pixel_limit: int = PIXEL_LIMIT) -> UIn
             if channels not in (1, 3):
                 return _bands(raw, channels, pixel_limit)
             return _pillow(raw, channels, pixel_limit)
-    except BadImage:
+    except (BadImage, RcmaeError, MemoryError):
         raise
     except UnidentifiedImageError as e:
         if raw[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return _bands(raw, channels, pixel_limit)
         raise BadImage("not an image") from e
-    except MemoryError:
-        raise
     except Exception as e:  # decoders of foreign bytes fail in every way there is
         reason = "truncated" if "truncated" in str(e).lower() else f"damaged ({type(e).__name__})"
         raise BadImage(reason) from e
@@ -79,9 +78,7 @@ def _bands(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
             height, width = axes.get("Y", 0), axes.get("X", 0)
             _refuse_huge(width, height, pixel_limit)
             pixels = series.asarray()
-    except BadImage:
-        raise
-    except MemoryError:
+    except (BadImage, MemoryError):
         raise
     except Exception as e:
         raise BadImage(f"damaged TIFF ({type(e).__name__})") from e

@@ -173,17 +173,17 @@ def open_source(spec: str, channels: int = 3, size: int = 32, seed: int = 0) -> 
     if spec.startswith("hub:"):
         return Hub(spec.removeprefix("hub:"))
     path = Path(spec)
-    shards = _shards(spec)
-    if shards:
-        return _open_shards(spec, shards)
     try:
+        if shards := _shards(spec):
+            return _open_shards(spec, shards)
         if path.is_dir():
             return _open_folder(spec, path)
         if path.suffix == ".txt" and path.is_file():
             return _open_list(spec, path)
+        there = path.exists()
     except PermissionError as e:
         raise DataError(f"no permission to read {printable(os.fsencode(e.filename))}; change it, or leave that folder out") from e
-    if path.exists():
+    if there:
         raise DataError(f"{spec} is neither a folder, nor a list (.txt), nor a tar; give the folder that holds the images")
     raise DataError(f"{spec} does not exist; give --data a folder, a list file, tar shards, hub:NAME or embedded:digits")
 
@@ -263,7 +263,7 @@ def _shards(spec: str) -> list[Path]:
     if path.suffix == ".tar" and path.is_file():
         return [path]
     if path.is_dir():
-        visible = [p for p in path.iterdir() if not p.name.startswith(".")] if os.access(path, os.R_OK) else []
+        visible = [p for p in path.iterdir() if not p.name.startswith(".")]
         tars = sorted(p for p in visible if p.suffix == ".tar")
         return tars if tars and not any(p.is_dir() or p.suffix.lower() in EXTENSIONS for p in visible) else []
     return sorted(Path(p) for s in _braces(spec) for p in glob.glob(s) if fnmatch.fnmatch(p, "*.tar"))
@@ -296,8 +296,8 @@ def _open_shards(spec: str, shards: list[Path]) -> Shards:
                         classes[key] = int(text) if text.isdigit() else -1
                     elif b"." + extension.lower() in (e.encode() for e in EXTENSIONS):
                         found.append((name, member.offset_data, member.size))
-        except PermissionError as e:
-            raise DataError(f"no permission to read {shard}") from e
+        except PermissionError:
+            raise
         except (tarfile.TarError, EOFError, OSError) as e:
             raise DataError(f"{shard} is not a whole tar file ({e}); compressed shards must be unpacked to plain .tar") from e
         for name, offset, size in found:

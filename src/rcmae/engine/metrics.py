@@ -62,7 +62,7 @@ def optional(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise ConfigError(f"--{extra} needs the {extra} extra: pip install 'rcmae[{extra}]'") from e
+        raise ConfigError(f"{module} is not installed; it comes with the {extra} extra: pip install 'rcmae[{extra}]'") from e
 
 
 def _plain(value: Any) -> Any:

@@ -66,7 +66,9 @@ def verdict(
         return [("note", "The run has not made a step that was recorded yet.")]
     last, said = train[-1], []
     done = total is not None and last["step"] >= total
-    said.append(("good" if done else "note", f"{'Finished' if done else 'Running or stopped'} at step {last['step']:,} of {total or 0:,}."))
+    said.append(
+        ("good" if done else "note", f"{'Finished' if done else 'Running or stopped'} at step {last['step']:,} of {total or 0:,}.")
+    )
     said += _loss_sentence(train, reference)
     if floor and probes:
         best = "teacher" if "teacher" in probes[-1] else "student"
@@ -76,15 +78,26 @@ def verdict(
         text += f"encoder ({untrained:.1f} %), {score - raw:+.1f} against raw pixels ({raw:.1f} %). "
         said.append(("good" if gain > 2 else "note", text + ("It learns." if gain > 2 else "Not yet better than its floors.")))
     elif not floor:
-        said.append(("note", "The images have no labels (or probes are off), so accuracy could not be watched; the loss is all there is to see."))
+        said.append(
+            (
+                "note",
+                "The images have no labels (or probes are off), so accuracy could not be watched; the loss is all there is to see.",
+            )
+        )
     ahead, own = last.get("teacher_reconstruction"), last.get("reconstruction")
     if ahead is not None and own:
         share = (own - ahead) / own
         if abs(share) < 0.002:
-            said.append(("note", "Teacher and student reconstruct equally well now, so the teacher neither pulls ahead nor holds back."))
+            said.append(
+                ("note", "Teacher and student reconstruct equally well now, so the teacher neither pulls ahead nor holds back.")
+            )
         else:
             text = f"On the same batches the teacher reconstructs {abs(share):.1%} {'better' if share > 0 else 'worse'} than the student: "
-            text += "it is ahead, so agreeing with it adds information." if share > 0 else "it lags, so agreeing with it slows the student down"
+            text += (
+                "it is ahead, so agreeing with it adds information."
+                if share > 0
+                else "it lags, so agreeing with it slows the student down"
+            )
             text += "" if share > 0 else " (normal early in a run; if it stays, shorten --half-life)."
             said.append(("good" if share > 0 else "note", text))
     if last.get("skipped"):
@@ -107,7 +120,9 @@ def _loss_sentence(train: list[dict], reference: dict | None) -> list[tuple[str,
     text += f"and copying the nearest visible patch {reference['nearest_visible']:.3f}. "
     if explained <= 0.02:
         return [("bad", text + "Nothing is learned yet: early in a run that is normal, later it is not.")]
-    return [("good", text + "That is a healthy loss: well below guessing, and never near zero, since hidden detail cannot be known.")]
+    return [
+        ("good", text + "That is a healthy loss: well below guessing, and never near zero, since hidden detail cannot be known.")
+    ]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -147,7 +162,9 @@ def probe_figure(probes: list[dict], floor: dict | None) -> str | None:
     x = _column(probes, "step")
     start = floor["untrained"]["linear"]
     lines = [
-        Line(who, who, [0, *x], [start, *(line[who]["linear"] for line in probes)]) for who in ("student", "teacher") if who in probes[-1]
+        Line(who, who, [0, *x], [start, *(line[who]["linear"] for line in probes)])
+        for who in ("student", "teacher")
+        if who in probes[-1]
     ]
     levels = {"raw pixels": floor["raw_pixels"]["linear"], "untrained encoder": start}
     return plot(lines, _apart(levels), "linear probe, % right", markers=True)
@@ -169,7 +186,9 @@ def teacher_panel(train: list[dict]) -> dict[str, Any] | None:
         "half-life in steps": _number(last.get("half_life_steps")),
         "half-life in images": _number(last.get("half_life_images")),
         "half-life in epochs": _number(last.get("half_life_epochs")),
-        "half-life as a share of the run": f"{100 * last['half_life_share']:.2f} %" if last.get("half_life_share") is not None else "never",
+        "half-life as a share of the run": f"{100 * last['half_life_share']:.2f} %"
+        if last.get("half_life_share") is not None
+        else "never",
     }
     figures = {
         "Teacher advantage: how much less the teacher errs than the student on the same batch. Above 0 it is ahead.": plot(
@@ -194,7 +213,9 @@ def rate_figures(train: list[dict]) -> dict[str, str]:
         return {}
     x = _column(train, "step")
     return {
-        "Learning rate: warm-up, then cosine.": plot([Line("learning rate", "ink", x, _column(train, "lr"))], ylabel="learning rate"),
+        "Learning rate: warm-up, then cosine.": plot(
+            [Line("learning rate", "ink", x, _column(train, "lr"))], ylabel="learning rate"
+        ),
         "Images a second while training (probes and saving not counted).": plot(
             [Line("speed", "ink", x, _column(train, "images_per_s"))], ylabel="images/s"
         ),
@@ -247,7 +268,10 @@ def strip(run: Path) -> list[dict[str, Any]]:
         return []
     chosen = [paths[round(k * (len(paths) - 1) / (min(CHAPTERS, len(paths)) - 1))] for k in range(min(CHAPTERS, len(paths)))]
     shots = [pictures.read_snapshot(p) for p in chosen]
-    return [{"step": s.step, "pictures": [pictures.data_uri(pictures.picture(s, i, "student")) for i in range(min(2, len(s.image)))]} for s in shots]
+    return [
+        {"step": s.step, "pictures": [pictures.data_uri(pictures.picture(s, i, "student")) for i in range(min(2, len(s.image)))]}
+        for s in shots
+    ]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -24,16 +24,20 @@ class Line:
     style: str = "-"
 
 
-def plot(lines: list[Line], levels: dict[str, float] | None = None, ylabel: str = "", log: bool = False, markers: bool = False) -> str:
+def plot(
+    lines: list[Line], levels: dict[str, float] | None = None, ylabel: str = "", log: bool = False, markers: bool = False
+) -> str:
     """An SVG of some curves over steps, with dashed grey reference `levels` named at the right edge."""
     settings = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "rcmae"}
     with rc_context(settings):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
+        drawn = False
         for line in lines:
-            points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None]
+            points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and (y > 0 or not log)]
             if points:
+                drawn = True
                 axes.plot(
                     *zip(*points, strict=True), line.style, color=COLOURS[line.colour], label=line.name, linewidth=1.6,
                     marker="o" if markers else None, markersize=3.5,
@@ -44,7 +48,7 @@ def plot(lines: list[Line], levels: dict[str, float] | None = None, ylabel: str 
                 name, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
                 ha="right", va="bottom", color=COLOURS["floor"], fontsize=8,
             )  # fmt: skip
-        if log:
+        if log and drawn:
             axes.set_yscale("log")
         axes.set_xlabel("step", color=COLOURS["ink"])
         axes.set_ylabel(ylabel, color=COLOURS["ink"])
@@ -52,7 +56,7 @@ def plot(lines: list[Line], levels: dict[str, float] | None = None, ylabel: str 
         axes.grid(color=COLOURS["faint"], linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(COLOURS["faint"])
-        if len(lines) > 1:
+        if len(lines) > 1 and drawn:
             axes.legend(frameon=False, labelcolor=COLOURS["ink"], fontsize=8, loc="best", handlelength=1.6)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

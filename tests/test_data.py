@@ -1,0 +1,447 @@
+"""Images of every kind, sources of every kind, and samples that are pure functions."""
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from rcmae.config import Images as ImagesConfig
+from rcmae.data import decode as decode_module
+from rcmae.data.audit import audit, to_json
+from rcmae.data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker
+from rcmae.data.decode import BadImage, decode
+from rcmae.data.sampler import BatchSampler, order
+from rcmae.data.sources import Strings, open_source, printable
+from rcmae.data.views import center, crop_box, flip, random_resized_crop, rng
+from rcmae.errors import ConfigError, DataError
+from rcmae.methods.mae import CropAndOrder
+from tests import images
+
+ODD, BAD = images.odd(), images.bad()
+VIEW = CropAndOrder(ImagesConfig(size=16, crop_scale=(0.3, 1.0)), patches=16)
+
+
+def fill(root: Path, files: dict[str, bytes]) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def good(count: int = 12) -> dict[str, bytes]:
+    noise = np.random.default_rng(1)
+    return {f"{i:02d}.png": images.encode(noise.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for i in range(count)}
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_odd_images_show_what_they_hold(name, channels):
+    raw, expected = ODD[name]
+    pixels = decode(raw, channels)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (*expected.shape, channels)
+    assert np.abs(pixels.astype(int) - expected[..., None].astype(int)).max() <= 4
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_images_say_why(name):
+    raw, reason = BAD[name]
+    with pytest.raises(BadImage, match=f"^({reason})") as e:
+        decode(raw)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("planar", [False, True])
+def test_multi_band_tiff(dtype, planar):
+    bands = np.stack([np.roll(images.ramp(), k, 1) for k in range(8)], 2)
+    scale = {np.uint8: 1, np.uint16: 257, np.float32: np.float32(1 / 255)}[dtype]
+    values = (bands.astype(np.float64) * scale).astype(dtype)
+    raw = images.tiff(
+        np.moveaxis(values, 2, 0) if planar else values, photometric="minisblack", planarconfig="separate" if planar else "contig"
+    )
+    assert np.abs(decode(raw, 8).astype(int) - bands.astype(int)).max() <= 1
+    with pytest.raises(BadImage, match="8 bands, not 5"):
+        decode(raw, 5)
+    with pytest.raises(BadImage, match="5 channels need a multi-band TIFF"):
+        decode(ODD["grey.png"][0], 5)
+
+
+def test_an_image_is_refused_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(decode_module.Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(BadImage, match="above the limit"):
+        decode(images.huge_png())
+
+
+def test_no_bytes_whatever_raise_anything_else():
+    """Mutations of whole files: pixels or BadImage, never another error, never a warning."""
+    chance = random.Random(0)
+    for raw, _ in ODD.values():
+        for _ in range(12):
+            mutated = bytearray(raw)
+            for _ in range(chance.randrange(1, 6)):
+                mutated[chance.randrange(len(mutated))] = chance.randrange(256)
+            if chance.random() < 0.3:
+                mutated = mutated[: chance.randrange(len(mutated))]
+            try:
+                assert decode(bytes(mutated), 3, pixel_limit=10**6).dtype == np.uint8
+            except BadImage:
+                pass
+
+
+def test_without_tifffile_the_extra_is_named(monkeypatch):
+    raw = images.tiff(np.zeros((4, 4, 8), np.uint8), photometric="minisblack")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(ConfigError, match=r"pip install 'rcmae\[tiff\]'"):
+        decode(raw, 8)
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**32))
+def test_a_crop_lies_inside(h, w, seed):
+    top, left, height, width = crop_box(h, w, (0.2, 1.0), (3 / 4, 4 / 3), np.random.default_rng(seed))
+    assert 0 <= top <= top + height <= h
+    assert 0 <= left <= left + width <= w
+    assert height > 0 < width
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3, 3), (40, 30)])
+@pytest.mark.parametrize("shape", [(16, 16), (8, 24)])
+def test_any_image_gives_the_shape(size, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    assert random_resized_crop(image, shape, (0.2, 1.0), rng=rng(0, 0, 0)).shape == (3, *shape)
+    assert center(image, shape).shape == (3, *shape)
+
+
+def test_an_image_of_the_right_size_is_left_alone():
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    whole = torch.from_numpy(image).permute(2, 0, 1)
+    assert torch.equal(random_resized_crop(image, (16, 16), (1.0, 1.0), rng=rng(0, 0, 0)), whole)
+    assert torch.equal(center(image, (16, 16)), whole)
+
+
+def test_center_takes_the_middle():
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    image[8:56, 8:56] = 255
+    # The middle 56 of 64 pixels, of which 48 are white, along both sides.
+    assert center(image, (32, 32)).float().mean().item() == pytest.approx(255 * (48 / 56) ** 2, rel=0.01)
+
+
+def test_flips_are_fair_and_exact():
+    crop = torch.arange(12, dtype=torch.uint8).view(1, 3, 4)
+    flipped = [torch.equal(flip(crop, rng(0, 0, i)), crop.flip(2)) for i in range(200)]
+    assert 70 < sum(flipped) < 130
+
+
+def test_generators_are_their_own():
+    draws = {rng(s, e, i).integers(2**62) for s in range(4) for e in range(4) for i in range(50)}
+    assert len(draws) == 800
+    assert rng(1, 2, 3).integers(2**62) == rng(1, 2, 3).integers(2**62)
+
+
+# --- sampler ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 20), st.integers(0, 10), st.integers(0, 9))
+def test_ranks_and_micro_batches_share_one_batch(world, micro, images_each, start, steps, extra):
+    batch = world * micro * images_each
+    n = 3 * batch + extra
+    whole = list(BatchSampler(n, batch, start=start, stop=start + steps, seed=7))
+    parts = [
+        list(BatchSampler(n, batch, rank=r, world=world, micro=micro, start=start, stop=start + steps, seed=7))
+        for r in range(world)
+    ]
+    for k, expected in enumerate(whole):
+        assert [key for p in parts for m in p[k * micro : (k + 1) * micro] for key in m] == expected
+    tail = list(BatchSampler(n, batch, start=0, stop=start + steps, seed=7))[start:]
+    assert tail == whole, "the position is one integer"
+
+
+def test_an_epoch_shows_each_image_once():
+    seen = [key for batch in BatchSampler(40, 8, start=5, stop=10, seed=3) for key in batch]
+    assert sorted(seen) == [(1, i) for i in range(40)]
+    assert not np.array_equal(order(40, 3, 0), order(40, 3, 1))
+    assert not np.array_equal(order(40, 3, 0), order(40, 4, 0))
+
+
+def test_a_batch_that_does_not_divide_names_what_does():
+    with pytest.raises(
+        ConfigError, match=r"a batch of 8 does not divide into 2 processes x accumulate 3; --accumulate may be 1, 2, 4$"
+    ):
+        BatchSampler(99, 8, world=2, micro=3)
+    with pytest.raises(ConfigError, match="no --accumulate fits 3 processes"):
+        BatchSampler(99, 8, world=3)
+    with pytest.raises(DataError, match="7 images are fewer than the batch of 8"):
+        BatchSampler(7, 8)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def batches(source, workers: int) -> list[dict]:
+    sampler = BatchSampler(len(source), 4, start=1, stop=7, seed=5)
+    loader = DataLoader(
+        Images(source, VIEW, 5), batch_sampler=sampler, collate_fn=collate, num_workers=workers, worker_init_fn=quiet_worker,
+        multiprocessing_context="forkserver" if workers else None,
+    )  # fmt: skip
+    return list(loader)
+
+
+def test_samples_do_not_depend_on_workers(tmp_path):
+    source = open_source(str(fill(tmp_path, good())))
+    for one, two in zip(batches(source, 0), batches(source, 2), strict=True):
+        assert one.keys() == two.keys() == {"image", "order", "bad"}
+        assert all(torch.equal(one[k], two[k]) for k in ("image", "order"))
+
+
+def test_epochs_crop_and_mask_anew(tmp_path):
+    data = Images(open_source(str(fill(tmp_path, good()))), VIEW, 0)
+    one, again, other = data[(0, 3)], data[(0, 3)], data[(1, 3)]
+    assert torch.equal(one["image"], again["image"])
+    assert not torch.equal(one["image"], other["image"])
+    assert not torch.equal(one["order"], other["order"])
+    assert torch.equal(one["order"].sort().values, torch.arange(16))
+
+
+def test_each_bad_file_is_named_once_and_changes_no_other_sample(tmp_path):
+    files = good() | {name: raw for name, (raw, _) in (ODD | BAD).items()}
+    source = open_source(str(fill(tmp_path / "data", files)))
+    assert len(source) == len(files)
+    clean = {name: i for i in range(len(source)) if (name := Path(source.where(i)).name) not in BAD}
+    data = Images(source, VIEW, 0)
+    record = BadFiles(tmp_path, len(source), share=1.0)
+    for epoch in (0, 1):
+        samples = [data[(epoch, i)] for i in range(len(source))]
+        again = data[(epoch, 0)]
+        assert torch.equal(again["image"], samples[0]["image"]), "substitutes are always the same"
+        for name, i in clean.items():
+            own = VIEW(decode(files[name]), rng(0, epoch, i))
+            assert torch.equal(samples[i]["image"], own["image"]), name
+        record.note(collate(samples)["bad"])
+    record = BadFiles(tmp_path, len(source), share=1.0)  # as after a resume
+    record.note(collate([data[(2, i)] for i in range(len(source))])["bad"])
+    lines = [json.loads(line) for line in (tmp_path / "bad_files.jsonl").read_text().splitlines()]
+    assert sorted(Path(line["where"]).name for line in lines) == sorted(BAD)
+    for line in lines:
+        assert line["reason"].startswith(tuple(BAD[Path(line["where"]).name][1].split("|")))
+
+
+def test_too_many_bad_files_end_the_run(tmp_path):
+    record = BadFiles(tmp_path, 10_000, share=0.001)
+    record.note([(i, f"{i}.png", "truncated") for i in range(10)])
+    with pytest.raises(DataError, match=r"11 of 10000 images cannot be read, the last one 10.png \(truncated\)") as e:
+        record.note([(10, "10.png", "truncated")])
+    assert e.value.exit_code == 3
+    with pytest.raises(DataError, match=r"a.png cannot be read \(empty file\)"):
+        BadFiles(tmp_path / "..", 100, strict=True).note([(0, "a.png", "empty file")])
+    (tmp_path.parent / "bad_files.jsonl").unlink()
+
+
+def test_a_line_that_a_kill_cut_is_dropped(tmp_path):
+    record = BadFiles(tmp_path, 100)
+    record.note([(1, "a.png", "truncated")])
+    with record.path.open("a") as f:
+        f.write('{"index": 2, "wh')
+    record = BadFiles(tmp_path, 100)
+    record.note([(1, "a.png", "truncated"), (2, "b.png", "truncated")])
+    assert [json.loads(line)["index"] for line in record.path.read_text().splitlines()] == [1, 2]
+
+
+def test_when_nothing_good_is_left(tmp_path):
+    source = open_source(str(fill(tmp_path, {f"{i}.png": b"x" for i in range(5)})))
+    with pytest.raises(DataError, match=r"0.png cannot be read \(not an image\), nor can 20 others; look with `rcmae check`"):
+        Images(source, VIEW, 0)[(0, 0)]
+    with pytest.raises(DataError, match="none of 5 sampled images"):
+        measure_statistics(source, 3)
+
+
+def test_a_file_that_vanishes_or_may_not_be_read_is_bad_not_fatal(tmp_path):
+    source = open_source(str(fill(tmp_path, good())))
+    (tmp_path / "00.png").unlink()
+    _, bad = Images(source, VIEW, 0).read(0)
+    assert bad[0][2] == "No such file or directory"
+
+
+def test_statistics_are_those_of_the_data(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (8, 30, 30, 3), dtype=np.uint8)
+    source = open_source(str(fill(tmp_path, {f"{i}.png": images.encode(v) for i, v in enumerate(values)})))
+    mean, std = measure_statistics(source, 3)
+    assert mean == pytest.approx((values / 255).mean((0, 1, 2)).tolist(), rel=1e-9)
+    assert std == pytest.approx((values / 255).std((0, 1, 2)).tolist(), rel=1e-9)
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def test_folders_flat_and_nested_and_with_classes(tmp_path):
+    flat = open_source(str(fill(tmp_path / "flat", good(3))))
+    assert (len(flat), flat.labels, flat.classes) == (3, None, [])
+    files = {f"cats/deep/{k}": v for k, v in good(2).items()} | {f"dogs/{k}": v for k, v in good(3).items()}
+    files |= {".ipynb_checkpoints/x.png": b"x", "cats/.hidden.png": b"x", "cats/notes.txt": b"x"}
+    classes = open_source(str(fill(tmp_path / "classes", files)))
+    assert classes.classes == ["cats", "dogs"]
+    assert classes.labels.tolist() == [0, 0, 1, 1, 1]
+    one = open_source(str(fill(tmp_path / "one", {f"a/{k}": v for k, v in good(2).items()})))
+    assert one.labels is None, "one class is no label"
+    mixed = open_source(str(fill(tmp_path / "mixed", files | good(1))))
+    assert mixed.labels is None
+
+
+def test_ten_images_stay_ten(tmp_path):
+    """Loops and doubled links never make more of them."""
+    root = fill(tmp_path / "data", good(10))
+    (root / "loop").symlink_to(root)
+    (root / "sub").mkdir()
+    (root / "sub" / "up").symlink_to(root)
+    (root / "again.png").symlink_to(root / "00.png")
+    (root / "self.png").symlink_to(root / "self.png")
+    (root / "nowhere.png").symlink_to(root / "gone.png")
+    assert len(open_source(str(root))) == 10
+    outside = fill(tmp_path / "outside", good(4))
+    (root / "more").symlink_to(outside)
+    assert len(open_source(str(root))) == 14, "a linked folder is followed, once"
+
+
+def test_odd_names(tmp_path):
+    raw = good(1)["00.png"]
+    names = [b"new\nline.png", b"\xff\xfe.png", b"a" * 251 + b".png", b"\x1b[31mred.png", "ünï.PNG".encode(), b"tab\t.png"]
+    for name in names:
+        (Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))).write_bytes(raw)
+    source = open_source(str(tmp_path))
+    assert len(source) == len(names)
+    for i in range(len(source)):
+        assert decode(source.read(i)).shape == (20, 24, 3)
+        assert source.where(i).isprintable()
+    assert printable(b"\x1b[31m\xff\n") == "\\x1b[31m\\xff\\n"
+
+
+def test_an_unreadable_folder_is_an_error_not_a_silence(tmp_path):
+    fill(tmp_path / "data" / "closed", good(2))
+    fill(tmp_path / "data", good(2))
+    (tmp_path / "data" / "closed").chmod(0)
+    code = (
+        "import os, sys\nfrom rcmae.data.sources import open_source\nfrom rcmae.errors import DataError\n"
+        "os.seteuid(65534) if os.geteuid() == 0 else None\n"
+        "try:\n    open_source(sys.argv[1])\nexcept DataError as e:\n    print(e)\n"
+    )
+    for folder in (tmp_path / "data", tmp_path, *tmp_path.parents[:3]):
+        if "pytest" in str(folder):
+            folder.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "data")], capture_output=True, text=True, check=False)
+    (tmp_path / "data" / "closed").chmod(0o755)
+    assert done.stdout.startswith("no permission to read "), done.stdout + done.stderr
+    assert done.stdout.count("\n") == 1
+    assert "closed" in done.stdout
+
+
+def test_lists(tmp_path):
+    fill(tmp_path / "data", good(4))
+    (tmp_path / "list.txt").write_text("data/02.png\tdog\n\ndata/00.png\tcat\ndata/01.png\n")
+    source = open_source(str(tmp_path / "list.txt"))
+    assert [Path(source.where(i)).name for i in range(3)] == ["02.png", "00.png", "01.png"]
+    assert source.labels.tolist() == [1, 0, -1]
+    assert decode(source.read(0)).shape == (20, 24, 3)
+    (tmp_path / "list.txt").write_text("data/02.png\ndata/nope.png\n")
+    with pytest.raises(DataError, match=r"list.txt line 2: data/nope.png does not exist"):
+        open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_text("\n")
+    with pytest.raises(DataError, match="lists no images"):
+        open_source(str(tmp_path / "list.txt"))
+
+
+def write_shard(path: Path, files: dict[str, bytes], labels: dict[str, int]) -> None:
+    fill(path.parent / (path.stem + "_files"), files | {f"{k}.cls": str(v).encode() for k, v in labels.items()})
+    with tarfile.open(path, "w") as tar:
+        for file in sorted((path.parent / (path.stem + "_files")).iterdir()):
+            tar.add(file, file.name)
+
+
+@pytest.mark.parametrize("spec", ["shards", "shards/x-*.tar", "shards/x-{000..001}.tar"])
+def test_tar_shards(tmp_path, spec):
+    (tmp_path / "shards").mkdir()
+    files = good(6)
+    for k in (0, 1):
+        part = {f"{k}_{n}": raw for n, raw in list(files.items())[3 * k : 3 * k + 3]}
+        write_shard(tmp_path / f"x-00{k}.tar", part, {n.removesuffix(".png"): i for i, n in enumerate(part)})
+        (tmp_path / f"x-00{k}.tar").rename(tmp_path / "shards" / f"x-00{k}.tar")
+    source = open_source(str(tmp_path / spec))
+    assert (source.kind, len(source), source.labels.tolist()) == ("tar", 6, [0, 1, 2, 0, 1, 2])
+    assert [source.read(i) for i in range(6)] == list(files.values())
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(5) == source.read(5)
+    assert source.where(4).endswith("x-001.tar!1_04.png")
+
+
+def test_what_is_no_source_is_one_line(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"not a tar at all" * 100)
+    (tmp_path / "x.csv").write_text("a")
+    fill(tmp_path / "empty" / "sub", {"notes.md": b"x"})
+    for spec, message in (
+        (tmp_path / "x.tar", "is not a whole tar file"),
+        (tmp_path / "x.csv", "is neither a folder, nor a list"),
+        (tmp_path / "empty", r"holds no images \(1 other files\); looked for .jpg"),
+        (tmp_path / "none", "does not exist"),
+    ):
+        with pytest.raises(DataError, match=message) as e:
+            open_source(str(spec))
+        assert "\n" not in str(e.value)
+    with pytest.raises(ConfigError, match="did you mean embedded:digits"):
+        open_source("embedded:digit")
+
+
+def test_without_datasets_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install 'rcmae\[hub\]'"):
+        open_source("hub:some/set")
+
+
+def test_the_fingerprint_is_of_the_content_not_the_place(tmp_path):
+    one, two = (open_source(str(fill(tmp_path / k, good()))) for k in "ab")
+    assert one.fingerprint() == two.fingerprint()
+    fill(tmp_path / "b", {"00.png": b"longer or shorter"})
+    assert open_source(str(tmp_path / "b")).fingerprint() != one.fingerprint()
+
+
+def test_a_million_names_are_two_arrays():
+    names = Strings([b"abc", b"", b"de"])
+    assert [names[i] for i in range(len(names))] == [b"abc", b"", b"de"]
+    assert len(pickle.dumps(Strings([b"x" * 10] * 1000))) < 30_000
+
+
+# --- the audit --------------------------------------------------------------------------------------------------------
+
+
+def test_the_audit_finds_what_is_there(tmp_path):
+    files = good() | {name: raw for name, (raw, _) in BAD.items()}
+    files |= {"copy.png": files["03.png"], "flat.png": images.encode(np.full((20, 24, 3), 77, np.uint8))}
+    fill(tmp_path / "train", files)
+    fill(tmp_path / "val", {"leak.png": files["05.png"], "own.png": images.encode(np.eye(20, dtype=np.uint8) * 255)})
+    found = audit(str(tmp_path / "train"), val=str(tmp_path / "val"))
+    assert found.images == len(files)
+    assert sorted(Path(w).name for w, _ in found.unreadable) == sorted(BAD)
+    assert [sorted(Path(w).name for w in d) for d in found.duplicates] == [["03.png", "copy.png"]]
+    assert [(Path(a).name, Path(b).name) for a, b in found.leaks] == [("05.png", "leak.png")]
+    assert [Path(w).name for w in found.constant] == ["flat.png"]
+    assert (found.widths, found.heights) == ((24, 24, 24), (20, 20, 20))
+    assert found.fit
+    assert found.plan["smaller_than_crop"] == 1.0
+    assert json.loads(to_json(found))["fit"] is True
+    assert not audit(str(fill(tmp_path / "bad", {f"{i}.png": b"x" for i in range(12)}))).fit
