@@ -42,7 +42,10 @@ def owned(run: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield
+        try:
+            yield
+        finally:  # said aloud: a loader process that is still ending holds a copy of the handle
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def record_recipe(run: Path, recipe: Recipe) -> None:
