@@ -23,6 +23,7 @@ from ..models.autoencoder import build
 from ..models.backbone import Backbone
 from ..models.patches import patchify, standardise, take
 from .base import Method
+from .loss import squared_errors
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ class MAE(Method):
     def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
         patches, order = self.cut(batch["image"]), batch["order"]
         prediction = self.student(patches, order, self.visible)
-        loss = F.mse_loss(prediction, self.target(take(patches, order[:, self.visible :])))
-        return {"loss": loss, "reconstruction": loss.detach()}
+        return squared_errors(prediction, self.target(take(patches, order[:, self.visible :])))
 
     def backbone(self, which: str = "student") -> Backbone:
         return Backbone(self.student.encoder.vit, *self.statistics)

@@ -10,7 +10,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
 from ..config import Recipe, parse_half_life
@@ -18,6 +17,7 @@ from ..engine.schedules import Progress, cosine
 from ..models.backbone import Backbone
 from ..models.patches import take
 from ..models.teacher import Teacher
+from .loss import squared_errors
 from .mae import MAE, CropAndOrder
 
 
@@ -41,7 +41,7 @@ class RCMAE(MAE):
         if "teacher_order" in batch:
             return self.different(patches, order, batch["teacher_order"], target)
         guess = self.teacher(patches, order, self.visible)
-        return blended_loss(self.student(patches, order, self.visible), target, guess, self.recipe.rcmae.gamma)
+        return squared_errors(self.student(patches, order, self.visible), target, guess, self.recipe.rcmae.gamma)
 
     def different(self, patches: Tensor, order: Tensor, teacher_order: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The D variant: consistency on the patches hidden from both (the paper leaves open on which; ours is stated)."""
@@ -105,26 +105,6 @@ class RCMAE(MAE):
     def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, facts = super().snapshot(batch)
         return tensors | {"teacher": self.teacher(self.cut(batch["image"]), batch["order"], self.visible)}, facts
-
-
-def blended_loss(
-    s: Float[Tensor, "b m p"], x: Float[Tensor, "b m p"], t: Float[Tensor, "b m p"], gamma: float
-) -> dict[str, Tensor]:
-    """|s - x|^2 + gamma |s - t|^2 as one squared error against (x + gamma t) / (1 + gamma), exactly the same function of s.
-
-    One error buffer is kept for the backward pass instead of two. All are float32 means over all values.
-    """
-    with torch.no_grad():
-        blend = torch.lerp(x, t, gamma / (1 + gamma))
-        apart = F.mse_loss(x, t)
-        consistency = F.mse_loss(s, t)
-        reconstruction = F.mse_loss(s, x)
-    return {
-        "loss": (1 + gamma) * F.mse_loss(s, blend) + gamma / (1 + gamma) * apart,
-        "reconstruction": reconstruction,
-        "consistency": consistency,
-        "teacher_reconstruction": apart,
-    }
 
 
 def teacher_clock(momentum: float, t: Progress, batch_size: int) -> dict[str, float]:

@@ -1,0 +1,49 @@
+"""The squared errors of masked auto-encoding, with or without a teacher, in few passes over memory."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class _Blend(torch.autograd.Function):
+    """|s - x|^2 + gamma |s - t|^2 is, as a function of s, one squared error against (x + gamma t) / (1 + gamma).
+
+    So one error buffer, e + gamma d with e = s - x and d = s - t, is all that the backward pass needs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, x: Tensor, t: Tensor | None, gamma: float) -> tuple[Tensor, ...]:
+        e = s - x
+        reconstruction = _mean_product(e, e)
+        if t is None:
+            ctx.save_for_backward(e)
+            return reconstruction, reconstruction.clone()
+        d = s - t
+        consistency = _mean_product(d, d)
+        ahead = reconstruction + consistency - 2 * _mean_product(e, d)  # |t - x|^2, since t - x = e - d
+        ctx.save_for_backward(e.add_(d, alpha=gamma))
+        return reconstruction + gamma * consistency, reconstruction, consistency, ahead
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (error,) = ctx.saved_tensors
+        return error * (grad * (2 / error.numel())), None, None, None
+
+
+def _mean_product(a: Float[Tensor, "b m p"], b: Float[Tensor, "b m p"]) -> Tensor:
+    """Mean of a * b. One inner product a sample, then their mean: no temporary, and short enough sums for float32."""
+    return torch.bmm(a.view(len(a), 1, -1), b.view(len(b), -1, 1)).mean() / a[0].numel()
+
+
+def squared_errors(
+    s: Float[Tensor, "b m p"], x: Float[Tensor, "b m p"], t: Float[Tensor, "b m p"] | None = None, gamma: float = 0.0
+) -> dict[str, Tensor]:
+    """Means over all values: |s - x|^2 (reconstruction), |s - t|^2 (consistency), |t - x|^2 (the teacher's reconstruction).
+
+    The gradient of "loss", reconstruction + gamma * consistency, reaches s only. Without t, the loss is the reconstruction.
+    """
+    values = _Blend.apply(s, x, t, gamma)
+    names = ("loss", "reconstruction") if t is None else ("loss", "reconstruction", "consistency", "teacher_reconstruction")
+    return {name: v if name == "loss" else v.detach() for name, v in zip(names, values, strict=False)}
