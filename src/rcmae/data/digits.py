@@ -239,10 +239,5 @@ def write_coco(folder: Path, split: str, count: int, size: int = 128, seed: int 
 
 def run_lengths(mask: Bool[np.ndarray, "h w"]) -> list[int]:
     """COCO's uncompressed run lengths: column by column, beginning with a run of zeros."""
-    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
-    changes = np.flatnonzero(flat[1:] != flat[:-1])
-    return (
-        np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
-        if changes[-1:] != [mask.size]
-        else np.diff(np.concatenate([[0], changes])).tolist()
-    )
+    flat = mask.ravel(order="F").astype(np.int8)
+    return np.diff(np.concatenate([[0], np.flatnonzero(np.diff(flat, prepend=0)), [flat.size]])).tolist()

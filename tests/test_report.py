@@ -1,0 +1,164 @@
+"""The page: whole by itself, honest in its pictures, and there whatever is missing."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rcmae.config import to_toml
+from rcmae.report import pictures, write_report
+from tests.conftest import small
+
+
+def snapshot(seed: int = 0, target: str = "normalised", **changes) -> tuple[dict, dict]:
+    rng = np.random.default_rng(seed)
+    order = np.stack([rng.permutation(64) for _ in range(5)])
+    tensors = {
+        "image": rng.integers(0, 256, (5, 3, 32, 32), dtype=np.uint8), "visible": order[:, :16], "hidden": order[:, 16:],
+        "student": rng.normal(size=(5, 48, 48)).astype(np.float32), "teacher": rng.normal(size=(5, 48, 48)).astype(np.float32),
+    }  # fmt: skip
+    meta = {"step": "10", "patch": "4", "target": target, "target_eps": "0.5", "mean": "[0.4, 0.5, 0.6]", "std": "[0.2, 0.25, 0.3]"}
+    return tensors | changes, meta
+
+
+def read(tmp_path: Path, tensors: dict, meta: dict) -> pictures.Snapshot:
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "x.safetensors", meta)
+    return pictures.read_snapshot(tmp_path / "x.safetensors")
+
+
+def run_directory(root: Path, teacher: bool = True, labelled: bool = True) -> Path:
+    """A run as the loop leaves it, small and made up."""
+    root.mkdir(parents=True)
+    (root / "recipe.toml").write_text(to_toml(small("rcmae" if teacher else "mae", data="images <b>of</b> mine")))
+    (root / "machine.json").write_text(json.dumps({"rcmae": "0", "steps": 60, "device": "cpu", "cpu": "<script>alert(1)</script>"}))
+    lines = [{"kind": "reference", "step": 0, "zero": 0.8, "patch_mean": 0.5, "nearest_visible": 0.9}]
+    if labelled:
+        lines.append({"kind": "floor", "step": 0, "raw_pixels": {"linear": 25.0, "knn": 50.0}, "untrained": {"linear": 20.0, "knn": 10.0}})
+    for step in range(1, 61):
+        line = {
+            "kind": "train", "step": step, "loss": 1 / step, "reconstruction": 0.4 + 0.4 / step, "lr": 1e-3, "grad_norm": 1.0, "images_per_s": 900.0,
+            "data_wait": 0.03, "skipped": 0,
+        }  # fmt: skip
+        if teacher:
+            line |= {"consistency": 0.01, "teacher_reconstruction": 0.39 + 0.4 / step, "momentum": 0.97, "drift": 0.01}
+            line |= {"half_life_steps": 22.5, "half_life_images": 180.0, "half_life_epochs": 4.5, "half_life_share": 0.375}
+        lines.append(line)
+    if labelled:
+        for step in (30, 60):
+            scores = {"linear": 30.0 + step / 3, "knn": 12.0}
+            lines.append({"kind": "probe", "step": step, "student": scores} | ({"teacher": scores} if teacher else {}))
+    lines.append({"kind": "event", "step": 7, "text": "step 7 was not finite and was skipped"})
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "bad_files.jsonl").write_text('{"index": 1, "where": "a<b>.png", "reason": "truncated"}\n{"index": 2, "wh')
+    (root / "snapshots").mkdir()
+    for k, step in enumerate((0, 30, 60)):
+        tensors, meta = snapshot(k)
+        if not teacher:
+            del tensors["teacher"]
+        save_file({n: np.ascontiguousarray(v) for n, v in tensors.items()}, root / "snapshots" / f"{step:08d}.safetensors", meta | {"step": str(step)})
+    for who in ("student", "teacher") if teacher else ("student",):
+        (root / "export" / who).mkdir(parents=True)
+        (root / "export" / who / "config.json").write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_hidden_pixels_cannot_reach_the_picture(tmp_path, who):
+    """Change every hidden pixel: the picture of the hidden part stays, to the bit; what was visible is shown as it is."""
+    tensors, meta = snapshot()
+    one = read(tmp_path, tensors, meta)
+    hidden = np.stack([np.isin(np.arange(64), h) for h in tensors["hidden"]]).reshape(5, 8, 8).repeat(4, 1).repeat(4, 2)
+    changed = np.where(hidden[:, None], 255 - tensors["image"], tensors["image"])
+    two = read(tmp_path, tensors | {"image": changed}, meta)
+    for i in range(5):
+        a, b = pictures.picture(one, i, who), pictures.picture(two, i, who)
+        assert np.array_equal(a[hidden[i]], b[hidden[i]])
+        assert np.array_equal(a[~hidden[i]], tensors["image"][i].transpose(1, 2, 0)[~hidden[i]])
+        c, e = (pictures.picture(s, i, who, true_statistics=True) for s in (one, two))
+        assert not np.array_equal(c[hidden[i]], e[hidden[i]]), "the labelled column does know"
+        assert np.array_equal(pictures.seen(one, i), pictures.seen(two, i))
+
+
+@pytest.mark.parametrize("target", ["normalised", "pixels"])
+def test_a_perfect_prediction_is_the_picture(tmp_path, target):
+    tensors, meta = snapshot(target=target)
+    shot = read(tmp_path, tensors, meta)
+    for i in range(5):
+        patches = pictures.cut((tensors["image"][i].transpose(1, 2, 0) / 255 - shot.mean) / shot.std, 4)[tensors["hidden"][i]]
+        if target == "normalised":
+            patches = (patches - patches.mean(1, keepdims=True)) / np.sqrt(patches.var(1, ddof=1, keepdims=True) + 0.5)
+        tensors["student"][i] = patches
+    shot = read(tmp_path, tensors, meta)
+    for i in range(5):
+        error = pictures.picture(shot, i, "student", true_statistics=True).astype(int) - tensors["image"][i].transpose(1, 2, 0)
+        assert np.abs(error).max() <= 1
+
+
+def test_cut_and_join_are_inverse():
+    x = np.random.default_rng(0).integers(0, 256, (8, 12, 3))
+    assert np.array_equal(pictures.join(pictures.cut(x, 4), 8, 12, 4), x)
+
+
+@pytest.mark.parametrize(("teacher", "labelled"), [(True, True), (True, False), (False, True)])
+def test_the_page_is_whole(tmp_path, teacher, labelled):
+    page = write_report(run_directory(tmp_path / "run", teacher, labelled)).read_text()
+    for figure in ["figure-loss", "verdict", "reconstructions", "strip", "load", "bad", "events"]:
+        assert f'id="{figure}"' in page
+    assert ('id="teacher"' in page) == teacher
+    assert ('id="figure-probe"' in page) == ('id="scores"' in page) == labelled
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:|//)""", page), "nothing is fetched"
+    assert "<script" not in page
+    assert "images &lt;b&gt;of&lt;/b&gt; mine" in page
+    assert "a&lt;b&gt;.png" in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_verdict_is_in_plain_words(tmp_path):
+    page = write_report(run_directory(tmp_path / "run")).read_text()
+    text = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", page))
+    assert "Finished at step 60 of 60." in text
+    assert "so 49% of what is hidden is explained" in text
+    assert "right on 50.0 %: +30.0 points against the untrained encoder (20.0 %), +25.0 against raw pixels (25.0 %). It learns." in text
+    assert "2.5% better than the student" in text or "2.4% better than the student" in text
+    assert "1 images could not be read" in text
+
+
+def test_what_is_missing_is_left_out(tmp_path):
+    run = run_directory(tmp_path / "run")
+    for name in ("metrics.jsonl", "machine.json", "bad_files.jsonl"):
+        (run / name).unlink()
+    shutil.rmtree(run / "snapshots")
+    assert "has not made a step" in write_report(run).read_text()
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": null, "reconstruction": null, "lr": 0.0}\n{"kind": "tra')
+    assert "not finite" in write_report(run).read_text()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it(tmp_path, width):
+    """In headless Chromium: the figures are there with a size, and the page is no wider than the window."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no chromium on this machine; CI installs Debian's")
+    page = write_report(run_directory(tmp_path / "run"))
+    probe = """<script>window.addEventListener("load", () => { document.title = JSON.stringify({
+        over: document.documentElement.scrollWidth - window.innerWidth,
+        figures: [...document.querySelectorAll("figure svg, table.shots img")].map(e => e.getBoundingClientRect().width),
+        ink: getComputedStyle(document.querySelector("figure svg path, figure svg line, figure svg g")).color }) })</script></body>"""
+    page.write_text(page.read_text().replace("</body>", probe))
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+        "--virtual-time-budget=3000", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = json.loads(re.search(r"<title>(.*?)</title>", dom, re.DOTALL)[1])
+    assert found["over"] <= 0
+    assert len(found["figures"]) > 25
+    assert min(found["figures"]) > 40
