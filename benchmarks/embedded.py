@@ -16,7 +16,8 @@ def main(run: Path) -> None:
     probe, last = ([line for line in lines if line["kind"] == kind][-1] for kind in ("probe", "train"))
     machine = json.loads((run / "machine.json").read_text())
     assert last["step"] == machine["steps"], "the run is not finished"
-    scores = {"raw pixels": floor["raw_pixels"], "untrained encoder": floor["untrained"], "student": probe["student"], "teacher": probe["teacher"]}
+    scores = {"raw pixels": floor["raw_pixels"], "untrained encoder": floor["untrained"]}
+    scores |= {who: probe[who] for who in ("student", "teacher")}
     result = {
         "scores": scores, "seed": parse_recipe((run / "recipe.toml").read_text(), "recipe").seed, "steps": machine["steps"],
         "minutes": last["seconds"] / 60, "recipe_hash": machine["recipe_hash"], "generator": GENERATOR, "set_hash": set_hash(), "machine": machine,

@@ -1,8 +1,9 @@
 """Kill a short job at random moments, run it again, and compare: `python -m benchmarks.kill [--kills 30] [--workers 0,2]`.
 
-For each number of loader processes: one uninterrupted run, then kills with SIGKILL (at a random time after the start, which covers start-up,
-training and saving), each followed by the same command, in runs that are each taken to their end. The SHA-256 of student, teacher and
-optimizer must be that of the uninterrupted run, for all numbers of loader processes. Exit code 0 only if every one is.
+For each number of loader processes: one uninterrupted run, then kills with SIGKILL at a random time after the start, which
+covers start-up, training and saving, each followed by the same command, in runs that are each taken to their end. The
+SHA-256 of student, teacher and optimizer must be that of the uninterrupted run, for all numbers of loader processes. Exit
+code 0 only if every one is.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
-FLAGS = "--size 16 --width 32 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 1 --batch-size 16 --probes 0 --device cpu --precision fp32"
+FLAGS = "--size 16 --width 32 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 1 --batch-size 16 --probes 0"
+FLAGS += " --device cpu --precision fp32"
 
 
 def command(data: Path, out: Path, workers: int, steps: int) -> list[str]:
@@ -68,7 +70,9 @@ def main() -> int:
                 out = Path(folder) / f"run{workers}_{runs}"
                 runs += 1
                 while True:  # one run, killed again and again until it is done
-                    with subprocess.Popen(command(data, out, workers, options.steps), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+                    with subprocess.Popen(
+                        command(data, out, workers, options.steps), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                    ) as process:
                         try:
                             process.wait(chance.uniform(0.3, 1.0) * whole if killed < options.kills // len(pools) else None)
                         except subprocess.TimeoutExpired:
@@ -87,11 +91,15 @@ def main() -> int:
                 print(f"run {runs}: {killed} kills so far; {'equal' if len(seen) == 1 else 'NOT EQUAL'}", flush=True)
             kills += killed
     equal = len(seen) == 1
-    print(f"{kills} kills (newest checkpoint then at step {min(found_at)} to {max(found_at)}; -1: none yet), {runs} runs, {len(seen)} different results")
+    print(
+        f"{kills} kills (newest checkpoint then at step {min(found_at)} to {max(found_at)}; -1: none yet), {runs} runs, {len(seen)} different results"
+    )
     for name, value in json.loads(max(seen)).items():
         print(f"{name} {value}")
     if options.out:
-        options.out.write_text(json.dumps({"kills": kills, "runs": runs, "equal": equal, "at": found_at, "hashes": json.loads(max(seen))}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps({"kills": kills, "runs": runs, "equal": equal, "at": found_at, "hashes": json.loads(max(seen))}, indent=1) + "\n"
+        )
     return int(not equal)
 
 

@@ -94,9 +94,7 @@ def target_of(images: Tensor, patch: int, eps: float) -> Tensor:
 class PlainStep:
     """Model, teacher, optimizer, and one call a training step."""
 
-    def __init__(
-        self, ours: Autoencoder, visible: int, gamma: float = 1.0, momentum: float = 0.996, eps: float = 1e-6, lr: float = 1e-3
-    ):
+    def __init__(self, ours: Autoencoder, visible: int, gamma: float = 1.0, momentum: float = 0.996, eps: float = 1e-6, lr: float = 1e-3):
         self.student = PlainAutoencoder(ours)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.visible, self.gamma, self.momentum, self.eps = visible, gamma, momentum, eps

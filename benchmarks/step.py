@@ -190,9 +190,7 @@ def measure(size: str, rounds: int, device: torch.device, precision: str) -> lis
     pipes = {}
     for name, (maker, args) in contestants(precision).items():
         mine, theirs = context.Pipe()
-        context.Process(
-            target=serve, args=(theirs, maker, size, args, batch, str(device), torch.get_num_threads()), daemon=True
-        ).start()
+        context.Process(target=serve, args=(theirs, maker, size, args, batch, str(device), torch.get_num_threads()), daemon=True).start()
         theirs.close()
         try:
             mine.recv()
@@ -258,9 +256,7 @@ def main() -> None:
     for row in rows:
         ratio = f"{row['ratio']:.2f}x [{row['lowest']:.2f}-{row['highest']:.2f}]"
         share = f"  {row['utilisation']:.0%} of the card's bf16 rate" if "utilisation" in row else ""
-        print(
-            f"{row['size']:5s} {row['name']:24s} {row['batch']:5d} {row['images_per_s']:9.1f} {ratio:>26s} {row['peak_mib']:9.0f}{share}"
-        )
+        print(f"{row['size']:5s} {row['name']:24s} {row['batch']:5d} {row['images_per_s']:9.1f} {ratio:>26s} {row['peak_mib']:9.0f}{share}")
     if options.out:
         options.out.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n")
 

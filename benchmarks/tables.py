@@ -13,7 +13,8 @@ def embedded() -> str:
     rows = ["| percent right on mean-pooled patches | linear probe | k-NN |", "| --- | ---: | ---: |"]
     rows += [f"| {name} | {s['linear']:.1f} | {s['knn']:.1f} |" for name, s in r["scores"].items()]
     m = r["machine"]
-    note = f"Seed {r['seed']}, {r['steps']:,} steps, {r['minutes']:.1f} minutes on {m['threads']} cores ({m['cpu']}, {m['precision']}), recipe {r['recipe_hash']}."
+    note = f"Seed {r['seed']}, {r['steps']:,} steps, {r['minutes']:.1f} minutes on {m['threads']} cores "
+    note += f"({m['cpu']}, {m['precision']}), recipe {r['recipe_hash']}."
     return "\n".join([*rows, "", note])
 
 
@@ -28,7 +29,13 @@ def step() -> str:
         cells = [f"{row['ratio']:.2f}x [{row['lowest']:.2f}-{row['highest']:.2f}]" for row in r["rows"] if row["name"] == name]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     c = r["conditions"]
-    return "\n".join([*rows, "", f"Median and range of {c['rounds']} interleaved rounds; {c['cpu']}, {c['threads']} threads, torch {c['torch']}."])
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"Median and range of {c['rounds']} interleaved rounds; {c['cpu']}, {c['threads']} threads, torch {c['torch']}.",
+        ]
+    )
 
 
 TABLES = {"embedded": embedded, "step": step}

@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
-from tests.conftest import batch_for, method_for, small
 
 from rcmae.engine import checkpoint as cp
 from rcmae.engine.optim import adamw
 from rcmae.engine.schedules import Progress
 from rcmae.errors import CheckpointError, StorageError
+from tests.conftest import batch_for, method_for, small
 
 STATE = {"total_steps": 9, "skipped": 0}
 

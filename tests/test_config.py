@@ -7,8 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcmae.config import (
-    Images, Machine, Optim, Recipe, check, flat, load_recipe, parse_half_life, parse_recipe, parse_time, recipe_hash,
-    sections, shipped_recipes, to_toml,
+    Images,
+    Machine,
+    Optim,
+    Recipe,
+    check,
+    flat,
+    load_recipe,
+    parse_half_life,
+    parse_recipe,
+    parse_time,
+    recipe_hash,
+    sections,
+    shipped_recipes,
+    to_toml,
 )  # fmt: skip
 from rcmae.errors import ConfigError
 

@@ -165,10 +165,7 @@ def test_ranks_and_micro_batches_share_one_batch(world, micro, images_each, star
     batch = world * micro * images_each
     n = 3 * batch + extra
     whole = list(BatchSampler(n, batch, start=start, stop=start + steps, seed=7))
-    parts = [
-        list(BatchSampler(n, batch, rank=r, world=world, micro=micro, start=start, stop=start + steps, seed=7))
-        for r in range(world)
-    ]
+    parts = [list(BatchSampler(n, batch, rank=r, world=world, micro=micro, start=start, stop=start + steps, seed=7)) for r in range(world)]
     for k, expected in enumerate(whole):
         assert [key for p in parts for m in p[k * micro : (k + 1) * micro] for key in m] == expected
     tail = list(BatchSampler(n, batch, start=0, stop=start + steps, seed=7))[start:]
@@ -183,9 +180,7 @@ def test_an_epoch_shows_each_image_once():
 
 
 def test_a_batch_that_does_not_divide_names_what_does():
-    with pytest.raises(
-        ConfigError, match=r"a batch of 8 does not divide into 2 processes x accumulate 3; --accumulate may be 1, 2, 4$"
-    ):
+    with pytest.raises(ConfigError, match=r"a batch of 8 does not divide into 2 processes x accumulate 3; --accumulate may be 1, 2, 4$"):
         BatchSampler(99, 8, world=2, micro=3)
     with pytest.raises(ConfigError, match="no --accumulate fits 3 processes"):
         BatchSampler(99, 8, world=3)

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import timm
 import torch
-from tests.conftest import GOLDEN, method_for, small
 
 import rcmae.interop.official as official
 from benchmarks import parity
@@ -15,6 +14,7 @@ from rcmae.errors import CheckpointError, ConfigError
 from rcmae.interop.timm_export import export, load
 from rcmae.models.autoencoder import build
 from rcmae.models.backbone import Backbone
+from tests.conftest import GOLDEN, method_for, small
 
 
 @pytest.mark.parametrize("changes", [{}, {"registers": 2, "channels": 4}, {"height": 8}])

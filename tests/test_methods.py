@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.conftest import batch_for, method_for, small
 
 from rcmae.engine.optim import adamw
 from rcmae.engine.schedules import Progress
 from rcmae.methods.loss import squared_errors
 from rcmae.methods.rcmae import teacher_clock
 from rcmae.models.patches import patchify, standardise, take
+from tests.conftest import batch_for, method_for, small
 
 ONE = torch.ones(())
 T0 = Progress(0, 100, 10)

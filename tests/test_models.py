@@ -3,7 +3,6 @@
 import pytest
 import timm
 import torch
-from tests.conftest import small
 
 from rcmae.errors import ConfigError
 from rcmae.interop.official import ours
@@ -11,6 +10,7 @@ from rcmae.models import blocks
 from rcmae.models.autoencoder import SIZES, build
 from rcmae.models.encoder import Encoder, timm_vit
 from rcmae.models.patches import patchify, take
+from tests.conftest import small
 
 
 def network(**changes):
@@ -34,9 +34,7 @@ def test_with_every_patch_visible_the_encoder_is_timm(changes):
     assert torch.allclose(tokens[:, encoder.prefix :], take(expected[:, encoder.prefix :], order), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "deit3_small_patch16_224", "vit_tiny_r_s16_p8_224"]
-)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "deit3_small_patch16_224", "vit_tiny_r_s16_p8_224"])
 def test_any_plain_timm_vit_is_an_encoder(name):
     """Learned positions with and without the class token, layer scale, class token only: all through the same code."""
     try:

@@ -8,9 +8,7 @@ from rcmae.engine.schedules import Progress
 from tests.conftest import batch_for, method_for, small
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"height": 8, "channels": 4, "mask_ratio": 0.5}, {"patch": 8, "decoder_depth": 1, "gamma": 0.3}]
-)
+@pytest.mark.parametrize("changes", [{}, {"height": 8, "channels": 4, "mask_ratio": 0.5}, {"patch": 8, "decoder_depth": 1, "gamma": 0.3}])
 def test_losses_and_gradients_are_those_of_the_reference(changes):
     method = method_for(small(**changes))
     with torch.no_grad():

@@ -41,8 +41,8 @@ def run_directory(root: Path, teacher: bool = True, labelled: bool = True) -> Pa
         lines.append({"kind": "floor", "step": 0, "raw_pixels": {"linear": 25.0, "knn": 50.0}, "untrained": {"linear": 20.0, "knn": 10.0}})
     for step in range(1, 61):
         line = {
-            "kind": "train", "step": step, "loss": 1 / step, "reconstruction": 0.4 + 0.4 / step, "lr": 1e-3, "grad_norm": 1.0, "images_per_s": 900.0,
-            "data_wait": 0.03, "skipped": 0,
+            "kind": "train", "step": step, "loss": 1 / step, "reconstruction": 0.4 + 0.4 / step, "lr": 1e-3,
+            "grad_norm": 1.0, "images_per_s": 900.0, "data_wait": 0.03, "skipped": 0,
         }  # fmt: skip
         if teacher:
             line |= {"consistency": 0.01, "teacher_reconstruction": 0.39 + 0.4 / step, "momentum": 0.97, "drift": 0.01}
@@ -60,7 +60,11 @@ def run_directory(root: Path, teacher: bool = True, labelled: bool = True) -> Pa
         tensors, meta = snapshot(k)
         if not teacher:
             del tensors["teacher"]
-        save_file({n: np.ascontiguousarray(v) for n, v in tensors.items()}, root / "snapshots" / f"{step:08d}.safetensors", meta | {"step": str(step)})
+        save_file(
+            {n: np.ascontiguousarray(v) for n, v in tensors.items()},
+            root / "snapshots" / f"{step:08d}.safetensors",
+            meta | {"step": str(step)},
+        )
     for who in ("student", "teacher") if teacher else ("student",):
         (root / "export" / who).mkdir(parents=True)
         (root / "export" / who / "config.json").write_text("{}")
@@ -126,7 +130,7 @@ def test_the_verdict_is_in_plain_words(tmp_path):
     assert "so 49% of what is hidden is explained" in text
     assert "right on 50.0 %: +30.0 points against the untrained encoder (20.0 %), +25.0 against raw pixels (25.0 %). It learns." in text
     assert "2.5% better than the student" in text or "2.4% better than the student" in text
-    assert "1 images could not be read" in text
+    assert "1 of the images could not be read" in text
 
 
 def test_what_is_missing_is_left_out(tmp_path):

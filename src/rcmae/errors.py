@@ -49,7 +49,7 @@ class OutOfMemoryError(RcmaeError):
     exit_code = 8
 
 
-class Preempted(RcmaeError):  # noqa: N818 - not an error: the state is saved, the same command goes on
+class Preempted(RcmaeError):
     """A signal asked the run to stop; the state is saved, and the same command goes on from there."""
 
     exit_code = 75

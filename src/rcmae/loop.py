@@ -118,8 +118,9 @@ class Run:
         return self.world.from_first(measure_statistics(self.source, channels))
 
     def prepare_blocks(self) -> None:
-        for part in (self.method.student.encoder, self.method.student.decoder):
-            part.checkpointing = self.machine.checkpointing
+        for module in self.method.modules():
+            if hasattr(module, "checkpointing"):
+                module.checkpointing = self.machine.checkpointing
         if self.machine.compile:
             for module in self.method.modules():
                 if hasattr(module, "attn") and hasattr(module, "mlp"):
@@ -217,9 +218,7 @@ class Run:
                 saved = time.monotonic()
                 self.window.pause(saved - paused)
             if asked:
-                raise Preempted(
-                    f"stopped by {self.stop.asked or 'another rank'}; saved at step {self.step}, run the same command again"
-                )
+                raise Preempted(f"stopped by {self.stop.asked or 'another rank'}; saved at step {self.step}, run the same command again")
         return self.finish()
 
     def update(self, batches: Iterator[dict[str, Tensor]], t: Progress, window: "Window") -> Tensor:
@@ -365,9 +364,7 @@ class Run:
             return
         self.picture()
         if probes:
-            scores = {
-                which: probes.backbone(self.method.backbone(which), self.device, self.precision) for which in self.method.networks
-            }
+            scores = {which: probes.backbone(self.method.backbone(which), self.device, self.precision) for which in self.method.networks}
             self.write("probe", **scores)
             text = ", ".join(f"{which} linear {s['linear']:.1f} % k-NN {s['knn']:.1f} %" for which, s in scores.items())
             self.screen.say(f"step {self.step:,}: {text}")
@@ -383,9 +380,7 @@ class Run:
         }  # fmt: skip
         save_checkpoint(self.out / "checkpoints", self.method, self.optimizer, state, self.machine.keep)
         for which in self.method.networks:
-            about = {"method": self.recipe.method, "network": which, "step": self.step} | {
-                k: state[k] for k in ("recipe_hash", "data")
-            }
+            about = {"method": self.recipe.method, "network": which, "step": self.step} | {k: state[k] for k in ("recipe_hash", "data")}
             model = self.recipe.network.model
             architecture = model.removeprefix("timm:") if model.startswith("timm:") else PLAIN
             export(self.method.backbone(which), self.out / "export" / which, about, architecture)
@@ -396,9 +391,7 @@ class Run:
         try:
             write_report(self.out)
         except Exception as e:
-            self.screen.say(
-                f"note: report.html could not be written ({type(e).__name__}: {first_line(e)}); `rcmae report` tries again"
-            )
+            self.screen.say(f"note: report.html could not be written ({type(e).__name__}: {first_line(e)}); `rcmae report` tries again")
 
     def finish(self) -> Result:
         """Say where everything is."""
@@ -434,7 +427,7 @@ def summarise(run: Path, screen: Screen) -> None:
     probe = next((line for line in reversed(lines) if line["kind"] == "probe"), None)
     if floor and probe:
         rows = {"raw pixels": floor["raw_pixels"], "untrained encoder": floor["untrained"]}
-        rows |= {name: probe[name] for name in ("student", "teacher") if name in probe}
+        rows |= {name: scores for name, scores in probe.items() if isinstance(scores, dict)}
         table = [[name, f"{s['linear']:.1f}", f"{s['knn']:.1f}"] for name, s in rows.items()]
         screen.table(f"Percent right at step {probe['step']:,}, on mean-pooled patches", ["", "linear probe", "k-NN"], table)
 

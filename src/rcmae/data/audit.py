@@ -14,8 +14,8 @@ from rich.console import Group
 from rich.table import Table
 
 from ..config import Recipe
-from .decode import FORMATS, BadImage
 from .dataset import read_image
+from .decode import FORMATS, BadImage
 from .sources import Source, open_source
 
 FLAT = 2.0
@@ -157,9 +157,7 @@ def render(found: Audit) -> Group:
         "mean of channels": " ".join(f"{v:.3f}" for v in found.mean),
         "deviation": " ".join(f"{v:.3f}" for v in found.std) + "  (--normalize data uses these)",
         "decoding": f"{found.images_per_second:,.0f} images/s on one core",
-        "classes": f"{len(found.classes)}: {_extremes(found.classes)}"
-        if found.classes
-        else "none: pre-training needs none, probes do",
+        "classes": f"{len(found.classes)}: {_extremes(found.classes)}" if found.classes else "none: pre-training needs none, probes do",
     }
     p = found.plan
     crop = f"{p['crop_height']:.0f} x {p['crop_width']:.0f}"
@@ -179,9 +177,7 @@ def render(found: Audit) -> Group:
     ):
         more = [f"  ... and {len(lines) - SHOWN} more (--json FILE has all)"] if len(lines) > SHOWN else []
         parts.append("\n".join([f"{len(lines):,} {title}", *(f"  {line}" for line in lines[:SHOWN]), *more]))
-    parts.append(
-        "Fit for training." if found.fit else "Not fit for training: too many unreadable images; mend them or raise --bad-share."
-    )
+    parts.append("Fit for training." if found.fit else "Not fit for training: too many unreadable images; mend them or raise --bad-share.")
     return Group(*parts)
 
 

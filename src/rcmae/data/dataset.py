@@ -29,9 +29,7 @@ class Images(Dataset):
     For an unreadable image another one is taken, also a pure function of (seed, index), and the sample says so under "bad".
     """
 
-    def __init__(
-        self, source: Source, view: Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]], seed: int, channels: int = 3
-    ):
+    def __init__(self, source: Source, view: Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]], seed: int, channels: int = 3):
         self.source, self.view, self.seed, self.channels = source, view, seed, channels
 
     def __len__(self) -> int:
@@ -49,9 +47,7 @@ class Images(Dataset):
         Raises DataError when no substitute can be read either.
         """
         bad = []
-        others = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 2, 0, index])).integers(
-            len(self.source), size=ATTEMPTS
-        )
+        others = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 2, 0, index])).integers(len(self.source), size=ATTEMPTS)
         for i in (index, *map(int, others)):
             try:
                 return read_image(self.source, i, self.channels), bad

@@ -105,9 +105,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
         return values
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
-    if values.dtype == np.uint16 or (
-        values.dtype.kind == "i" and values.size and 0 <= values.min() and 255 < values.max() <= 65535
-    ):
+    if values.dtype == np.uint16 or (values.dtype.kind == "i" and values.size and values.min() >= 0 and 255 < values.max() <= 65535):
         return (values.astype(np.float32) / 257).round().astype(np.uint8)
     values = values.astype(np.float64)
     finite = values[np.isfinite(values)]

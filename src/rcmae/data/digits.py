@@ -118,9 +118,7 @@ def _background(rng: np.random.Generator, split: str, size: int) -> Float[np.nda
     return part * (DARK / 255)
 
 
-def _draw(
-    seed: int, split: str, indices: np.ndarray, size: int
-) -> tuple[UInt8[np.ndarray, "n size size 3"], Int[np.ndarray, " n"]]:
+def _draw(seed: int, split: str, indices: np.ndarray, size: int) -> tuple[UInt8[np.ndarray, "n size size 3"], Int[np.ndarray, " n"]]:
     _, labels, splits = _glyphs()
     n, own = len(indices), splits[split]
     glyph = np.empty(n, dtype=np.int64)
@@ -231,9 +229,7 @@ def write_coco(folder: Path, split: str, count: int, size: int = 128, seed: int 
     info = {"description": "rcmae embedded scenes", "version": str(GENERATOR), "seed": seed, "hash": set_hash()}
     categories = [{"id": d + 1, "name": str(d)} for d in range(10)]
     path = folder / "annotations" / f"instances_{split}.json"
-    path.write_text(
-        json.dumps({"info": info, "images": images, "categories": categories, "annotations": annotations}), encoding="utf-8"
-    )
+    path.write_text(json.dumps({"info": info, "images": images, "categories": categories, "annotations": annotations}), encoding="utf-8")
     return path
 
 

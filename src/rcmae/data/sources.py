@@ -94,9 +94,7 @@ class Files:
 class Shards:
     """Tar shards in the WebDataset layout: indexed once, then read at random."""
 
-    def __init__(
-        self, name: str, shards: list[Path], names: list[bytes], places: list[tuple[int, int, int]], labels: list[int] | None
-    ):
+    def __init__(self, name: str, shards: list[Path], names: list[bytes], places: list[tuple[int, int, int]], labels: list[int] | None):
         self.name, self.kind, self.shards = name, "tar", [str(s) for s in shards]
         self.names, self.places = Strings(names), np.array(places, dtype=np.int64)
         self.labels = None if labels is None else np.array(labels, dtype=np.int64)
@@ -266,7 +264,12 @@ def _shards(spec: str) -> list[Path]:
         visible = [p for p in path.iterdir() if not p.name.startswith(".")]
         tars = sorted(p for p in visible if p.suffix == ".tar")
         return tars if tars and not any(p.is_dir() or p.suffix.lower() in EXTENSIONS for p in visible) else []
-    return sorted(Path(p) for s in _braces(spec) for p in glob.glob(s) if fnmatch.fnmatch(p, "*.tar"))
+    return sorted(
+        Path(p)
+        for s in _braces(spec)
+        for p in glob.glob(s)  # noqa: PTH207 - whole paths
+        if fnmatch.fnmatch(p, "*.tar")
+    )
 
 
 def _braces(spec: str) -> list[str]:

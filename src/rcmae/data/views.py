@@ -35,9 +35,7 @@ def random_resized_crop(
     return _resize(image[top : top + height, left : left + width], shape)
 
 
-def crop_box(
-    h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+def crop_box(h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a crop inside h x w, at least one pixel; the whole width or height if no draw fits."""
     for area, aspect in zip(rng.uniform(*scale, 10) * h * w, np.exp(rng.uniform(*np.log(ratio), 10)), strict=True):
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -60,9 +60,7 @@ def build(images: Images, network: Network) -> Autoencoder:
             raise ConfigError(f"there is no model {name!r}; known are {', '.join(SIZES)} and timm:NAME (`rcmae list`)")
         size = SIZES[name]
         patch = network.patch or size.patch
-        width, depth, heads = (
-            getattr(network, k) or default for k, default in zip(("width", "depth", "heads"), size.encoder, strict=True)
-        )
+        width, depth, heads = (getattr(network, k) or default for k, default in zip(("width", "depth", "heads"), size.encoder, strict=True))
         _check(images.shape, patch, "", width, heads)
         vit = build_vit(
             size=images.shape, channels=images.channels, patch=patch, width=width, depth=depth, heads=heads,
@@ -70,9 +68,7 @@ def build(images: Images, network: Network) -> Autoencoder:
         )  # fmt: skip
         decoder_size = size.decoder
     encoder = Encoder(vit)
-    width, depth, heads = (
-        getattr(network, f"decoder_{k}") or d for k, d in zip(("width", "depth", "heads"), decoder_size, strict=True)
-    )
+    width, depth, heads = (getattr(network, f"decoder_{k}") or d for k, d in zip(("width", "depth", "heads"), decoder_size, strict=True))
     _check(images.shape, encoder.patch, "decoder_", width, heads)
     decoder = Decoder(
         inputs=encoder.width, prefix=encoder.prefix, grid=encoder.grid, values=encoder.patch**2 * images.channels,

@@ -23,9 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(TimmAttention):
     """timm's `Attention` (same parameters and names) through `attend`; masks and gates are not used in pre-training."""
 
-    def forward(
-        self, x: Float[Tensor, "b n d"], attn_mask: Tensor | None = None, is_causal: bool = False, *, last: int = 0
-    ) -> Tensor:
+    def forward(self, x: Float[Tensor, "b n d"], attn_mask: Tensor | None = None, is_causal: bool = False, *, last: int = 0) -> Tensor:
         """Tokens attend to all tokens; with `last`, only the last `last` tokens ask and are returned."""
         if attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -46,9 +44,7 @@ class Attention(TimmAttention):
 class Block(TimmBlock):
     """timm's pre-norm block; with `last`, only the last `last` tokens go on (they still attend to all)."""
 
-    def forward(
-        self, x: Float[Tensor, "b n d"], attn_mask: Tensor | None = None, is_causal: bool = False, *, last: int = 0
-    ) -> Tensor:
+    def forward(self, x: Float[Tensor, "b n d"], attn_mask: Tensor | None = None, is_causal: bool = False, *, last: int = 0) -> Tensor:
         if not last:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x = x[:, -last:] + self.drop_path1(self.ls1(self.attn(self.norm1(x), last=last)))

@@ -21,9 +21,7 @@ class Decoder(nn.Module):
         self.prefix = prefix
         self.embed = nn.Linear(inputs, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.blocks = nn.ModuleList(
-            Block(width, heads, qkv_bias=True, norm_layer=LayerNorm, attn_layer=Attention) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=LayerNorm, attn_layer=Attention) for _ in range(depth))
         self.norm = LayerNorm(width)
         self.pred = nn.Linear(width, values)
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
@@ -40,9 +38,7 @@ class Decoder(nn.Module):
         hidden = order.shape[1] - visible
         x = self.embed(tokens).float()
         positions = take(self.positions, order)
-        x = torch.cat(
-            [x[:, : self.prefix], x[:, self.prefix :] + positions[:, :visible], self.mask_token + positions[:, visible:]], 1
-        )
+        x = torch.cat([x[:, : self.prefix], x[:, self.prefix :] + positions[:, :visible], self.mask_token + positions[:, visible:]], 1)
         for i, block in enumerate(self.blocks):
             last = hidden if i == len(self.blocks) - 1 else 0
             if self.checkpointing and x.requires_grad:

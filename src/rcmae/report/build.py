@@ -43,7 +43,7 @@ def render(run: Path) -> str:
     total = machine.get("steps")
     return environment.get_template("page.html.j2").render(
         title=f"{recipe.method} on {recipe.data}",
-        run=run.resolve().name, step=train[-1]["step"] if train else 0, total=total,
+        run=run.resolve().name, path=run.as_posix(), step=train[-1]["step"] if train else 0, total=total,
         verdict=verdict(recipe, train, probes, floor, reference, bad, total),
         table=score_table(floor, probes), loss=loss_figure(train, reference), accuracy=probe_figure(probes, floor),
         teacher=teacher_panel(train), rates=rate_figures(train), shots=reconstructions(run), strip=strip(run),
@@ -66,9 +66,7 @@ def verdict(
         return [("note", "The run has not made a step that was recorded yet.")]
     last, said = train[-1], []
     done = total is not None and last["step"] >= total
-    said.append(
-        ("good" if done else "note", f"{'Finished' if done else 'Running or stopped'} at step {last['step']:,} of {total or 0:,}.")
-    )
+    said.append(("good" if done else "note", f"{'Finished' if done else 'Running or stopped'} at step {last['step']:,} of {total or 0:,}."))
     said += _loss_sentence(train, reference)
     if floor and probes:
         best = "teacher" if "teacher" in probes[-1] else "student"
@@ -88,22 +86,18 @@ def verdict(
     if ahead is not None and own:
         share = (own - ahead) / own
         if abs(share) < 0.002:
-            said.append(
-                ("note", "Teacher and student reconstruct equally well now, so the teacher neither pulls ahead nor holds back.")
-            )
+            said.append(("note", "Teacher and student reconstruct equally well now, so the teacher neither pulls ahead nor holds back."))
         else:
             text = f"On the same batches the teacher reconstructs {abs(share):.1%} {'better' if share > 0 else 'worse'} than the student: "
             text += (
-                "it is ahead, so agreeing with it adds information."
-                if share > 0
-                else "it lags, so agreeing with it slows the student down"
+                "it is ahead, so agreeing with it adds information." if share > 0 else "it lags, so agreeing with it slows the student down"
             )
             text += "" if share > 0 else " (normal early in a run; if it stays, shorten --half-life)."
             said.append(("good" if share > 0 else "note", text))
     if last.get("skipped"):
         said.append(("bad", f"{last['skipped']} steps were not finite and were skipped; they are listed below."))
     if bad:
-        said.append(("bad", f"{len(bad)} images could not be read and were replaced by others; they are named below."))
+        said.append(("bad", f"{len(bad)} of the images could not be read and were replaced by others; they are named below."))
     return said
 
 
@@ -115,14 +109,12 @@ def _loss_sentence(train: list[dict], reference: dict | None) -> list[tuple[str,
     if not reference:
         return [("note", f"The reconstruction loss is {loss:.4f}.")]
     explained = 1 - loss / reference["zero"]
-    text = f"The reconstruction loss is {loss:.3f}. Guessing nothing would score {reference['zero']:.3f}, so {explained:.0%} of what is hidden is "
-    text += f"explained; painting each hidden patch in its own true mean colour would score {reference['patch_mean']:.3f}, "
+    text = f"The reconstruction loss is {loss:.3f}. Guessing nothing would score {reference['zero']:.3f}, so {explained:.0%} of what "
+    text += f"is hidden is explained; painting each hidden patch in its own true mean colour would score {reference['patch_mean']:.3f}, "
     text += f"and copying the nearest visible patch {reference['nearest_visible']:.3f}. "
     if explained <= 0.02:
         return [("bad", text + "Nothing is learned yet: early in a run that is normal, later it is not.")]
-    return [
-        ("good", text + "That is a healthy loss: well below guessing, and never near zero, since hidden detail cannot be known.")
-    ]
+    return [("good", text + "That is a healthy loss: well below guessing, and never near zero, since hidden detail cannot be known.")]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -162,9 +154,7 @@ def probe_figure(probes: list[dict], floor: dict | None) -> str | None:
     x = _column(probes, "step")
     start = floor["untrained"]["linear"]
     lines = [
-        Line(who, who, [0, *x], [start, *(line[who]["linear"] for line in probes)])
-        for who in ("student", "teacher")
-        if who in probes[-1]
+        Line(who, who, [0, *x], [start, *(line[who]["linear"] for line in probes)]) for who in ("student", "teacher") if who in probes[-1]
     ]
     levels = {"raw pixels": floor["raw_pixels"]["linear"], "untrained encoder": start}
     return plot(lines, _apart(levels), "linear probe, % right", markers=True)
@@ -186,9 +176,7 @@ def teacher_panel(train: list[dict]) -> dict[str, Any] | None:
         "half-life in steps": _number(last.get("half_life_steps")),
         "half-life in images": _number(last.get("half_life_images")),
         "half-life in epochs": _number(last.get("half_life_epochs")),
-        "half-life as a share of the run": f"{100 * last['half_life_share']:.2f} %"
-        if last.get("half_life_share") is not None
-        else "never",
+        "half-life as a share of the run": f"{100 * last['half_life_share']:.2f} %" if last.get("half_life_share") is not None else "never",
     }
     figures = {
         "Teacher advantage: how much less the teacher errs than the student on the same batch. Above 0 it is ahead.": plot(
@@ -213,9 +201,7 @@ def rate_figures(train: list[dict]) -> dict[str, str]:
         return {}
     x = _column(train, "step")
     return {
-        "Learning rate: warm-up, then cosine.": plot(
-            [Line("learning rate", "ink", x, _column(train, "lr"))], ylabel="learning rate"
-        ),
+        "Learning rate: warm-up, then cosine.": plot([Line("learning rate", "ink", x, _column(train, "lr"))], ylabel="learning rate"),
         "Images a second while training (probes and saving not counted).": plot(
             [Line("speed", "ink", x, _column(train, "images_per_s"))], ylabel="images/s"
         ),

@@ -24,9 +24,7 @@ class Line:
     style: str = "-"
 
 
-def plot(
-    lines: list[Line], levels: dict[str, float] | None = None, ylabel: str = "", log: bool = False, markers: bool = False
-) -> str:
+def plot(lines: list[Line], levels: dict[str, float] | None = None, ylabel: str = "", log: bool = False, markers: bool = False) -> str:
     """An SVG of some curves over steps, with dashed grey reference `levels` named at the right edge."""
     settings = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "rcmae"}
     with rc_context(settings):
@@ -50,6 +48,8 @@ def plot(
             )  # fmt: skip
         if log and drawn:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         axes.set_xlabel("step", color=COLOURS["ink"])
         axes.set_ylabel(ylabel, color=COLOURS["ink"])
         axes.tick_params(colors=COLOURS["ink"], which="both", length=3)
@@ -75,7 +75,7 @@ _count = 0
 
 def _own_names(svg: str) -> str:
     """Ids that do not clash with those of the other figures on the page."""
-    global _count  # noqa: PLW0603
+    global _count
     _count += 1
     svg = re.sub(r'id="([^"]+)"', rf'id="f{_count}-\1"', svg)
     return re.sub(r'(href="#|url\(#)([^")]+)', rf"\1f{_count}-\2", svg)

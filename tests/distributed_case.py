@@ -1,0 +1,38 @@
+"""Run by tests/test_distributed.py under torchrun: two processes on the CPU train as one, and stop as one."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import rcmae.loop as loop
+from rcmae.errors import Preempted
+from rcmae.methods.rcmae import RCMAE
+from tests.test_loop import run
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out, data, case = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    rank = int(__import__("os").environ["RANK"])
+    if case == "nan" and rank == 1:  # one rank alone sees a loss that is not finite
+        forward = RCMAE.forward
+
+        def poisoned(method, batch, t):
+            losses = forward(method, batch, t)
+            return losses | {"loss": losses["loss"] * float("nan")} if t.step == 2 else losses
+
+        RCMAE.forward = poisoned
+    if case == "stop" and rank == 1:  # one rank alone gets the signal
+        update = loop.Run.update
+
+        def stopping(self, batches, t, window):
+            if t.step == 3:
+                self.stop.asked = "SIGTERM"
+            return update(self, batches, t, window)
+
+        loop.Run.update = stopping
+    try:
+        run(out, data, steps=6)
+    except Preempted as e:
+        assert case == "stop", e
+        assert "saved at step 4" in str(e)
