@@ -20,7 +20,8 @@ def main(run: Path) -> None:
     scores |= {who: probe[who] for who in ("student", "teacher")}
     result = {
         "scores": scores, "seed": parse_recipe((run / "recipe.toml").read_text(), "recipe").seed, "steps": machine["steps"],
-        "minutes": last["seconds"] / 60, "recipe_hash": machine["recipe_hash"], "generator": GENERATOR, "set_hash": set_hash(), "machine": machine,
+        "minutes": last["seconds"] / 60, "recipe_hash": machine["recipe_hash"], "generator": GENERATOR, "set_hash": set_hash(),
+        "machine": machine,
     }  # fmt: skip
     (Path(__file__).parent.parent / "results" / "embedded.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(scores, indent=1))

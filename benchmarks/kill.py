@@ -91,9 +91,8 @@ def main() -> int:
                 print(f"run {runs}: {killed} kills so far; {'equal' if len(seen) == 1 else 'NOT EQUAL'}", flush=True)
             kills += killed
     equal = len(seen) == 1
-    print(
-        f"{kills} kills (newest checkpoint then at step {min(found_at)} to {max(found_at)}; -1: none yet), {runs} runs, {len(seen)} different results"
-    )
+    steps = f"newest checkpoint then at step {min(found_at)} to {max(found_at)}; -1: none yet"
+    print(f"{kills} kills ({steps}), {runs} runs, {len(seen)} different results")
     for name, value in json.loads(max(seen)).items():
         print(f"{name} {value}")
     if options.out:

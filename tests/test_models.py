@@ -10,6 +10,7 @@ from rcmae.models import blocks
 from rcmae.models.autoencoder import SIZES, build
 from rcmae.models.encoder import Encoder, timm_vit
 from rcmae.models.patches import patchify, take
+from rcmae.models.teacher import Teacher
 from tests.conftest import small
 
 
@@ -111,6 +112,21 @@ def test_one_message_names_every_problem():
         timm_vit("swin_tiny_patch4_window7_224", size=224, channels=3)
     with pytest.raises(ConfigError, match="timm cannot build"):
         timm_vit("no_such_model", size=224, channels=3)
+
+
+def test_on_any_device_the_teacher_moves_alike():
+    """The branch for GPUs (a scalar on the device decides) against the one for CPUs (the host does)."""
+    student, other = torch.nn.Linear(5, 4), torch.nn.Linear(5, 4)
+    one, two = Teacher(other), Teacher(other)
+
+    class Scalar(torch.Tensor):
+        device = torch.device("meta")
+
+    for applied in (1.0, 0.0):
+        one.update(student, 0.7, torch.tensor(applied))
+        two.update(student, 0.7, torch.tensor(applied).as_subclass(Scalar))
+        assert torch.allclose(one.model.weight, two.model.weight, atol=1e-7)
+    assert not torch.equal(one.model.weight, other.weight)
 
 
 def test_plain_timm_models_bring_their_own_size():

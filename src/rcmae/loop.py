@@ -278,6 +278,7 @@ class Run:
 
     def floors(self, probes: ProbeSet) -> dict[str, Any]:
         untrained = probes.backbone(self.method.backbone("student"), self.device, self.precision)
+        self.method.train()
         return {"raw_pixels": probes.pixels(), "untrained": untrained}
 
     def plan(self, other_seconds: float) -> int:
@@ -369,6 +370,7 @@ class Run:
             text = ", ".join(f"{which} linear {s['linear']:.1f} % k-NN {s['knn']:.1f} %" for which, s in scores.items())
             self.screen.say(f"step {self.step:,}: {text}")
             self.probe = scores
+            self.method.train()  # probing left the encoder in evaluation mode
 
     def save(self) -> None:
         """Checkpoint, exported backbones and report."""

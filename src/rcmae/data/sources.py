@@ -165,6 +165,8 @@ def open_source(spec: str, channels: int = 3, size: int = 32, seed: int = 0) -> 
         if spec != "embedded:digits":
             close = difflib.get_close_matches(spec, ["embedded:digits"], cutoff=0.3)
             raise ConfigError(f"there is no {spec}{'; did you mean embedded:digits?' if close else '; there is embedded:digits'}")
+        if channels != 3:
+            raise ConfigError(f"embedded:digits is drawn in 3 channels, not {channels}; leave --channels out")
         from .digits import DigitsSource  # only here: it reads scikit-learn's data
 
         return DigitsSource("train", size=size, seed=seed)

@@ -63,6 +63,5 @@ def center(image: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c gh gw"]:
 
 
 def _resize(part: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c gh gw"]:
-    # A thin strip is squeezed along its length first: the filter of one big step over it would need gigabytes.
     pixels = torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1)
     return resize(pixels, list(shape), InterpolationMode.BICUBIC, antialias=True)

@@ -29,8 +29,9 @@ class Teacher(nn.Module):
         """
         pairs = zip(self.model.parameters(), student.parameters(), strict=True)
         own, new = map(list, zip(*((t, s) for t, s in pairs if s.requires_grad), strict=True))
-        if applied is None:
-            get_ema_multi_avg_fn(momentum)(own, new, 1)
+        if applied is None or applied.device.type == "cpu":  # there the host knows without waiting, and needs no temporary
+            if applied is None or applied:
+                get_ema_multi_avg_fn(momentum)(own, new, 1)
             return
         step = torch._foreach_sub(new, own)
         torch._foreach_mul_(step, (1 - momentum) * applied)
