@@ -38,7 +38,18 @@ def step() -> str:
     )
 
 
-TABLES = {"embedded": embedded, "step": step}
+def digits() -> str:
+    """benchmarks/digits_difficulty.py."""
+    r = json.loads((ROOT / "results" / "digits_difficulty.json").read_text())
+    rows = ["| | |", "| --- | ---: |"]
+    rows += [f"| linear probe on raw pixels | {r['raw_pixels']:.1f} % |", f"| linear probe on an untrained encoder | {r['untrained']:.1f} % |"]
+    rows += [f"| four convolutions trained with labels, {r['epochs']} epochs | {r['supervised']:.1f} % |"]
+    rows += [f"| time to draw an image | {r['ms_per_image']:.2f} ms |", f"| version, hash | {r['generator']}, `{r['set_hash'][:16]}` |"]
+    return "\n".join(rows)
+
+
+TABLES = {"embedded": embedded, "step": step, "digits": digits}
+PAGES = ("README.md", "docs/embedded.md")
 
 
 def filled(text: str) -> str:
@@ -50,5 +61,6 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,8 +1,10 @@
-"""Every good, odd and bad kind of image that people have, as bytes."""
+"""Every good, odd and bad kind of image that people have, as bytes; `python -m tests.images FOLDER` writes them all."""
 
 import io
 import struct
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -93,3 +95,14 @@ def bad() -> dict[str, tuple[bytes, str]]:
         "script.eps.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
         "nan.tif": (tiff(np.full((8, 8), np.nan, np.float32)), "no finite values"),
     }
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    plain = {f"{i:02d}.png": encode(noise.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for i in range(40)}
+    for name, content in (plain | {k: raw for k, (raw, _) in (odd() | bad()).items()}).items():
+        (folder / name).write_bytes(content)
+    (folder / "loop").symlink_to(folder)
+    print(f"{len(plain)} plain, {len(odd())} odd and {len(bad())} bad images, and a link to the folder itself, in {folder}")

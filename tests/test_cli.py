@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from rcmae.cli import main
+from tests import images as kinds
 from tests.conftest import GOLDEN
 
 TINY = ["--size", "16", "--width", "24", "--depth", "1", "--heads", "2", "--decoder-width", "16", "--decoder-depth", "1"]
@@ -81,6 +82,19 @@ def test_the_main_job_resume_and_report(tmp_path, capsys, monkeypatch):
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").exists()
+
+
+def test_a_folder_with_every_kind_of_image(tmp_path, capsys):
+    """Through the command: the run ends well, and each bad file is named once."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-m", "tests.images", str(tmp_path / "data")], capture_output=True, check=False, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert main(["pretrain", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *TINY[:-1], "20", "--workers", "1"]) == 0
+    names = [Path(json.loads(line)["where"]).name for line in (tmp_path / "run" / "bad_files.jsonl").read_text().splitlines()]
+    assert sorted(names) == sorted(kinds.bad())
+    assert f"{40 + len(kinds.odd()) + len(names)} images" in capsys.readouterr().out
+    assert main(["check", str(tmp_path / "data")]) == 0
+    assert f"{len(names)} unreadable" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

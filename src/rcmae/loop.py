@@ -203,17 +203,19 @@ class Run:
             self.step += 1
             recent.append(applied)
             self.screen.step(self.step)
-            if self.step % log_every == 0 or self.step == self.total:
-                in_a_row = self.check_finite(recent, in_a_row)
-                self.seconds = offset + time.monotonic() - self.began
-                self.log(replace(t, step=self.step))
-                recent = []
-            paused = time.monotonic()
+            self.seconds = offset + time.monotonic() - self.began
             asked, due = self.world.agree(self.stop.asked is not None, time.monotonic() - saved > save_seconds)
-            if self.step in milestones:
-                self.milestone(probes if self.step in probe_steps else None)
-            if asked or due or self.step in milestones:
-                self.seconds = offset + time.monotonic() - self.began
+            due = due or asked or self.step in milestones
+            logs = self.step % log_every == 0 or self.step == self.total
+            if logs or due:
+                in_a_row = self.check_finite(recent, in_a_row)
+                recent = []
+            if logs:
+                self.log(replace(t, step=self.step))
+            if due:
+                paused = time.monotonic()
+                if self.step in milestones:
+                    self.milestone(probes if self.step in probe_steps else None)
                 self.save()
                 saved = time.monotonic()
                 self.window.pause(saved - paused)

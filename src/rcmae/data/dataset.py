@@ -77,17 +77,20 @@ class BadFiles:
     def __init__(self, run: Path, images: int, share: float = 0.01, strict: bool = False):
         self.path = run / "bad_files.jsonl"
         self.limit, self.images, self.strict = max(10, share * images), images, strict
-        self.known = {line["index"] for line in self._lines()}
+        if self.path.exists():  # a kill may have cut the last line
+            whole = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            self.path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        self.known = self._recorded()
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def _recorded(self) -> set[int]:
         if not self.path.exists():
-            return []
-        whole = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        self.path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")  # a kill may have cut the last one
-        return [json.loads(line) for line in whole]
+            return set()
+        return {json.loads(line)["index"] for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")}
 
     def note(self, bad: list[tuple[int, str, str]]) -> None:
         """Record what a batch found. Raises DataError above the limit, or at the first one if strict."""
+        if bad and not {index for index, *_ in bad} <= self.known:
+            self.known |= self._recorded()  # another rank may have met it first
         for index, where, reason in bad:
             if index in self.known:
                 continue
