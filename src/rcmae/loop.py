@@ -217,6 +217,8 @@ class Run:
                 if self.step in milestones:
                     self.milestone(probes if self.step in probe_steps else None)
                 self.save()
+                if asked or self.step in milestones:
+                    self.report()
                 saved = time.monotonic()
                 self.window.pause(saved - paused)
             if asked:
@@ -270,6 +272,7 @@ class Run:
                     self.write(kind, **values)
             self.picture()
         self.save()
+        self.report()
         epochs = self.total / self.steps_per_epoch
         images = f"{len(self.source):,} images of {self.recipe.data}"
         self.screen.say(f"fresh start in {self.out}: {self.recipe.method}, {parameters / 1e6:.1f} M parameters, {images}")
@@ -375,7 +378,7 @@ class Run:
             self.method.train()  # probing left the encoder in evaluation mode
 
     def save(self) -> None:
-        """Checkpoint, exported backbones and report."""
+        """Checkpoint and exported backbones."""
         if not self.world.first:
             return
         state = {
@@ -388,10 +391,11 @@ class Run:
             model = self.recipe.network.model
             architecture = model.removeprefix("timm:") if model.startswith("timm:") else PLAIN
             export(self.method.backbone(which), self.out / "export" / which, about, architecture)
-        self.report()
 
     def report(self) -> None:
         """A page that cannot be drawn is no reason to lose a run."""
+        if not self.world.first:
+            return
         try:
             write_report(self.out)
         except Exception as e:
