@@ -429,7 +429,7 @@ def _plain_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
 
 
 def summarise(run: Path, screen: Screen) -> None:
-    """The last table: floors, student and teacher."""
+    """The last table: the floors, then every network."""
     lines = read_metrics(run)
     floor = next((line for line in lines if line["kind"] == "floor"), None)
     probe = next((line for line in reversed(lines) if line["kind"] == "probe"), None)
