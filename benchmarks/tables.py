@@ -42,7 +42,10 @@ def digits() -> str:
     """benchmarks/digits_difficulty.py."""
     r = json.loads((ROOT / "results" / "digits_difficulty.json").read_text())
     rows = ["| | |", "| --- | ---: |"]
-    rows += [f"| linear probe on raw pixels | {r['raw_pixels']:.1f} % |", f"| linear probe on an untrained encoder | {r['untrained']:.1f} % |"]
+    rows += [
+        f"| linear probe on raw pixels | {r['raw_pixels']:.1f} % |",
+        f"| linear probe on an untrained encoder | {r['untrained']:.1f} % |",
+    ]
     rows += [f"| four convolutions trained with labels, {r['epochs']} epochs | {r['supervised']:.1f} % |"]
     rows += [f"| time to draw an image | {r['ms_per_image']:.2f} ms |", f"| version, hash | {r['generator']}, `{r['set_hash'][:16]}` |"]
     return "\n".join(rows)
