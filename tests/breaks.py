@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -133,6 +134,69 @@ def any_pickle(old):
     return lambda path, **kw: old(path, map_location="cpu", weights_only=False)
 
 
+def same_every_epoch(old):
+    return lambda seed, epoch, index: old(seed, 0, index)
+
+
+def starts_over(old):
+    def iterate(self):
+        self.start, self.stop = 0, self.stop - self.start
+        return old(self)
+
+    return iterate
+
+
+def clipped(old):
+    return lambda values: np.clip(values, 0, 255).astype(np.uint8)
+
+
+def forgets_what_it_named(old):
+    return lambda self: set()
+
+
+def raw_names(old):
+    return lambda name: name.decode("utf-8", "replace")
+
+
+def one_split(old):
+    def glyphs():
+        masks, labels, splits = old()
+        return masks, labels, dict.fromkeys(splits, splits["train"])
+
+    return glyphs
+
+
+def pictures_know_the_answer(old):
+    return lambda s, i, who, true_statistics=False: old(s, i, who, True)
+
+
+def optimizer_not_restored(old):
+    def load(path, method, optimizer):
+        state = old(path, method, optimizer)
+        optimizer.state.clear()
+        return state
+
+    return load
+
+
+def teacher_from_student(old):
+    def load(path, method, optimizer):
+        state = old(path, method, optimizer)
+        if hasattr(method, "teacher"):
+            method.teacher.model.load_state_dict(method.student.state_dict())
+        return state
+
+    return load
+
+
+def never_skips(old):
+    return lambda self, fine: torch.ones_like(fine)
+
+
+def endless_patience(old):
+    return 10**9
+
+
 # name: (where, the wrong version, the test file that must go red)
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the encoder sees hidden pixels": ("rcmae.models.autoencoder:Autoencoder.forward", encoder_sees_everything, "test_methods.py"),
@@ -153,6 +217,17 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the wrong checkpoints are kept": ("rcmae.engine.checkpoint:checkpoints", keep_by_text, "test_checkpoint.py"),
     "unknown keys pass": ("rcmae.config:_build", unknown_keys_pass, "test_config.py"),
     "recipes are not checked": ("rcmae.config:check", unchecked, "test_config.py"),
+    "every epoch has the same crops": ("rcmae.data.dataset:rng", same_every_epoch, "test_data.py"),
+    "a resumed sampler starts over": ("rcmae.data.sampler:BatchSampler.__iter__", starts_over, "test_data.py"),
+    "16-bit images are clipped": ("rcmae.data.decode:_eight_bits", clipped, "test_data.py"),
+    "bad files are named again": ("rcmae.data.dataset:BadFiles._recorded", forgets_what_it_named, "test_data.py"),
+    "file names reach the terminal as they are": ("rcmae.data.sources:printable", raw_names, "test_data.py"),
+    "the test split has training glyphs": ("rcmae.data.digits:_glyphs", one_split, "test_digits.py"),
+    "pictures use the hidden patches' statistics": ("rcmae.report.pictures:picture", pictures_know_the_answer, "test_report.py"),
+    "the optimizer is not restored": ("rcmae.loop:load_checkpoint", optimizer_not_restored, "test_loop.py"),
+    "the teacher is rebuilt from the student": ("rcmae.loop:load_checkpoint", teacher_from_student, "test_loop.py"),
+    "steps that are not finite are made": ("rcmae.engine.distributed:World.everywhere", never_skips, "test_loop.py"),
+    "a run never diverges": ("rcmae.loop:PATIENCE", endless_patience, "test_loop.py"),
     "pickles are run": ("torch:load", any_pickle, "test_interop.py"),
 }
 

@@ -1,0 +1,41 @@
+"""Do micro-batches give the gradient of the whole batch? `python -m benchmarks.accumulate`: 1 x 64 against 4 x 16, in float32.
+
+Prints the largest difference of any weight's gradient, in units of the largest gradient. Exit code 0 only below 1e-6.
+"""
+
+import sys
+
+import torch
+
+from rcmae.config import load_recipe
+from rcmae.data.dataset import Images, collate
+from rcmae.data.sampler import BatchSampler
+from rcmae.data.sources import open_source
+from rcmae.engine.schedules import Progress
+from rcmae.methods import METHODS
+from rcmae.models.backbone import IMAGENET
+
+
+def main() -> int:
+    recipe = load_recipe("embedded")
+    source = open_source(recipe.data, size=recipe.images.size)
+    worst = 0.0
+    for name in METHODS:
+        gradients = []
+        for micro in (1, 4):
+            torch.manual_seed(0)
+            method = METHODS[name](recipe, *IMAGENET)
+            data = Images(source, method.views(), recipe.seed)
+            for keys in BatchSampler(len(source), 64, micro=micro, start=0, stop=1, seed=recipe.seed):
+                batch = collate([data[key] for key in keys])
+                (method(batch, Progress(0, 10, 10))["loss"] / micro).backward()
+            gradients.append({n: p.grad for n, p in method.student.named_parameters() if p.requires_grad})
+        largest = max(g.abs().max() for g in gradients[0].values())
+        gap = max(((gradients[0][n] - gradients[1][n]).abs().max() / largest).item() for n in gradients[0])
+        print(f"{name}: 1 x 64 against 4 x 16, largest difference {gap:.1e} of the largest gradient")
+        worst = max(worst, gap)
+    return int(worst > 1e-6)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
