@@ -262,3 +262,50 @@ def test_standardise_is_unbiased():
     y = standardise(x, 1e-6)
     assert torch.allclose(y.mean(2), torch.zeros(1, 2, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(y.var(2, unbiased=True), torch.ones(1, 2, dtype=torch.float64), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mae", "rcmae"])
+def test_losses_are_not_rounded_under_autocast(name):
+    """What is logged, and what the half-life is steered by, are differences far below the rounding of bf16."""
+    s, x, t = (torch.randn(4, 3, 48) for _ in range(3))
+    given = (s, x) if name == "mae" else (s, x, t, 0.7)
+    plain = squared_errors(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = squared_errors(*given)
+    assert plain == mixed
+    assert plain["loss"] != plain["loss"].bfloat16()
+
+
+@pytest.mark.parametrize("mask", ["same", "different"])
+def test_auto_half_life_follows_who_is_ahead(mask):
+    method = method_for(small(half_life="auto", teacher_mask=mask))
+    t, seen = Progress(50, 1000, 10), []
+    assert method.half_life(t) == 2
+    for advantage, steps in ((0.5, 10), (-0.5, 3), (0.001, 10), (5.0, 1000), (-5.0, 1000)):
+        for _ in range(steps):
+            method.ahead.append(torch.tensor(advantage))
+            method.after_step(t, ONE)
+        seen.append(float(method.half_life(t)))
+    grown = 2 + 10 * math.log(2)
+    assert seen == pytest.approx([grown, grown - 3 * math.log(2), grown - 2 * math.log(2), 100, 2], rel=1e-4)
+    assert float(method.momentum(t)) == pytest.approx(0.5**0.5)
+    assert method.state(t)["half_life_share"] == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize("mask", ["same", "different"])
+def test_auto_half_life_is_steered_by_the_batch_and_by_nothing_that_was_skipped(mask):
+    method = method_for(small(half_life="auto", teacher_mask=mask))
+    t, batch = Progress(50, 1000, 10), batch_for(method, size=8)
+    with torch.no_grad():  # a student that guesses nothing, under a teacher that is worse
+        method.student.decoder.pred.weight.zero_()
+        method.teacher.model.decoder.pred.weight.mul_(30)
+    method.memory.fill_(40.0)
+    method(batch, t)
+    method.after_step(t, 0 * ONE)
+    assert method.memory == 40
+    method(batch, t)
+    method(batch, t)  # two micro-batches are one step
+    method.after_step(t, ONE)
+    assert method.memory.item() == pytest.approx(40 - math.log(2), rel=1e-5)
+    assert "memory" in method.state_dict(), "a resumed run goes on from it"
+    assert "memory" not in method_for(small(half_life="2 steps")).state_dict()

@@ -107,6 +107,39 @@ def import_official(file: Path, /, *, out: Path | None = None, heads: int | None
         print(line)
 
 
+lab = App(name="lab", help="The mean teacher under the microscope: the paper's analysis, on a linear model and on a real run.")
+app.command(lab)
+
+
+@lab.command(name="linear")
+def lab_linear(*, out: Path = Path("runs/lab-linear"), seeds: int = 3) -> None:
+    """Run the paper's linear experiment and write a page that explains what the teacher does there.
+
+    Parameters
+    ----------
+    out
+        Where linear.html, its figures and linear.json go.
+    seeds
+        Runs a setting, each with its own inputs.
+    """
+    from rich.table import Table
+
+    from .lab.linear import Setting, study, write_page
+
+    if seeds < 1:
+        raise ConfigError(f"seeds must be 1 or more, not {seeds}")
+    found = study(Setting(seeds=seeds))
+    relations = ("same", "different", "orthogonal")
+    table = Table("optimizer", "alpha", *relations, title="Cosine of the consistency gradient with the step before", title_justify="left")
+    for i in range(0, len(found["table"]), len(relations)):
+        rows = found["table"][i : i + len(relations)]
+        table.add_row(rows[0]["optimizer"], str(rows[0]["alpha"]), *(f"{row['previous']:.3f}" for row in rows))
+    _console().print(table)
+    for name, d in found["descent"].items():
+        _console().print(f"{name}: stable below {d['limit']:.2f}; {d['steps']:,} steps to 1 % of a slow direction, without noise")
+    print(f"Open {write_page(found, out)}")
+
+
 @app.command(name="list")
 def list_all() -> None:
     """Show methods, models and recipes."""

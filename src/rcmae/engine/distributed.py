@@ -70,6 +70,15 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def average(value: Tensor) -> Tensor:
+    """The mean of a scalar over all ranks, on its device; alone, itself."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
 def wrap(method: nn.Module, world: World) -> nn.Module:
     """The method, its gradients averaged over the ranks."""
     return DistributedDataParallel(method, broadcast_buffers=False) if world.size > 1 else method

@@ -1,9 +1,10 @@
 """The contract of a method: all that the loop knows of it."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..engine.schedules import Progress
@@ -11,6 +12,26 @@ from ..models.backbone import Backbone
 
 # image uint8 [h, w, c] and a generator -> named tensors of one sample (crops, masks); must pickle, for loader workers.
 Views = Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]]
+
+WATCHED = 64
+"Images of a batch that instruments look at: what they keep does not grow with the batch."
+
+
+class Comparison(NamedTuple):
+    """What a student that reconstructs is judged by, on its hidden patches."""
+
+    prediction: Float[Tensor, "b m p"]
+    target: Float[Tensor, "b m p"]
+    guess: Float[Tensor, "b m p"]
+    "the teacher's prediction"
+    weight: Float[Tensor, "b m"] | None = None
+    "1 where the guess counts, 0 where the teacher saw the patch; None: it counts everywhere"
+
+    def mean(self, difference: Float[Tensor, "b m p"]) -> Tensor:
+        """Mean square over the patches on which the guess counts."""
+        if self.weight is None:
+            return difference.square().mean()
+        return (difference.square().mean(2) * self.weight).sum() / self.weight.sum().clamp_min(1)
 
 
 class Method(nn.Module):
@@ -22,6 +43,8 @@ class Method(nn.Module):
     "mean and deviation of each channel that standardise the pixels, in units of 0 to 1"
     networks: tuple[str, ...] = ("student",)
     "what is probed and exported, the one to use last"
+    watched: list[Comparison] | None = None
+    "where `forward` leaves what it compared, if somebody looks"
 
     def views(self) -> Views:
         """What one sample is."""
@@ -30,6 +53,15 @@ class Method(nn.Module):
     def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
         """Scalars on the device: "loss" is what is minimised, the rest is logged."""
         raise NotImplementedError
+
+    def compare(self, batch: dict[str, Tensor]) -> Comparison | None:
+        """The student against the target and the teacher; None for a method that does not reconstruct under a teacher."""
+        return None
+
+    def watch(self, comparison: Comparison) -> None:
+        """Leave a part of what a step compared to whoever asked for it by setting `watched` to a list."""
+        if self.watched is not None:
+            self.watched[:] = [Comparison(*(v if v is None else v[:WATCHED].detach().clone() for v in comparison))]
 
     def before_step(self, t: Progress, applied: Tensor) -> None:
         """Once an optimizer step, after the gradients are there and before the weights move.

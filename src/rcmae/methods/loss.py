@@ -44,6 +44,7 @@ def squared_errors(
 
     The gradient of "loss", reconstruction + gamma * consistency, reaches s only. Without t, the loss is the reconstruction.
     """
-    values = _Blend.apply(s, x, t, gamma)
+    with torch.autocast(s.device.type, enabled=False):  # or the inner products, and so every loss one sees, are rounded to bf16
+        values = _Blend.apply(s, x, t, gamma)
     names = ("loss", "reconstruction") if t is None else ("loss", "reconstruction", "consistency", "teacher_reconstruction")
     return {name: v if name == "loss" else v.detach() for name, v in zip(names, values, strict=False)}

@@ -22,7 +22,7 @@ class Teacher(nn.Module):
             return self.model(*args)
 
     @torch.no_grad()
-    def update(self, student: nn.Module, momentum: float, applied: Tensor | None = None) -> None:
+    def update(self, student: nn.Module, momentum: float | Tensor, applied: Tensor | None = None) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, over all trained parameters in fused calls.
 
         `applied` is 1 or 0 on the device: with 0 nothing moves, and the host need not know.
@@ -31,7 +31,7 @@ class Teacher(nn.Module):
         own, new = map(list, zip(*((t, s) for t, s in pairs if s.requires_grad), strict=True))
         if applied is None or applied.device.type == "cpu":  # there the host knows without waiting, and needs no temporary
             if applied is None or applied:
-                get_ema_multi_avg_fn(momentum)(own, new, 1)
+                get_ema_multi_avg_fn(float(momentum))(own, new, 1)
             return
         step = torch._foreach_sub(new, own)
         torch._foreach_mul_(step, (1 - momentum) * applied)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import ChoiceLoader, Environment, PackageLoader, Template
 
 from ..config import Recipe, flat, parse_recipe, recipe_hash
 from ..engine.metrics import read_metrics
@@ -37,11 +37,9 @@ def render(run: Path) -> str:
     floor = next((line for line in lines if line.get("kind") == "floor"), None)
     reference = next((line for line in lines if line.get("kind") == "reference"), None)
     bad = _bad_files(run)
-    environment = Environment(loader=PackageLoader("rcmae.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["thousands"] = lambda v: f"{v:,.0f}" if isinstance(v, (int, float)) else "–"
     train, probes = by_kind["train"], by_kind["probe"]
     total = machine.get("steps")
-    return environment.get_template("page.html.j2").render(
+    return template("page.html.j2").render(
         title=f"{recipe.method} on {recipe.data}",
         run=run.resolve().name, path=run.as_posix(), step=train[-1]["step"] if train else 0, total=total,
         verdict=verdict(recipe, train, probes, floor, reference, bad, total),
@@ -50,6 +48,14 @@ def render(run: Path) -> str:
         recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad[:50], bad_count=len(bad),
         events=by_kind["event"][-20:], export=exports(run), labelled=floor is not None, reference=reference,
     )  # fmt: skip
+
+
+def template(name: str, room: str = "rcmae.report") -> Template:
+    """A page's template by file name, in the package `room`; all extend base.html.j2."""
+    loader = ChoiceLoader([PackageLoader(room, "."), PackageLoader("rcmae.report", ".")])
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["thousands"] = lambda v: f"{v:,.0f}" if isinstance(v, (int, float)) else "–"
+    return environment.get_template(name)
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------

@@ -24,8 +24,11 @@ class Line:
     style: str = "-"
 
 
-def plot(lines: list[Line], levels: dict[str, float] | None = None, ylabel: str = "", log: bool = False, markers: bool = False) -> str:
-    """An SVG of some curves over steps, with dashed grey reference `levels` named at the right edge."""
+def plot(
+    lines: list[Line], levels: dict[str, float] | None = None, ylabel: str = "", log: bool = False, markers: bool = False,
+    xlabel: str = "step", xlog: bool = False,
+) -> str:  # fmt: skip
+    """An SVG of some curves, over steps unless said otherwise, with dashed grey reference `levels` named at the right edge."""
     settings = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "rcmae"}
     with rc_context(settings):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
@@ -36,9 +39,10 @@ def plot(lines: list[Line], levels: dict[str, float] | None = None, ylabel: str 
             points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and (y > 0 or not log)]
             if points:
                 drawn = True
+                dots = markers or line.style == "o"
                 axes.plot(
-                    *zip(*points, strict=True), line.style, color=COLOURS[line.colour], label=line.name, linewidth=1.6,
-                    marker="o" if markers else None, markersize=3.5,
+                    *zip(*points, strict=True), color=COLOURS[line.colour], label=line.name, linewidth=1.6,
+                    linestyle="" if line.style == "o" else line.style, marker="o" if dots else None, markersize=3.5,
                 )  # fmt: skip
         for name, value in (levels or {}).items():
             axes.axhline(value, color=COLOURS["floor"], linewidth=1, linestyle=(0, (4, 3)))
@@ -50,7 +54,10 @@ def plot(lines: list[Line], levels: dict[str, float] | None = None, ylabel: str 
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-        axes.set_xlabel("step", color=COLOURS["ink"])
+        if xlog:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel(xlabel, color=COLOURS["ink"])
         axes.set_ylabel(ylabel, color=COLOURS["ink"])
         axes.tick_params(colors=COLOURS["ink"], which="both", length=3)
         axes.grid(color=COLOURS["faint"], linewidth=0.6)
@@ -68,6 +75,14 @@ def plot(lines: list[Line], levels: dict[str, float] | None = None, ylabel: str 
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     return _own_names(svg)
+
+
+def standalone(svg: str) -> str:
+    """An inline SVG as a file of its own, dark on white."""
+    light = {"student": "#c2410c", "teacher": "#1d62b8", "floor": "#7b858f", "ink": "#1c2126", "faint": "#e3e6e9"}
+    for name, colour in light.items():
+        svg = svg.replace(f"var(--{name})", colour)
+    return svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff"', 1)
 
 
 _count = 0
