@@ -145,9 +145,8 @@ def main() -> None:
     write_json(ROOT / "results" / "half_life.json", facts)
     draw(rows, ROOT / "docs" / "img" / "half_life.png")
     for row in rows:
-        print(
-            f"{row['arm']:24} {row['linear'][0]:5.1f} [{row['linear'][1]:.1f} to {row['linear'][2]:.1f}]  against MAE {row['against MAE'][0]:+.1f}"
-        )
+        (mean, low, high), gain = row["linear"], row["against MAE"][0]
+        print(f"{row['arm']:24} {mean:5.1f} [{low:.1f} to {high:.1f}]  against MAE {gain:+.1f}")
     print(*said.values(), sep="\n")
 
 
