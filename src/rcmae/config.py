@@ -199,6 +199,10 @@ class Machine:
     "end at the first unreadable image"
     bad_share: float = 0.01
     "end when more than this share of the images (and more than ten files) is unreadable"
+    monitor: bool = True
+    "carry the instruments of rcmae.lab: what the teacher does, whether features stay alive (below 2 % of the time)"
+    on_alarm: Literal["warn", "stop"] = "warn"
+    "what a named fault of the teacher or a collapse does: one line, or the end of the run, its checkpoint kept"
     tensorboard: bool = False
     "also write TensorBoard events (needs the [tensorboard] extra)"
     wandb: str | None = None

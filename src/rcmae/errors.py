@@ -31,6 +31,12 @@ class DivergedError(RcmaeError):
     exit_code = 5
 
 
+class AlarmError(RcmaeError):
+    """An alarm ended the run, as `--on-alarm stop` asks; its checkpoint is kept."""
+
+    exit_code = 5
+
+
 class StorageError(RcmaeError):
     """The disk is full, read-only or gone."""
 

@@ -29,8 +29,10 @@ from .engine.metrics import Metrics, read_metrics
 from .engine.optim import adamw, linear_rule
 from .engine.run import StopSignals, describe_machine, keep_freed_memory, memory_gib, owned, record_recipe, write_json
 from .engine.schedules import Progress, warmup_cosine
-from .errors import DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError, RcmaeError, first_line
+from .errors import AlarmError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError, RcmaeError, first_line
 from .interop.timm_export import PLAIN, export
+from .lab.alarms import Alarm, Alarms
+from .lab.monitor import Monitor
 from .methods import METHODS, Method
 from .models.backbone import IMAGENET
 from .report import write_report
@@ -106,6 +108,7 @@ class Run:
             record_recipe(self.out, recipe)
         self.step, self.total, self.skipped, self.seconds = 0, 0, 0, 0.0
         self.probe: dict[str, dict[str, float]] = {}
+        self.drift: float | None = None
         self.resume()
 
     # --- what is built ------------------------------------------------------------------------------------------------
@@ -134,7 +137,7 @@ class Run:
             if state["data"] != self.source.fingerprint():
                 raise DataError(f"{self.recipe.data} has changed since {path} was written; use another --out to start anew")
             self.step, self.total, self.skipped = state["step"], state["total_steps"], state["skipped"]
-            self.seconds = state["seconds"]
+            self.seconds, self.drift = state["seconds"], state.get("drift")
             same = {k: (v, self.circumstances()[k]) for k, v in state["circumstances"].items() if v != self.circumstances()[k]}
             self.screen.say(f"resumed from {path.name} of {self.total:,} steps in {self.out}")
             for k, (then, now) in same.items():
@@ -186,6 +189,11 @@ class Run:
         save_seconds = parse_time(self.machine.save_every)
         self.fixed = self.fixed_batch()
         self.window = Window(self.device)
+        self.monitor = Monitor(self.method, self.total) if self.world.first and self.machine.monitor else None
+        self.alarms = Alarms(self.method, self.total, self.steps_per_epoch)
+        self.alarmed: Alarm | None = None
+        if self.monitor:
+            self.call(self.alarms.at_start(Progress(self.step, self.total, self.steps_per_epoch), self.drift))
         recent: list[Tensor] = []
         in_a_row = 0
         saved = time.monotonic()
@@ -195,6 +203,9 @@ class Run:
 
         while self.step < self.total:
             t = Progress(self.step, self.total, self.steps_per_epoch)
+            logs = (self.step + 1) % log_every == 0 or self.step + 1 == self.total
+            if logs and self.monitor:
+                self.monitor.look(t)
 
             # ---- one optimizer step ----------------------------------------------------------------------------------
             applied = self.update(batches, t, self.window)
@@ -204,23 +215,27 @@ class Run:
             recent.append(applied)
             self.screen.step(self.step)
             self.seconds = offset + time.monotonic() - self.began
-            asked, due = self.world.agree(self.stop.asked is not None, time.monotonic() - saved > save_seconds)
-            due = due or asked or self.step in milestones
-            logs = self.step % log_every == 0 or self.step == self.total
+            asked, due, alarmed = self.world.agree(
+                self.stop.asked is not None, time.monotonic() - saved > save_seconds, self.alarmed is not None
+            )
+            due = due or asked or alarmed or self.step in milestones
             if logs or due:
                 in_a_row = self.check_finite(recent, in_a_row)
                 recent = []
             if logs:
-                self.log(replace(t, step=self.step))
+                self.log(replace(t, step=self.step), log_every)
             if due:
                 paused = time.monotonic()
                 if self.step in milestones:
                     self.milestone(probes if self.step in probe_steps else None)
                 self.save()
-                if asked or self.step in milestones:
+                if asked or alarmed or self.step in milestones:
                     self.report()
                 saved = time.monotonic()
                 self.window.pause(saved - paused)
+            if alarmed:
+                what = f"{self.alarmed.name}: {self.alarmed.text}" if self.alarmed else "called by rank 0"
+                raise AlarmError(f"alarm {what}; stopped at step {self.step}, its checkpoint is kept")
             if asked:
                 raise Preempted(f"stopped by {self.stop.asked or 'another rank'}; saved at step {self.step}, run the same command again")
         return self.finish()
@@ -339,13 +354,28 @@ class Run:
         if self.metrics:
             self.metrics.write(kind, self.step, **values)
 
-    def log(self, t: Progress) -> None:
-        line = self.window.read() | {"memory_gib": memory_gib(self.device), "seconds": self.seconds, "skipped": self.skipped}
+    def log(self, t: Progress, log_every: int) -> None:
+        line = self.window.read()
+        if self.monitor:
+            line |= self.monitor.read(line)
+            self.call(self.alarms.at_log(t, line, self.monitor))
+            if self.monitor.due(self.step, log_every) and (found := self.monitor.slow()):
+                self.write("health", **found)
+                self.call(self.alarms.at_health(t, found, self.monitor))
+        line |= {"memory_gib": memory_gib(self.device), "seconds": self.seconds, "skipped": self.skipped}
         line |= {k: float(v) for k, v in self.method.state(t).items()}
         line |= {"lr": self.optimizer.param_groups[0]["lr"], "epoch": t.epoch, "images": self.step * self.recipe.optim.batch_size}
         self.write("train", **line)
         left = (self.total - self.step) * self.recipe.optim.batch_size / max(line["images_per_s"], 1e-9)
         self.screen.report(self.step, self.total, line, left)
+
+    def call(self, alarms: list[Alarm]) -> None:
+        """Say and record what is wrong; with `--on-alarm stop` the run ends at the end of the next step."""
+        for alarm in alarms:
+            self.write("alarm", name=alarm.name, text=alarm.text)
+            self.screen.say(f"alarm {alarm.name}: {alarm.text}")
+            if self.machine.on_alarm == "stop":
+                self.alarmed = self.alarmed or alarm
 
     def fixed_batch(self) -> dict[str, Tensor]:
         """The first images with their masks, the same whenever one looks."""
@@ -369,6 +399,8 @@ class Run:
         if not self.world.first:
             return
         self.picture()
+        if self.monitor and (value := self.monitor.lidar(self.fixed)):
+            self.write("health", lidar=value)
         if probes:
             scores = {which: probes.backbone(self.method.backbone(which), self.device, self.precision) for which in self.method.networks}
             self.write("probe", **scores)
@@ -381,9 +413,11 @@ class Run:
         """Checkpoint and exported backbones."""
         if not self.world.first:
             return
+        drift = self.method.state(Progress(self.step, self.total, self.steps_per_epoch)).get("drift")
         state = {
             "step": self.step, "total_steps": self.total, "skipped": self.skipped, "seconds": self.seconds,
             "data": self.source.fingerprint(), "recipe_hash": recipe_hash(self.recipe), "circumstances": self.circumstances(),
+            "drift": None if drift is None else float(drift),
         }  # fmt: skip
         save_checkpoint(self.out / "checkpoints", self.method, self.optimizer, state, self.machine.keep)
         for which in self.method.networks:

@@ -58,6 +58,19 @@ class Method(nn.Module):
         """The student against the target and the teacher; None for a method that does not reconstruct under a teacher."""
         return None
 
+    @property
+    def last_layer(self) -> nn.Linear | None:
+        """The student's layer that makes the predictions of `compare`."""
+        return None
+
+    def momentum_per_step(self, t: Progress) -> float:
+        """Share of itself that the teacher keeps in an applied optimizer step; 1 without a teacher."""
+        return 1.0
+
+    def encode(self, batch: dict[str, Tensor]) -> Tensor:
+        """The student's tokens [b t d] of what a batch shows."""
+        raise NotImplementedError
+
     def watch(self, comparison: Comparison) -> None:
         """Leave a part of what a step compared to whoever asked for it by setting `watched` to a list."""
         if self.watched is not None:

@@ -68,6 +68,10 @@ class MAE(Method):
         """What the hidden patches are compared with."""
         return standardise(hidden, self.recipe.mae.target_eps) if self.recipe.mae.target == "normalised" else hidden
 
+    def encode(self, batch: dict[str, Tensor]) -> Float[Tensor, "b t d"]:
+        seen = batch["order"][:, : self.visible]
+        return self.student.encoder(take(self.cut(batch["image"]), seen), seen)
+
     def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
         patches, order = self.cut(batch["image"]), batch["order"]
         prediction = self.student(patches, order, self.visible)

@@ -10,7 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import Recipe, parse_half_life
 from ..engine.distributed import average
@@ -39,6 +39,10 @@ class RCMAE(MAE):
     def views(self) -> CropAndOrder:
         own = ("teacher_order",) if self.recipe.rcmae.teacher_mask == "different" else ()
         return CropAndOrder(self.recipe.images, self.patches, ("order", *own))
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        return self.student.decoder.pred
 
     def compare(self, batch: dict[str, Tensor]) -> Comparison:
         patches, order = self.cut(batch["image"]), batch["order"]
@@ -104,6 +108,9 @@ class RCMAE(MAE):
             return cosine(r.momentum, 1.0, t.fraction)
         return 0.5 ** (1 / (self.half_life(t) * r.ema_updates))
 
+    def momentum_per_step(self, t: Progress) -> float:
+        return float(self.momentum(t)) ** self.recipe.rcmae.ema_updates
+
     def half_life(self, t: Progress) -> float | Tensor:
         """The recipe's half-life in optimizer steps."""
         if self.memory is not None:
@@ -117,9 +124,7 @@ class RCMAE(MAE):
         return Backbone(model.encoder.vit, *self.statistics)
 
     def state(self, t: Progress) -> dict[str, float | Tensor]:
-        return teacher_clock(float(self.momentum(t)) ** self.recipe.rcmae.ema_updates, t, self.recipe.optim.batch_size) | {
-            "drift": self.teacher.drift(self.student)
-        }
+        return teacher_clock(self.momentum_per_step(t), t, self.recipe.optim.batch_size) | {"drift": self.teacher.drift(self.student)}
 
     @torch.no_grad()
     def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

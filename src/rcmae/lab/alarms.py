@@ -1,0 +1,149 @@
+"""Named faults of a mean teacher, found by looking at a run. Each names its cause and the setting to change.
+
+Thresholds were set on healthy runs of the embedded set and of small networks; `benchmarks/alarms.py` shows each alarm fired by
+its fault and none on healthy runs.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.schedules import Progress
+from ..methods import Method
+
+PATIENCE = 3
+"Looks in a row that must agree before a measured fault is called one."
+
+LONG = 0.1
+"Share of the run above which a half-life is drag: the teacher's start is still in it at the end."
+
+DRAG = -0.03
+"Teacher advantage below which, past the first third of the run, the teacher holds the student back."
+
+
+class Alarm(NamedTuple):
+    """What is wrong, in one line that ends with what to do."""
+
+    name: str
+    text: str
+
+
+class Alarms:
+    """Collects what the instruments say of one run and calls each fault once."""
+
+    def __init__(self, method: Method, total: int, steps_per_epoch: int):
+        self.method, self.total, self.steps_per_epoch = method, total, steps_per_epoch
+        self.teacher: nn.Module | None = getattr(method, "teacher", None)
+        self.called: set[str] = set()
+        self.rows: dict[str, int] = {}
+        self.advantage: list[float] = []
+        self.first_buffers = _buffers(method.student), _buffers(self.teacher.model) if self.teacher is not None else {}
+
+    def at_start(self, t: Progress, drift: float | None = None) -> list[Alarm]:
+        """What can be said before a step is made. `drift` is the distance to the teacher that the checkpoint recorded."""
+        if self.teacher is None:
+            return []
+        found = []
+        kept, share = self.method.momentum_per_step(t), float(self.method.state(t).get("half_life_share", 0.0))
+        if kept >= 1 and t.fraction < 0.5:
+            found.append(Alarm("momentum-one", f"the teacher's momentum is 1 at step {t.step}: it will never learn; lower --momentum"))
+        elif share > LONG and t.fraction < 0.5:
+            found.append(
+                Alarm(
+                    "teacher-drag", f"a half-life of {share:.0%} of the run is too long: the start is never forgotten; shorten --half-life"
+                )
+            )
+        if self._repeats():
+            text = "the momentum schedule starts again every epoch and never reaches its end; count steps over the whole run, not the epoch"
+            found.append(Alarm("schedule-stuck", text))
+        if drift is not None:
+            now = float(self.method.state(t)["drift"])
+            if abs(now - drift) > 0.01 * max(drift, now):
+                text = f"after the resume the teacher is {now:.4f} from the student, was {drift:.4f}: it is not the one that was saved; "
+                found.append(Alarm("teacher-stale", text + "resume from a checkpoint that holds the teacher"))
+        return self._new(found)
+
+    def at_log(self, t: Progress, line: dict[str, float], monitor: Any) -> list[Alarm]:
+        """What a log line shows; `monitor` holds what the last step compared."""
+        if self.teacher is None:
+            return []
+        found = []
+        kept, expected = line.get("measured_momentum"), line.get("expected_momentum")
+        if kept is not None and expected is not None and 0 < expected < 1:
+            updates = math.log(min(max(kept, 1e-12), 1.0)) / math.log(expected)
+            if self._lasts("still", updates < 0.01):
+                text = f"the teacher never moves, though its momentum is {expected:.4f}; call its update after every optimizer step"
+                found.append(Alarm("teacher-still", text))
+            if self._lasts("twice", updates > 1.5):
+                text = f"the teacher moves {updates:.1f} times a step (momentum {expected:.4f}, measured {kept:.4f}): once a micro-batch? "
+                found.append(Alarm("teacher-moves-twice", text + "move it after the optimizer's step only, or give --ema-updates"))
+        if any(m.training for m in self.teacher.modules()):
+            text = "the teacher is in training mode: dropout and batch statistics disturb its targets; call teacher.eval()"
+            found.append(Alarm("teacher-training", text))
+        if missed := self._missed_buffer():
+            found.append(
+                Alarm("buffer-missed", f"the student's buffer {missed} changes and the teacher's does not; average or copy buffers too")
+            )
+        if (advantage := line.get("teacher_advantage")) is not None and t.fraction > 1 / 3:
+            self.advantage = [*self.advantage, advantage][-10:]
+            mean = sum(self.advantage) / len(self.advantage)
+            if self._lasts("drag", len(self.advantage) >= PATIENCE and mean < DRAG):
+                text = f"the teacher reconstructs {-mean:.0%} worse than the student after {t.fraction:.0%} of the run: it is drag; "
+                found.append(Alarm("teacher-drag", text + "shorten --half-life, or --half-life auto"))
+        if monitor.seen and self._lasts("rounded", any(_rounded(v) for v in (monitor.seen[0].prediction, monitor.seen[0].guess))):
+            text = "the predictions are rounded to 16 bits before they are compared: the gap to the teacher is noise; "
+            found.append(Alarm("low-precision", text + "run the last layer and the difference in float32, or --precision fp32"))
+        return self._new(found)
+
+    def at_health(self, t: Progress, health: dict[str, Any], monitor: Any) -> list[Alarm]:
+        """What the slow instruments show: has everything become the same?"""
+        if t.fraction < 0.2 or "rankme" not in health:
+            return []
+        constant = monitor.seen and _constant(monitor.seen[0].prediction, monitor.seen[0].target)
+        if constant or health["rankme"] < 1.5 or health["spread"] < 1e-3:
+            what = "the same prediction for every image" if constant else f"features of effective rank {health['rankme']:.1f}"
+            return self._new([Alarm("collapse", f"{what} at step {t.step}: collapsed; lower --base-lr or --gamma, or lengthen --warmup")])
+        return []
+
+    def _new(self, found: list[Alarm]) -> list[Alarm]:
+        new = [a for a in found if a.name not in self.called]
+        self.called |= {a.name for a in new}
+        return new
+
+    def _lasts(self, name: str, now: bool) -> bool:
+        self.rows[name] = self.rows.get(name, 0) + 1 if now else 0
+        return self.rows[name] >= PATIENCE
+
+    def _repeats(self) -> bool:
+        """A schedule that moves within an epoch and is back at its start with every new one."""
+        epoch, epochs = self.steps_per_epoch, self.total // self.steps_per_epoch
+        if epochs < 2 or epoch < 2:
+            return False
+        starts = {self._momentum(k * epoch) for k in range(min(epochs, 8))} | {self._momentum((epochs - 1) * epoch)}
+        return len(starts) == 1 and self._momentum(epoch - 1) not in starts
+
+    def _momentum(self, step: int) -> float:
+        return float(self.method.momentum_per_step(Progress(step, self.total, self.steps_per_epoch)))
+
+    def _missed_buffer(self) -> str | None:
+        own, other = _buffers(self.method.student), _buffers(self.teacher.model)
+        for name in own.keys() & other.keys():
+            if not torch.equal(own[name], self.first_buffers[0][name]) and torch.equal(other[name], self.first_buffers[1][name]):
+                return name
+        return None
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {name: b.detach().clone() for name, b in module.named_buffers() if b.is_floating_point()}
+
+
+def _rounded(values: Tensor) -> bool:
+    """Every value is one that 16 bits hold; all of them being equal proves nothing."""
+    return bool(values.std() > 0) and any(torch.equal(values, values.to(short).float()) for short in (torch.bfloat16, torch.float16))
+
+
+def _constant(prediction: Tensor, target: Tensor) -> bool:
+    """The prediction does not depend on the image."""
+    return len(prediction) > 1 and bool(prediction.var(0).mean() < 1e-6 * target.var(0).mean())
