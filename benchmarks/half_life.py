@@ -35,7 +35,7 @@ def run(out: Path, name: str, seed: int, steps: int) -> None:
     print(f"{place.name}: {'done' if done.returncode == 0 else done.stderr.strip()}", flush=True)
 
 
-def read(out: Path, seeds: int) -> tuple[dict[str, list[dict]], list[int], dict]:
+def read(out: Path, seeds: int, steps: int) -> tuple[dict[str, list[dict]], list[int], dict]:
     """Scores by arm and seed, of the seeds all of whose runs are finished."""
     arms: dict[str, list[dict]] = {}
     whole, machine = [], {}
@@ -46,7 +46,7 @@ def read(out: Path, seeds: int) -> tuple[dict[str, list[dict]], list[int], dict]
             lines = read_metrics(place)
             machine = json.loads((place / "machine.json").read_text()) if (place / "machine.json").exists() else machine
             train = [line for line in lines if line["kind"] == "train"]
-            if not train or train[-1]["step"] < machine["steps"]:
+            if not train or train[-1]["step"] < steps:
                 break
             probe = [line for line in lines if line["kind"] == "probe"][-1]
             tail = train[-len(train) // 20 :]
@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: run(args.out, *job, args.steps), [(name, seed) for seed in range(args.seeds) for name in RUNS]))
-    arms, whole, machine = read(args.out, args.seeds)
+    arms, whole, machine = read(args.out, args.seeds, args.steps)
     if len(whole) < 2:
         sys.exit(f"only {len(whole)} seeds are complete; run the same command again")
     rows, said = summary(arms), verdicts(arms)

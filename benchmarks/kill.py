@@ -18,8 +18,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors import safe_open
+
+from rcmae.engine.run import describe_machine
 
 FLAGS = "--size 16 --width 32 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 1 --batch-size 16 --probes 0"
 FLAGS += " --device cpu --precision fp32"
@@ -46,7 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--workers", default="0,2")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -74,7 +77,7 @@ def main() -> int:
                         command(data, out, workers, options.steps), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
                     ) as process:
                         try:
-                            process.wait(chance.uniform(0.3, 1.0) * whole if killed < options.kills // len(pools) else None)
+                            process.wait(chance.uniform(0.05, 0.85) * whole if killed < options.kills // len(pools) else None)
                         except subprocess.TimeoutExpired:
                             process.send_signal(signal.SIGKILL)
                             process.wait()
@@ -97,7 +100,20 @@ def main() -> int:
         print(f"{name} {value}")
     if options.out:
         options.out.write_text(
-            json.dumps({"kills": kills, "runs": runs, "equal": equal, "at": found_at, "hashes": json.loads(max(seen))}, indent=1) + "\n"
+            json.dumps(
+                {
+                    "kills": kills,
+                    "runs": runs,
+                    "equal": equal,
+                    "steps": options.steps,
+                    "workers": pools,
+                    "at": found_at,
+                    "hashes": json.loads(max(seen)),
+                    "machine": describe_machine(torch.device("cpu"), "fp32"),
+                },
+                indent=1,
+            )
+            + "\n"
         )
     return int(not equal)
 

@@ -8,6 +8,7 @@ softmax ignores that, so its gradient is zero but for rounding, and AdamW turns 
 noise in the official run too. For it the gap is given in units of what AdamW can move a weight, lr * steps.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def compare(path: str) -> dict[str, tuple[float, str]]:
     def note(kind: str, name: str, got: Tensor, expected: Tensor) -> None:
         scale = expected.double().norm().item() or 1.0
         error = (got.double() - expected.double()).norm().item() / scale
-        worst[kind] = max(worst.get(kind, (0.0, "-")), (error, name))
+        worst[kind] = max(worst.get(kind, (0.0, "-")), (error if math.isfinite(error) else math.inf, name))
 
     steps, one = len(data["images"]), torch.ones(())
     for step in range(steps):

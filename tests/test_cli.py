@@ -32,6 +32,11 @@ FAILURES = [
     (["pretrain", "--gamma", "x"], 2, '--gamma: unable to convert "x" into float'),
     (["pretrain", "foldr"], 2, "there is no recipe 'foldr'; did you mean folder?"),
     (["pretrain", "{tmp}/no.toml"], 2, "no.toml does not exist"),
+    (["pretrain", "--seed", "1", "folder"], 2, "write the recipe first: rcmae pretrain folder"),
+    (["pretrain", "--seed", "-1", "--probe-train", "0"], 2, "seed must be 0 or more, not -1; probe_train must be above 0, not 0"),
+    (["pretrain", "--patch", "-4", "--registers", "-1"], 2, "registers must be 0 or more, not -1; patch must be above 0, not -4"),
+    (["pretrain", "--half-life", "1.2.3%"], 2, "'1.2.3%' is no half-life"),
+    (["pretrain", "{tmp}/latin.toml"], 2, "latin.toml is not UTF-8 text"),
     (["pretrain", "--mask-ratio", "1.0", "--warmup", "2"], 2, "mask_ratio must lie between 0 and 1, not 1.0; warmup is a share"),
     (["pretrain", "--size", "30", "--out", "{tmp}/run"], 2, "size 30 x 30 is not a multiple of the patch, 4"),
     (["pretrain", "--model", "vit_bas"], 2, "there is no model 'vit_bas'"),
@@ -47,6 +52,7 @@ FAILURES = [
     (["pretrian"], 2, 'Did you mean "pretrain"?'),
     (["check"], 2, "requires an argument"),
     (["check", "{tmp}/nowhere"], 3, "nowhere"),
+    (["check", "{tmp}", "--json", "{tmp}/no/x.json"], 2, "there is no folder {tmp}/no"),
     (["report", "{tmp}"], 2, "is no run directory: recipe.toml is missing"),
     (["import", "{tmp}/no.pth"], 4, "no.pth does not exist"),
     (["import", "{golden}/mae_official_layout.pth", "--out", "{tmp}/x"], 4, "give --heads and --decoder-heads"),
@@ -60,6 +66,7 @@ FAILURES = [
 def test_every_failure_is_one_line_and_its_code(tmp_path, capsys, monkeypatch, argv, code, says):
     monkeypatch.chdir(tmp_path)
     place = {"tmp": str(tmp_path), "golden": str(GOLDEN)}
+    (tmp_path / "latin.toml").write_bytes(b"# \xe9t\xe9\n")
     assert main([a.format(**place) for a in argv]) == code
     err = capsys.readouterr().err
     assert err.startswith("rcmae: error: ")
@@ -93,7 +100,9 @@ def test_a_folder_with_every_kind_of_image(tmp_path, capsys):
     names = [Path(json.loads(line)["where"]).name for line in (tmp_path / "run" / "bad_files.jsonl").read_text().splitlines()]
     assert sorted(names) == sorted(kinds.bad())
     assert f"{40 + len(kinds.odd()) + len(names)} images" in capsys.readouterr().out
-    assert main(["check", str(tmp_path / "data")]) == 0
+    assert main(["check", str(tmp_path / "data")]) == 3, "fewer images than the batch of the recipe folder"
+    (tmp_path / "small.toml").write_text("[optim]\nbatch_size = 16\n")
+    assert main(["check", str(tmp_path / "data"), "--recipe", str(tmp_path / "small.toml")]) == 0
     assert f"{len(names)} unreadable" in capsys.readouterr().out
 
 

@@ -72,7 +72,12 @@ def test_a_wrong_recipe_is_one_line_that_names_it(text, message):
     assert "\n" not in str(e.value) or "TOML" in str(e.value)
 
 
-def test_recipes_by_name():
+def test_recipes_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "embedded").write_text("no recipe at all")
+    assert load_recipe("folder").data, "a folder of images of that name is no recipe"
+    assert load_recipe("embedded").data == "embedded:digits"
     with pytest.raises(ConfigError, match="no recipe 'embeded'; did you mean embedded?"):
         load_recipe("embeded")
     with pytest.raises(ConfigError, match="recipe file nowhere.toml does not exist"):

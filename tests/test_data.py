@@ -1,5 +1,6 @@
 """Images of every kind, sources of every kind, and samples that are pure functions."""
 
+import io
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from rcmae.config import Images as ImagesConfig
 from rcmae.data import decode as decode_module
-from rcmae.data.audit import audit, to_json
+from rcmae.data.audit import _unfit, audit, to_json
 from rcmae.data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker
 from rcmae.data.decode import BadImage, decode
 from rcmae.data.sampler import BatchSampler, order
@@ -26,7 +27,9 @@ from rcmae.data.sources import Strings, open_source, printable
 from rcmae.data.views import center, crop_box, flip, random_resized_crop, rng
 from rcmae.errors import ConfigError, DataError
 from rcmae.methods.mae import CropAndOrder
+from rcmae.tasks.probe import probe_set
 from tests import images
+from tests.conftest import small
 
 ODD, BAD = images.odd(), images.bad()
 VIEW = CropAndOrder(ImagesConfig(size=16, crop_scale=(0.3, 1.0)), patches=16)
@@ -429,7 +432,7 @@ def test_the_audit_finds_what_is_there(tmp_path):
     files |= {"copy.png": files["03.png"], "flat.png": images.encode(np.full((20, 24, 3), 77, np.uint8))}
     fill(tmp_path / "train", files)
     fill(tmp_path / "val", {"leak.png": files["05.png"], "own.png": images.encode(np.eye(20, dtype=np.uint8) * 255)})
-    found = audit(str(tmp_path / "train"), val=str(tmp_path / "val"))
+    found = audit(str(tmp_path / "train"), val=str(tmp_path / "val"), recipe=small(size=224))
     assert found.images == len(files)
     assert sorted(Path(w).name for w, _ in found.unreadable) == sorted(BAD)
     assert [sorted(Path(w).name for w in d) for d in found.duplicates] == [["03.png", "copy.png"]]
@@ -439,4 +442,53 @@ def test_the_audit_finds_what_is_there(tmp_path):
     assert found.fit
     assert found.plan["smaller_than_crop"] == 1.0
     assert json.loads(to_json(found))["fit"] is True
-    assert not audit(str(fill(tmp_path / "bad", {f"{i}.png": b"x" for i in range(12)}))).fit
+    assert not audit(str(fill(tmp_path / "bad", {f"{i}.png": b"x" for i in range(12)})), recipe=small()).fit
+
+
+def test_a_tiff_that_needs_an_extra_is_one_bad_image(monkeypatch):
+    """Where tifffile is not installed, one odd file among many does not end a run."""
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(BadImage, match="tiff"):
+        decode(ODD["float64.tif"][0])
+    with pytest.raises(BadImage, match="tiff"):
+        decode(b"II*\0\0\0\0\0")
+    with pytest.raises(ConfigError, match="tifffile is not installed"):
+        decode(ODD["16 bit rgb.tif"][0], channels=5)
+
+
+def test_more_shards_than_open_files(tmp_path):
+    """A system lets a process open some 1,024 files; a set may have more shards."""
+    (tmp_path / "d").mkdir()
+    for i in range(100):
+        with tarfile.open(tmp_path / "d" / f"x-{i:04d}.tar", "w") as tar:
+            info = tarfile.TarInfo("a.png")
+            info.size = len(ODD["grey.png"][0])
+            tar.addfile(info, io.BytesIO(ODD["grey.png"][0]))
+    code = (
+        "import resource, sys\nfrom rcmae.data.sources import open_source\nresource.setrlimit(resource.RLIMIT_NOFILE, (90, 90))\n"
+        "source = open_source(sys.argv[1])\nprint(len({source.read(i) for i in range(100)}), len(source.open))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "d")], capture_output=True, text=True, check=False)
+    assert done.stdout == "1 64\n", done.stderr
+    (tmp_path / "d" / "x-0050.tar").unlink()
+    with pytest.raises(DataError, match=r"x-0050.tar does not exist \(1 of 100 shards"):
+        open_source(str(tmp_path / "d" / "x-{0000..0099}.tar"))
+
+
+def test_too_few_images_are_not_fit(tmp_path):
+    fill(tmp_path, good(3))
+    found = audit(str(tmp_path))
+    assert not found.fit
+    assert "fewer images than the batch" in _unfit(found)
+
+
+def test_probes_keep_what_they_were_fitted_on_out_of_the_test(tmp_path):
+    """The same picture under many names, in two classes: all that is left to score is new."""
+    for label in ("a", "b"):
+        same = images.encode(images.ramp())
+        fill(tmp_path / label, {f"{i}.png": same if i < 30 else list(good(40).values())[i] for i in range(40)})
+    recipe = small(probes=1, probe_train=40, probe_test=40)
+    found = probe_set(open_source(str(tmp_path)), recipe)
+    fitted = {image.numpy().tobytes() for image in found.train}
+    assert len(found.test) == len(found.truth) > 0
+    assert not fitted & {image.numpy().tobytes() for image in found.test}

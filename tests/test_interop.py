@@ -1,6 +1,7 @@
 """Backbones out and in: timm loads what we write, and official files are read without running them."""
 
 import json
+import math
 import pickle
 import shutil
 
@@ -8,10 +9,13 @@ import pytest
 import timm
 import torch
 
+import rcmae
 import rcmae.interop.official as official
+import rcmae.methods.rcmae
 from benchmarks import parity
 from rcmae.errors import CheckpointError, ConfigError
 from rcmae.interop.timm_export import export, load
+from rcmae.methods import loss
 from rcmae.models.autoencoder import build
 from rcmae.models.backbone import Backbone
 from tests.conftest import GOLDEN, method_for, small
@@ -40,6 +44,23 @@ def test_a_timm_encoder_goes_out_under_its_own_name(tmp_path):
     export(backbone, tmp_path / "b", {}, "vit_tiny_patch16_224")
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(load(tmp_path / "b").eval()(images).patches, backbone(images).patches)
+
+
+def test_a_lost_teacher_is_not_replaced_by_the_student(tmp_path):
+    method = method_for(small())
+    for who in ("student", "teacher"):
+        export(method.backbone(who), tmp_path / "export" / who, {"method": "rcmae", "network": who})
+    shutil.rmtree(tmp_path / "export" / "teacher")
+    with pytest.raises(CheckpointError, match="has lost its teacher"):
+        rcmae.load(tmp_path)
+    rcmae.load(tmp_path, "student")
+    export(method.backbone("student"), tmp_path / "export" / "student", {"method": "mae", "network": "student"})
+    rcmae.load(tmp_path)
+    (tmp_path / "export" / "student" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors is missing"):
+        rcmae.load(tmp_path)
+    with pytest.raises(ConfigError, match="timm cannot load 'vit_typo'"):
+        rcmae.load("timm:vit_typo")
 
 
 def test_what_is_no_backbone_is_one_line(tmp_path):
@@ -127,6 +148,14 @@ def test_a_foreign_checkpoint_is_told_by_its_keys(tmp_path):
 def test_parity_with_the_official_code(capsys):
     assert parity.main(str(GOLDEN / "rcmae_reference.safetensors")) == 0
     assert capsys.readouterr().out.count("ok  ") == len(parity.LIMITS)
+
+
+def test_parity_sees_nan(monkeypatch, capsys):
+    """Nothing compares with NaN: it must not pass for no difference."""
+    whole = loss.squared_errors
+    monkeypatch.setattr(rcmae.methods.rcmae, "squared_errors", lambda *args: {k: v * math.nan for k, v in whole(*args).items()})
+    assert parity.main(str(GOLDEN / "rcmae_reference.safetensors")) == 1
+    assert "inf" in capsys.readouterr().out
 
 
 def test_parity_can_fail(monkeypatch, capsys):

@@ -40,6 +40,8 @@ def pretrain(
     """
     from .loop import pretrain as run
 
+    if recipe is not None and app.config[0].source != f"recipe {recipe}":  # its values came too late to be defaults
+        raise ConfigError(f"write the recipe first: rcmae pretrain {recipe} --...")
     run(settings, machine)
 
 
@@ -60,6 +62,8 @@ def check_data(path: str, /, *, val: str | None = None, recipe: str = "folder", 
     """
     from .data.audit import audit, render, to_json
 
+    if json and not json.parent.is_dir():
+        raise ConfigError(f"--json {json}: there is no folder {json.parent}")
     found = audit(path, val=val, recipe=load_recipe(recipe))
     _console().print(render(found))
     if json:
@@ -138,6 +142,46 @@ def lab_linear(*, out: Path = Path("runs/lab-linear"), seeds: int = 3) -> None:
     for name, d in found["descent"].items():
         _console().print(f"{name}: stable below {d['limit']:.2f}; {d['steps']:,} steps to 1 % of a slow direction, without noise")
     print(f"Open {write_page(found, out)}")
+
+
+@lab.command(name="gradients")
+def lab_gradients(
+    run: str, /, *, batches: int = 24, batch_size: int | None = None, settle: int | None = None, lr: float | None = None,
+    device: str = "auto", out: Path | None = None,
+) -> None:  # fmt: skip
+    """Ask a real network what its teacher takes back: consistency gradients on the same batch, new masks, new crops, other images.
+
+    Parameters
+    ----------
+    run
+        A run directory, or a recipe's name for a new network.
+    batches
+        Steps that are looked at.
+    batch_size
+        Images a batch [default: the recipe's, at most 128].
+    settle
+        Steps before, at the same learning rate [default: three half-lives of the teacher, from 10 to 100].
+    lr
+        Learning rate of these steps [default: half the recipe's peak for this batch].
+    device
+        auto, cpu, cuda, cuda:1 or mps.
+    out
+        Where gradients.html, its figures and gradients.json go [default: RUN/lab, or runs/lab-gradients].
+    """
+    from rich.table import Table
+
+    from .lab.gradients import Setting, study, write_page
+
+    setting = Setting(batches=batches, batch_size=batch_size, settle=settle, lr=lr, device=device)
+    found = study(run, setting, _console().print)
+    table = Table("after a step on batch B", "similarity", "cosine with the step", "with AdamW's moment", "ratio", title_justify="left")
+    for line in found["summary"]:
+        cells = ("{:.3f} [{:.3f}, {:.3f}]".format(*line[key]) for key in ("similarity", "previous", "moment", "ratio"))
+        table.add_row(f"{line['condition']}: {line['what']}", *cells)
+    _console().print(table)
+    for _, text in found["said"]:
+        _console().print(text)
+    print(f"Open {write_page(found, out or (Path(run) / 'lab' if Path(run).is_dir() else Path('runs/lab-gradients')))}")
 
 
 @app.command(name="list")

@@ -222,12 +222,14 @@ def load_recipe(name: str) -> Recipe:
 
     Raises ConfigError with the file, the key and the nearest legal name.
     """
-    path = Path(name)
-    if path.suffix == ".toml" or path.exists():
+    path, shipped = Path(name), shipped_recipes()
+    if path.suffix == ".toml" or (name not in shipped and path.is_file()):
         if not path.is_file():
             raise ConfigError(f"recipe file {name} does not exist")
-        return parse_recipe(path.read_text(encoding="utf-8"), source=name)
-    shipped = shipped_recipes()
+        try:
+            return parse_recipe(path.read_text(encoding="utf-8"), source=name)
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{name} is not UTF-8 text: {e.reason} at byte {e.start}") from e
     if name not in shipped:
         raise ConfigError(f"there is no recipe {name!r}{_hint(name, shipped)} (`rcmae list` shows all)")
     return parse_recipe(shipped[name].read_text(encoding="utf-8"), source=f"{name}.toml")
@@ -288,6 +290,7 @@ def check(r: Recipe) -> Recipe:
         (len(lengths) <= 1, f"give one of epochs, steps and time, not {' and '.join(lengths)}"),
         (r.epochs is None or r.epochs > 0, f"epochs must be above 0, not {r.epochs}"),
         (r.steps is None or r.steps > 0, f"steps must be above 0, not {r.steps}"),
+        (r.seed >= 0, f"seed must be 0 or more, not {r.seed}"),
         (r.images.size > 0, f"size must be above 0, not {r.images.size}"),
         (r.images.channels > 0, f"channels must be above 0, not {r.images.channels}"),
         (0 < lo <= hi <= 1, f"crop_scale must satisfy 0 < low <= high <= 1, not {lo} {hi}"),
@@ -303,7 +306,13 @@ def check(r: Recipe) -> Recipe:
         (all(0 <= b < 1 for b in r.optim.betas), f"betas must lie in 0 to below 1, not {r.optim.betas}"),
         (r.optim.clip is None or r.optim.clip > 0, f"clip must be above 0, not {r.optim.clip}"),
         (r.probe.probes >= 0, f"probes must be 0 or more, not {r.probe.probes}"),
+        (r.probe.probe_train > 0, f"probe_train must be above 0, not {r.probe.probe_train}"),
+        (r.probe.probe_test > 0, f"probe_test must be above 0, not {r.probe.probe_test}"),
+        (r.images.height is None or r.images.height > 0, f"height must be above 0, not {r.images.height}"),
+        (r.network.registers >= 0, f"registers must be 0 or more, not {r.network.registers}"),
     ]
+    sizes = {f.name: getattr(r.network, f.name) for f in fields(Network) if f.name not in ("model", "registers")}
+    rules += [(v is None or v > 0, f"{k} must be above 0, not {v}") for k, v in sizes.items()]
     problems = [message for fine, message in rules if not fine]
     problems += _unreadable((parse_time, r.time), (parse_half_life, r.rcmae.half_life))
     if problems:
@@ -340,7 +349,7 @@ def _unreadable(*texts: tuple[Callable[[str], Any], str | None]) -> list[str]:
 
 def parse_time(text: str) -> float:
     """'90s', '10m', '1.5h', '2d' or plain seconds, in seconds."""
-    m = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([smhd]?)\s*", text)
+    m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*([smhd]?)\s*", text)
     if m is None or not (seconds := float(m[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[m[2]]) > 0:
         raise ConfigError(f"{text!r} is no length of time; write 90s, 10m, 8h or 2d")
     return seconds
@@ -350,7 +359,7 @@ def parse_half_life(text: str) -> tuple[float, str]:
     """'1.5%', '173 steps', '2e6 images' or '0.5 epochs' as (number, unit), the unit of a share is '%'; 'auto' as (0, 'auto')."""
     if text.strip() == "auto":
         return 0.0, "auto"
-    m = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(%|steps?|images?|epochs?)\s*", text)
+    m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*(%|steps?|images?|epochs?)\s*", text)
     if m is None or not float(m[1]) > 0:
         raise ConfigError(f"{text!r} is no half-life; write '1.5%' (of the run), '173 steps', '2e6 images', '0.5 epochs' or 'auto'")
     return float(m[1]), m[2] if m[2] == "%" else m[2].rstrip("s") + "s"

@@ -64,7 +64,7 @@ def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
     if device.type == "cpu":
         keep_freed_memory()
     world = distributed.start(device)
-    out = machine.out or Path("runs") / f"{recipe.method}-{Path(recipe.data.replace(':', '-')).name}"
+    out = Path(machine.out) if machine.out else Path("runs") / f"{recipe.method}-{Path(recipe.data.replace(':', '-')).name}"
     try:
         with owned(out) if world.first else contextlib.nullcontext(), Screen(world.first) as screen, StopSignals() as stop:
             with contextlib.closing(Run(recipe, replace(machine, out=out), device, world, screen, stop)) as run:
@@ -269,9 +269,8 @@ class Run:
 
     def begin(self, probes: ProbeSet | None) -> None:
         """Plan a new run: how many steps, which floors, and a first checkpoint that also proves the disk."""
-        started = time.monotonic()
-        floor = self.floors(probes) if probes else {}
-        self.total = self.plan(self.recipe.probe.probes * (time.monotonic() - started) if probes else 0.0)
+        floor, once = self.floors(probes) if probes else ({}, 0.0)
+        self.total = self.plan(self.recipe.probe.probes * len(self.method.networks) * once)
         parameters = sum(p.numel() for p in self.method.student.parameters())
         about = describe_machine(self.device, self.precision) | {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "parameters": parameters, "ranks": self.world.size,
@@ -292,14 +291,22 @@ class Run:
         images = f"{len(self.source):,} images of {self.recipe.data}"
         self.screen.say(f"fresh start in {self.out}: {self.recipe.method}, {parameters / 1e6:.1f} M parameters, {images}")
         self.screen.say(f"{self.total:,} steps ({epochs:.1f} epochs) on {about['device']} in {self.precision}")
+        clock = self.method.state(Progress(0, self.total, self.steps_per_epoch))
+        if "half_life_steps" in clock:
+            units = "half-life {half_life_steps:,.1f} steps, {half_life_images:,.0f} images, {half_life_epochs:.2f} epochs, "
+            units += "{half_life_share:.2%} of the run"
+            self.screen.say(f"momentum {clock['momentum']:.5f}: " + units.format(**clock))
         if floor:
             f = {k: v["linear"] for k, v in floor.items()}
             self.screen.say(f"floors of the linear probe: raw pixels {f['raw_pixels']:.1f} %, untrained {f['untrained']:.1f} %")
 
-    def floors(self, probes: ProbeSet) -> dict[str, Any]:
+    def floors(self, probes: ProbeSet) -> tuple[dict[str, Any], float]:
+        """Scores that need no training, and the seconds that probing one network takes."""
+        started = time.monotonic()
         untrained = probes.backbone(self.method.backbone("student"), self.device, self.precision)
+        once = time.monotonic() - started
         self.method.train()
-        return {"raw_pixels": probes.pixels(), "untrained": untrained}
+        return {"raw_pixels": probes.pixels(), "untrained": untrained}, once
 
     def plan(self, other_seconds: float) -> int:
         """The number of optimizer steps, from steps, epochs or time; `other_seconds` are needed for probing."""

@@ -49,8 +49,12 @@ class Audit:
 
     @property
     def fit(self) -> bool:
-        """Whether a run with the default limits would not end on unreadable images."""
-        return self.images > len(self.unreadable) and len(self.unreadable) <= max(10, self.bad_share * self.images)
+        """Whether a run with this recipe would neither lack images nor end on unreadable ones."""
+        return (
+            self.plan["steps_per_epoch"] > 0
+            and self.images > len(self.unreadable)
+            and len(self.unreadable) <= max(10, self.bad_share * self.images)
+        )
 
 
 def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_share: float = 0.01) -> Audit:
@@ -177,8 +181,14 @@ def render(found: Audit) -> Group:
     ):
         more = [f"  ... and {len(lines) - SHOWN} more (--json FILE has all)"] if len(lines) > SHOWN else []
         parts.append("\n".join([f"{len(lines):,} {title}", *(f"  {line}" for line in lines[:SHOWN]), *more]))
-    parts.append("Fit for training." if found.fit else "Not fit for training: too many unreadable images; mend them or raise --bad-share.")
+    parts.append("Fit for training." if found.fit else _unfit(found))
     return Group(*parts)
+
+
+def _unfit(found: Audit) -> str:
+    if not found.plan["steps_per_epoch"]:
+        return f"Not fit for training: fewer images than the batch of {found.plan['batch']}; give a smaller --batch-size."
+    return "Not fit for training: too many unreadable images; mend them or raise --bad-share."
 
 
 def _counts(counts: dict[str, int]) -> str:

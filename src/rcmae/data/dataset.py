@@ -1,6 +1,7 @@
 """Samples from a source, and what becomes of images that cannot be read."""
 
 import ctypes
+import errno
 import json
 import signal
 import sys
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ..errors import DataError
+from ..errors import DataError, StorageError
 from .decode import BadImage, decode
 from .sampler import Key
 from .sources import Source
@@ -61,6 +62,8 @@ def read_image(source: Source, index: int, channels: int) -> np.ndarray:
     try:
         raw = source.read(index)
     except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # not the image's fault
+            raise StorageError(f"{source.where(index)} cannot be opened: {e.strerror}; raise `ulimit -n` or use fewer --workers") from e
         raise BadImage(e.strerror or "cannot be read") from e
     return raw if isinstance(raw, np.ndarray) else decode(raw, channels)
 

@@ -2,13 +2,14 @@
 
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..engine.metrics import optional
-from ..errors import RcmaeError
+from ..errors import ConfigError, RcmaeError
 
 PIXEL_LIMIT = 100_000_000
 "Pixels above which an image is refused before it is decoded: a hundred megapixels, 300 MB as RGB."
@@ -26,7 +27,7 @@ def decode(raw: bytes, channels: int = 3, pixel_limit: int = PIXEL_LIMIT) -> UIn
 
     1 or 3 channels: grey or RGB of any image; transparency is laid on white; 16-bit values are divided by 257; float and
     32-bit images are scaled from 0..1 if they lie in it, else from their own minimum and maximum. Other numbers of channels
-    need a TIFF with that many bands (the [tiff] extra). Raises BadImage.
+    need a TIFF with that many bands (the [tiff] extra), as do TIFFs that Pillow does not read (float64, BigTIFF). Raises BadImage.
     """
     if not raw:
         raise BadImage("empty file")
@@ -57,20 +58,38 @@ def _pillow(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
     if image.format == "TIFF" and len(image.getbands()) > 4:
         return _bands(raw, channels, pixel_limit)
     image.load()
+    form, tags = image.format, dict(getattr(image, "tag_v2", {}))
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        grey = _eight_bits(np.asarray(image))
-        return np.repeat(grey[..., None], channels, axis=2)
+        return np.repeat(_deep_grey(image, form, tags)[..., None], channels, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB" if channels == 3 else "L")).reshape(image.height, image.width, channels)
 
 
+def _deep_grey(image: Image.Image, form: str | None, tags: dict[int, Any]) -> np.ndarray:
+    """Grey of more than 8 bits, uint8 [h, w], by the file's format and its TIFF tags."""
+    values = np.asarray(image)
+    if (
+        image.mode == "I" and form == "TIFF" and tags.get(339, (1,))[0] == 1
+    ):  # unsigned 32-bit samples, which Pillow hands out as signed ones
+        values = values.view(np.uint32)
+    if image.mode == "I" and form == "PPM":  # 16-bit samples in 32-bit numbers
+        values = values.astype(np.uint16)
+    grey = _eight_bits(values)
+    return 255 - grey if tags.get(262) == 0 else grey  # a TIFF in which 0 is white
+
+
 def _bands(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
     if raw[:2] not in (b"II", b"MM"):
         raise BadImage(f"{channels} channels need a multi-band TIFF")
-    tifffile = optional("tifffile", "tiff")
+    try:
+        tifffile = optional("tifffile", "tiff")
+    except ConfigError as e:
+        if channels in (1, 3):  # one odd file among many is no reason to end a run
+            raise BadImage("this TIFF needs the [tiff] extra") from e
+        raise
     try:
         with tifffile.TiffFile(io.BytesIO(raw)) as file:
             series = file.series[0]
@@ -88,9 +107,14 @@ def _bands(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
         raise BadImage(f"a TIFF of shape {pixels.shape} is no image")
     if pixels.shape[:2] != (height, width):
         pixels = np.moveaxis(pixels, 0, 2)
-    if pixels.shape[2] != channels:
-        raise BadImage(f"{pixels.shape[2]} bands, not {channels}")
-    return np.ascontiguousarray(_eight_bits(pixels))
+    values = _eight_bits(pixels)
+    if (values.shape[2], channels) == (1, 3):
+        values = np.repeat(values, 3, axis=2)
+    if (values.shape[2], channels) == (3, 1):
+        values = np.asarray(Image.fromarray(values).convert("L"))[..., None]
+    if values.shape[2] != channels:
+        raise BadImage(f"{values.shape[2]} bands, not {channels}")
+    return np.ascontiguousarray(values)
 
 
 def _refuse_huge(width: int, height: int, limit: int) -> None:
@@ -101,11 +125,12 @@ def _refuse_huge(width: int, height: int, limit: int) -> None:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
+    values = values.astype(values.dtype.newbyteorder("="))
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
-    if values.dtype == np.uint16 or (values.dtype.kind == "i" and values.size and values.min() >= 0 and 255 < values.max() <= 65535):
+    if values.dtype == np.uint16:
         return (values.astype(np.float32) / 257).round().astype(np.uint8)
     values = values.astype(np.float64)
     finite = values[np.isfinite(values)]

@@ -4,11 +4,13 @@ A source is an index: names and offsets in a few flat arrays, so that loader pro
 """
 
 import difflib
+import errno
 import fnmatch
 import glob
 import hashlib
 import os
 import tarfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,6 +93,10 @@ class Files:
         return digest.hexdigest()
 
 
+OPEN_SHARDS = 64
+"Shards a process keeps open; a system allows some 1,024 files."
+
+
 class Shards:
     """Tar shards in the WebDataset layout: indexed once, then read at random."""
 
@@ -99,18 +105,21 @@ class Shards:
         self.names, self.places = Strings(names), np.array(places, dtype=np.int64)
         self.labels = None if labels is None else np.array(labels, dtype=np.int64)
         self.classes = [] if labels is None else [str(i) for i in range(max(labels) + 1)]
-        self.open: dict[int, int] = {}
+        self.open: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"open": {}}
+        return self.__dict__ | {"open": OrderedDict()}
 
     def read(self, index: int) -> bytes:
         shard, offset, size = (int(v) for v in self.places[index])
         if shard not in self.open:
+            if len(self.open) >= OPEN_SHARDS:
+                os.close(self.open.popitem(last=False)[1])
             self.open[shard] = os.open(self.shards[shard], os.O_RDONLY)
+        self.open.move_to_end(shard)
         return os.pread(self.open[shard], size, offset)
 
     def where(self, index: int) -> str:
@@ -183,6 +192,8 @@ def open_source(spec: str, channels: int = 3, size: int = 32, seed: int = 0) -> 
         there = path.exists()
     except PermissionError as e:
         raise DataError(f"no permission to read {printable(os.fsencode(e.filename))}; change it, or leave that folder out") from e
+    except OSError as e:
+        raise DataError(f"{printable(os.fsencode(e.filename or spec))} cannot be read: {e.strerror}") from e
     if there:
         raise DataError(f"{spec} is neither a folder, nor a list (.txt), nor a tar; give the folder that holds the images")
     raise DataError(f"{spec} does not exist; give --data a folder, a list file, tar shards, hub:NAME or embedded:digits")
@@ -218,10 +229,10 @@ def _walk(root: bytes) -> Iterator[tuple[bytes, int]]:
                     continue
                 try:
                     stat = entry.stat()
-                except FileNotFoundError:  # a link to nowhere
-                    continue
-                except OSError:  # a link to itself
-                    continue
+                except OSError as e:
+                    if e.errno in (errno.ENOENT, errno.ELOOP):  # a link to nowhere, or to itself
+                        continue
+                    raise
                 if (stat.st_dev, stat.st_ino) in met:
                     continue
                 met.add((stat.st_dev, stat.st_ino))
@@ -266,9 +277,13 @@ def _shards(spec: str) -> list[Path]:
         visible = [p for p in path.iterdir() if not p.name.startswith(".")]
         tars = sorted(p for p in visible if p.suffix == ".tar")
         return tars if tars and not any(p.is_dir() or p.suffix.lower() in EXTENSIONS for p in visible) else []
+    spelled = _braces(spec)
+    missing = [s for s in spelled if len(spelled) > 1 and not glob.has_magic(s) and not Path(s).exists()]
+    if missing:
+        raise DataError(f"{missing[0]} does not exist ({len(missing)} of {len(spelled)} shards of {spec} are missing)")
     return sorted(
         Path(p)
-        for s in _braces(spec)
+        for s in spelled
         for p in glob.glob(s)  # noqa: PTH207 - whole paths
         if fnmatch.fnmatch(p, "*.tar")
     )

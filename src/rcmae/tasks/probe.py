@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from ..config import Recipe
-from ..data.decode import BadImage, decode
+from ..data.dataset import read_image
+from ..data.decode import BadImage
 from ..data.digits import DigitsSource
 from ..data.sources import Source
 from ..data.views import center
@@ -35,8 +37,9 @@ class ProbeSet:
         return {"linear": linear_accuracy(*sets), "knn": knn_accuracy(*sets)}
 
     def pixels(self) -> Scores:
-        """The floor that needs no network: raw pixels."""
-        return self.scores(*(x.flatten(1).numpy().astype(np.float32) / 255 for x in (self.train, self.test)))
+        """The floor that needs no network: raw pixels, of at most 32 a side."""
+        side = [min(s, 32) for s in self.train.shape[2:]]
+        return self.scores(*(F.adaptive_avg_pool2d(x.float() / 255, side).flatten(1).numpy() for x in (self.train, self.test)))
 
     def backbone(self, backbone: Backbone, device: torch.device, precision: str) -> Scores:
         """Mean-pooled patch tokens of a backbone."""
@@ -44,7 +47,9 @@ class ProbeSet:
 
 
 def probe_set(source: Source, recipe: Recipe) -> ProbeSet | None:
-    """The probe's images: the embedded set's own test split, else a held-apart part of a labelled source; None without.
+    """The probe's images: the embedded set's own test split, else two parts of a labelled source; None without labels.
+
+    Pre-training has seen the images of both parts (not the labels); what is in the first part is left out of the second.
 
     A labelled source gives at most one class in twenty training images, so that each has enough of them.
     """
@@ -63,6 +68,9 @@ def probe_set(source: Source, recipe: Recipe) -> ProbeSet | None:
         cut = len(chosen) * p.probe_train // (p.probe_train + p.probe_test)
         read = [_read(source, part, recipe) for part in (chosen[:cut], chosen[cut:])]
     (train, labels), (test, truth) = read
+    known = {image.numpy().tobytes() for image in train}
+    new = np.array([image.numpy().tobytes() not in known for image in test], dtype=bool)
+    test, truth = test[torch.from_numpy(new)], truth[new]
     if len(np.unique(labels)) < 2 or not len(truth):
         return None
     return ProbeSet(train, labels, test, truth)
@@ -72,8 +80,7 @@ def _read(source: Source, indices: np.ndarray, recipe: Recipe) -> tuple[Tensor, 
     images, labels = [], []
     for i in indices:
         try:
-            raw = source.read(int(i))
-            image = raw if isinstance(raw, np.ndarray) else decode(raw, recipe.images.channels)
+            image = read_image(source, int(i), recipe.images.channels)
         except BadImage:
             continue  # the training loop counts and names it
         images.append(center(image, recipe.images.shape))
