@@ -1,0 +1,326 @@
+"""The laboratory: theory against autograd, identities on a real network, and instruments against what they claim to measure."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rcmae.cli import main
+from rcmae.engine.optim import adamw
+from rcmae.engine.schedules import Progress
+from rcmae.lab import linear, linear_model
+from rcmae.lab.gradients import bootstrap
+from rcmae.lab.health import effective_rank, health, lidar
+from rcmae.lab.linear_model import (
+    adamw_update, companion, contraction, descend, effective_momentum, gated_consistency, lag, momentum_weights, residual,
+    stability_limit, stationary_variance, steps_to,
+)  # fmt: skip
+from rcmae.lab.monitor import Monitor, both_gradients, relation
+from tests.conftest import batch_for, method_for, small
+
+D, B, STEPS, LR, ALPHA = 7, 3, 12, 0.05, 0.9
+ONE = torch.ones(())
+
+
+def inputs(steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(steps, B, D, generator=g, dtype=torch.float64)
+    return [(a, a * (torch.rand(B, D, generator=g) < 0.5)) for a in x]
+
+
+def history(optimizer: str, gamma: float = 0.7, alpha: float = ALPHA) -> list[linear_model.Step]:
+    start = torch.randn(D, D, dtype=torch.float64)
+    return list(descend(iter(inputs()), start, alpha, gamma=gamma, lr=LR, optimizer=optimizer))
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a - b).norm() <= 1e-10 * b.norm()
+
+
+# --- the proposition --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", linear_model.OPTIMIZERS)
+def test_gradients_are_those_of_autograd(optimizer):
+    for (x, seen), step in zip(inputs(), history(optimizer), strict=True):
+        s = step.student.clone().requires_grad_()
+        reconstruction = ((seen @ s.T - x) ** 2).sum() / (2 * B)
+        consistency = ((seen @ s.T - seen @ step.teacher.T) ** 2).sum() / (2 * B)
+        of_r, of_c = (torch.autograd.grad(loss, s)[0] for loss in (reconstruction, consistency))
+        assert close(step.reconstruction, of_r)
+        assert torch.allclose(step.consistency, of_c, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("optimizer", linear_model.OPTIMIZERS)
+def test_student_minus_teacher_is_a_sum_of_past_updates(optimizer):
+    past = history(optimizer)
+    updates = torch.stack([step.update for step in past])
+    for t in range(1, STEPS):
+        assert close(lag(updates[:t], ALPHA), past[t].student - past[t].teacher)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
+def test_the_consistency_gradient_is_gated_past_gradients(beta):
+    """With momentum or without; 0.9 is where momentum and the teacher's rate are equal."""
+    gamma, start = 0.7, torch.randn(D, D, dtype=torch.float64)
+    past = list(descend(iter(inputs()), start, ALPHA, gamma=gamma, lr=LR, optimizer="momentum", beta=beta))
+    pairs = inputs()
+    residuals = torch.stack([residual(p.student, p.teacher, x, seen, gamma) for p, (x, seen) in zip(past, pairs, strict=True)])
+    seens = torch.stack([seen for _, seen in pairs])
+    for t in range(1, STEPS):
+        predicted = gated_consistency(residuals[:t], seens[:t], pairs[t][1], LR, momentum_weights(t, ALPHA, beta))
+        assert close(predicted, past[t].consistency)
+
+
+def test_inputs_with_nothing_in_common_give_exactly_nothing():
+    x = torch.randn(2, 1, D, dtype=torch.float64)
+    first, second = (x[i] * (torch.arange(D) % 2 == i) for i in (0, 1))
+    past = list(descend(iter([(x[0], first), (x[1], second)]), torch.zeros(D, D, dtype=torch.float64), ALPHA))
+    assert past[1].consistency.abs().max() == 0
+    assert past[1].update.abs().max() > 0
+
+
+def test_adamw_in_closed_form():
+    gamma, past = 0.7, history("adamw")
+    gradients = torch.stack([p.reconstruction + gamma * p.consistency for p in past])
+    for t, step in enumerate(past):
+        assert close(adamw_update(gradients[: t + 1], step.student, LR), step.update)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", [0.5, 0.9, 0.996])
+def test_modes(gamma, alpha):
+    """One number instead of a matrix: the companion map is the recursion, and it breaks where the limit says."""
+    rate = 0.3
+    e = f = 1.0
+    m, state = companion(rate, gamma, alpha), torch.ones(2, dtype=torch.float64)
+    for _ in range(5):
+        e, f = e - rate * ((1 + gamma) * e - gamma * f), f
+        f = alpha * f + (1 - alpha) * e
+        state = m @ state
+    assert torch.allclose(state, torch.tensor([e, f], dtype=torch.float64), rtol=1e-13, atol=0)
+    limit = stability_limit(gamma, alpha)
+    assert contraction(limit * 0.999, gamma, alpha) < 1 < contraction(limit * 1.001, gamma, alpha)
+    assert torch.linalg.det(m).item() == pytest.approx(effective_momentum(rate, gamma, alpha))
+    assert stability_limit(1.0, 1.0) == 1
+
+
+@pytest.mark.parametrize(("gamma", "alpha"), [(0.0, 0.9), (1.0, 0.9), (1.0, 0.99)])
+def test_stationary_variance_is_what_a_long_run_settles_at(gamma, alpha):
+    rate, noise = 0.1, 0.01
+    g = torch.Generator().manual_seed(0)
+    disturbance = noise**0.5 * torch.randn(2000, 4000, generator=g, dtype=torch.float64)
+    e = f = torch.zeros(4000, dtype=torch.float64)
+    for xi in disturbance:
+        e = e - rate * ((1 + gamma) * e - gamma * f) + xi
+        f = alpha * f + (1 - alpha) * e
+    student, teacher = stationary_variance(rate, gamma, alpha, noise)
+    assert e.var().item() == pytest.approx(student, rel=0.1)
+    assert f.var().item() == pytest.approx(teacher, rel=0.15)
+
+
+def test_the_numbers_of_the_research_notes():
+    """Derived and measured apart, before this code was written."""
+    assert stationary_variance(0.1, 1.0, 0.9, 0.01)[0] == pytest.approx(0.0367, abs=5e-5)
+    assert stationary_variance(0.091, 0.0, 0.9, 0.091**2)[0] == pytest.approx(0.0477, abs=5e-5)
+    assert steps_to(0.01, 0.0199, 0.0, 0.5) == pytest.approx(230, abs=2)
+    assert steps_to(0.01, 0.0099 * 1.2, 1.0, 0.5) == pytest.approx(390, abs=5)
+    with pytest.raises(ValueError, match="not stable"):
+        steps_to(0.01, 3.0, 0.0, 0.5)
+
+
+def test_the_linear_experiment_lands_near_its_reference_values():
+    setting = linear.Setting()
+    for alpha, same, different in ((0.9, -0.98, -0.03), (0.996, -0.88, -0.02)):
+        found = {r: linear.measure(setting, r, alpha, "sgd", seed=0)["previous"] for r in linear.RELATIONS}
+        assert found["same"] == pytest.approx(same, abs=0.02)
+        assert found["different"] == pytest.approx(different, abs=0.02)
+        assert found["orthogonal"] == 0
+
+
+def test_lab_linear_writes_its_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(linear, "Setting", lambda seeds: linear_model_setting(seeds))
+    assert main(["lab", "linear", "--out", str(tmp_path), "--seeds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "adamw" in out
+    assert "no teacher: stable below 2.00" in out
+    page = (tmp_path / "linear.html").read_text()
+    assert page.count("<svg") == 4
+    assert "http" not in page.replace("http-equiv", "")
+    assert {p.name for p in tmp_path.glob("*.svg")} == {"gate.svg", "momentum.svg", "trade.svg", "descent.svg"}
+    found = json.loads((tmp_path / "linear.json").read_text())
+    assert found["gate"]["measured"] == pytest.approx(found["gate"]["predicted"], abs=1e-12)
+
+
+def linear_model_setting(seeds):
+    return SETTING(width=32, rank=4, steps=20, seeds=seeds)
+
+
+SETTING = linear.Setting
+
+
+# --- identities on a real network -------------------------------------------------------------------------------------
+
+
+def trained(**changes) -> tuple:
+    """A method that has made some steps, with all of its updates."""
+    method = method_for(small(half_life="3 steps", **changes))
+    optimizer = adamw(method.student, method.recipe.optim, 1e-3)
+    updates = []
+    for i in range(8):
+        t = Progress(i, 100, 10)
+        before = [p.detach().double().clone() for p in method.student.parameters()]
+        method(batch_for(method, size=6, seed=i), t)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(t, ONE)
+        updates.append([p.detach().double() - b for p, b in zip(method.student.parameters(), before, strict=True)])
+    return method, updates
+
+
+def test_the_lag_identity_holds_for_a_vision_transformer():
+    method, updates = trained()
+    alpha = method.momentum_per_step(Progress(0, 100, 10))
+    weights = [alpha ** (len(updates) - k) for k in range(len(updates))]
+    gap, size = 0.0, 0.0
+    for i, (s, t) in enumerate(zip(method.student.parameters(), method.teacher.model.parameters(), strict=True)):
+        predicted = sum(w * u[i] for w, u in zip(weights, updates, strict=True))
+        gap += (predicted - (s.double() - t.double())).norm().item() ** 2
+        size += s.double().norm().item() ** 2
+    assert math.sqrt(gap / size) < 1e-6
+
+
+def test_the_mixed_target_identity_holds_for_a_vision_transformer():
+    """|s-x|^2 + g |s-t|^2 = (1+g) |s - (x + g t)/(1+g)|^2 + const: one gradient."""
+    method, _ = trained(gamma=0.6)
+    batch, g = batch_for(method, size=4, seed=99), 0.6
+    method(batch, Progress(0, 100, 10))["loss"].backward()
+    ours = {n: p.grad.clone() for n, p in method.student.named_parameters() if p.grad is not None}
+    method.student.zero_grad()
+    c = method.compare(batch)
+    ((1 + g) * F.mse_loss(c.prediction, (c.target + g * c.guess) / (1 + g))).backward()
+    mixed = {n: p.grad for n, p in method.student.named_parameters() if p.grad is not None}
+    size = math.sqrt(sum(v.norm().item() ** 2 for v in mixed.values()))
+    assert all((ours[n] - mixed[n]).norm().item() < 1e-6 * size for n in mixed)
+
+
+# --- instruments ------------------------------------------------------------------------------------------------------
+
+
+def watched(method, optimizer, monitor, step: int, skip: bool = False, **options) -> dict[str, float]:
+    """One step that is looked at."""
+    t = Progress(step, 100, 10)
+    batch = batch_for(method, size=options.get("size", 6), seed=step)
+    monitor.look(t)
+    losses = method(batch, t)
+    losses["loss"].backward()
+    applied = ONE * (0 if skip else 1)
+    method.before_step(t, applied)
+    if not skip:
+        optimizer.step()
+    optimizer.zero_grad()
+    method.after_step(t, applied)
+    return monitor.read({k: v.item() for k, v in losses.items()})
+
+
+@pytest.mark.parametrize("mask", ["same", "different"])
+def test_what_the_monitor_says_of_the_last_layer_is_what_autograd_says(mask):
+    method, _ = trained(teacher_mask=mask, gamma=0.7)
+    monitor = Monitor(method, 100)
+    batch = batch_for(method, size=6, seed=3)
+    r, c = both_gradients(method, batch)
+    name = "decoder.pred.weight"
+    expected = relation([r[name]], [c[name]], 0.7)
+    found = watched(method, adamw(method.student, method.recipe.optim, 1e-3), monitor, 3)
+    for key, value in expected.items():
+        assert found[f"last_{key}"] == pytest.approx(value, rel=1e-4), key
+
+
+def test_both_gradients_add_up_to_the_loss():
+    method, _ = trained(gamma=0.7)
+    batch = batch_for(method, size=6, seed=3)
+    r, c = both_gradients(method, batch)
+    method(batch, Progress(0, 100, 10))["loss"].backward()
+    whole = {n: p.grad for n, p in method.student.named_parameters() if p.grad is not None}
+    size = max(g.norm().item() for g in whole.values())
+    assert all((r[n] + 0.7 * c[n] - whole[n]).norm() < 1e-5 * size for n in whole)
+
+
+def test_advantage_and_output_cosine():
+    method, _ = trained()
+    monitor = Monitor(method, 100)
+    found = watched(method, adamw(method.student, method.recipe.optim, 1e-3), monitor, 3)
+    c = monitor.seen[0]
+    own, theirs = F.mse_loss(c.prediction, c.target), F.mse_loss(c.guess, c.target)
+    assert found["teacher_advantage"] == pytest.approx(((own - theirs) / own).item(), abs=1e-5)
+    cosine = F.cosine_similarity((c.prediction - c.target).flatten(), (c.prediction - c.guess).flatten(), 0)
+    assert found["output_cosine"] == pytest.approx(cosine.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3])
+def test_measured_momentum_counts_every_move_of_the_teacher(updates):
+    """Towards the old student and the new one alike."""
+    method, _ = trained(ema_updates=updates)
+    monitor, optimizer = Monitor(method, 100), adamw(method.student, method.recipe.optim, 1e-3)
+    found = watched(method, optimizer, monitor, 3)
+    assert found["measured_momentum"] == pytest.approx(0.5 ** (1 / 3), rel=1e-4)
+    assert found["expected_momentum"] == pytest.approx(0.5 ** (1 / 3), rel=1e-6)
+    assert "measured_momentum" not in watched(method, optimizer, monitor, 4, skip=True)
+
+
+def test_the_monitor_changes_nothing():
+    """Same weights to the bit with and without it, slow instruments included; and it lets go of what it kept."""
+    weights = []
+    for look in (False, True):
+        method = method_for(small())
+        optimizer, monitor = adamw(method.student, method.recipe.optim, 1e-3), Monitor(method, 100) if look else None
+        for step in range(4):
+            if monitor:
+                watched(method, optimizer, monitor, step)
+                monitor.features = torch.randn(32, method.student.encoder.width)
+                monitor.slow()
+                monitor.lidar(batch_for(method, size=6))
+            else:
+                t = Progress(step, 100, 10)
+                method(batch_for(method, size=6, seed=step), t)["loss"].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                method.after_step(t, ONE)
+        weights.append(method.state_dict())
+    assert method.watched is None
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_health_of_known_features():
+    g = torch.Generator().manual_seed(0)
+    full = torch.randn(4000, 16, generator=g)
+    assert health(full)["rankme"] == pytest.approx(16, rel=0.01)
+    assert health(full)["spread"] == pytest.approx(1, abs=0.01)
+    flat = full[:, :1] @ torch.randn(1, 16, generator=g)
+    assert health(flat)["rankme"] == pytest.approx(1, abs=0.01)
+    same = torch.ones(100, 16)
+    assert health(same)["spread"] < 1e-6
+    assert health(same)["uniformity"] == pytest.approx(0, abs=1e-6)
+    assert health(full)["uniformity"] < -2
+    scales = torch.arange(1, 17) ** -0.5  # eigenvalues 1, 1/2, 1/3 ...
+    orthogonal, _ = torch.linalg.qr(full - full.mean(0))
+    assert health(orthogonal * scales * 100)["alpha_req"] == pytest.approx(1, abs=0.02)
+    assert effective_rank(torch.tensor([1.0, 1.0, 0.0])) == pytest.approx(2)
+    assert effective_rank(torch.zeros(3)) == pytest.approx(1)
+
+
+def test_lidar_counts_directions_that_tell_images_apart():
+    g = torch.Generator().manual_seed(0)
+    within = torch.randn(200, 8, 6, generator=g)
+    apart = torch.zeros(200, 1, 6)
+    apart[:, 0, :2] = 30 * torch.randn(200, 2, generator=g)
+    assert lidar(apart + within) == pytest.approx(2, abs=0.1)
+
+
+def test_bootstrap_holds_the_mean():
+    mean, low, high = bootstrap([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5
+    assert 1.2 < low < 2 < 3 < high < 3.8
+    assert bootstrap([1.0, 1.0]) == (1, 1, 1)
