@@ -119,7 +119,7 @@ def gate(setting: Setting, alpha: float = 0.9, points: int = 21) -> tuple[list[f
         similar.append(math.cos(angle))
         measured.append((-(s.grad * g).sum() / (g * g).sum() / (lr * alpha)).item())
         closed = gated_consistency(
-            (first @ past.student.T - target)[None, None], first[None, None], second[None], lr, torch.tensor([alpha]).double()
+            (first @ past.student.T - target)[None, None], first[None, None], second[None], lr, torch.tensor([alpha], dtype=torch.float64)
         )
         predicted.append((-(closed * g).sum() / (g * g).sum() / (lr * alpha)).item())
     return similar, measured, predicted
