@@ -1,5 +1,6 @@
 """The page: whole by itself, honest in its pictures, and there whatever is missing."""
 
+import html
 import json
 import re
 import shutil
@@ -12,7 +13,11 @@ from safetensors.numpy import save_file
 
 from rcmae.config import to_toml
 from rcmae.report import pictures, write_report
+from rcmae.report.curves import Line, by_depth, plot
 from tests.conftest import small
+
+TEACHER_FIGURES = ["advantage", "cosine", "shrink", "momentum", "half-life", "distance", "ratio", "blocks", "gap", "drift"]
+HEALTH_FIGURES = ["rank", "spread", "uniformity", "alpha"]
 
 
 def snapshot(seed: int = 0, target: str = "normalised", **changes) -> tuple[dict, dict]:
@@ -69,6 +74,117 @@ def run_directory(root: Path, teacher: bool = True, labelled: bool = True) -> Pa
         (root / "export" / who).mkdir(parents=True)
         (root / "export" / who / "config.json").write_text("{}")
     return root
+
+
+def watched(run: Path) -> Path:
+    """The same run, as if it had carried the instruments of the laboratory, and one of them had called an alarm."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train" and "momentum" in line:
+            kept = 0.97 + 0.0003 * line["step"]
+            line |= {"momentum": kept, "measured_momentum": kept, "expected_momentum": kept, "half_life_steps": 22.5 + line["step"]}
+            line |= {"teacher_advantage": 0.02, "output_cosine": 0.1, "last_cosine": -0.4, "last_ratio": 0.2, "last_shrink": 0.9}
+    teacher = any("momentum" in line for line in lines)
+    blocks = ["encoder patch_embed", "encoder 0", "encoder 1", "encoder norm", "decoder embed", "decoder 0", "decoder pred"]
+    for step in (20, 40, 60):
+        look = {"kind": "health", "step": step, "rankme": 5.25 + step, "alpha_req": 1.5, "uniformity": -1.25, "spread": 0.5}
+        if teacher:
+            one = {"cosine": -0.3, "ratio": 0.3, "shrink": 0.8}
+            look |= {"distance": dict.fromkeys(blocks, 1 / step), "gradient": one, "gradient_by_block": dict.fromkeys(blocks, one)}
+        lines += [look, {"kind": "health", "step": step, "lidar": 7.0}]
+    lines.append({"kind": "alarm", "step": 41, "name": "teacher-drag", "text": "the teacher is <drag>; shorten --half-life"})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def words(page: str) -> str:
+    """What is read: without tags and settings of style."""
+    page = re.sub("<style.*?</style>", "", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub("<[^>]+>", " ", page)))
+
+
+def part(page: str, opens: str, closes: str) -> str:
+    """What is between two marks of a page."""
+    return page.split(opens, 1)[1].split(closes, 1)[0]
+
+
+def curves(svg: str) -> list[list[float]]:
+    """Heights of every curve, in points from the bottom; grid and reference levels are no curves."""
+    paths = re.findall(r'<path d="([^"]+)" clip-path="[^"]+" style="[^"]*var\(--(\w+)\)', svg)
+    return [[-float(y) for _, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", d)] for d, colour in paths if colour not in ("faint", "floor")]
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_the_instruments_are_shown(tmp_path, teacher):
+    """Every instrument has its figure and a sentence; a method without a teacher shows its features only."""
+    page = write_report(watched(run_directory(tmp_path / "run", teacher))).read_text()
+    for name in TEACHER_FIGURES:
+        assert (f'id="figure-{name}"' in page) == teacher
+    for name in HEALTH_FIGURES:
+        assert f'id="figure-{name}"' in page
+    for name in [*TEACHER_FIGURES * teacher, *HEALTH_FIGURES]:
+        figure = part(page, f'id="figure-{name}"', "</figure>")
+        assert len(max(curves(figure), key=len, default=[])) > 1, f"{name} has no curve"
+        assert len(words(part(figure, "<figcaption>", "</figcaption>"))) > 40
+    text = words(part(page, 'id="health"', "</table>"))
+    assert "RankMe: directions in use 25.25 65.25 1" in text
+    assert "uniformity on the sphere −1.25 −1.25 0" in text
+
+
+def test_curves_go_where_the_numbers_go(tmp_path):
+    page = write_report(watched(run_directory(tmp_path / "run"))).read_text()
+    for name in ("half-life", "momentum", "rank"):
+        heights = curves(part(page, f'id="figure-{name}"', "</figure>"))[0]
+        assert heights[-1] > heights[0] + 20, f"{name} rises"
+    assert "momentum an optimizer step 0.97030 0.97930 0.98800" in words(part(page, 'id="teacher"', "</table>"))
+
+
+def test_an_alarm_is_the_first_thing_one_reads(tmp_path):
+    page = write_report(watched(run_directory(tmp_path / "run"))).read_text()
+    first = part(page, 'id="verdict"', "</li>")
+    assert '<li class="bad">' in first
+    assert "Alarm teacher-drag at step 41: the teacher is <drag>; shorten --half-life ." in words(first)
+    assert "--half-life</code>" in first, "an option is not broken over two lines"
+    events = words(part(page, 'id="events"', "</table>"))
+    assert "step 7 step 7 was not finite" in events
+    assert "step 41 alarm teacher-drag: the teacher is <drag>; shorten --half-life" in events
+    assert "No alarm" not in page
+
+
+def test_silence_is_said_only_of_a_run_that_was_watched(tmp_path):
+    run = run_directory(tmp_path / "run")
+    page = write_report(run).read_text()
+    assert "larm" not in words(page)
+    assert 'id="health"' not in page
+    assert 'id="figure-advantage"' in page, "older runs hold what it needs"
+    assert 'id="figure-cosine"' not in page
+    lines = [line for line in watched(run).joinpath("metrics.jsonl").read_text().splitlines() if '"alarm"' not in line]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "No alarm: the run's instruments found no fault" in words(write_report(run).read_text())
+
+
+def test_a_figure_over_depth_has_a_gap_between_encoder_and_decoder():
+    values = {"encoder patch_embed": 3.0, "encoder 0": 2.0, "decoder 0": 1.0, "decoder pred": 0.5}
+    svg = by_depth({"step 1": ("teacher", values), "step 2": ("ink", values)}, "distance", log=True)
+    for label in ("patch embed", "pred", "encoder, then decoder", "step 1", "step 2"):
+        assert f">{label}<" in svg
+    assert [len(curve) for curve in curves(svg)] == [2, 2, 2, 2]
+
+
+def test_a_curve_without_a_name_obeys_the_axis():
+    """Powers of ten are evenly apart on a logarithmic axis, in a legend or not."""
+    svg = plot([Line("", "ink", [0, 1, 2], [1.0, 10.0, 100.0])], log=True)
+    one, ten, hundred = curves(svg)[0]
+    assert ten - one == pytest.approx(hundred - ten, abs=0.01)
+
+
+def test_a_smooth_curve_is_a_running_mean():
+    y = [0.0, 2.0] * 50
+    svg = plot([Line("", "ink", list(range(100)), y, smooth=True)])
+    raw, mean = curves(svg)
+    assert len(mean) == 100
+    assert max(mean[10:-10]) - min(mean[10:-10]) < 0.2 * (max(raw) - min(raw))
+    assert np.mean(mean) == pytest.approx(np.mean(raw), abs=1)
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
@@ -150,9 +266,12 @@ def test_a_browser_shows_it(tmp_path, width):
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
         pytest.skip("no chromium on this machine; CI installs Debian's")
-    page = write_report(run_directory(tmp_path / "run"))
+    page = write_report(watched(run_directory(tmp_path / "run")))
+    page.write_text(page.read_text().replace("<details", "<details open"))
     probe = """<script>window.addEventListener("load", () => { document.title = JSON.stringify({
         over: document.documentElement.scrollWidth - window.innerWidth,
+        names: [...document.querySelectorAll("figure[id]")].filter(e => e.getBoundingClientRect().height > 100).map(e => e.id),
+        alarm: getComputedStyle(document.querySelector("li.bad")).backgroundColor,
         figures: [...document.querySelectorAll("figure svg, table.shots img")].map(e => e.getBoundingClientRect().width),
         ink: getComputedStyle(document.querySelector("figure svg path, figure svg line, figure svg g")).color }) })</script></body>"""
     page.write_text(page.read_text().replace("</body>", probe))
@@ -164,5 +283,7 @@ def test_a_browser_shows_it(tmp_path, width):
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     found = json.loads(re.search(r"<title>(.*?)</title>", dom, re.DOTALL)[1])
     assert found["over"] <= 0
-    assert len(found["figures"]) > 25
+    assert len(found["figures"]) > 35
+    assert {f"figure-{name}" for name in TEACHER_FIGURES + HEALTH_FIGURES} <= set(found["names"])
+    assert found["alarm"] != "rgba(0, 0, 0, 0)", "an alarm stands out"
     assert min(found["figures"]) > 40

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, Template
+from markupsafe import Markup, escape
 
 from ..config import Recipe, flat, parse_recipe, recipe_hash
 from ..engine.metrics import read_metrics
 from . import pictures
-from .curves import Line, plot
+from .curves import Line, column, plot
+from .panels import health_panel, teacher_panel
 
 IMAGES = 4
 "Images whose reconstructions are shown."
@@ -33,20 +35,24 @@ def render(run: Path) -> str:
     recipe = parse_recipe((run / "recipe.toml").read_text(encoding="utf-8"), "recipe.toml")
     lines = read_metrics(run)
     machine = _json(run / "machine.json")
-    by_kind = {kind: [line for line in lines if line.get("kind") == kind] for kind in ("train", "probe", "event")}
+    by_kind = {kind: [line for line in lines if line.get("kind") == kind] for kind in ("train", "probe", "event", "health", "alarm")}
     floor = next((line for line in lines if line.get("kind") == "floor"), None)
     reference = next((line for line in lines if line.get("kind") == "reference"), None)
     bad = _bad_files(run)
-    train, probes = by_kind["train"], by_kind["probe"]
+    train, probes, health, alarms = (by_kind[kind] for kind in ("train", "probe", "health", "alarm"))
+    watched = bool(health) or any("teacher_advantage" in line for line in train)
+    told = [line | {"text": f"alarm {line['name']}: {line['text']}", "tone": "bad"} for line in alarms]
     total = machine.get("steps")
     return template("page.html.j2").render(
         title=f"{recipe.method} on {recipe.data}",
         run=run.resolve().name, path=run.as_posix(), step=train[-1]["step"] if train else 0, total=total,
-        verdict=verdict(recipe, train, probes, floor, reference, bad, total),
+        verdict=alarm_sentences(alarms, watched) + verdict(recipe, train, probes, floor, reference, bad, total),
         table=score_table(floor, probes), loss=loss_figure(train, reference), accuracy=probe_figure(probes, floor),
-        teacher=teacher_panel(train), rates=rate_figures(train), shots=reconstructions(run), strip=strip(run),
+        rates=rate_figures(train), teacher=teacher_panel(train, health), health=health_panel(health),
+        shots=reconstructions(run), strip=strip(run),
         recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad[:50], bad_count=len(bad),
-        events=by_kind["event"][-20:], export=exports(run), labelled=floor is not None, reference=reference,
+        events=sorted(by_kind["event"][-20:] + told, key=lambda line: line["step"]), export=exports(run),
+        labelled=floor is not None, reference=reference,
     )  # fmt: skip
 
 
@@ -55,6 +61,7 @@ def template(name: str, room: str = "rcmae.report") -> Template:
     loader = ChoiceLoader([PackageLoader(room, "."), PackageLoader("rcmae.report", ".")])
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["thousands"] = lambda v: f"{v:,.0f}" if isinstance(v, (int, float)) else "–"
+    environment.filters["options"] = lambda text: Markup(re.sub(r"(?<!\S)--[a-z][a-z-]*", r"<code>\g<0></code>", str(escape(text))))
     return environment.get_template(name)
 
 
@@ -107,6 +114,13 @@ def verdict(
     return said
 
 
+def alarm_sentences(alarms: list[dict], watched: bool) -> list[tuple[str, str]]:
+    """What the instruments called, each with its cause and the setting to change; or that they were silent."""
+    if not alarms:
+        return [("good", "No alarm: the run's instruments found no fault of training.")] if watched else []
+    return [("bad", f"Alarm {line['name']} at step {line['step']:,}: {line['text'].rstrip('.')}.") for line in alarms]
+
+
 def _loss_sentence(train: list[dict], reference: dict | None) -> list[tuple[str, str]]:
     tail = [line["reconstruction"] for line in train[-max(1, len(train) // 20) :] if line.get("reconstruction") is not None]
     if not tail:
@@ -126,17 +140,13 @@ def _loss_sentence(train: list[dict], reference: dict | None) -> list[tuple[str,
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _column(lines: list[dict], key: str) -> list[float | None]:
-    return [line.get(key) for line in lines]
-
-
 def loss_figure(train: list[dict], reference: dict | None) -> str | None:
     if not train:
         return None
-    x = _column(train, "step")
-    lines = [Line("student", "student", x, _column(train, "reconstruction"))]
-    if any(v is not None for v in _column(train, "teacher_reconstruction")):
-        lines.append(Line("teacher", "teacher", x, _column(train, "teacher_reconstruction")))
+    x = column(train, "step")
+    lines = [Line("student", "student", x, column(train, "reconstruction"))]
+    if any(v is not None for v in column(train, "teacher_reconstruction")):
+        lines.append(Line("teacher", "teacher", x, column(train, "teacher_reconstruction")))
     names = {"zero": "guessing nothing", "nearest_visible": "nearest visible patch", "patch_mean": "true mean colour"}
     levels = {names[k]: reference[k] for k in names} if reference else {}
     return plot(lines, _apart(levels), "reconstruction loss", log=True)
@@ -157,7 +167,7 @@ def _apart(levels: dict[str, float]) -> dict[str, float]:
 def probe_figure(probes: list[dict], floor: dict | None) -> str | None:
     if not probes or not floor:
         return None
-    x = _column(probes, "step")
+    x = column(probes, "step")
     start = floor["untrained"]["linear"]
     lines = [
         Line(who, who, [0, *x], [start, *(line[who]["linear"] for line in probes)]) for who in ("student", "teacher") if who in probes[-1]
@@ -166,55 +176,19 @@ def probe_figure(probes: list[dict], floor: dict | None) -> str | None:
     return plot(lines, _apart(levels), "linear probe, % right", markers=True)
 
 
-def teacher_panel(train: list[dict]) -> dict[str, Any] | None:
-    """The clock of the teacher in all units, and its distance to the student."""
-    with_teacher = [line for line in train if line.get("momentum") is not None and "consistency" in line]
-    if not with_teacher:
-        return None
-    last, x = with_teacher[-1], _column(with_teacher, "step")
-    gap = [v**0.5 if v is not None else None for v in _column(with_teacher, "consistency")]
-    advantage = [
-        100 * (r - t) / r if r and t is not None else None
-        for r, t in zip(_column(with_teacher, "reconstruction"), _column(with_teacher, "teacher_reconstruction"), strict=True)
-    ]
-    units = {
-        "momentum an optimizer step": f"{last['momentum']:.6f}",
-        "half-life in steps": _number(last.get("half_life_steps")),
-        "half-life in images": _number(last.get("half_life_images")),
-        "half-life in epochs": _number(last.get("half_life_epochs")),
-        "half-life as a share of the run": f"{100 * last['half_life_share']:.2f} %" if last.get("half_life_share") is not None else "never",
-    }
-    figures = {
-        "Teacher advantage: how much less the teacher errs than the student on the same batch. Above 0 it is ahead.": plot(
-            [Line("advantage", "teacher", x, advantage)], {"equal": 0.0}, "advantage, %"
-        ),
-        "Gap in output: root mean square of student minus teacher on hidden patches. It follows the learning rate.": plot(
-            [Line("gap", "student", x, gap)], ylabel="output gap", log=True
-        ),
-        "Gap in weights: |student - teacher| / |student|. A sudden rise means a learning rate that is too high.": plot(
-            [Line("drift", "student", x, _column(with_teacher, "drift"))], ylabel="weight gap", log=True
-        ),
-    }
-    return {"units": units, "figures": figures}
-
-
-def _number(value: float | None) -> str:
-    return "never forgets" if value is None else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
-
-
 def rate_figures(train: list[dict]) -> dict[str, str]:
     if not train:
         return {}
-    x = _column(train, "step")
+    x = column(train, "step")
     return {
-        "Learning rate: warm-up, then cosine.": plot([Line("learning rate", "ink", x, _column(train, "lr"))], ylabel="learning rate"),
+        "Learning rate: warm-up, then cosine.": plot([Line("learning rate", "ink", x, column(train, "lr"))], ylabel="learning rate"),
         "Images a second while training (probes and saving not counted).": plot(
-            [Line("speed", "ink", x, _column(train, "images_per_s"))], ylabel="images/s"
+            [Line("speed", "ink", x, column(train, "images_per_s"))], ylabel="images/s"
         ),
         "Share of the time that waits for data. Above a tenth, more --workers help.": plot(
-            [Line("waiting", "ink", x, [None if v is None else 100 * v for v in _column(train, "data_wait")])], ylabel="waiting, %"
+            [Line("waiting", "ink", x, [None if v is None else 100 * v for v in column(train, "data_wait")])], ylabel="waiting, %"
         ),
-        "Norm of the gradient.": plot([Line("norm", "ink", x, _column(train, "grad_norm"))], ylabel="gradient norm", log=True),
+        "Norm of the gradient.": plot([Line("norm", "ink", x, column(train, "grad_norm"))], ylabel="gradient norm", log=True),
     }
 
 

@@ -4,66 +4,93 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# Placeholders that matplotlib can draw with; in the SVG they become the page's own colours.
-COLOURS = {"student": "#010101", "teacher": "#020202", "floor": "#030303", "ink": "#040404", "faint": "#050505"}
+# The page's colours on white, and placeholders that matplotlib can draw with; in the SVG they become the page's own colours.
+# "both" is what lies between student and teacher; "memory1" to "memory3" are teachers of shorter to longer memory, or anything
+# else that has an order.
+LIGHT = {
+    "student": "#c2410c", "teacher": "#1d62b8", "both": "#7e3f98", "floor": "#7b858f", "ink": "#1c2126", "faint": "#e3e6e9",
+    "memory1": "#7fb0ea", "memory2": "#1d62b8", "memory3": "#0a2a5c",
+}  # fmt: skip
+COLOURS = {name: f"#{i:02x}{i:02x}{i:02x}" for i, name in enumerate(LIGHT, 1)}
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: its name, its colour (a key of COLOURS), and its points; points without a value are left out."""
+    """A curve: its name ("" keeps it out of the legend), its colour (a key of COLOURS), and its points; those without a value are left out.
+
+    `style`: matplotlib's, "o" for points alone, or "band" for a broad pale line that others should follow. `smooth` draws a running
+    mean, and the points themselves pale behind it.
+    """
 
     name: str
     colour: str
     x: Sequence[float]
     y: Sequence[float | None]
     style: str = "-"
+    smooth: bool = False
 
 
 def plot(
     lines: list[Line], levels: dict[str, float] | None = None, ylabel: str = "", log: bool = False, markers: bool = False,
-    xlabel: str = "step", xlog: bool = False,
+    xlabel: str = "step", xlog: bool = False, symlog: float | None = None, ticks: dict[int, str] | None = None,
+    right: tuple[str, float] | None = None,
 ) -> str:  # fmt: skip
-    """An SVG of some curves, over steps unless said otherwise, with dashed grey reference `levels` named at the right edge."""
-    settings = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "rcmae"}
+    """An SVG of some curves, over steps unless said otherwise, with dashed grey reference `levels` named at the right edge.
+
+    `symlog`: both signs on a logarithmic axis that is straight up to this value. `ticks`: words along the x axis, by place.
+    `right`: name of a second y axis, and its units in one of the first.
+    """
+    settings = {
+        "font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "rcmae",
+        "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 6),
+    }  # fmt: skip
     with rc_context(settings):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        drawn = False
-        for line in lines:
-            points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and (y > 0 or not log)]
-            if points:
-                drawn = True
-                dots = markers or line.style == "o"
-                axes.plot(
-                    *zip(*points, strict=True), color=COLOURS[line.colour], label=line.name, linewidth=1.6,
-                    linestyle="" if line.style == "o" else line.style, marker="o" if dots else None, markersize=3.5,
-                )  # fmt: skip
+        drawn = [line for line in lines if _draw(axes, line, markers, log)]
         for name, value in (levels or {}).items():
-            axes.axhline(value, color=COLOURS["floor"], linewidth=1, linestyle=(0, (4, 3)))
+            axes.axhline(value, color=COLOURS["floor"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
                 name, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
                 ha="right", va="bottom", color=COLOURS["floor"], fontsize=8,
             )  # fmt: skip
         if log and drawn:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-        if xlog:
+            _number_log(axes.yaxis)
+        if xlog and drawn:
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            _number_log(axes.xaxis)
+        if symlog:
+            axes.set_yscale("symlog", linthresh=symlog)
+            axes.yaxis.set_major_formatter(_plain)
+        if xlabel == "step":
+            axes.set_xlim(left=0)
+        if ticks:
+            small = len(ticks) > 12
+            axes.set_xticks(list(ticks), list(ticks.values()), rotation=90 if small else 0, fontsize=7 if small else 8)
+        sides = [axes]
+        if right:
+            label, factor = right
+            sides.append(axes.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor)))
+            sides[1].set_ylabel(label, color=COLOURS["ink"])
         axes.set_xlabel(xlabel, color=COLOURS["ink"])
         axes.set_ylabel(ylabel, color=COLOURS["ink"])
-        axes.tick_params(colors=COLOURS["ink"], which="both", length=3)
         axes.grid(color=COLOURS["faint"], linewidth=0.6)
+        for side in sides:
+            side.tick_params(colors=COLOURS["ink"], which="both", length=3)
+            side.spines[:].set_color(COLOURS["faint"])
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(COLOURS["faint"])
-        if len(lines) > 1 and drawn:
+        if sum(line.name != "" for line in drawn) > 1:
             axes.legend(frameon=False, labelcolor=COLOURS["ink"], fontsize=8, loc="best", handlelength=1.6)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -77,10 +104,64 @@ def plot(
     return _own_names(svg)
 
 
+def column(lines: list[dict[str, Any]], key: str) -> list[Any]:
+    """One number of every line; None where it is missing."""
+    return [line.get(key) for line in lines]
+
+
+def by_depth(
+    groups: dict[str, tuple[str, dict[str, float]]], ylabel: str, levels: dict[str, float] | None = None, log: bool = False
+) -> str:
+    """An SVG over the blocks of a network, from the input to the output. `groups`: name to (colour, value by block); blocks are
+    named "encoder 3", and between encoder and decoder the curve has a gap."""
+    blocks = list(next(iter(groups.values()))[1])
+    parts = list(dict.fromkeys(block.split()[0] for block in blocks))
+    places = {block: i + parts.index(block.split()[0]) for i, block in enumerate(blocks)}
+    lines = []
+    for name, (colour, values) in groups.items():
+        for part in parts:
+            own = [block for block in values if block.split()[0] == part]
+            lines.append(Line(name if part == parts[0] else "", colour, [places[b] for b in own], [values[b] for b in own]))
+    ticks = {place: block.partition(" ")[2].replace("_", " ") for block, place in places.items()}
+    return plot(lines, levels, ylabel, log, markers=True, xlabel=", then ".join(parts), ticks=ticks)
+
+
+def _draw(axes: Axes, line: Line, markers: bool, log: bool) -> bool:
+    """Draw a line; says whether it had points."""
+    points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and (y > 0 or not log)]
+    if not points:
+        return False
+    x, y = zip(*points, strict=True)
+    style = {"o": "", "band": "-"}.get(line.style, line.style)
+    look = {"color": COLOURS[line.colour], "linestyle": style}
+    window = len(y) // 20
+    if line.smooth and window > 1:
+        axes.plot(x, y, **look, linewidth=0.8, alpha=0.3)
+        sums = np.cumsum([0.0, *y])
+        first, last = (np.clip(np.arange(len(y)) + k, 0, len(y)) for k in (-window, window + 1))
+        y = (sums[last] - sums[first]) / (last - first)
+    marker = "o" if markers or line.style == "o" else None
+    weight = {"linewidth": 5, "alpha": 0.45} if line.style == "band" else {"linewidth": 1.6}
+    axes.plot(x, y, **look, **weight, label=line.name or "_", marker=marker, markersize=3.5)
+    return True
+
+
+def _plain(value: float, _: object = None) -> str:
+    """A number in few signs."""
+    return f"{value:g}".replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
+
+
+def _number_log(axis: Axis) -> None:
+    """Numbers at powers of ten, and at 2 and 5 between them where few powers of ten are in sight."""
+    low, high = axis.get_view_interval()
+    few = high / low < 1e3
+    axis.set_major_formatter(_plain)
+    axis.set_minor_formatter(lambda value, _: _plain(value) if few and f"{value:e}"[0] in "25" else "")
+
+
 def standalone(svg: str) -> str:
     """An inline SVG as a file of its own, dark on white."""
-    light = {"student": "#c2410c", "teacher": "#1d62b8", "floor": "#7b858f", "ink": "#1c2126", "faint": "#e3e6e9"}
-    for name, colour in light.items():
+    for name, colour in LIGHT.items():
         svg = svg.replace(f"var(--{name})", colour)
     return svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff"', 1)
 
