@@ -134,10 +134,15 @@ def lab_linear(*, out: Path = Path("runs/lab-linear"), seeds: int = 3) -> None:
         raise ConfigError(f"seeds must be 1 or more, not {seeds}")
     found = study(Setting(seeds=seeds))
     relations = ("same", "different", "orthogonal")
-    table = Table("optimizer", "alpha", *relations, title="Cosine of the consistency gradient with the step before", title_justify="left")
+
+    def cell(row: dict) -> str:
+        return f"{row['previous']:.3f}" + ("" if row["reference"] is None else f" ({row['reference']:.3f})")
+
+    title = "Cosine of the consistency gradient with the step before (reference values in brackets)"
+    table = Table("optimizer", "alpha", *relations, title=title, title_justify="left")
     for i in range(0, len(found["table"]), len(relations)):
         rows = found["table"][i : i + len(relations)]
-        table.add_row(rows[0]["optimizer"], str(rows[0]["alpha"]), *(f"{row['previous']:.3f}" for row in rows))
+        table.add_row(rows[0]["optimizer"], str(rows[0]["alpha"]), *(cell(row) for row in rows))
     _console().print(table)
     for name, d in found["descent"].items():
         _console().print(f"{name}: stable below {d['limit']:.2f}; {d['steps']:,} steps to 1 % of a slow direction, without noise")

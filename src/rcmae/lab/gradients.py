@@ -28,7 +28,7 @@ from ..errors import CheckpointError, ConfigError, DataError, DivergedError
 from ..methods import METHODS, Method
 from ..models.backbone import IMAGENET
 from ..report.build import template
-from ..report.curves import Line, plot, standalone
+from ..report.curves import Line, by_depth, plot, standalone
 from .monitor import blocks, both_gradients
 
 CONDITIONS = {
@@ -217,19 +217,18 @@ def findings(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[tuple[st
 def write_page(found: dict[str, Any], out: Path) -> Path:
     """Write gradients.json, the figures as SVGs and gradients.html; returns the page."""
     out.mkdir(parents=True, exist_ok=True)
-    colours = dict(zip(CONDITIONS, ("student", "teacher", "ink", "floor"), strict=True))
+    # In order of likeness to batch B; grey is the control.
+    colours = dict(zip(CONDITIONS, ("memory3", "memory2", "memory1", "floor"), strict=True))
     points = []
     for name, what in CONDITIONS.items():
         own = [row for row in found["rows"] if row["condition"] == name]
         x, y = ([row[key] for row in own] for key in ("similarity", "previous"))
         points.append(Line(f"{name}: {what}", colours[name], x, y, "o"))
-    layers = [
-        Line(f"{line['condition']}", colours[line["condition"]], range(len(line["by_block"])), list(line["by_block"].values()))
-        for line in found["summary"]
-    ]
+    layers = {f"{line['condition']}: {line['what']}": (colours[line["condition"]], line["by_block"]) for line in found["summary"]}
+    ylabel = "cosine with the step before"
     drawn = {
-        "similarity": plot(points, {"nothing taken back": 0.0}, "cosine with the step before", xlabel="similarity of the features"),
-        "layers": plot(layers, {"": 0.0}, "cosine with the step before", xlabel="block, from the input to the output", markers=True),
+        "similarity": plot(points, {"nothing taken back": 0.0}, ylabel, xlabel="likeness of the features to those of batch B"),
+        "layers": by_depth(layers, ylabel, {"": 0.0}),
     }
     (out / "gradients.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, svg in drawn.items():
