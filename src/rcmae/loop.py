@@ -142,7 +142,11 @@ class Run:
             self.screen.say(f"resumed from {path.name} of {self.total:,} steps in {self.out}")
             for k, (then, now) in same.items():
                 self.screen.say(f"note: {k} was {then}, is {now}: the run goes on, but not to the same bit")
+        # A record that is opened at step 0 is begun anew: what an earlier start wrote there would be lost.
+        begun = [line for line in read_metrics(self.out) if line["step"] == 0] if path is not None and not self.step else []
         self.metrics = Metrics(self.out, self.step, self.machine.tensorboard, self.machine.wandb) if self.world.first else None
+        for line in begun if self.metrics else []:
+            self.metrics.write(**line)
         if path is not None:
             self.write("event", text=f"resumed from step {self.step}")
 
@@ -190,10 +194,11 @@ class Run:
         self.fixed = self.fixed_batch()
         self.window = Window(self.device)
         self.monitor = Monitor(self.method, self.total) if self.world.first and self.machine.monitor else None
-        self.alarms = Alarms(self.method, self.total, self.steps_per_epoch)
+        self.alarms = Alarms(self.method, self.total, self.steps_per_epoch, self.alarms_before())
         self.alarmed: Alarm | None = None
         if self.monitor:
             self.call(self.alarms.at_start(Progress(self.step, self.total, self.steps_per_epoch), self.drift))
+        self.end_on_alarm(*self.world.agree(self.alarmed is not None))
         recent: list[Tensor] = []
         in_a_row = 0
         saved = time.monotonic()
@@ -215,17 +220,17 @@ class Run:
             recent.append(applied)
             self.screen.step(self.step)
             self.seconds = offset + time.monotonic() - self.began
+            if logs:
+                in_a_row, recent = self.check_finite(recent, in_a_row), []
+                self.log(replace(t, step=self.step), log_every)
             asked, due, alarmed = self.world.agree(
                 self.stop.asked is not None, time.monotonic() - saved > save_seconds, self.alarmed is not None
             )
             due = due or asked or alarmed or self.step in milestones
-            if logs or due:
-                in_a_row = self.check_finite(recent, in_a_row)
-                recent = []
-            if logs:
-                self.log(replace(t, step=self.step), log_every)
             if due:
                 paused = time.monotonic()
+                if recent:
+                    in_a_row, recent = self.check_finite(recent, in_a_row), []
                 if self.step in milestones:
                     self.milestone(probes if self.step in probe_steps else None)
                 self.save()
@@ -233,9 +238,7 @@ class Run:
                     self.report()
                 saved = time.monotonic()
                 self.window.pause(saved - paused)
-            if alarmed:
-                what = f"{self.alarmed.name}: {self.alarmed.text}" if self.alarmed else "called by rank 0"
-                raise AlarmError(f"alarm {what}; stopped at step {self.step}, its checkpoint is kept")
+            self.end_on_alarm(alarmed)
             if asked:
                 raise Preempted(f"stopped by {self.stop.asked or 'another rank'}; saved at step {self.step}, run the same command again")
         return self.finish()
@@ -377,12 +380,27 @@ class Run:
         self.screen.report(self.step, self.total, line, left)
 
     def call(self, alarms: list[Alarm]) -> None:
-        """Say and record what is wrong; with `--on-alarm stop` the run ends at the end of the next step."""
+        """Say and record what is wrong; with `--on-alarm stop` the run ends with this step, or before its first one."""
         for alarm in alarms:
             self.write("alarm", name=alarm.name, text=alarm.text)
             self.screen.say(f"alarm {alarm.name}: {alarm.text}")
             if self.machine.on_alarm == "stop":
                 self.alarmed = self.alarmed or alarm
+
+    def alarms_before(self) -> set[str]:
+        """Alarms that the record holds already. They were seen: who runs the same command again wants the run to go on.
+
+        A stale teacher is an alarm of one resume: a later resume that loses the teacher calls it again.
+        """
+        lines = read_metrics(self.out) if self.world.first else []
+        return {a["name"] for a in lines if a["kind"] == "alarm" and (a["name"] != "teacher-stale" or a["step"] == self.step)}
+
+    def end_on_alarm(self, alarmed: bool) -> None:
+        """Raises AlarmError if rank 0 called an alarm that ends the run; the state is saved by then."""
+        if alarmed:
+            what = f"{self.alarmed.name}: {self.alarmed.text}" if self.alarmed else "called by rank 0"
+            kept = f"stopped at step {self.step}, its checkpoint is kept; the same command goes on and does not stop for this alarm again"
+            raise AlarmError(f"alarm {what}; {kept}")
 
     def fixed_batch(self) -> dict[str, Tensor]:
         """The first images with their masks, the same whenever one looks."""

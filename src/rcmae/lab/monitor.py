@@ -28,21 +28,28 @@ FEW = 32
 "Images of the full gradients."
 
 
+def cadence(total: int) -> int:
+    """Steps between two looks of the slow instruments in a run of so many."""
+    return max(100, min(1000, total // 10))
+
+
 class Monitor:
     """Looks at a method while it trains, on rank 0. Nothing here changes what is computed: no weight, no gradient, no random number."""
 
     def __init__(self, method: Method, total: int):
         self.method, self.total = method, total
-        self.every = max(100, min(1000, total // 10))
+        self.every = cadence(total)
         self.teacher: nn.Module | None = getattr(method, "teacher", None)
         self.expected = 1.0
         self.seen: list[Comparison] | None = None
         self.features: Tensor | None = None
         self.batch: dict[str, Tensor] | None = None
         self.entered: Tensor | None = None
+        self.losses: Tensor | None = None
         self.before: list[tuple[Tensor, Tensor]] = []
         self.looking = False
         method.register_forward_pre_hook(self._keep_batch)
+        method.register_forward_hook(self._keep_losses)
         method.backbone("student").vit.norm.register_forward_hook(self._keep_features)
         if method.last_layer is not None:
             method.last_layer.register_forward_pre_hook(self._keep_entered)
@@ -52,6 +59,10 @@ class Monitor:
     def _keep_batch(self, method: nn.Module, args: tuple[Any, ...]) -> None:
         if self.looking:
             self.batch = {k: v[:FEW].clone() for k, v in args[0].items()}
+
+    def _keep_losses(self, method: nn.Module, args: Any, losses: dict[str, Tensor]) -> None:
+        if self.looking:
+            self.losses = torch.stack([v.detach().float() for v in losses.values()])
 
     def _keep_features(self, norm: nn.Module, args: Any, tokens: Tensor) -> None:
         if self.looking and tokens.requires_grad:
