@@ -1,0 +1,193 @@
+"""Alarms: each fault, put into the code of a real run, calls its own alarm and no other; a healthy run calls none."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import rcmae.loop as loop
+from benchmarks.alarms import FAULTS, broken, stops_at
+from rcmae.cli import main
+from rcmae.config import Machine
+from rcmae.data.digits import DigitsSource
+from rcmae.engine.checkpoint import checkpoints
+from rcmae.engine.metrics import read_metrics
+from rcmae.engine.schedules import Progress
+from rcmae.errors import AlarmError, Preempted
+from rcmae.lab.alarms import Alarms
+from tests.conftest import method_for, small
+
+STEPS = 24
+"Three epochs of 64 digits."
+
+SETTING = {
+    "teacher-still": "call its update after every optimizer step",
+    "teacher-moves-twice": "--ema-updates",
+    "teacher-stale": "--out",
+    "momentum-one": "--momentum",
+    "buffer-missed": "average or copy buffers too",
+    "teacher-training": "teacher.eval()",
+    "teacher-drag": "--half-life",
+    "schedule-stuck": "count steps over the whole run",
+    "collapse": "--base-lr",
+    "low-precision": "--precision fp32",
+}
+"What the line of an alarm must tell to change."
+
+
+@pytest.fixture(scope="module")
+def digits() -> DigitsSource:
+    return DigitsSource(count=64, size=16)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, digits):
+    """Small images that are drawn once; one milestone, without a page and an export."""
+    monkeypatch.setattr(loop, "open_source", lambda *args, **options: digits)
+    monkeypatch.setattr(loop, "write_report", lambda run: None)
+    monkeypatch.setattr(loop, "export", lambda *args: None)
+    monkeypatch.setattr(loop, "spread", lambda total, count: {total})
+
+
+def run(out: Path, machine: dict | None = None, **changes) -> loop.Result:
+    own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"} | (machine or {})
+    return loop.pretrain(small(**{"steps": STEPS} | changes), Machine(out=out, **own))
+
+
+def recorded(out: Path) -> list[dict]:
+    return [line for line in read_metrics(out) if line["kind"] == "alarm"]
+
+
+def printed(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("alarm ")]
+
+
+def in_fault(name: str, out: Path, machine: dict | None = None) -> None:
+    """A run with a fault, from its start or from a resume on."""
+    fault = FAULTS[name]
+    machine = {"accumulate": fault.accumulate} | (machine or {})
+    if fault.resumes:
+        with broken("rcmae.loop:Run.update", stops_at(STEPS // 2)), pytest.raises(Preempted):
+            run(out, machine, **fault.settings)
+    with broken(fault.place, fault.wrong):
+        run(out, machine, **fault.settings)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_calls_its_own_alarm_once(tmp_path, capsys, name):
+    in_fault(name, tmp_path / "run")
+    alarms = recorded(tmp_path / "run")
+    assert [a["name"] for a in alarms] == [FAULTS[name].alarm]
+    assert printed(capsys.readouterr().out) == [f"alarm {alarms[0]['name']}: {alarms[0]['text']}"]
+    assert SETTING[alarms[0]["name"]] in alarms[0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes"),
+    [
+        ({}, {}),
+        ({}, {"method": "mae"}),
+        ({"precision": "bf16"}, {"method": "mae", "seed": 1}),
+        ({"precision": "bf16"}, {"half_life": "auto"}),
+        ({"accumulate": 2}, {"ema_updates": 2, "teacher_mask": "different"}),
+        ({"accumulate": 2, "precision": "bf16"}, {"teacher_mask": "different", "schedule": "released", "momentum": 0.7}),
+        ({}, {"schedule": "described", "momentum": 0.7, "seed": 1}),
+        ({}, {"half_life": "auto", "teacher_mask": "different", "gamma": 0.5}),
+    ],
+    ids=lambda v: " ".join(f"{k} {x}" for k, x in v.items()) or "plain",
+)
+def test_a_healthy_run_calls_none(tmp_path, capsys, machine, changes):
+    """Stopped and resumed on the way."""
+    with broken("rcmae.loop:Run.update", stops_at(STEPS // 2)), pytest.raises(Preempted):
+        run(tmp_path / "run", machine, **changes)
+    run(tmp_path / "run", machine, **changes)
+    assert recorded(tmp_path / "run") == []
+    assert printed(capsys.readouterr().out) == []
+    assert any("rankme" in line for line in read_metrics(tmp_path / "run"))
+
+
+# --- --on-alarm stop --------------------------------------------------------------------------------------------------
+
+COMMAND = "pretrain --size 16 --width 24 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 2 --decoder-heads 2 --batch-size 8"
+COMMAND += f" --steps {STEPS} --probes 0 --device cpu --precision fp32 --workers 0"
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    newest = checkpoints(out / "checkpoints")[0]
+    return {name: (newest / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}
+
+
+def command(out: Path, half_life: str = "2 steps", on_alarm: str = "stop") -> int:
+    return main([*COMMAND.split(), "--out", str(out), "--half-life", half_life, "--on-alarm", on_alarm])
+
+
+def test_stop_ends_the_run_and_the_same_command_goes_on(tmp_path, capsys):
+    """It stops at the step of the alarm; the second time that alarm is known, and the weights are those of a run that only warns."""
+    with broken("rcmae.models.teacher:Teacher.__init__", FAULTS["the teacher is in training mode"].wrong):
+        assert command(tmp_path / "run") == 5
+        said = capsys.readouterr()
+        assert re.fullmatch(r"rcmae: error: alarm teacher-training: .*; stopped at step 1, its checkpoint is kept; the same .*\n", said.err)
+        assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000001"
+        assert command(tmp_path / "run") == 0
+        assert printed(capsys.readouterr().out) == []
+        assert [(a["step"], a["name"]) for a in recorded(tmp_path / "run")] == [(1, "teacher-training")]
+        assert command(tmp_path / "warned", on_alarm="warn") == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "warned")
+
+
+def test_stop_before_the_first_step(tmp_path, capsys):
+    assert command(tmp_path / "run", half_life="50%") == 5
+    assert "stopped at step 0" in capsys.readouterr().err
+    before = read_metrics(tmp_path / "run")
+    assert {line["kind"] for line in before} == {"alarm", "reference"}
+    assert command(tmp_path / "run", half_life="50%") == 0
+    assert read_metrics(tmp_path / "run")[: len(before)] == before
+    assert len(recorded(tmp_path / "run")) == 1
+
+
+def test_stop_at_the_last_step(tmp_path):
+    with broken("rcmae.models.decoder:Decoder.forward", FAULTS["the output is constant"].wrong):
+        assert command(tmp_path / "run") == 5
+        assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == f"step_{STEPS:08d}"
+        assert command(tmp_path / "run") == 0
+
+
+def test_a_stale_teacher_is_never_saved(tmp_path):
+    """Stopped before a step, so the checkpoint still holds the true teacher; every resume that loses it says so anew."""
+    stop = {"on_alarm": "stop"}
+    with pytest.raises(AlarmError, match=f"stopped at step {STEPS // 2}"):
+        in_fault("the teacher is stale after a resume", tmp_path / "run", stop)
+    with broken("rcmae.loop:Run.update", stops_at(STEPS // 2 + 4)), pytest.raises(Preempted):
+        run(tmp_path / "run", stop)
+    fault = FAULTS["the teacher is stale after a resume"]
+    with broken(fault.place, fault.wrong), pytest.raises(AlarmError, match=f"stopped at step {STEPS // 2 + 4}"):
+        run(tmp_path / "run", stop)
+    run(tmp_path / "run", stop)
+    run(tmp_path / "straight")
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+
+
+# --- at the edge ------------------------------------------------------------------------------------------------------
+
+
+def at_start(step: int, **changes) -> list[str]:
+    """Alarms before step `step` of 400, 8 an epoch."""
+    method = method_for(small(**changes))
+    if getattr(method, "memory", None) is not None:
+        method.memory.fill_(1e9)  # steered to its upper bound
+    return [a.name for a in Alarms(method, 400, 8).at_start(Progress(step, 400, 8))]
+
+
+@pytest.mark.parametrize("step", [0, 100, 399])
+def test_what_auto_may_reach_is_not_too_long(step):
+    assert at_start(step, half_life="auto") == []
+    assert at_start(step, half_life="10%") == []
+    assert at_start(step, half_life="11%") == ["teacher-drag"]
+
+
+@pytest.mark.parametrize("step", [0, 100, 399])
+def test_a_schedule_is_judged_by_its_start_also_in_a_resumed_run(step):
+    assert at_start(step, schedule="described", momentum=0.95) == []
+    assert at_start(step, schedule="described", momentum=1.0) == ["momentum-one"]
+    assert at_start(step, half_life="1e30 steps") == ["momentum-one"]
+    assert at_start(step, method="mae") == []
