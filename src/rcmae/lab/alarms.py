@@ -58,7 +58,7 @@ class Alarms:
             text = (
                 f"a half-life of {steps:,.0f} steps is {steps / self.total:.0%} of the run: what the teacher learned first is still in it "
             )
-            found.append(Alarm("teacher-drag", text + f"at the end; shorten it to {longest:,.0f} steps (10%) or less with --half-life"))
+            found.append(Alarm("teacher-drag", text + f"at the end; shorten it to {longest:,.0f} steps or less with --half-life"))
         if self._repeats():
             text = "the momentum schedule starts again every epoch and never reaches its end; count steps over the whole run, not the epoch"
             found.append(Alarm("schedule-stuck", text))
