@@ -3,7 +3,9 @@
 A break replaces one function by a wrong one and names the test file that must notice.
 """
 
+import dataclasses
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,89 @@ def endless_patience(old):
     return 10**9
 
 
+def alarms_unread(old):
+    return lambda alarms, watched: old([], watched)
+
+
+def silence_unwatched(old):
+    return lambda alarms, watched: old(alarms, True)
+
+
+def health_left_out(old):
+    return lambda health: None
+
+
+def momentum_as_told(old):
+    return lambda lines, key: old(lines, key.replace("measured_", "expected_"))
+
+
+def one_network(old):
+    def by_depth(groups, *args, **kwargs):
+        joined = {n: (c, {b.replace("decoder ", "encoder d"): v for b, v in values.items()}) for n, (c, values) in groups.items()}
+        return old(joined, *args, **kwargs)
+
+    return by_depth
+
+
+def straight_when_unnamed(old):
+    def plot(lines, levels=None, ylabel="", log=False, *args, **kwargs):
+        return old(lines, levels, ylabel, log and all(line.name for line in lines), *args, **kwargs)
+
+    return plot
+
+
+def never_smooth(old):
+    return lambda axes, line, markers, log: old(axes, dataclasses.replace(line, smooth=False), markers, log)
+
+
+def measured_as_reference(old):
+    def write_page(found, out):
+        return old(found | {"table": [row | {"reference": row["previous"]} for row in found["table"]]}, out)
+
+    return write_page
+
+
+def shades_swapped(old):
+    swap = {"memory1": "memory3", "memory3": "memory1"}
+    return lambda found: {k: re.sub("memory[13]", lambda m: swap[m[0]], svg) for k, svg in old(found).items()}
+
+
+def conditions_reversed(old):
+    def by_depth(groups, *args):
+        values = reversed([values for _, values in groups.values()])
+        return old({name: (colour, v) for (name, (colour, _)), v in zip(groups.items(), values, strict=True)}, *args)
+
+    return by_depth
+
+
+def no_difference(old):
+    return lambda a, b, start: 0.0
+
+
+def one_ranks_losses(old):
+    return lambda value: value
+
+
+def newest_counts_fully(old):
+    return lambda updates, alpha: old(updates, alpha) / alpha
+
+
+def no_gate(old):
+    return lambda residuals, past, seen, lr, weights: old(residuals, seen.expand_as(past), seen, lr, weights)
+
+
+def too_stable(old):
+    return lambda gamma, alpha: 1.05 * old(gamma, alpha)
+
+
+def one_draw(old):
+    return lambda self, indices, draw: old(self, indices, 0)
+
+
+def losses_swapped(old):
+    return lambda method, batch: old(method, batch)[::-1]
+
+
 # name: (where, the wrong version, the test file that must go red)
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the encoder sees hidden pixels": ("rcmae.models.autoencoder:Autoencoder.forward", encoder_sees_everything, "test_methods.py"),
@@ -229,6 +314,23 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "steps that are not finite are made": ("rcmae.engine.distributed:World.everywhere", never_skips, "test_loop.py"),
     "a run never diverges": ("rcmae.loop:PATIENCE", endless_patience, "test_loop.py"),
     "pickles are run": ("torch:load", any_pickle, "test_interop.py"),
+    "verify sees no difference": ("rcmae.lab.verify:_relative", no_difference, "test_verify.py"),
+    "the losses of one rank are logged for all": ("rcmae.engine.distributed:average", one_ranks_losses, "test_distributed.py"),
+    "the newest update counts fully in the lag": ("rcmae.lab.linear_model:lag", newest_counts_fully, "test_lab.py"),
+    "past gradients are not gated": ("rcmae.lab.linear_model:gated_consistency", no_gate, "test_lab.py"),
+    "the stability limit is too high": ("rcmae.lab.linear_model:stability_limit", too_stable, "test_lab.py"),
+    "a new mask is the old one": ("rcmae.lab.gradients:Study.batch", one_draw, "test_gradients.py"),
+    "the two gradients are swapped": ("rcmae.lab.gradients:both_gradients", losses_swapped, "test_gradients.py"),
+    "an alarm is not in the report": ("rcmae.report.build:alarm_sentences", alarms_unread, "test_report.py"),
+    "a run that was not watched is said to be without alarms": ("rcmae.report.build:alarm_sentences", silence_unwatched, "test_report.py"),
+    "the report leaves the features' health out": ("rcmae.report.build:health_panel", health_left_out, "test_report.py"),
+    "the momentum drawn as measured is the expected one": ("rcmae.report.panels:column", momentum_as_told, "test_report.py"),
+    "encoder and decoder are drawn as one": ("rcmae.report.curves:by_depth", one_network, "test_report.py"),
+    "a curve without a name is never logarithmic": ("rcmae.report.curves:plot", straight_when_unnamed, "test_report.py"),
+    "a smooth curve is the raw one": ("rcmae.report.curves:_draw", never_smooth, "test_report.py"),
+    "the reference values are the measured ones": ("rcmae.lab.linear:write_page", measured_as_reference, "test_lab_pages.py"),
+    "a long memory is drawn in the colour of a short one": ("rcmae.lab.linear:figures", shades_swapped, "test_lab_pages.py"),
+    "the conditions of lab gradients are drawn in reverse": ("rcmae.lab.gradients:by_depth", conditions_reversed, "test_lab_pages.py"),
 }
 
 HERE = Path(__file__).parent

@@ -14,8 +14,18 @@ from rcmae.lab import linear, linear_model
 from rcmae.lab.gradients import bootstrap
 from rcmae.lab.health import effective_rank, health, lidar
 from rcmae.lab.linear_model import (
-    adamw_update, companion, contraction, descend, effective_momentum, gated_consistency, lag, momentum_weights, residual,
-    stability_limit, stationary_variance, steps_to,
+    adamw_update,
+    companion,
+    contraction,
+    descend,
+    effective_momentum,
+    gated_consistency,
+    lag,
+    momentum_weights,
+    residual,
+    stability_limit,
+    stationary_variance,
+    steps_to,
 )  # fmt: skip
 from rcmae.lab.monitor import Monitor, both_gradients, relation
 from tests.conftest import batch_for, method_for, small

@@ -4,7 +4,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from . import __version__
-from .config import Machine, Recipe, flat, load_recipe, parse_recipe, sections, shipped_recipes
+from .config import Machine, MethodName, Recipe, flat, load_recipe, parse_recipe, sections, shipped_recipes
 from .errors import ConfigError, RcmaeError, first_line
 
 app = App(
@@ -187,6 +187,54 @@ def lab_gradients(
     for _, text in found["said"]:
         _console().print(text)
     print(f"Open {write_page(found, out or (Path(run) / 'lab' if Path(run).is_dir() else Path('runs/lab-gradients')))}")
+
+
+@app.command
+def verify(
+    method: MethodName, /, *, recipe: str = "embedded", data: str | None = None, steps: int = 5, batch_size: int = 32, device: str = "auto",
+    json: Path | None = None,
+) -> int:  # fmt: skip
+    """Is training the same however it is carried out here? Micro-batches, kill and resume, two processes, compiled; a yes or no each.
+
+    Parameters
+    ----------
+    method
+        A method's name (`rcmae list`).
+    recipe
+        Your recipe: a name or the path of a TOML file. It is taken as it is but for its length, batch and warm-up.
+    data
+        Other images than the recipe's.
+    steps
+        Steps that each run makes.
+    batch_size
+        Images a step; it is cut into 4.
+    device
+        auto, cpu, cuda, cuda:1 or mps.
+    json
+        Also write the numbers to this file.
+    """
+    from rich.table import Table
+
+    from .lab.verify import to_json
+    from .lab.verify import verify as run
+
+    if json and not json.parent.is_dir():
+        raise ConfigError(f"--json {json}: there is no folder {json.parent}")
+    chosen = load_recipe(recipe)
+    chosen = replace(chosen, method=method, data=data or chosen.data)
+    rows = run(chosen, steps=steps, batch_size=batch_size, device=device, say=_console().print)
+    parts = list(dict.fromkeys(part for row in rows for part in row.differences))
+    table = Table(f"{method}, {steps} steps in fp32", "", *parts, title="Largest difference, relative", title_justify="left")
+    for row in rows:
+        word = "yes" if row.holds and row.differences else "not run" if row.holds else "NO"
+        table.add_row(row.name, word, *(f"{row.differences[p]:.1e}" if p in row.differences else "" for p in parts))
+    _console().print(table)
+    for row in rows:
+        if row.note:
+            print(f"{row.name}: {row.note}")
+    if json:
+        json.write_text(to_json(rows, chosen, device), encoding="utf-8")
+    return 0 if all(row.holds for row in rows) else 1
 
 
 @app.command(name="list")

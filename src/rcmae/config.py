@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 
+MethodName = Literal["mae", "rcmae"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
@@ -135,7 +137,7 @@ class Probe:
 class Recipe:
     """All that changes the result of a pre-training run."""
 
-    method: Literal["mae", "rcmae"] = "rcmae"
+    method: MethodName = "rcmae"
     "what is learned: see `rcmae list`"
     data: str = "embedded:digits"
     "folder, list file (.txt), tar shards (folder or pattern), hub:NAME, or embedded:digits"
@@ -178,7 +180,7 @@ class Machine:
     device: str = "auto"
     "auto, cpu, cuda, cuda:1 or mps"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    "auto: bf16 where the device multiplies it faster (CUDA, CPUs with AMX), else fp32"
+    "auto: bf16 where the device multiplies it faster (CUDA, CPUs with AMX or AVX512-BF16), else fp32"
     accumulate: int = 1
     "micro-batches an optimizer step and device: the same gradient with less memory"
     workers: int | None = None

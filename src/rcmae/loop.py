@@ -109,6 +109,7 @@ class Run:
         self.step, self.total, self.skipped, self.seconds = 0, 0, 0, 0.0
         self.probe: dict[str, dict[str, float]] = {}
         self.drift: float | None = None
+        self.next_report = 0.0
         self.resume()
 
     # --- what is built ------------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ class Run:
                 if self.step in milestones:
                     self.milestone(probes if self.step in probe_steps else None)
                 self.save()
-                if asked or alarmed or self.step in milestones:
+                if asked or alarmed or (self.step in milestones and self.step < self.total and time.monotonic() > self.next_report):
                     self.report()
                 saved = time.monotonic()
                 self.window.pause(saved - paused)
@@ -455,10 +456,13 @@ class Run:
         """A page that cannot be drawn is no reason to lose a run."""
         if not self.world.first:
             return
+        began = time.monotonic()
         try:
             write_report(self.out)
         except Exception as e:
             self.screen.say(f"note: report.html could not be written ({type(e).__name__}: {first_line(e)}); `rcmae report` tries again")
+        now = time.monotonic()
+        self.next_report = now + 20 * (now - began)  # milestones lie close in a short run: pages may take a twentieth of the time
 
     def finish(self) -> Result:
         """Say where everything is."""
@@ -528,9 +532,10 @@ class Window:
         self.images += images
 
     def read(self) -> dict[str, float]:
-        """Means over the applied steps, images a second and the share of time that waited for data; then start anew."""
+        """Means over the applied steps and all ranks, images a second and the share of time that waited; then start anew."""
         applied = float(self.applied)
-        means = {name: float(value) / applied if applied else float("nan") for name, value in self.sums.items()}
+        sums = distributed.average(torch.stack(list(self.sums.values()))).tolist()
+        means = {name: value / applied if applied else float("nan") for name, value in zip(self.sums, sums, strict=True)}
         seconds = time.monotonic() - self.since
         line = means | {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
         self.clear()

@@ -71,7 +71,7 @@ def stop() -> None:
 
 
 def average(value: Tensor) -> Tensor:
-    """The mean of a scalar over all ranks, on its device; alone, itself."""
+    """The mean over all ranks, value by value, on the device; alone, itself."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         value = value.clone()
         dist.all_reduce(value)
@@ -115,4 +115,5 @@ def pick_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if device.type == "cpu" and fast else "fp32"

@@ -1,0 +1,114 @@
+"""`rcmae verify`: it says yes of the loop as it is, and NO of each fault it is made for."""
+
+import json
+
+import pytest
+
+import rcmae.loop as loop
+from rcmae.cli import main
+from rcmae.config import to_toml
+from rcmae.data.sampler import BatchSampler
+from rcmae.lab.verify import Left, compare
+from rcmae.methods.rcmae import RCMAE
+from tests.conftest import small
+from tests.test_loop import StopAt, folder, run  # noqa: F401 - a fixture
+
+STEPS = 4
+EVERY = {"save_every": "0.000001s", "keep": 99, "log_every": 1}
+
+
+def left(out, data, method="rcmae", **machine) -> Left:
+    run(out, data, method, steps=STEPS, machine=EVERY | machine)
+    return Left.of(out, STEPS)
+
+
+def broken(row) -> set[str]:
+    """What differs by more than the rounding of float32 can explain, seen with a factor of ten to spare."""
+    return {name for name, value in row.differences.items() if value > (0.05 if name in ("student", "teacher") else 1e-4)}
+
+
+@pytest.mark.parametrize("method", ["mae", "rcmae"])
+def test_micro_batches_are_a_batch(tmp_path, folder, method):  # noqa: F811
+    row = compare("", left(tmp_path / "1", folder, method), left(tmp_path / "4", folder, method, accumulate=4))
+    assert row.holds, row
+    assert 0 < row.differences["gradient"] < 1e-5
+    assert ("teacher" in row.differences) == (method == "rcmae")
+
+
+def test_a_teacher_that_moves_with_every_micro_batch_is_found(tmp_path, folder, monkeypatch):  # noqa: F811
+    straight = left(tmp_path / "1", folder)
+    forward = RCMAE.forward
+
+    def eager(method, batch, t):
+        method.teacher.update(method.student, method.momentum(t))
+        return forward(method, batch, t)
+
+    monkeypatch.setattr(RCMAE, "forward", eager)
+    row = compare("", straight, left(tmp_path / "4", folder, accumulate=4))
+    assert not row.holds
+    assert "teacher" in broken(row)
+
+
+def test_micro_batches_that_repeat_are_found(tmp_path, folder, monkeypatch):  # noqa: F811
+    straight = left(tmp_path / "1", folder)
+    iterate = BatchSampler.__iter__
+
+    def repeating(sampler):
+        for i, keys in enumerate(iterate(sampler)):
+            first = keys if i % sampler.micro == 0 else first
+            yield first
+
+    monkeypatch.setattr(BatchSampler, "__iter__", repeating)
+    row = compare("", straight, left(tmp_path / "4", folder, accumulate=4))
+    assert not row.holds
+    assert {"loss", "gradient"} <= broken(row)
+
+
+@pytest.mark.parametrize("fault", ["none", "optimizer", "teacher"])
+def test_a_resume_that_forgets_is_found(tmp_path, folder, monkeypatch, fault):  # noqa: F811
+    straight = left(tmp_path / "straight", folder)
+    with monkeypatch.context() as patch:
+        StopAt(patch, 2)
+        with pytest.raises(loop.Preempted):
+            left(tmp_path / "run", folder)
+    load = loop.load_checkpoint
+
+    def forgetful(path, method, optimizer):
+        state = load(path, method, optimizer)
+        if fault == "optimizer":
+            optimizer.state.clear()
+        if fault == "teacher":
+            method.teacher.model.load_state_dict(method.student.state_dict())
+        return state
+
+    monkeypatch.setattr(loop, "load_checkpoint", forgetful)
+    row = compare("", straight, left(tmp_path / "run", folder), exact=True)
+    assert row.holds == (fault == "none"), row
+    if fault == "none":
+        assert set(row.differences.values()) == {0.0}
+
+
+@pytest.mark.slow
+def test_the_command_says_yes_of_every_way(tmp_path, capsys, folder):  # noqa: F811
+    (tmp_path / "mine.toml").write_text(to_toml(small(data=str(folder))))
+    file = tmp_path / "found.json"
+    argv = ["verify", "rcmae", "--recipe", str(tmp_path / "mine.toml"), "--steps", "3", "--batch-size", "8", "--device", "cpu"]
+    assert main([*argv, "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out.count(" yes ") == 4, out
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["holds"] for row in rows] == [True] * 4
+    assert rows[1]["differences"] == {"loss": 0, "gradient": 0, "student": 0, "teacher": 0}
+    assert rows[2]["differences"]["gradient"] > 0, "two processes really ran"
+
+
+def test_a_no_is_exit_1(tmp_path, capsys, monkeypatch):
+    from rcmae.lab import verify
+
+    rows = [verify.Row("a = b", {"loss": 0.5}, False), verify.Row("c = d", {}, True, "needs two GPUs")]
+    monkeypatch.setattr(verify, "verify", lambda recipe, **_: rows)
+    assert main(["verify", "mae", "--json", str(tmp_path / "found.json")]) == 1
+    out = capsys.readouterr().out
+    assert "NO" in out
+    assert "not run" in out
+    assert "c = d: needs two GPUs" in out
