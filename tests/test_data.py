@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,20 +19,22 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from rcmae.config import Images as ImagesConfig
+from rcmae.data import audit as audit_module
 from rcmae.data import decode as decode_module
 from rcmae.data.audit import _unfit, audit, to_json
-from rcmae.data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker
+from rcmae.data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker, read_image
 from rcmae.data.decode import BadImage, decode
 from rcmae.data.sampler import BatchSampler, order
 from rcmae.data.sources import Strings, open_source, printable
 from rcmae.data.views import center, crop_box, flip, random_resized_crop, rng
-from rcmae.errors import ConfigError, DataError
+from rcmae.errors import ConfigError, DataError, StorageError
 from rcmae.methods.mae import CropAndOrder
 from rcmae.tasks.probe import probe_set
 from tests import images
 from tests.conftest import small
 
 ODD, BAD = images.odd(), images.bad()
+FIVE = images.tiff(np.zeros((8, 8, 5), np.uint8), photometric="minisblack", planarconfig="contig")
 VIEW = CropAndOrder(ImagesConfig(size=16, crop_scale=(0.3, 1.0)), patches=16)
 
 
@@ -83,6 +86,38 @@ def test_multi_band_tiff(dtype, planar):
         decode(raw, 5)
     with pytest.raises(BadImage, match="5 channels need a multi-band TIFF"):
         decode(ODD["grey.png"][0], 5)
+
+
+def test_a_damaged_tiff_is_silent(capfd):
+    """Neither libtiff nor tifffile nor numpy writes to stderr what we say ourselves."""
+    compressed = bytearray(
+        images.encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), "TIFF", compression="tiff_lzw")
+    )
+    compressed[len(compressed) // 3] ^= 255
+    bands = bytearray(FIVE)
+    bands[4:8] = (99999).to_bytes(4, "little")
+    for raw, channels in ((compressed, 3), (bands, 5), (images.tiff(np.ones((8, 8), np.complex64)), 3)):
+        with pytest.raises(BadImage):
+            decode(bytes(raw), channels)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_compression_that_tifffile_lacks_is_told(monkeypatch):
+    """LZW, which most geographic software writes."""
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    tag = FIVE.index(b"\x03\x01\x03\x00\x01\x00\x00\x00\x01")  # compression, one short: 1, none
+    with pytest.raises(BadImage, match="its compression needs `pip install imagecodecs`"):
+        decode(FIVE[: tag + 8] + b"\x05" + FIVE[tag + 9 :], 5)
+
+
+def test_bands_are_counted_before_they_are_decoded(monkeypatch):
+    import tifffile
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", lambda self: pytest.fail("decoded"))
+    for channels in (3, 4):
+        with pytest.raises(BadImage, match=f"5 bands, not {channels}"):
+            decode(FIVE, channels)
 
 
 def test_an_image_is_refused_before_it_is_decoded(monkeypatch):
@@ -245,12 +280,37 @@ def test_each_bad_file_is_named_once_and_changes_no_other_sample(tmp_path):
 def test_too_many_bad_files_end_the_run(tmp_path):
     record = BadFiles(tmp_path, 10_000, share=0.001)
     record.note([(i, f"{i}.png", "truncated") for i in range(10)])
-    with pytest.raises(DataError, match=r"11 of 10000 images cannot be read, the last one 10.png \(truncated\)") as e:
+    with pytest.raises(DataError, match=r"11 of 10000 images cannot be read, one is 10.png \(truncated\)") as e:
         record.note([(10, "10.png", "truncated")])
     assert e.value.exit_code == 3
     with pytest.raises(DataError, match=r"a.png cannot be read \(empty file\)"):
         BadFiles(tmp_path / "..", 100, strict=True).note([(0, "a.png", "empty file")])
     (tmp_path.parent / "bad_files.jsonl").unlink()
+
+
+def test_a_second_start_is_as_strict_as_the_first(tmp_path):
+    """What is on record already still counts: the same command again does not slip through."""
+    bad = [(i, f"{i}.png", "truncated") for i in range(11)]
+    for _ in range(2):
+        with pytest.raises(DataError, match="11 of 100 images cannot be read"):
+            BadFiles(tmp_path, 100).note(bad)
+        with pytest.raises(DataError, match=r"3.png cannot be read \(truncated\)"):
+            BadFiles(tmp_path, 100, strict=True).note(bad[3:])
+    assert len((tmp_path / "bad_files.jsonl").read_text().splitlines()) == 11
+
+
+def test_ranks_name_a_file_once(tmp_path):
+    one, two = (BadFiles(tmp_path, 100) for _ in range(2))
+    for record in (one, two):
+        record.note([(1, "a.png", "truncated")])
+        record.note([(2, "b.png", "truncated")])
+    assert [json.loads(line)["index"] for line in one.path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_disk_that_refuses_the_bad_files_is_one_line(tmp_path):
+    (tmp_path / "bad_files.jsonl").mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*bad_files.jsonl: Is a directory"):
+        BadFiles(tmp_path, 100).note([(1, "a.png", "truncated")])
 
 
 def test_a_line_that_a_kill_cut_is_dropped(tmp_path):
@@ -360,6 +420,11 @@ def test_lists(tmp_path):
     (tmp_path / "list.txt").write_text("data/02.png\ndata/nope.png\n")
     with pytest.raises(DataError, match=r"list.txt line 2: data/nope.png does not exist"):
         open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_bytes(b"data/02.png\nda\0ta\n")
+    with pytest.raises(DataError, match=r"list.txt line 2: da\\x00ta does not exist"):
+        open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfdata/02.png\r\n")  # as Windows writes it
+    assert len(open_source(str(tmp_path / "list.txt"))) == 1
     (tmp_path / "list.txt").write_text("\n")
     with pytest.raises(DataError, match="lists no images"):
         open_source(str(tmp_path / "list.txt"))
@@ -388,6 +453,37 @@ def test_tar_shards(tmp_path, spec):
     assert source.where(4).endswith("x-001.tar!1_04.png")
 
 
+@pytest.mark.parametrize("labels", [("cat", "dog"), ("7", "9" * 40), ("3", "20200131")])
+def test_labels_of_shards_are_names(tmp_path, labels):
+    """Text and numbers of any size; what stands for a class is its place among them."""
+    write_shard(tmp_path / "x.tar", good(4), {"00": labels[0], "01": labels[1], "03": labels[0]})
+    source = open_source(str(tmp_path / "x.tar"))
+    assert sorted(source.classes) == sorted(labels)
+    assert [source.classes[i] if i >= 0 else None for i in source.labels] == [labels[0], labels[1], None, labels[0]]
+
+
+def test_a_hub_row_without_an_image_or_a_label(monkeypatch):
+    class Table(list):
+        """As much of a Hugging Face data set as a source looks at."""
+
+        features = {"image": type("Image", (), {})(), "label": type("ClassLabel", (), {"names": ["cat", "dog"]})()}  # noqa: RUF012
+
+        def __getitem__(self, key):
+            return [row["label"] for row in self] if key == "label" else super().__getitem__(key)
+
+        def cast_column(self, name, kind):
+            return self
+
+    rows = Table([{"image": {"bytes": ODD["grey.png"][0], "path": None}, "label": 1}, {"image": None, "label": None}])
+    fake = SimpleNamespace(load_dataset=lambda path, split: rows, Image=lambda decode: None)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    source = open_source("hub:some/set")
+    assert source.labels.tolist() == [1, -1]
+    assert read_image(source, 0, 3).shape == (24, 32, 3)
+    with pytest.raises(BadImage, match="no image in this row"):
+        read_image(source, 1, 3)
+
+
 def test_what_is_no_source_is_one_line(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"not a tar at all" * 100)
     (tmp_path / "x.csv").write_text("a")
@@ -403,6 +499,8 @@ def test_what_is_no_source_is_one_line(tmp_path):
         assert "\n" not in str(e.value)
     with pytest.raises(ConfigError, match="did you mean embedded:digits"):
         open_source("embedded:digit")
+    with pytest.raises(ConfigError, match="--data is empty"):
+        open_source("")
 
 
 def test_without_datasets_the_extra_is_named(monkeypatch):
@@ -443,6 +541,12 @@ def test_the_audit_finds_what_is_there(tmp_path):
     assert found.plan["smaller_than_crop"] == 1.0
     assert json.loads(to_json(found))["fit"] is True
     assert not audit(str(fill(tmp_path / "bad", {f"{i}.png": b"x" for i in range(12)})), recipe=small()).fit
+
+
+def test_a_wrong_validation_set_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_module, "read_image", lambda *args: pytest.fail("read an image"))
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        audit(str(fill(tmp_path / "train", good(2))), val=str(tmp_path / "nowhere"))
 
 
 def test_a_tiff_that_needs_an_extra_is_one_bad_image(monkeypatch):

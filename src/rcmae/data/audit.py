@@ -60,7 +60,7 @@ class Audit:
 def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_share: float = 0.01) -> Audit:
     """Read every image of `path` once (and the bytes of `val`). Raises the DataErrors of `open_source`."""
     channels = recipe.images.channels
-    source = open_source(path, channels, recipe.images.size, recipe.seed)
+    source, other = (open_source(p, channels, recipe.images.size, recipe.seed) if p else None for p in (path, val))
     formats, modes, sizes = Counter[str](), Counter[str](), []
     unreadable, constant = [], []
     hashes: dict[bytes, list[int]] = {}
@@ -90,7 +90,7 @@ def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_shar
         name=path, kind=source.kind, images=len(source), formats=dict(formats), modes=dict(modes),
         widths=_range(widths), heights=_range(heights), unreadable=unreadable,
         duplicates=[tuple(source.where(i) for i in same) for same in hashes.values() if len(same) > 1],
-        leaks=_leaks(source, hashes, open_source(val, channels, recipe.images.size, recipe.seed)) if val else [],
+        leaks=_leaks(source, hashes, other) if other else [],
         constant=constant, mean=tuple(mean.tolist()), std=tuple(np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0)).tolist()),
         images_per_second=count / max(seconds, 1e-9), classes=_classes(source), plan=_plan(len(source), heights, widths, recipe),
         bad_share=bad_share,

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import json
 import signal
 import sys
@@ -75,36 +76,39 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class BadFiles:
-    """Names every unreadable image once in bad_files.jsonl, over resumes too, and ends the run when there are too many."""
+    """Names every unreadable image once in bad_files.jsonl, over ranks and resumes, and ends the run when there are too many."""
 
     def __init__(self, run: Path, images: int, share: float = 0.01, strict: bool = False):
         self.path = run / "bad_files.jsonl"
         self.limit, self.images, self.strict = max(10, share * images), images, strict
-        if self.path.exists():  # a kill may have cut the last line
-            whole = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            self.path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
-        self.known = self._recorded()
-
-    def _recorded(self) -> set[int]:
-        if not self.path.exists():
-            return set()
-        return {json.loads(line)["index"] for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")}
+        self.known: set[int] = set()
 
     def note(self, bad: list[tuple[int, str, str]]) -> None:
-        """Record what a batch found. Raises DataError above the limit, or at the first one if strict."""
-        if bad and not {index for index, *_ in bad} <= self.known:
-            self.known |= self._recorded()  # another rank may have met it first
+        """Record what a batch found. Raises DataError above the limit, or at the first one if strict, whoever named it before."""
         for index, where, reason in bad:
-            if index in self.known:
-                continue
-            self.known.add(index)
-            with self.path.open("a", encoding="utf-8") as f:
-                f.write(json.dumps({"index": index, "where": where, "reason": reason}) + "\n")
+            if index not in self.known:
+                self._record(index, where, reason)
             if self.strict:
                 raise DataError(f"{where} cannot be read ({reason}); mend or remove it, or go on without --strict")
             if len(self.known) > self.limit:
-                many = f"{len(self.known)} of {self.images} images cannot be read, the last one {where} ({reason})"
+                many = f"{len(self.known)} of {self.images} images cannot be read, one is {where} ({reason})"
                 raise DataError(f"{many}; all are named in {self.path}; raise --bad-share to go on")
+
+    def _recorded(self) -> set[int]:
+        return {json.loads(line)["index"] for line in self.path.read_bytes().splitlines()}
+
+    def _record(self, index: int, where: str, reason: str) -> None:
+        """Append a line, unless another rank, or the run before a resume, has written it. Raises StorageError."""
+        try:
+            with self.path.open("ab") as f:
+                fcntl.flock(f, fcntl.LOCK_EX)
+                f.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut the last line
+                self.known |= self._recorded()
+                if index not in self.known:
+                    f.write(json.dumps({"index": index, "where": where, "reason": reason}).encode() + b"\n")
+        except OSError as e:
+            raise StorageError(f"cannot write {self.path}: {e.strerror}; free some space") from e
+        self.known.add(index)
 
 
 def measure_statistics(source: Source, channels: int, samples: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,6 +1,9 @@
 """Encoded bytes to 8-bit pixels. Whatever the bytes are, the answer is pixels or BadImage with a short reason."""
 
+import ctypes
 import io
+import logging
+import math
 import warnings
 from typing import Any
 
@@ -31,21 +34,33 @@ def decode(raw: bytes, channels: int = 3, pixel_limit: int = PIXEL_LIMIT) -> UIn
     """
     if not raw:
         raise BadImage("empty file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own limit, odd EXIF and TIFF tags: we refuse by our own rules
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own limit, odd EXIF and TIFF tags: we refuse by our own rules
+        try:
             if channels not in (1, 3):
                 return _bands(raw, channels, pixel_limit)
             return _pillow(raw, channels, pixel_limit)
-    except (BadImage, RcmaeError, MemoryError):
-        raise
-    except UnidentifiedImageError as e:
-        if raw[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            return _bands(raw, channels, pixel_limit)
-        raise BadImage("not an image") from e
-    except Exception as e:  # decoders of foreign bytes fail in every way there is
-        reason = "truncated" if "truncated" in str(e).lower() else f"damaged ({type(e).__name__})"
-        raise BadImage(reason) from e
+        except (BadImage, RcmaeError, MemoryError):
+            raise
+        except UnidentifiedImageError as e:
+            if raw[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+                return _bands(raw, channels, pixel_limit)
+            raise BadImage("not an image") from e
+        except Exception as e:  # decoders of foreign bytes fail in every way there is
+            reason = "truncated" if "truncated" in str(e).lower() else f"damaged ({type(e).__name__})"
+            raise BadImage(reason) from e
+
+
+def _hush() -> None:
+    """libtiff and tifffile write what they think of a damaged file to stderr; we name it ourselves, once."""
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    libtiff = ctypes.CDLL(Image.core.__file__)  # found through the Pillow module that is linked with it
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        if hasattr(libtiff, name):
+            getattr(libtiff, name)(None)
+
+
+_hush()
 
 
 def _pillow(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
@@ -55,16 +70,19 @@ def _pillow(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     _refuse_huge(*image.size, pixel_limit)
-    if image.format == "TIFF" and len(image.getbands()) > 4:
+    form, tags = image.format, dict(getattr(image, "tag_v2", {}))
+    signed = image.mode == "L" and tags.get(339, (1,))[0] == 2  # 8-bit samples from -128, which Pillow takes for unsigned ones
+    if form == "TIFF" and (len(image.getbands()) > 4 or signed):
         return _bands(raw, channels, pixel_limit)
     image.load()
-    form, tags = image.format, dict(getattr(image, "tag_v2", {}))
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         return np.repeat(_deep_grey(image, form, tags)[..., None], channels, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "LAB":  # Pillow has no way from it to grey
+        image = image.convert("RGB")
     return np.array(image.convert("RGB" if channels == 3 else "L")).reshape(image.height, image.width, channels)
 
 
@@ -92,14 +110,18 @@ def _bands(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
         raise
     try:
         with tifffile.TiffFile(io.BytesIO(raw)) as file:
-            series = file.series[0]
-            axes = dict(zip(series.axes, series.shape, strict=True))
+            # Grey and RGB are the first page, as everywhere; other bands may be pages themselves.
+            image = file.pages[0] if channels in (1, 3) else file.series[0]
+            axes = dict(zip(image.axes, image.shape, strict=True))
             height, width = axes.get("Y", 0), axes.get("X", 0)
             _refuse_huge(width, height, pixel_limit)
-            pixels = series.asarray()
+            _refuse_other_bands(math.prod(image.shape) // (height * width), channels)
+            pixels = image.asarray()
     except (BadImage, MemoryError):
         raise
     except Exception as e:
+        if "imagecodecs" in str(e):
+            raise BadImage("its compression needs `pip install imagecodecs`") from e
         raise BadImage(f"damaged TIFF ({type(e).__name__})") from e
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -112,8 +134,6 @@ def _bands(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
         values = np.repeat(values, 3, axis=2)
     if (values.shape[2], channels) == (3, 1):
         values = np.asarray(Image.fromarray(values).convert("L"))[..., None]
-    if values.shape[2] != channels:
-        raise BadImage(f"{values.shape[2]} bands, not {channels}")
     return np.ascontiguousarray(values)
 
 
@@ -124,8 +144,15 @@ def _refuse_huge(width: int, height: int, limit: int) -> None:
         raise BadImage(f"{width} x {height} is above the limit of {limit:,} pixels")
 
 
+def _refuse_other_bands(bands: int, channels: int) -> None:
+    if bands not in ((1, 3) if channels in (1, 3) else (channels,)):
+        raise BadImage(f"{bands} bands, not {channels}")
+
+
 def _eight_bits(values: np.ndarray) -> np.ndarray:
     values = values.astype(values.dtype.newbyteorder("="))
+    if np.iscomplexobj(values):
+        raise BadImage("complex values")
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:

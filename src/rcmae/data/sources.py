@@ -3,6 +3,7 @@
 A source is an index: names and offsets in a few flat arrays, so that loader processes share them instead of copying.
 """
 
+import codecs
 import difflib
 import errno
 import fnmatch
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Int
 
 from ..engine.metrics import optional
 from ..errors import ConfigError, DataError
@@ -70,12 +72,10 @@ def printable(name: bytes) -> str:
 class Files:
     """Image files below a root."""
 
-    def __init__(
-        self, name: str, kind: str, root: Path, names: list[bytes], sizes: list[int], labels: list[int] | None, classes: list[str]
-    ):
-        self.name, self.kind, self.root, self.classes = name, kind, os.fsencode(root), classes
+    def __init__(self, name: str, kind: str, root: Path, names: list[bytes], sizes: list[int], labels: list[bytes]):
+        self.name, self.kind, self.root = name, kind, os.fsencode(root)
         self.names, self.sizes = Strings(names), np.array(sizes, dtype=np.int64)
-        self.labels = None if labels is None else np.array(labels, dtype=np.int64)
+        self.labels, self.classes = _numbered(labels)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,11 +100,10 @@ OPEN_SHARDS = 64
 class Shards:
     """Tar shards in the WebDataset layout: indexed once, then read at random."""
 
-    def __init__(self, name: str, shards: list[Path], names: list[bytes], places: list[tuple[int, int, int]], labels: list[int] | None):
+    def __init__(self, name: str, shards: list[Path], names: list[bytes], places: list[tuple[int, int, int]], labels: list[bytes]):
         self.name, self.kind, self.shards = name, "tar", [str(s) for s in shards]
         self.names, self.places = Strings(names), np.array(places, dtype=np.int64)
-        self.labels = None if labels is None else np.array(labels, dtype=np.int64)
-        self.classes = [] if labels is None else [str(i) for i in range(max(labels) + 1)]
+        self.labels, self.classes = _numbered(labels)
         self.open: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -148,7 +147,7 @@ class Hub:
         label = next((k for k, v in kinds.items() if type(v).__name__ == "ClassLabel"), None)
         self.name, self.kind = f"hub:{name}", "hub"
         self.classes = kinds[label].names if label else []
-        self.labels = np.array(self.table[label], dtype=np.int64) if label else None
+        self.labels = np.array([-1 if v is None else v for v in self.table[label]], dtype=np.int64) if label else None
         self.table = self.table.cast_column(self.column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
@@ -156,6 +155,8 @@ class Hub:
 
     def read(self, index: int) -> bytes:
         cell = self.table[index][self.column]
+        if cell is None:
+            raise FileNotFoundError(errno.ENOENT, "no image in this row")
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     def where(self, index: int) -> str:
@@ -181,6 +182,8 @@ def open_source(spec: str, channels: int = 3, size: int = 32, seed: int = 0) -> 
         return DigitsSource("train", size=size, seed=seed)
     if spec.startswith("hub:"):
         return Hub(spec.removeprefix("hub:"))
+    if not spec.strip():
+        raise ConfigError("--data is empty; give a folder, a list file, tar shards, hub:NAME or embedded:digits")
     path = Path(spec)
     try:
         if shards := _shards(spec):
@@ -212,10 +215,8 @@ def _open_folder(spec: str, root: Path) -> Files:
     if not found:
         raise DataError(f"{spec} holds no images ({others} other files); looked for {' '.join(EXTENSIONS)}")
     tops = [name.split(b"/")[0] if b"/" in name else b"" for name, _ in found]
-    classes = sorted(set(tops))
-    labels = [classes.index(t) for t in tops] if b"" not in classes and len(classes) > 1 else None
-    names = [printable(c) for c in classes] if labels else []
-    return Files(spec, "folder", root, [n for n, _ in found], [s for _, s in found], labels, names)
+    labels = tops if all(tops) else [b""] * len(tops)  # images beside the folders: these are no classes
+    return Files(spec, "folder", root, [n for n, _ in found], [s for _, s in found], labels)
 
 
 def _walk(root: bytes) -> Iterator[tuple[bytes, int]]:
@@ -248,21 +249,28 @@ def _walk(root: bytes) -> Iterator[tuple[bytes, int]]:
 
 def _open_list(spec: str, path: Path) -> Files:
     names, sizes, labels = [], [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
         if not line.strip():
             continue
         name, _, label = line.partition(b"\t")
         try:
             sizes.append(os.stat(os.path.join(os.fsencode(path.parent), name)).st_size)  # noqa: PTH116, PTH118
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # ValueError: a zero byte, so the list is no text
             raise DataError(f"{spec} line {number}: {printable(name)} does not exist; paths are relative to the list") from None
         names.append(name)
-        labels.append(label.strip().decode("utf-8", "backslashreplace"))
+        labels.append(label.strip())
     if not names:
         raise DataError(f"{spec} lists no images; write one path a line, optionally a tab and a label")
-    classes = sorted(set(labels) - {""})
-    numbers = [classes.index(label) if label else -1 for label in labels] if len(classes) > 1 else None
-    return Files(spec, "list", path.parent, names, sizes, numbers, classes if numbers else [])
+    return Files(spec, "list", path.parent, names, sizes, labels)
+
+
+def _numbered(labels: list[bytes]) -> tuple[Int[np.ndarray, " n"] | None, list[str]]:
+    """Labels as numbers, -1 where there is none, and the names of the classes; (None, []) when they tell no two classes apart."""
+    classes = sorted(set(labels) - {b""})
+    if len(classes) < 2:
+        return None, []
+    place = {c: i for i, c in enumerate(classes)} | {b"": -1}
+    return np.array([place[label] for label in labels], dtype=np.int64), [printable(c) for c in classes]
 
 
 # --- tar shards -------------------------------------------------------------------------------------------------------
@@ -302,7 +310,7 @@ def _braces(spec: str) -> list[str]:
 def _open_shards(spec: str, shards: list[Path]) -> Shards:
     names, places, labels = [], [], []
     for number, shard in enumerate(shards):
-        classes: dict[bytes, int] = {}
+        classes: dict[bytes, bytes] = {}
         found: list[tuple[bytes, int, int]] = []
         try:
             with tarfile.open(shard, "r:") as tar:
@@ -312,8 +320,7 @@ def _open_shards(spec: str, shards: list[Path]) -> Shards:
                     if not member.isfile():
                         continue
                     if extension == b"cls" and (file := tar.extractfile(member)):
-                        text = file.read(32).strip()
-                        classes[key] = int(text) if text.isdigit() else -1
+                        classes[key] = file.read(256).strip()
                     elif b"." + extension.lower() in (e.encode() for e in EXTENSIONS):
                         found.append((name, member.offset_data, member.size))
         except PermissionError:
@@ -323,7 +330,7 @@ def _open_shards(spec: str, shards: list[Path]) -> Shards:
         for name, offset, size in found:
             names.append(name)
             places.append((number, offset, size))
-            labels.append(classes.get(name.rpartition(b".")[0], -1))
+            labels.append(classes.get(name.rpartition(b".")[0], b""))
     if not names:
         raise DataError(f"{spec} holds no images in {len(shards)} tar files; looked for {' '.join(EXTENSIONS)}")
-    return Shards(spec, shards, names, places, labels if max(labels) > 0 else None)
+    return Shards(spec, shards, names, places, labels)
