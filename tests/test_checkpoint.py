@@ -3,14 +3,18 @@
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+from rcmae.config import load_recipe
 from rcmae.engine import checkpoint as cp
+from rcmae.engine.metrics import Metrics, read_metrics
 from rcmae.engine.optim import adamw
+from rcmae.engine.run import owned, record_recipe
 from rcmae.engine.schedules import Progress
-from rcmae.errors import CheckpointError, StorageError
+from rcmae.errors import CheckpointError, ConfigError, StorageError
 from tests.conftest import batch_for, method_for, small
 
 STATE = {"total_steps": 9, "skipped": 0}
@@ -86,6 +90,58 @@ def test_a_damaged_newest_falls_back_and_all_damaged_is_an_error(tmp_path):
     assert cp.newest(tmp_path / "nowhere") is None
 
 
+@pytest.mark.parametrize("manifest", [b"{}", b"[]", b"3", b'{"state.json": "x"}'])
+def test_a_manifest_that_is_not_whole_is_damage(tmp_path, manifest):
+    path = save(tmp_path, 1)
+    (path / "manifest.json").write_bytes(manifest)
+    assert cp.verify(path) == "its manifest is not whole"
+
+
+def test_the_record_survives_a_full_disk_at_a_resume(tmp_path, monkeypatch):
+    """Cutting the record back to the checkpoint replaces it in one go: the old one is there until the new one is whole."""
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n5\n{"kind": "train", "step": 9}\n{"ki')
+
+    def refuse(path, content):
+        path.write_bytes(content[: len(content) // 2])
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cp, "_write", refuse)
+        with pytest.raises(StorageError, match=r"metrics.jsonl: No space left on device"):
+            Metrics(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 9]
+    metrics = Metrics(tmp_path, 1)
+    metrics.close()
+    metrics.file = Path("/dev/full").open("a")  # noqa: SIM115 - closed below
+    with pytest.raises(StorageError, match=r"cannot write .*metrics.jsonl: No space left on device"):
+        metrics.write("train", 2, loss=1.0)
+    metrics.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_a_run_without_a_checkpoint_has_not_begun(tmp_path):
+    """What a failed start left does not bind the next one; a checkpoint does. Moved data is no other recipe."""
+    record_recipe(tmp_path, small(seed=1))
+    (tmp_path / "bad_files.jsonl").write_text('{"index": 0}\n')
+    record_recipe(tmp_path, small(seed=2, data="here"))
+    assert load_recipe(str(tmp_path / "recipe.toml")).seed == 2
+    assert not (tmp_path / "bad_files.jsonl").exists()
+    save(tmp_path / "checkpoints", 0)
+    record_recipe(tmp_path, small(seed=2, data="there"))
+    with pytest.raises(ConfigError, match=r"was begun with seed 2 \(now 3\); use another --out"):
+        record_recipe(tmp_path, small(seed=3, data="there"))
+
+
+def test_a_full_disk_under_the_lock_is_one_line(tmp_path, monkeypatch):
+    def refuse(handle, content):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(StorageError, match="cannot write the run directory .*: No space left on device"), owned(tmp_path / "run"):
+        pytest.fail("entered")
+
+
 def test_the_newest_are_kept_by_step_not_by_name_or_time(tmp_path):
     model = trained()
     for step in (9, 10, 100, 11):
@@ -144,7 +200,7 @@ def test_a_full_or_broken_disk_is_one_line_and_keeps_the_old(tmp_path, monkeypat
         raise OSError(errno, os.strerror(errno))
 
     monkeypatch.setattr(cp, "_write", refuse)
-    with pytest.raises(StorageError, match="older checkpoints are kept"):
+    with pytest.raises(StorageError, match="what was there is kept; free some space"):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
     assert cp.newest(tmp_path) is not None

@@ -59,7 +59,7 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
         _sync(path.parent)
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(f"cannot write {path}: {e.strerror}; older checkpoints are kept, free some space") from e
+        raise StorageError(f"cannot write {path}: {e.strerror}; what was there is kept; free some space or choose another --out") from e
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -90,6 +90,8 @@ def verify(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return "no readable manifest"
+    if not isinstance(manifest, dict) or not manifest.keys() >= {"model.safetensors", "optimizer.safetensors", "state.json"}:
+        return "its manifest is not whole"
     for name, expected in manifest.items():
         try:
             with (path / name).open("rb") as f:
@@ -135,6 +137,17 @@ def _fill(method: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     if odd:
         raise CheckpointError(f"{path} is of another model: {odd[0]} does not fit ({len(odd)} such)")
     method.load_state_dict(weights)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file in one go: it is the old one or the new one, whenever one looks. Raises StorageError."""
+    temporary = path.with_name(f".tmp_{path.name}")
+    try:
+        _write(temporary, text.encode())
+        temporary.replace(path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {e.strerror}; free some space or choose another --out") from e
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,23 +1,25 @@
 """The record of a run: one JSON object a line in metrics.jsonl, and the optional sinks that show the same numbers."""
 
+import contextlib
 import importlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StorageError
+from .checkpoint import replace_text
 
 
 class Metrics:
     """Appends to `metrics.jsonl`; on a resume, what lies beyond the checkpoint is cut off first."""
 
     def __init__(self, run: Path, step: int, tensorboard: bool = False, wandb: str | None = None):
-        """Open the record of `run` at optimizer step `step`. Raises ConfigError when an optional sink is not installed."""
-        path = run / "metrics.jsonl"
+        """Open the record of `run` at optimizer step `step`. Raises ConfigError when an optional sink is not installed, StorageError."""
+        self.path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(run) if line.get("step", 0) <= step] if step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = self.path.open("a", encoding="utf-8")
         self.board = self.wandb = None
         if tensorboard:
             self.board = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
@@ -25,10 +27,13 @@ class Metrics:
             self.wandb = optional("wandb", "wandb").init(project=wandb, name=run.name, dir=str(run), resume="allow")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line. JSON has no infinity and no NaN: they become null."""
+        """One line. JSON has no infinity and no NaN: they become null. Raises StorageError."""
         line = {"kind": kind, "step": step} | {k: _plain(v) for k, v in values.items()}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as e:
+            raise StorageError(f"cannot write {self.path}: {e.strerror}; free some space and run the same command again") from e
         numbers = {f"{kind}/{k}": v for k, v in _flat(line).items() if isinstance(v, (int, float))}
         if self.board:
             for name, value in numbers.items():
@@ -37,7 +42,8 @@ class Metrics:
             self.wandb.log(numbers, step=step)
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # what could not be flushed has been told
+            self.file.close()
         if self.board:
             self.board.close()
         if self.wandb:
@@ -51,9 +57,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     if path.exists():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except ValueError:
                 continue
+            if isinstance(line, dict):
+                lines.append(line)
     return lines
 
 

@@ -20,6 +20,7 @@ import torch
 from .. import __version__
 from ..config import Recipe, flat, parse_recipe, to_toml
 from ..errors import ConfigError, StorageError
+from .checkpoint import checkpoints, replace_text
 
 
 @contextmanager
@@ -39,9 +40,11 @@ def owned(run: Path) -> Iterator[None]:
         except OSError as e:
             lock.seek(0)
             raise ConfigError(f"{run} is in use by process {lock.read().strip() or '?'}; choose another --out") from e
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        try:
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), str(os.getpid()).encode())
+        except OSError as e:
+            raise StorageError(f"cannot write the run directory {run}: {e.strerror}; choose another with --out") from e
         try:
             yield
         finally:  # said aloud: a loader process that is still ending holds a copy of the handle
@@ -49,13 +52,18 @@ def owned(run: Path) -> Iterator[None]:
 
 
 def record_recipe(run: Path, recipe: Recipe) -> None:
-    """Write recipe.toml, or compare with the one that is there. Raises ConfigError naming what differs."""
+    """Write recipe.toml at a fresh start; else compare with the one that is there. Raises ConfigError naming what differs.
+
+    Where the data lies may change: whether it is the same is told by its fingerprint in the checkpoint. A run without any
+    checkpoint has not begun: what an attempt that ended before its first one left is of no meaning, and is replaced.
+    """
     path = run / "recipe.toml"
-    if not path.exists():
-        path.write_text(to_toml(recipe), encoding="utf-8")
+    if not checkpoints(run / "checkpoints") or not path.exists():
+        replace_text(path, to_toml(recipe))
+        (run / "bad_files.jsonl").unlink(missing_ok=True)
         return
     old, new = flat(parse_recipe(path.read_text(encoding="utf-8"), str(path))), flat(recipe)
-    differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if old.get(k) != new.get(k)]
+    differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if k != "data" and old.get(k) != new.get(k)]
     if differ:
         raise ConfigError(f"{run} was begun with {', '.join(differ)}; use another --out, or the same recipe to go on")
 
@@ -101,10 +109,8 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a small JSON file in one go."""
-    temporary = path.with_name(f".tmp_{path.name}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Replace a small JSON file in one go. Raises StorageError."""
+    replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
 class StopSignals:
