@@ -54,6 +54,9 @@ def test_a_lost_teacher_is_not_replaced_by_the_student(tmp_path):
     with pytest.raises(CheckpointError, match="has lost its teacher"):
         rcmae.load(tmp_path)
     rcmae.load(tmp_path, "student")
+    (tmp_path / "export" / "student" / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="damaged or not ours"):
+        rcmae.load(tmp_path)
     export(method.backbone("student"), tmp_path / "export" / "student", {"method": "mae", "network": "student"})
     rcmae.load(tmp_path)
     (tmp_path / "export" / "student" / "model.safetensors").unlink()
@@ -105,6 +108,42 @@ def test_heads_are_asked_for_where_nothing_says_them():
     state["mask_token"] = torch.zeros(1, 1, 3)
     with pytest.raises(CheckpointError, match=r"decoder.mask_token is \(1, 1, 3\), not \(1, 1, 16\)"):
         official.autoencoder(state, (3, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({3: torch.zeros(2)}, "not a dict of named tensors"),
+        ({"pos_embed": torch.zeros(3)}, "are not those of an official"),
+        ({"patch_embed.proj.weight": torch.zeros(3)}, "are not those of an official"),
+        ({"decoder_embed.weight": torch.tensor(3.0)}, "are not those of an official"),
+        ({"blocks.x.y": torch.zeros(1)}, "are not those of an official"),
+        ({"norm.bias": torch.full((24,), math.nan)}, "norm.bias is not finite"),
+        (
+            {"patch_embed.proj.weight": torch.zeros(24, 4, 8, 8), "decoder_pred.weight": torch.zeros(256, 16),
+             "decoder_pred.bias": torch.zeros(256)},
+            "is for 4 channels",
+        ),
+    ],
+)  # fmt: skip
+def test_odd_weights_are_one_line(tmp_path, change, message):
+    whole = torch.load(GOLDEN / "mae_official_layout.pth", weights_only=False)
+    torch.save({"model": whole["model"] | change}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=message):
+        official.import_pth(tmp_path / "x.pth", tmp_path / "out", heads=(3, 2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_without_blocks_are_one_line():
+    state = official.read_pth(GOLDEN / "mae_official_layout.pth").student
+    with pytest.raises(CheckpointError, match="are not those of an official"):
+        official.shape_of({k: v for k, v in state.items() if not k.startswith("decoder_blocks")}, (3, 2))
+
+
+@pytest.mark.parametrize("heads", [(0, 2), (3, -1)])
+def test_no_heads_are_not_some_default(tmp_path, heads):
+    with pytest.raises(ConfigError, match="heads must be 1 or more"):
+        official.import_pth(GOLDEN / "mae_official_layout.pth", tmp_path / "x", heads=heads)
 
 
 class Bomb:

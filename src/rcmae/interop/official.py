@@ -86,8 +86,11 @@ def read_pth(path: Path) -> Official:
 
 
 def _weights(state: Any, path: Path) -> State:
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path}: its weights are not a dict of tensors")
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise CheckpointError(f"{path}: its weights are not a dict of named tensors")
+    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{path}: {broken[0]} is not finite; it is of no use")
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 
@@ -101,9 +104,13 @@ def shape_of(state: State, heads: tuple[int, int] | None = None) -> tuple[Images
         width, channels, patch, _ = state["patch_embed.proj.weight"].shape
         patches = state["pos_embed"].shape[1] - 1
         decoder_width = state["decoder_embed.weight"].shape[0]
+        depth, decoder_depth = (1 + max(int(k.split(".")[1]) for k in state if k.startswith(p)) for p in ("blocks.", "decoder_blocks."))
     except KeyError as e:
         raise CheckpointError(f"the weights lack {e}; an encoder without its decoder is not a pre-training checkpoint") from e
-    depth, decoder_depth = (1 + max(int(k.split(".")[1]) for k in state if k.startswith(p)) for p in ("blocks.", "decoder_blocks."))
+    except (ValueError, IndexError) as e:
+        raise CheckpointError("the names and shapes of the weights are not those of an official MAE or RC-MAE checkpoint") from e
+    if heads is not None and min(heads) < 1:
+        raise ConfigError(f"heads must be 1 or more, not {min(heads)}")
     if heads is None:
         known = {(s.encoder[0], s.decoder[0]): (s.encoder[2], s.decoder[2]) for s in SIZES.values()}
         if (width, decoder_width) not in known:
@@ -141,6 +148,8 @@ def import_pth(file: Path, out: Path, heads: tuple[int, int] | None = None) -> l
         raise ConfigError(f"{out} exists already; choose another folder with --out")
     official = read_pth(file)
     model, images, network = autoencoder(official.student, heads)
+    if images.channels != 3:
+        raise CheckpointError(f"{file} is for {images.channels} channels, and does not say by which mean and deviation; 3 can be imported")
     models = {"student": model}
     if official.teacher is not None:
         models["teacher"], *_ = autoencoder(official.teacher, heads)

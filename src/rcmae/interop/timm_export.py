@@ -89,8 +89,11 @@ def load(path: str | Path, which: str = "teacher") -> Backbone:
             return import_backbone(folder)
     student = path / "export" / "student"
     if which == "teacher" and (student / "config.json").exists():
-        about = json.loads((student / "config.json").read_bytes()).get("rcmae", {})
-        if "teacher" in METHODS[about.get("method", "mae")].networks:
+        try:
+            lost = "teacher" in METHODS[json.loads((student / "config.json").read_bytes())["rcmae"]["method"]].networks
+        except (ValueError, KeyError, TypeError, OSError):
+            lost = False  # no method says so; a damaged file is told by `import_backbone`
+        if lost:
             raise CheckpointError(f"{path} has lost its teacher: export/teacher is missing; `rcmae pretrain --out {path}` writes it again")
         return import_backbone(student)
     raise CheckpointError(f"{path} holds no backbone; a run writes export/ at its first checkpoint")
