@@ -51,8 +51,93 @@ def digits() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"embedded": embedded, "step": step, "digits": digits}
-PAGES = ("README.md", "docs/embedded.md")
+def lab_linear() -> str:
+    """benchmarks/lab.py: `rcmae lab linear` beside its reference values."""
+    r = json.loads((ROOT / "results" / "lab_linear.json").read_text())
+    rows = ["| optimizer | alpha | same input | other input | nothing in common |", "| --- | ---: | ---: | ---: | ---: |"]
+    for found in (r["table"][i : i + 3] for i in range(0, len(r["table"]), 3)):
+        cells = [f"{f['previous']:.3f}" + (f" ({f['reference']:.3f})" if f["reference"] is not None else "") for f in found]
+        rows.append(f"| {found[0]['optimizer']} | {found[0]['alpha']} | " + " | ".join(cells) + " |")
+    note = f"Medians of {r['setting']['seeds']} seeds, {r['setting']['width']} values, rank {r['setting']['rank']}, "
+    return "\n".join([*rows, "", note + f"{r['setting']['kept']:.0%} seen; in brackets the reference value, where there is one."])
+
+
+def lab_gradients() -> str:
+    """benchmarks/lab.py: `rcmae lab gradients` on the main job's run."""
+    r = json.loads((ROOT / "results" / "lab_gradients.json").read_text())
+    rows = ["| after a step on batch B | similarity of features | cosine with that step | with AdamW's moment | ratio |"]
+    rows += ["| --- | ---: | ---: | ---: | ---: |"]
+    for line in r["summary"]:
+        cells = ("{:.3f} [{:.3f}, {:.3f}]".format(*line[key]) for key in ("similarity", "previous", "moment", "ratio"))
+        rows.append(f"| {line['condition']}: {line['what']} | " + " | ".join(cells) + " |")
+    a = r["about"]
+    note = (
+        f"Step {a['step']:,}; {a['batches']} steps of {a['batch_size']} images after {a['settle']} to settle, learning rate {a['lr']:.2g}, "
+    )
+    note += f"half-life {a['half_life']:.1f} steps; means with 95 % bootstrap intervals."
+    return "\n".join([*rows, "", note, "", *(f"- {text}" for _, text in r["said"])])
+
+
+def half_life() -> str:
+    """benchmarks/half_life.py."""
+    r = json.loads((ROOT / "results" / "half_life.json").read_text())
+    rows = ["| arm | half-life in steps | linear probe | against MAE | against MAE, averaged |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in r["rows"]:
+        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*row["linear"])]
+        cells += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*row[f"against {other}"]) for other in ("MAE", "MAE, averaged")]
+        remembers = "" if row["arm"] == "MAE" else f"{row['half_life']:.1f}"
+        rows.append(f"| {row['arm']} | {remembers} | " + " | ".join(cells) + " |")
+    m = r["machine"]
+    note = f"{len(r['seeds'])} paired seeds, {r['steps']:,} steps; means with 95 % t intervals, differences within a seed. "
+    note += f"{m['cpu']}, {m['precision']}."
+    return "\n".join([*rows, "", note, "", half_life_verdict()])
+
+
+def half_life_verdict() -> str:
+    """What the sweep supports, in sentences."""
+    r = json.loads((ROOT / "results" / "half_life.json").read_text())
+    return "\n".join(f"- {text}." for text in r["verdicts"].values())
+
+
+def alarms() -> str:
+    """benchmarks/alarms.py."""
+    r = json.loads((ROOT / "results" / "alarms.json").read_text())
+    faults, healthy = ([row for row in r["rows"] if bool(row["alarm"]) == kind] for kind in (True, False))
+    rows = ["| fault that was put in | alarm | at step | what it said |", "| --- | --- | ---: | --- |"]
+    for row in faults:
+        line = row["lines"][0].partition(": ")[2] if row["lines"] else "nothing"
+        rows.append(f"| {row['run']} | {', '.join(row['called'])} | {', '.join(map(str, row['steps']))} of {r['steps']} | {line} |")
+    called = sum(bool(row["called"]) for row in healthy)
+    return "\n".join([*rows, "", f"Alarms on {len(healthy)} healthy runs: {called}."])
+
+
+def monitor_cost() -> str:
+    """benchmarks/monitor_cost.py."""
+    r = json.loads((ROOT / "results" / "monitor_cost.json").read_text())
+    rows = ["| model | a step | log lines | gradients and health | LiDAR | in all |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for row in r["rows"]:
+        s, (low, high) = row["shares"], row["interval"]
+        parts = [f"{1000 * row['step_seconds']:.0f} ms", f"{s['log lines, paired blocks']:.1%} [{low:.1%}, {high:.1%}]"]
+        parts += [f"{s['gradients and health']:.1%}", f"{s['LiDAR']:.1%}", f"{row['cost']:.1%}"]
+        rows.append(f"| {row['size']} | " + " | ".join(parts) + " |")
+    return "\n".join([*rows, "", f"A run of {r['rows'][0]['steps']:,} steps; paired blocks with and without, in one run."])
+
+
+def verify() -> str:
+    """`rcmae verify METHOD --json results/verify_METHOD.json`."""
+    rows = ["| | | loss | gradient | student | teacher |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for file in sorted((ROOT / "results").glob("verify_*.json"), reverse=True):
+        r = json.loads(file.read_text())
+        for row in r["rows"]:
+            cells = [f"{row['differences'][k]:.0e}" if k in row["differences"] else "" for k in ("loss", "gradient", "student", "teacher")]
+            rows.append(f"| {r['method']}: {row['name']} | {'yes' if row['holds'] else 'NO'} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+TABLES = {
+    f.__name__: f for f in (embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, alarms, monitor_cost, verify)
+}
+PAGES = ("README.md", "docs/embedded.md", "docs/lab.md")
 
 
 def filled(text: str) -> str:

@@ -138,7 +138,7 @@ class Left:
 
 
 def _run(way: Way, out: Path, steps: int, device: str) -> Left:
-    """Run until the checkpoint of step `steps` is there, then kill without warning. Raises the error that the run ended with."""
+    """Run until the checkpoint of step `steps` is there, then stop. Raises the error that the run ended with."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(way.processes)] if way.processes > 1 else []
     command = [sys.executable, *launch, "-m", "rcmae", "pretrain", str(out.parent / "recipe.toml"), "--out", str(out), "--device", device]
     command += ["--precision", "fp32", "--save-every", "0.000001s", "--keep", str(PLAN), "--log-every", "1", *way.flags]
@@ -148,8 +148,8 @@ def _run(way: Way, out: Path, steps: int, device: str) -> Left:
             while process.poll() is None and not wanted.exists():
                 time.sleep(0.01)
         finally:
-            # torchrun's processes are not killed with it: it must end them itself.
-            process.send_signal(signal.SIGTERM if way.processes > 1 else signal.SIGKILL)
+            # Only what must survive it is killed: torchrun has processes to end, the compiler a cache to keep whole.
+            process.send_signal(signal.SIGKILL if way.killed else signal.SIGTERM)
             process.wait()
     if not wanted.exists():
         raise _error(process.returncode, log.read_text(encoding="utf-8", errors="replace"))
