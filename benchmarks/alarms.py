@@ -185,7 +185,7 @@ FAULTS = {
 # Flags of healthy runs of 100 steps, 16 an epoch; every half-life lies within the bounds of `auto`.
 HEALTHY = [
     "", "--seed 1", "--seed 2 --half-life auto", "--half-life 5%", "--seed 3 --half-life 10%", "--half-life '2 steps'",
-    "--seed 4 --half-life '1000 images'", "--half-life '0.5 epochs'", "--schedule described --momentum 0.9",
+    "--seed 4 --half-life '250 images'", "--half-life '0.5 epochs'", "--schedule described --momentum 0.9",
     "--seed 5 --schedule released --momentum 0.9", "--schedule released --momentum 0.93 --ema-updates 2", "--ema-updates 2 --accumulate 2",
     "--accumulate 4", "--teacher-mask different", "--seed 6 --teacher-mask different --half-life auto --accumulate 2",
     "--precision bf16", "--seed 7 --precision bf16 --teacher-mask different --half-life 5%",
