@@ -282,6 +282,46 @@ def losses_swapped(old):
     return lambda method, batch: old(method, batch)[::-1]
 
 
+def momentum_as_expected(old):
+    return lambda self: {"measured_momentum": self.expected, "expected_momentum": self.expected}
+
+
+def calls_nothing(old):
+    return lambda self, *args, **options: []
+
+
+def calls_again(old):
+    return lambda self, found: found
+
+
+def sees_no_rounding(old):
+    return lambda values: False
+
+
+def sees_no_constant(old):
+    return lambda prediction, target: False
+
+
+def sees_no_repetition(old):
+    return lambda self: False
+
+
+def compares_no_buffers(old):
+    return lambda self: None
+
+
+def impatient(old):
+    return -0.005
+
+
+def forgets_alarms(old):
+    return lambda self: set()
+
+
+def stops_for_nothing(old):
+    return lambda self, alarmed: None
+
+
 # name: (where, the wrong version, the test file that must go red)
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the encoder sees hidden pixels": ("rcmae.models.autoencoder:Autoencoder.forward", encoder_sees_everything, "test_methods.py"),
@@ -331,6 +371,18 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the reference values are the measured ones": ("rcmae.lab.linear:write_page", measured_as_reference, "test_lab_pages.py"),
     "a long memory is drawn in the colour of a short one": ("rcmae.lab.linear:figures", shades_swapped, "test_lab_pages.py"),
     "the conditions of lab gradients are drawn in reverse": ("rcmae.lab.gradients:by_depth", conditions_reversed, "test_lab_pages.py"),
+    "the measured momentum is the expected one": ("rcmae.lab.monitor:Monitor._measured_momentum", momentum_as_expected, "test_alarms.py"),
+    "nothing is called at the start": ("rcmae.lab.alarms:Alarms.at_start", calls_nothing, "test_alarms.py"),
+    "a restarting schedule passes": ("rcmae.lab.alarms:Alarms._repeats", sees_no_repetition, "test_alarms.py"),
+    "nothing is called at a log line": ("rcmae.lab.alarms:Alarms.at_log", calls_nothing, "test_alarms.py"),
+    "buffers are not compared": ("rcmae.lab.alarms:Alarms._missed_buffer", compares_no_buffers, "test_alarms.py"),
+    "a healthy teacher is called drag": ("rcmae.lab.alarms:DRAG", impatient, "test_alarms.py"),
+    "16 bits are not seen": ("rcmae.lab.alarms:_rounded", sees_no_rounding, "test_alarms.py"),
+    "a constant prediction passes": ("rcmae.lab.alarms:_constant", sees_no_constant, "test_alarms.py"),
+    "collapse is not called": ("rcmae.lab.alarms:Alarms.at_health", calls_nothing, "test_alarms.py"),
+    "an alarm is called again and again": ("rcmae.lab.alarms:Alarms._new", calls_again, "test_alarms.py"),
+    "a resumed run forgets its alarms": ("rcmae.loop:Run.alarms_before", forgets_alarms, "test_alarms.py"),
+    "--on-alarm stop goes on": ("rcmae.loop:Run.end_on_alarm", stops_for_nothing, "test_alarms.py"),
 }
 
 HERE = Path(__file__).parent
