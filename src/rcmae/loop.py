@@ -143,11 +143,8 @@ class Run:
             self.screen.say(f"resumed from {path.name} of {self.total:,} steps in {self.out}")
             for k, (then, now) in same.items():
                 self.screen.say(f"note: {k} was {then}, is {now}: the run goes on, but not to the same bit")
-        # A record that is opened at step 0 is begun anew: what an earlier start wrote there would be lost.
-        begun = [line for line in read_metrics(self.out) if line["step"] == 0] if path is not None and not self.step else []
-        self.metrics = Metrics(self.out, self.step, self.machine.tensorboard, self.machine.wandb) if self.world.first else None
-        for line in begun if self.metrics else []:
-            self.metrics.write(**line)
+        m, step = self.machine, None if path is None else self.step
+        self.metrics = Metrics(self.out, step, m.tensorboard, m.wandb) if self.world.first else None
         if path is not None:
             self.write("event", text=f"resumed from step {self.step}")
 

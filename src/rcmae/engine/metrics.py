@@ -14,10 +14,13 @@ from .checkpoint import replace_text
 class Metrics:
     """Appends to `metrics.jsonl`; on a resume, what lies beyond the checkpoint is cut off first."""
 
-    def __init__(self, run: Path, step: int, tensorboard: bool = False, wandb: str | None = None):
-        """Open the record of `run` at optimizer step `step`. Raises ConfigError when an optional sink is not installed, StorageError."""
+    def __init__(self, run: Path, step: int | None, tensorboard: bool = False, wandb: str | None = None):
+        """Open the record of `run` at optimizer step `step`, or begin a new one (None).
+
+        Raises ConfigError when an optional sink is not installed, StorageError.
+        """
         self.path = run / "metrics.jsonl"
-        kept = [line for line in read_metrics(run) if line.get("step", 0) <= step] if step else []
+        kept = [] if step is None else [line for line in read_metrics(run) if line.get("step", 0) <= step]
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.board = self.wandb = None
