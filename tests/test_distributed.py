@@ -28,6 +28,7 @@ def together(out: Path, data: Path, case: str = "plain") -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([*command, str(out), str(data), case], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "Warning" not in done.stderr, done.stderr
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

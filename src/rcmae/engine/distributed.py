@@ -1,6 +1,7 @@
 """Ranks, and the few things they tell each other. Alone, everything here is the identity."""
 
 import os
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -81,7 +82,11 @@ def average(value: Tensor) -> Tensor:
 
 def wrap(method: nn.Module, world: World) -> nn.Module:
     """The method, its gradients averaged over the ranks."""
-    return DistributedDataParallel(method, broadcast_buffers=False) if world.size > 1 else method
+    if world.size == 1:
+        return method
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch renames this option; older ones know it by this name only
+        return DistributedDataParallel(method, broadcast_buffers=False)
 
 
 def only_last(net: nn.Module, last: bool):
