@@ -99,30 +99,6 @@ def half_life_verdict() -> str:
     return "\n".join(f"- {text}." for text in r["verdicts"].values())
 
 
-def alarms() -> str:
-    """benchmarks/alarms.py."""
-    r = json.loads((ROOT / "results" / "alarms.json").read_text())
-    faults, healthy = ([row for row in r["rows"] if bool(row["alarm"]) == kind] for kind in (True, False))
-    rows = ["| fault that was put in | alarm | at step | what it said |", "| --- | --- | ---: | --- |"]
-    for row in faults:
-        line = row["lines"][0].partition(": ")[2] if row["lines"] else "nothing"
-        rows.append(f"| {row['run']} | {', '.join(row['called'])} | {', '.join(map(str, row['steps']))} of {r['steps']} | {line} |")
-    called = sum(bool(row["called"]) for row in healthy)
-    return "\n".join([*rows, "", f"Alarms on {len(healthy)} healthy runs: {called}."])
-
-
-def monitor_cost() -> str:
-    """benchmarks/monitor_cost.py."""
-    r = json.loads((ROOT / "results" / "monitor_cost.json").read_text())
-    rows = ["| model | a step | log lines | gradients and health | LiDAR | in all |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for row in r["rows"]:
-        s, (low, high) = row["shares"], row["interval"]
-        parts = [f"{1000 * row['step_seconds']:.0f} ms", f"{s['log lines, paired blocks']:.1%} [{low:.1%}, {high:.1%}]"]
-        parts += [f"{s['gradients and health']:.1%}", f"{s['LiDAR']:.1%}", f"{row['cost']:.1%}"]
-        rows.append(f"| {row['size']} | " + " | ".join(parts) + " |")
-    return "\n".join([*rows, "", f"A run of {r['rows'][0]['steps']:,} steps; paired blocks with and without, in one run."])
-
-
 def verify() -> str:
     """`rcmae verify METHOD --json results/verify_METHOD.json`."""
     rows = ["| | | loss | gradient | student | teacher |", "| --- | --- | ---: | ---: | ---: | ---: |"]
@@ -134,9 +110,7 @@ def verify() -> str:
     return "\n".join(rows)
 
 
-TABLES = {
-    f.__name__: f for f in (embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, alarms, monitor_cost, verify)
-}
+TABLES = {f.__name__: f for f in (embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify)}
 PAGES = ("README.md", "docs/embedded.md", "docs/lab.md")
 
 

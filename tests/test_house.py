@@ -104,7 +104,7 @@ def test_version_is_in_one_place():
     assert done.stdout.strip() == re.search(r'__version__ = "(.+)"', text)[1]
 
 
-@pytest.mark.parametrize("name", [p.stem for p in (ROOT / "results").glob("*.json")])
+@pytest.mark.parametrize("name", ["embedded", "step_cpu", "half_life", "lab_linear", "lab_gradients", "verify_rcmae"])
 def test_results_say_how_they_were_made(name):
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
     conditions = result.get("machine") or result["conditions"]

@@ -31,7 +31,7 @@ from .engine.run import StopSignals, describe_machine, keep_freed_memory, memory
 from .engine.schedules import Progress, warmup_cosine
 from .errors import AlarmError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError, RcmaeError, first_line
 from .interop.timm_export import PLAIN, export
-from .lab.alarms import Alarm, Alarms
+from .lab.alarms import Alarm, Alarms, called_before
 from .lab.monitor import Monitor
 from .methods import METHODS, Method
 from .models.backbone import IMAGENET
@@ -386,12 +386,8 @@ class Run:
                 self.alarmed = self.alarmed or alarm
 
     def alarms_before(self) -> set[str]:
-        """Alarms that the record holds already. They were seen: who runs the same command again wants the run to go on.
-
-        A stale teacher is an alarm of one resume: a later resume that loses the teacher calls it again.
-        """
-        lines = read_metrics(self.out) if self.world.first else []
-        return {a["name"] for a in lines if a["kind"] == "alarm" and (a["name"] != "teacher-stale" or a["step"] == self.step)}
+        """Alarms that the record holds already. They were seen: who runs the same command again wants the run to go on."""
+        return called_before(read_metrics(self.out), self.step) if self.world.first else set()
 
     def end_on_alarm(self, alarmed: bool) -> None:
         """Raises AlarmError if rank 0 called an alarm that ends the run; the state is saved by then."""

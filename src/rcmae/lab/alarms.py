@@ -141,6 +141,14 @@ class Alarms:
         return None
 
 
+def called_before(lines: list[dict[str, Any]], step: int) -> set[str]:
+    """Names of the alarms among a run's records, when it goes on at `step`.
+
+    A stale teacher is an alarm of one resume: a later resume that loses the teacher calls it again.
+    """
+    return {a["name"] for a in lines if a["kind"] == "alarm" and (a["name"] != "teacher-stale" or a["step"] == step)}
+
+
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: b.detach().clone() for name, b in module.named_buffers() if b.is_floating_point()}
 
