@@ -31,8 +31,6 @@ from rcmae.tasks.probe import probe_set
 ROOT = Path(__file__).parent.parent
 HALF_LIVES = ("0.15%", "0.5%", "1.5%", "5%", "15%")
 WHO = ("student", "teacher")
-NETWORK = {"depth": 3, "decoder_depth": 1}
-"Half as deep as the recipe's: on a CPU, twice the steps in the same time."
 PROBE = Probe(probes=1, probe_train=2000, probe_test=4000)
 RUNS = {"gamma 0": {"gamma": 0.0}, **{h: {"half_life": h} for h in HALF_LIVES}, "auto": {"half_life": "auto"}}
 
@@ -46,7 +44,7 @@ def run(out: Path, name: str, seed: int, steps: int) -> None:
     place = place_of(out, name, seed)
     recipe = load_recipe("embedded")
     recipe = replace(
-        recipe, seed=seed, steps=steps, network=replace(recipe.network, **NETWORK), rcmae=replace(recipe.rcmae, **RUNS[name]),
+        recipe, seed=seed, steps=steps, rcmae=replace(recipe.rcmae, **RUNS[name]),
         probe=replace(recipe.probe, probes=0),
     )  # fmt: skip
     if not (place / "scores.json").exists():
@@ -168,7 +166,7 @@ def main() -> None:
     if len(whole) < 2:
         sys.exit(f"only {len(whole)} seeds are complete; run the same command again")
     rows, said = summary(arms), verdicts(arms)
-    facts = {"rows": rows, "verdicts": said, "seeds": whole, "steps": args.steps, "network": NETWORK, "values": arms, "machine": machine}
+    facts = {"rows": rows, "verdicts": said, "seeds": whole, "steps": args.steps, "values": arms, "machine": machine}
     write_json(ROOT / "results" / "half_life.json", facts)
     draw(rows, ROOT / "docs" / "img" / "half_life.png")
     for row in rows:

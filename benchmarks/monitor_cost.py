@@ -1,6 +1,6 @@
 """What the monitor costs: `python -m benchmarks.monitor_cost [--sizes embedded,ti] [--pairs 40] [--out FILE]`.
 
-One real run of the loop a size, of the embedded recipe's length (1,500 steps, so a log line every 3 steps), in which the monitor is
+One real run of the loop a size, of the embedded recipe's length (2,000 steps, so a log line every 20 steps), in which the monitor is
 put in and taken out in alternating blocks of a few steps; a pair of neighbouring blocks gives one ratio of times. The slow
 instruments come too seldom for that: they are timed by themselves, on the same run, and counted as often as they come in a run.
 
@@ -119,7 +119,7 @@ def measure(size: str, pairs: int, machine: Machine) -> dict[str, Any]:
     """One run, until its blocks are made."""
     recipe, images = recipe_of(size)
     total = recipe.steps
-    log_every = min(max(1, total // 400), 50)
+    log_every = loop.usual_log_every(total)
     clock = Clock(pairs, log_every)
 
     def few(old):
@@ -158,7 +158,7 @@ def summary(clock: Clock, size: str, recipe: Recipe, log_every: int) -> dict[str
         "size": size, "steps": recipe.steps, "batch": recipe.optim.batch_size, "step_seconds": step, "line_seconds": line,
         "slow_seconds": {k: statistics.median(v) for k, v in clock.slow.items()}, "shares": shares, "interval": [low, high],
         "quartiles": [q - 1 for q in statistics.quantiles(ratios, n=4)], "pairs": len(ratios), "cost": cost,
-        "by_length": {n: by_length(n, line, step, clock.slow) for n in (300, 1500, 15_000)},
+        "by_length": {n: by_length(n, line, step, clock.slow) for n in (300, 2000, 20_000)},
     }  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def times(name: str, total: int, log_every: int) -> int:
 
 def by_length(total: int, line: float, step: float, slow: dict[str, list[float]]) -> float:
     """The share of the time in a run of another length, from the timed parts."""
-    log_every = min(max(1, total // 400), 50)
+    log_every = loop.usual_log_every(total)
     return (line / log_every + sum(statistics.median(v) * times(k, total, log_every) for k, v in slow.items()) / total) / step
 
 

@@ -1,19 +1,20 @@
 """Run by tests/test_distributed.py under torchrun: two processes on the CPU train as one, and stop as one."""
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 import rcmae.loop as loop
-from rcmae.errors import Preempted
+from rcmae.errors import Preempted, ProcessError
 from rcmae.methods.rcmae import RCMAE
 from tests.test_loop import run
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out, data, case = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-    rank = int(__import__("os").environ["RANK"])
+    rank = int(os.environ["RANK"])
     if case == "nan" and rank == 1:  # one rank alone sees a loss that is not finite
         forward = RCMAE.forward
 
@@ -22,6 +23,8 @@ if __name__ == "__main__":
             return losses | {"loss": losses["loss"] * float("nan")} if t.step == 2 else losses
 
         RCMAE.forward = poisoned
+    if case == "lost" and rank == 1:  # one rank is gone, as by SIGKILL
+        loop.Run.update = lambda *args: os._exit(9)
     if case == "stop" and rank == 1:  # one rank alone gets the signal
         update = loop.Run.update
 
@@ -36,3 +39,6 @@ if __name__ == "__main__":
     except Preempted as e:
         assert case == "stop", e
         assert "saved at step 4" in str(e)
+    except ProcessError as e:
+        assert case == "lost", e
+        (out / "said.txt").write_text(str(e))

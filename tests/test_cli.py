@@ -49,10 +49,21 @@ FAILURES = [
     (["pretrain", "--data", "{tmp}", "--out", "{tmp}/run"], 3, "{tmp}"),
     (["pretrain", "--data", "embedded:digit", "--out", "{tmp}/run"], 2, "embedded:digits"),
     (["pretrain", "--out", "/proc/run"], 6, "/proc/run"),
+    (["pretrain", "--out", ""], 2, "--out is empty"),
+    (["pretrain", "--out="], 2, "--out is empty"),
+    (["pretrain", "--out", "{tmp}/begun"], 2, "begun/recipe.toml is not UTF-8 text"),
+    (["pretrain", "--batch-size", "1.5"], 2, "--batch-size: '1.5' is no whole number"),
+    (["pretrain", "--workers", "2x"], 2, "--workers: '2x' is no whole number"),
+    (["lab", "linear", "--seeds", "1.5"], 2, "--seeds: '1.5' is no whole number"),
+    (["lab", "linear", "--seeds", "1", "--out", "{tmp}/latin.toml"], 6, "latin.toml cannot be used: File exists"),
     (["pretrian"], 2, 'Did you mean "pretrain"?'),
     (["check"], 2, "requires an argument"),
     (["check", "{tmp}/nowhere"], 3, "nowhere"),
     (["check", "{tmp}", "--json", "{tmp}/no/x.json"], 2, "there is no folder {tmp}/no"),
+    (["check", "{tmp}", "--json", "{tmp}"], 2, "--json {tmp}: that is a folder"),
+    (["check", "{tmp}", "--batch-size", "0"], 2, "batch_size must be above 0, not 0"),
+    (["check", "{tmp}", "--bad-share", "2"], 2, "bad_share must lie in 0 to 1, not 2.0"),
+    (["verify", "rcmae", "--json", "{tmp}"], 2, "--json {tmp}: that is a folder"),
     (["report", "{tmp}"], 2, "is no run directory: recipe.toml is missing"),
     (["import", "{tmp}/no.pth"], 4, "no.pth does not exist"),
     (["import", "{golden}/mae_official_layout.pth", "--out", "{tmp}/x"], 4, "give --heads and --decoder-heads"),
@@ -66,7 +77,9 @@ FAILURES = [
 def test_every_failure_is_one_line_and_its_code(tmp_path, capsys, monkeypatch, argv, code, says):
     monkeypatch.chdir(tmp_path)
     place = {"tmp": str(tmp_path), "golden": str(GOLDEN)}
-    (tmp_path / "latin.toml").write_bytes(b"# \xe9t\xe9\n")
+    for name in ("latin.toml", "begun/recipe.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"# \xe9t\xe9\n")
     assert main([a.format(**place) for a in argv]) == code
     err = capsys.readouterr().err
     assert err.startswith("rcmae: error: ")
@@ -101,9 +114,12 @@ def test_a_folder_with_every_kind_of_image(tmp_path, capsys):
     assert sorted(names) == sorted(kinds.bad())
     assert f"{40 + len(kinds.odd()) + len(names)} images" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "data")]) == 3, "fewer images than the batch of the recipe folder"
-    (tmp_path / "small.toml").write_text("[optim]\nbatch_size = 16\n")
-    assert main(["check", str(tmp_path / "data"), "--recipe", str(tmp_path / "small.toml")]) == 0
+    assert main(["check", str(tmp_path / "data"), "--batch-size", "16"]) == 0
     assert f"{len(names)} unreadable" in capsys.readouterr().out
+    assert len(names) == 10
+    (tmp_path / "data" / "eleventh.png").write_bytes(b"no")  # one more than a run puts up with, unless it is told to
+    assert main(["check", str(tmp_path / "data"), "--batch-size", "16"]) == 3
+    assert main(["check", str(tmp_path / "data"), "--batch-size", "16", "--bad-share", "0.5"]) == 0
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

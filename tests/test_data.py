@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from rcmae.config import Images as ImagesConfig
@@ -103,11 +104,23 @@ def test_a_damaged_tiff_is_silent(capfd):
 
 
 def test_a_compression_that_tifffile_lacks_is_told(monkeypatch):
-    """LZW, which most geographic software writes."""
-    monkeypatch.setitem(sys.modules, "imagecodecs", None)
-    tag = FIVE.index(b"\x03\x01\x03\x00\x01\x00\x00\x00\x01")  # compression, one short: 1, none
-    with pytest.raises(BadImage, match="its compression needs `pip install imagecodecs`"):
-        decode(FIVE[: tag + 8] + b"\x05" + FIVE[tag + 9 :], 5)
+    import tifffile
+
+    def lacks(series):
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")  # as tifffile says it
+
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", lacks)
+    with pytest.raises(BadImage, match=r"its compression needs `pip install 'rcmae\[tiff\]'`"):
+        decode(FIVE, 5)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate"])
+def test_compressed_bands(compression):
+    """What geographic software writes; only Pillow writes LZW here, and four bands at most."""
+    bands = np.stack([np.roll(images.ramp(), k, 1) for k in range(4)], 2)
+    file = io.BytesIO()
+    Image.fromarray(bands, "CMYK").save(file, "TIFF", compression=compression)
+    assert np.array_equal(decode(file.getvalue(), 4), bands)
 
 
 def test_bands_are_counted_before_they_are_decoded(monkeypatch):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import rcmae.loop as loop
 from rcmae.config import Machine
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.metrics import read_metrics
-from rcmae.errors import ConfigError, DataError, DivergedError, Preempted
+from rcmae.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError
 from rcmae.interop.timm_export import load
 from tests.conftest import small
 
@@ -176,6 +177,29 @@ def test_a_finished_run_stays_as_it_is(tmp_path, folder, capsys):
     assert run(tmp_path / "run", folder, steps=2).step == 2
     assert "is finished at step 2" in capsys.readouterr().out
     assert weights(tmp_path / "run") == before
+    lost = tmp_path / "run" / "export" / "teacher"
+    files = {path.name: path.read_bytes() for path in lost.iterdir()}
+    shutil.rmtree(lost)
+    run(tmp_path / "run", folder, steps=2)
+    assert {path.name: path.read_bytes() for path in lost.iterdir()} == files, "a lost export is written again"
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "says"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), OutOfMemoryError, "host"),
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemoryError, "--accumulate 2"),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), ProcessError, r"another process .*\(NCCL"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), ProcessError, "a loader process was lost"),
+    ],
+)
+def test_lost_processes_and_memory_are_named(tmp_path, folder, monkeypatch, failure, kind, says):
+    def fail(*args):
+        raise failure
+
+    monkeypatch.setattr(loop.Run, "update", fail)
+    with pytest.raises(kind, match=says):
+        run(tmp_path / "run", folder)
 
 
 def test_a_run_is_not_continued_as_another(tmp_path, folder):

@@ -8,11 +8,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token
 from cyclopts.config import Dict
 
 from . import __version__
-from .config import Machine, MethodName, Recipe, flat, load_recipe, parse_recipe, sections, shipped_recipes
+from .config import Machine, MethodName, Recipe, check, check_machine, flat, load_recipe, parse_recipe, sections, shipped_recipes
 from .errors import ConfigError, RcmaeError, first_line
 
 app = App(
@@ -22,9 +22,23 @@ app = App(
     help_epilogue="Exit codes: 0 done, 2 usage or recipe, 3 data, 4 checkpoint, 5 diverged, 6 storage, 7 lost process, "
     "8 memory, 75 stopped and saved (run the same command again). --debug shows the traceback of an error.",
 )
+
+
+def _whole(kind: type, tokens: Sequence[Token]) -> int:
+    """cyclopts rounds 1.5 to 2; we refuse it."""
+    value = tokens[0].value
+    if not value.lstrip("+-").isdecimal():
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
 Flat = Parameter(name="*", negative_iterable=())
-for section in sections().values():  # `--size`, not `--images.size`
-    Flat(section)
+for section in (*sections().values(), Recipe, Machine):
+    Flat(section)  # `--size`, not `--images.size`
+    for field in fields(section):
+        if field.type in (int, int | None):
+            section.__annotations__[field.name] = Whole if field.type is int else Whole | None
 
 
 @app.command
@@ -46,7 +60,10 @@ def pretrain(
 
 
 @app.command(name="check")
-def check_data(path: str, /, *, val: str | None = None, recipe: str = "folder", json: Path | None = None) -> int:
+def check_data(
+    path: str, /, *, val: str | None = None, recipe: str = "folder", batch_size: Whole | None = None,
+    bad_share: float = Machine().bad_share, json: Path | None = None,
+) -> int:  # fmt: skip
     """Audit a data folder before any training: counts, sizes, unreadable files, duplicates, statistics, speed.
 
     Parameters
@@ -57,14 +74,21 @@ def check_data(path: str, /, *, val: str | None = None, recipe: str = "folder", 
         A validation set, to look for images that are in both.
     recipe
         The recipe whose view of the data is told.
+    batch_size
+        Images a step [default: the recipe's].
+    bad_share
+        The share of unreadable images that the run would be allowed.
     json
         Also write the findings to this file.
     """
     from .data.audit import audit, render, to_json
 
-    if json and not json.parent.is_dir():
-        raise ConfigError(f"--json {json}: there is no folder {json.parent}")
-    found = audit(path, val=val, recipe=load_recipe(recipe))
+    _check_place(json)
+    chosen = load_recipe(recipe)
+    if batch_size is not None:
+        chosen = check(replace(chosen, optim=replace(chosen.optim, batch_size=batch_size)))
+    check_machine(Machine(bad_share=bad_share))
+    found = audit(path, val=val, recipe=chosen, bad_share=bad_share)
     _console().print(render(found))
     if json:
         json.write_text(to_json(found), encoding="utf-8")
@@ -88,7 +112,7 @@ def report(run: Path, /) -> None:
 
 
 @app.command(name="import")
-def import_official(file: Path, /, *, out: Path | None = None, heads: int | None = None, decoder_heads: int | None = None) -> None:
+def import_official(file: Path, /, *, out: Path | None = None, heads: Whole | None = None, decoder_heads: Whole | None = None) -> None:
     """Turn an official MAE or RC-MAE checkpoint (.pth) into a folder that rcmae and timm load. No code in it is run.
 
     Parameters
@@ -116,7 +140,7 @@ app.command(lab)
 
 
 @lab.command(name="linear")
-def lab_linear(*, out: Path = Path("runs/lab-linear"), seeds: int = 3) -> None:
+def lab_linear(*, out: Path = Path("runs/lab-linear"), seeds: Whole = 3) -> None:
     """Run the paper's linear experiment and write a page that explains what the teacher does there.
 
     Parameters
@@ -151,7 +175,7 @@ def lab_linear(*, out: Path = Path("runs/lab-linear"), seeds: int = 3) -> None:
 
 @lab.command(name="gradients")
 def lab_gradients(
-    run: str, /, *, batches: int = 24, batch_size: int | None = None, settle: int | None = None, lr: float | None = None,
+    run: str, /, *, batches: Whole = 24, batch_size: Whole | None = None, settle: Whole | None = None, lr: float | None = None,
     device: str = "auto", out: Path | None = None,
 ) -> None:  # fmt: skip
     """Ask a real network what its teacher takes back: consistency gradients on the same batch, new masks, new crops, other images.
@@ -191,8 +215,8 @@ def lab_gradients(
 
 @app.command
 def verify(
-    method: MethodName, /, *, recipe: str = "embedded", data: str | None = None, steps: int = 5, batch_size: int = 32, device: str = "auto",
-    json: Path | None = None,
+    method: MethodName, /, *, recipe: str = "embedded", data: str | None = None, steps: Whole = 5, batch_size: Whole = 32,
+    device: str = "auto", json: Path | None = None,
 ) -> int:  # fmt: skip
     """Is training the same however it is carried out here? Micro-batches, kill and resume, two processes, compiled; a yes or no each.
 
@@ -218,8 +242,7 @@ def verify(
     from .lab.verify import to_json
     from .lab.verify import verify as run
 
-    if json and not json.parent.is_dir():
-        raise ConfigError(f"--json {json}: there is no folder {json.parent}")
+    _check_place(json)
     chosen = load_recipe(recipe)
     chosen = replace(chosen, method=method, data=data or chosen.data)
     rows = run(chosen, steps=steps, batch_size=batch_size, device=device, say=_console().print)
@@ -279,6 +302,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 130)
     except MemoryError:
         return _fail("the host ran out of memory; try a smaller --batch-size or fewer --workers", 8)
+    except OSError as e:
+        if debug:
+            raise
+        return _fail(f"{e.filename or 'a file'} cannot be used: {e.strerror or first_line(e)}", 6)
     except Exception as e:
         if debug:
             raise
@@ -297,16 +324,24 @@ def _recipe_defaults(argv: list[str]) -> tuple[Dict, ...]:
     out = next((v for a, v in zip(argv, [*argv[1:], ""], strict=True) if a == "--out"), "") or next(
         (a.partition("=")[2] for a in argv if a.startswith("--out=")), ""
     )
+    if "out" in given and not out:
+        raise ConfigError("--out is empty; name a folder")
     settings = {f.name for f in fields(Recipe)} | set(flat(Recipe()))
     begun = Path(out) / "recipe.toml"
     if name is None and out and begun.exists() and not given & settings:
-        recipe = parse_recipe(begun.read_text(encoding="utf-8"), str(begun))
+        recipe = load_recipe(str(begun))
     else:
         recipe = load_recipe(name or "embedded")
     values = flat(recipe)
     if given & {"epochs", "steps", "time"}:  # a length on the command line replaces the recipe's, in whatever unit
         values = {k: v for k, v in values.items() if k not in ("epochs", "steps", "time")}
     return (Dict({"pretrain": values}, source=f"recipe {name or 'embedded'}"),)
+
+
+def _check_place(json: Path | None) -> None:
+    """Said before an hour's work, not after it."""
+    if json and (json.is_dir() or not json.parent.is_dir()):
+        raise ConfigError(f"--json {json}: " + ("that is a folder" if json.is_dir() else f"there is no folder {json.parent}"))
 
 
 def _fail(message: str, code: int) -> int:

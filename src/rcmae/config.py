@@ -196,7 +196,7 @@ class Machine:
     keep: int = 2
     "newest checkpoints that are kept"
     log_every: int | None = None
-    "steps between two lines of metrics.jsonl; default: about 400 lines a run"
+    "steps between two lines of metrics.jsonl; default: a hundredth of the run, at most 50"
     strict: bool = False
     "end at the first unreadable image"
     bad_share: float = 0.01
@@ -232,6 +232,8 @@ def load_recipe(name: str) -> Recipe:
             return parse_recipe(path.read_text(encoding="utf-8"), source=name)
         except UnicodeDecodeError as e:
             raise ConfigError(f"{name} is not UTF-8 text: {e.reason} at byte {e.start}") from e
+        except OSError as e:
+            raise ConfigError(f"recipe file {name} cannot be read: {e.strerror}") from e
     if name not in shipped:
         raise ConfigError(f"there is no recipe {name!r}{_hint(name, shipped)} (`rcmae list` shows all)")
     return parse_recipe(shipped[name].read_text(encoding="utf-8"), source=f"{name}.toml")

@@ -41,6 +41,9 @@ from .tasks.probe import ProbeSet, probe_set
 PATIENCE = 5
 "Non-finite steps in a row after which a run has diverged."
 
+CONNECTION = ("Connection", "connection", "gloo", "NCCL")
+"Words by which a plain RuntimeError tells that another rank is gone."
+
 
 @dataclass(frozen=True)
 class Result:
@@ -73,8 +76,13 @@ def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
         advice = "try --accumulate 2, --checkpointing or a smaller --batch-size"
         raise OutOfMemoryError(f"{device} ran out of memory at {memory_gib(device):.1f} GiB; {advice}") from e
     except RuntimeError as e:
-        if "DataLoader worker" in str(e):
+        text = str(e)
+        if "DataLoader worker" in text:
             raise ProcessError(f"a loader process was lost ({first_line(e)}); run the same command again") from e
+        if isinstance(e, torch.distributed.DistError) or (world.size > 1 and any(word in text for word in CONNECTION)):
+            raise ProcessError(f"another process of the run was lost ({first_line(e)}); run the same command again") from e
+        if "can't allocate memory" in text:  # what torch says of the host's
+            raise OutOfMemoryError("the host ran out of memory; try --accumulate 2, a smaller --batch-size or fewer --workers") from e
         raise
     finally:
         distributed.stop()
@@ -185,9 +193,11 @@ class Run:
             self.begin(probes)
         elif self.step >= self.total:
             self.screen.say(f"{self.out} is finished at step {self.step:,}")
+            if not all((self.out / "export" / which).is_dir() for which in self.method.networks):
+                self.export()
         milestones = spread(self.total, max(self.recipe.probe.probes, 6))
         probe_steps = spread(self.total, self.recipe.probe.probes)
-        log_every = self.machine.log_every or min(max(1, self.total // 400), 50)
+        log_every = self.machine.log_every or usual_log_every(self.total)
         save_seconds = parse_time(self.machine.save_every)
         self.fixed = self.fixed_batch()
         self.window = Window(self.device)
@@ -432,18 +442,32 @@ class Run:
         """Checkpoint and exported backbones."""
         if not self.world.first:
             return
+        save_checkpoint(self.out / "checkpoints", self.method, self.optimizer, self.state(), self.machine.keep)
+        self.export()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
         drift = self.method.state(Progress(self.step, self.total, self.steps_per_epoch)).get("drift")
-        state = {
+        return {
             "step": self.step, "total_steps": self.total, "skipped": self.skipped, "seconds": self.seconds,
             "data": self.source.fingerprint(), "recipe_hash": recipe_hash(self.recipe), "circumstances": self.circumstances(),
             "drift": None if drift is None else float(drift),
         }  # fmt: skip
-        save_checkpoint(self.out / "checkpoints", self.method, self.optimizer, state, self.machine.keep)
+
+    def export(self) -> None:
+        """A folder a network that timm loads."""
+        if not self.world.first:
+            return
+        model = self.recipe.network.model
+        architecture = model.removeprefix("timm:") if model.startswith("timm:") else PLAIN
+        about = {
+            "method": self.recipe.method,
+            "step": self.step,
+            "recipe_hash": recipe_hash(self.recipe),
+            "data": self.source.fingerprint(),
+        }
         for which in self.method.networks:
-            about = {"method": self.recipe.method, "network": which, "step": self.step} | {k: state[k] for k in ("recipe_hash", "data")}
-            model = self.recipe.network.model
-            architecture = model.removeprefix("timm:") if model.startswith("timm:") else PLAIN
-            export(self.method.backbone(which), self.out / "export" / which, about, architecture)
+            export(self.method.backbone(which), self.out / "export" / which, about | {"network": which}, architecture)
 
     def report(self) -> None:
         """A page that cannot be drawn is no reason to lose a run."""
@@ -533,6 +557,11 @@ class Window:
         line = means | {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
         self.clear()
         return line
+
+
+def usual_log_every(total: int) -> int:
+    """Steps between log lines: a hundred lines in a short run, in a long one a line every 50 steps."""
+    return min(max(1, total // 100), 50)
 
 
 def spread(total: int, count: int) -> set[int]:

@@ -121,7 +121,7 @@ def _bands(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
         raise
     except Exception as e:
         if "imagecodecs" in str(e):
-            raise BadImage("its compression needs `pip install imagecodecs`") from e
+            raise BadImage("its compression needs `pip install 'rcmae[tiff]'`") from e
         raise BadImage(f"damaged TIFF ({type(e).__name__})") from e
     if pixels.ndim == 2:
         pixels = pixels[..., None]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import Recipe, flat, parse_recipe, to_toml
+from ..config import Recipe, flat, load_recipe, to_toml
 from ..errors import ConfigError, StorageError
 from .checkpoint import checkpoints, replace_text
 
@@ -62,7 +62,7 @@ def record_recipe(run: Path, recipe: Recipe) -> None:
         replace_text(path, to_toml(recipe))
         (run / "bad_files.jsonl").unlink(missing_ok=True)
         return
-    old, new = flat(parse_recipe(path.read_text(encoding="utf-8"), str(path))), flat(recipe)
+    old, new = flat(load_recipe(str(path))), flat(recipe)
     differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if k != "data" and old.get(k) != new.get(k)]
     if differ:
         raise ConfigError(f"{run} was begun with {', '.join(differ)}; use another --out, or the same recipe to go on")

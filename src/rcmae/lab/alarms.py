@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ..engine.schedules import Progress
 from ..methods import Method
-from ..methods.rcmae import auto_bounds
 
 PATIENCE = 3
 "Looks in a row that must agree before a measured fault is called one."
+
+LONGEST = 0.1
+"Half-life, as a share of the run, above which what the teacher learned first is still in it at the end: 2**-10 and more of the weights."
 
 DRAG = -0.1
 """Teacher advantage below which, past two thirds of the run, the teacher holds the student back. There, in runs of 100 steps, -0.04 was
@@ -49,8 +51,8 @@ class Alarms:
         if self.teacher is None:
             return []
         found = []
-        start = Progress(0, self.total, self.steps_per_epoch)  # also in a resumed run: what a schedule grows to is no fault
-        kept, longest = self._momentum(0), auto_bounds(start)[1]
+        # The first momentum, also in a resumed run: what a schedule grows to is no fault.
+        kept, longest = self._momentum(0), max(2.0, LONGEST * self.total)
         if kept >= 1:
             text = "the teacher's momentum is 1 from the start: it will never learn; lower --momentum or --half-life"
             found.append(Alarm("momentum-one", text))
@@ -94,7 +96,7 @@ class Alarms:
         advantage = line.get("teacher_advantage", 0.0)
         if self._lasts("drag", advantage < DRAG and t.fraction > 2 / 3 and not self.called & CAUSES):
             text = f"the teacher reconstructs {-advantage:.0%} worse than the student after {t.fraction:.0%} of the run: it is drag; "
-            found.append(Alarm("teacher-drag", text + "shorten --half-life, or --half-life auto"))
+            found.append(Alarm("teacher-drag", text + "shorten --half-life"))
         if monitor.seen:
             looked = {"predictions": monitor.seen[0].prediction[:8], "teacher's predictions": monitor.seen[0].guess[:8]}
             rounded = [name for name, v in (looked | {"losses": monitor.losses}).items() if v is not None and _rounded(v)]
