@@ -110,7 +110,37 @@ def verify() -> str:
     return "\n".join(rows)
 
 
-TABLES = {f.__name__: f for f in (embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify)}
+def alarms() -> str:
+    """benchmarks/alarms.py."""
+    r = json.loads((ROOT / "results" / "alarms.json").read_text())
+    faults, healthy = ([row for row in r["rows"] if bool(row["alarm"]) == kind] for kind in (True, False))
+    rows = ["| fault that was put in | alarm | at step | what it said |", "| --- | --- | ---: | --- |"]
+    for row in faults:
+        line = row["lines"][0].partition(": ")[2] if row["lines"] else "nothing"
+        rows.append(f"| {row['run']} | {', '.join(row['called'])} | {', '.join(map(str, row['steps']))} of {r['steps']} | {line} |")
+    called = sum(bool(row["called"]) for row in healthy)
+    return "\n".join([*rows, "", f"Healthy runs on which an alarm was called: {called} of {len(healthy)}."])
+
+
+def monitor_cost() -> str:
+    """benchmarks/monitor_cost.py."""
+    r = json.loads((ROOT / "results" / "monitor_cost.json").read_text())
+    lengths = list(r["rows"][0]["by_length"])
+    head = ["model", "a step", "log lines", "gradients and health", "LiDAR", "in all", *(f"{int(n):,} steps" for n in lengths)]
+    rows = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in r["rows"]:
+        s, (low, high) = row["shares"], row["interval"]
+        parts = [f"{1000 * row['step_seconds']:.0f} ms", f"{s['log lines, paired blocks']:.1%} [{low:.1%}, {high:.1%}]"]
+        parts += [f"{v:.1%}" for v in (s["gradients and health"], s["LiDAR"], row["cost"], *(row["by_length"][n] for n in lengths))]
+        rows.append(f"| {row['size']} | " + " | ".join(parts) + " |")
+    note = f"A run of {r['rows'][0]['steps']:,} steps; log lines by paired blocks with and without, in one run, with a 95 % interval; "
+    return "\n".join([*rows, "", note + "other lengths from the timed parts."])
+
+
+TABLES = {
+    f.__name__: f
+    for f in (embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify, alarms, monitor_cost)
+}
 PAGES = ("README.md", "docs/embedded.md", "docs/lab.md")
 
 
