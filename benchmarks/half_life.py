@@ -103,7 +103,8 @@ MARGIN = 1.0
 def verdicts(arms: dict[str, list[dict]]) -> dict[str, str]:
     """The sentences that the numbers support; "no difference" where an interval holds zero."""
     by_mean = sorted((a for a in arms if a.endswith("%, teacher")), key=lambda a: np.mean([f["linear"] for f in arms[a]]))
-    default, best, worst, auto = "RC-MAE 1.5%, teacher", by_mean[-1], by_mean[0], "RC-MAE auto, teacher"
+    default, auto = f"RC-MAE {load_recipe('embedded').rcmae.half_life}, teacher", "RC-MAE auto, teacher"
+    best, worst = by_mean[-1], by_mean[0]
     chosen, said = ", chosen on these seeds", {}
     pairs = {
         "default": (default, "MAE", ""), "averaging": (default, "MAE, averaged", ""), "best": (best, "MAE, averaged", chosen),

@@ -138,8 +138,7 @@ def monitor_cost() -> str:
 
 
 TABLES = {
-    f.__name__: f
-    for f in (embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify, alarms, monitor_cost)
+    f.__name__: f for f in (embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify, alarms, monitor_cost)
 }
 PAGES = ("README.md", "docs/embedded.md", "docs/lab.md")
 

@@ -95,8 +95,8 @@ class RCMAE:
     "teacher momentum: constant, from `half_life`; the paper's text (cosine to 1); the official code (constant)"
     momentum: float = 0.996
     "starting momentum of `described`, constant momentum of `released`; `half-life` does not use it"
-    half_life: str = "1.5%"
-    "how long a student stays half remembered: '1.5%' of the run, '173 steps', '2e6 images', '0.5 epochs' or 'auto'"
+    half_life: str = "0.5%"
+    "how long a student stays half remembered: '0.5%' of the run, '173 steps', '2e6 images', '0.5 epochs' or 'auto'"
     ema_updates: int = 1
     "teacher updates an optimizer step; the official code makes one a micro-batch (ViT-B and L: 2)"
 
@@ -360,12 +360,12 @@ def parse_time(text: str) -> float:
 
 
 def parse_half_life(text: str) -> tuple[float, str]:
-    """'1.5%', '173 steps', '2e6 images' or '0.5 epochs' as (number, unit), the unit of a share is '%'; 'auto' as (0, 'auto')."""
+    """'0.5%', '173 steps', '2e6 images' or '0.5 epochs' as (number, unit), the unit of a share is '%'; 'auto' as (0, 'auto')."""
     if text.strip() == "auto":
         return 0.0, "auto"
     m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*(%|steps?|images?|epochs?)\s*", text)
     if m is None or not float(m[1]) > 0:
-        raise ConfigError(f"{text!r} is no half-life; write '1.5%' (of the run), '173 steps', '2e6 images', '0.5 epochs' or 'auto'")
+        raise ConfigError(f"{text!r} is no half-life; write '0.5%' (of the run), '173 steps', '2e6 images', '0.5 epochs' or 'auto'")
     return float(m[1]), m[2] if m[2] == "%" else m[2].rstrip("s") + "s"
 
 
