@@ -55,7 +55,7 @@ FAILURES = [
     (["pretrain", "--batch-size", "1.5"], 2, "--batch-size: '1.5' is no whole number"),
     (["pretrain", "--workers", "2x"], 2, "--workers: '2x' is no whole number"),
     (["lab", "linear", "--seeds", "1.5"], 2, "--seeds: '1.5' is no whole number"),
-    (["lab", "linear", "--seeds", "1", "--out", "{tmp}/latin.toml"], 6, "latin.toml cannot be used: File exists"),
+    (["lab", "linear", "--seeds", "1", "--out", "{tmp}/latin.toml"], 2, "latin.toml is a file; name a folder"),
     (["pretrian"], 2, 'Did you mean "pretrain"?'),
     (["check"], 2, "requires an argument"),
     (["check", "{tmp}/nowhere"], 3, "nowhere"),
@@ -174,6 +174,18 @@ def test_an_unexpected_error_is_one_line_and_leaves_its_traceback_in_a_file(tmp_
     err = capsys.readouterr().err
     assert err == "rcmae: error: unexpected ZeroDivisionError: division by zero; see rcmae-error.log\n"
     assert "Traceback" in Path("rcmae-error.log").read_text()
+
+
+def test_a_file_that_cannot_be_used_is_one_line(tmp_path, capsys, monkeypatch):
+    """Whatever the system refuses that no command foresaw."""
+
+    def refuse(run):
+        raise PermissionError(13, "Permission denied", str(run / "report.html"))
+
+    monkeypatch.setattr("rcmae.report.write_report", refuse)
+    (tmp_path / "recipe.toml").write_text("")
+    assert main(["report", str(tmp_path)]) == 6
+    assert capsys.readouterr().err == f"rcmae: error: {tmp_path}/report.html cannot be used: Permission denied\n"
 
 
 def test_signals_stop_a_run_politely(tmp_path):

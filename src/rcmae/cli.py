@@ -156,6 +156,7 @@ def lab_linear(*, out: Path = Path("runs/lab-linear"), seeds: Whole = 3) -> None
 
     if seeds < 1:
         raise ConfigError(f"seeds must be 1 or more, not {seeds}")
+    _check_folder(out)
     found = study(Setting(seeds=seeds))
     relations = ("same", "different", "orthogonal")
 
@@ -201,6 +202,8 @@ def lab_gradients(
 
     from .lab.gradients import Setting, study, write_page
 
+    out = out or (Path(run) / "lab" if Path(run).is_dir() else Path("runs/lab-gradients"))
+    _check_folder(out)
     setting = Setting(batches=batches, batch_size=batch_size, settle=settle, lr=lr, device=device)
     found = study(run, setting, _console().print)
     table = Table("after a step on batch B", "similarity", "cosine with the step", "with AdamW's moment", "ratio", title_justify="left")
@@ -210,7 +213,7 @@ def lab_gradients(
     _console().print(table)
     for _, text in found["said"]:
         _console().print(text)
-    print(f"Open {write_page(found, out or (Path(run) / 'lab' if Path(run).is_dir() else Path('runs/lab-gradients')))}")
+    print(f"Open {write_page(found, out)}")
 
 
 @app.command
@@ -338,8 +341,14 @@ def _recipe_defaults(argv: list[str]) -> tuple[Dict, ...]:
     return (Dict({"pretrain": values}, source=f"recipe {name or 'embedded'}"),)
 
 
+def _check_folder(out: Path) -> None:
+    """Said before the work, not after it."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder")
+
+
 def _check_place(json: Path | None) -> None:
-    """Said before an hour's work, not after it."""
+    """Likewise."""
     if json and (json.is_dir() or not json.parent.is_dir()):
         raise ConfigError(f"--json {json}: " + ("that is a folder" if json.is_dir() else f"there is no folder {json.parent}"))
 
