@@ -1,8 +1,8 @@
 """What the monitor costs: `python -m benchmarks.monitor_cost [--sizes embedded,ti] [--pairs 40] [--out FILE]`.
 
-One real run of the loop a size, of the embedded recipe's length (2,000 steps, so a log line every 20 steps), in which the monitor is
-put in and taken out in alternating blocks of a few steps; a pair of neighbouring blocks gives one ratio of times. The slow
-instruments come too seldom for that: they are timed by themselves, on the same run, and counted as often as they come in a run.
+One real run of the loop a size, of the embedded recipe's length (2,000 steps), in which the monitor is put in and taken out in
+alternating blocks of a few steps; a pair of neighbouring blocks gives one ratio of times. A log line comes every 2 steps there, and its
+share is that of the 20 steps for which it stands in such a run. The slow instruments come too seldom for that: they are timed by themselves, on the same run, and counted as often as they come in a run.
 
 Expected, before the first measurement: a log line's instruments cost about 6 ms, 1 % or less of the steps it stands for; full
 gradients and health 0.4 %, LiDAR 0.3 % at 1,500 steps: below 2 % in all, and less in longer runs.
@@ -29,11 +29,14 @@ from benchmarks.alarms import broken
 from rcmae.config import Machine, Recipe, load_recipe, replace
 from rcmae.engine.run import describe_machine
 from rcmae.errors import Preempted
-from rcmae.lab.monitor import Monitor, cadence
+from rcmae.lab.monitor import LIDAR_EVERY, Monitor, cadence
 
 BOUND = 0.02
 MILESTONES = 6
-"LiDARs of a run."
+"Pictures of a run."
+
+LOG_EVERY = 2
+"Steps between two log lines while it is measured: more often than in any run, so that there is something to measure."
 
 TIMED = 5
 "Times that a slow instrument is timed."
@@ -120,7 +123,7 @@ def measure(size: str, pairs: int, machine: Machine) -> dict[str, Any]:
     recipe, images = recipe_of(size)
     total = recipe.steps
     log_every = loop.usual_log_every(total)
-    clock = Clock(pairs, log_every)
+    clock = Clock(pairs, LOG_EVERY)
 
     def few(old):
         return lambda self, split="train", count=images, size=32, seed=0: old(self, split, min(count, images), size, seed)
@@ -147,6 +150,7 @@ def summary(clock: Clock, size: str, recipe: Recipe, log_every: int) -> dict[str
     ratios = [on / off for on, off in pairs]
     step = statistics.median(off for _, off in pairs) / clock.steps
     line = statistics.median(map(sum, zip(*[iter(clock.line)] * 3, strict=False)))  # look, read and at_log
+    ratios = [1 + (ratio - 1) * LOG_EVERY / log_every for ratio in ratios]
     shares = {"log lines, paired blocks": statistics.median(ratios) - 1, "log lines, timed": line / (log_every * step)}
     for name, seconds in clock.slow.items():
         shares[name] = statistics.median(seconds) * times(name, recipe.steps, log_every) / (recipe.steps * step)
@@ -164,9 +168,9 @@ def summary(clock: Clock, size: str, recipe: Recipe, log_every: int) -> dict[str
 
 def times(name: str, total: int, log_every: int) -> int:
     """How often a slow instrument comes in a run, asked of the instrument itself."""
-    if name == "LiDAR":
-        return MILESTONES
     monitor = SimpleNamespace(total=total, every=cadence(total))
+    if name == "LiDAR":
+        return sum(Monitor.due(monitor, step, total // MILESTONES, LIDAR_EVERY) for step in loop.spread(total, MILESTONES))
     return sum(Monitor.due(monitor, step, log_every) for step in range(1, total + 1) if step % log_every == 0 or step == total)
 
 
@@ -187,7 +191,9 @@ def main() -> int:
     load, rows = os.getloadavg()[0], []
     for size in options.sizes.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            machine = Machine(out=Path(folder) / "run", device=options.device, threads=options.threads, save_every="1h", workers=0)
+            machine = Machine(
+                out=Path(folder) / "run", device=options.device, threads=options.threads, save_every="1h", workers=0, log_every=LOG_EVERY
+            )
             rows.append(row := measure(size, options.pairs if size == "embedded" else max(4, options.pairs // 4), machine))
         print(f"{size}: a step takes {1000 * row['step_seconds']:.0f} ms, a log line's instruments {1000 * row['line_seconds']:.1f} ms")
         for name, share in row["shares"].items():

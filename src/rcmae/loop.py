@@ -195,7 +195,7 @@ class Run:
             self.screen.say(f"{self.out} is finished at step {self.step:,}")
             if not all((self.out / "export" / which).is_dir() for which in self.method.networks):
                 self.export()
-        milestones = spread(self.total, max(self.recipe.probe.probes, 6))
+        milestones = spread(self.total, count := max(self.recipe.probe.probes, 6))
         probe_steps = spread(self.total, self.recipe.probe.probes)
         log_every = self.machine.log_every or usual_log_every(self.total)
         save_seconds = parse_time(self.machine.save_every)
@@ -240,7 +240,7 @@ class Run:
                 if recent:
                     in_a_row, recent = self.check_finite(recent, in_a_row), []
                 if self.step in milestones:
-                    self.milestone(probes if self.step in probe_steps else None)
+                    self.milestone(probes if self.step in probe_steps else None, self.total // count)
                 self.save()
                 if asked or alarmed or (self.step in milestones and self.step < self.total and time.monotonic() > self.next_report):
                     self.report()
@@ -423,12 +423,12 @@ class Run:
             tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
             save_file(tensors, self.out / "snapshots" / f"{self.step:08d}.safetensors", facts | {"step": str(self.step)})
 
-    def milestone(self, probes: ProbeSet | None) -> None:
-        """Probe, picture and export what there is."""
+    def milestone(self, probes: ProbeSet | None, since: int) -> None:
+        """Probe, picture and export what there is; the milestone before was `since` steps ago."""
         if not self.world.first:
             return
         self.picture()
-        if self.monitor and (value := self.monitor.lidar(self.fixed)):
+        if self.monitor and self.monitor.due_lidar(self.step, since) and (value := self.monitor.lidar(self.fixed)):
             self.write("health", lidar=value)
         if probes:
             scores = {which: probes.backbone(self.method.backbone(which), self.device, self.precision) for which in self.method.networks}

@@ -1,7 +1,7 @@
 """Instruments that every run carries: what the teacher does to the student, and whether the features stay alive.
 
 Three cadences. At every log line: numbers that cost nothing, from what the step has computed anyway. Every `every` steps: the
-full gradients of both losses on a few images, and the health of recent features. At milestones: LiDAR.
+full gradients of both losses on a few images, and the health of recent features. At milestones, but not too often: LiDAR.
 """
 
 import math
@@ -24,13 +24,16 @@ RING = 2048
 SLICES = 16
 "Weight tensors of which a part is followed through a step."
 
+LIDAR_EVERY = 300
+"Steps between two LiDARs, at the least: one costs as much as two steps."
+
 FEW = 32
 "Images of the full gradients."
 
 
 def cadence(total: int) -> int:
     """Steps between two looks of the slow instruments in a run of so many."""
-    return max(100, min(1000, total // 10))
+    return max(200, min(1000, total // 10))
 
 
 class Monitor:
@@ -126,9 +129,10 @@ class Monitor:
 
     # --- now and then ---------------------------------------------------------------------------------------------------
 
-    def due(self, step: int, log_every: int) -> bool:
-        """Is this log line the first one past another `every` steps, or the last one?"""
-        return step // self.every > (step - log_every) // self.every or step == self.total
+    def due(self, step: int, since: int, every: int | None = None) -> bool:
+        """Is this look the first one past another `every` steps (default: the cadence), `since` steps after the one before? Or the last?"""
+        every = every or self.every
+        return step // every > (step - since) // every or step == self.total
 
     def slow(self) -> dict[str, Any]:
         """Full gradients of both losses on a few images of the last step, distance a block, and health of recent features."""
@@ -144,6 +148,10 @@ class Monitor:
                     for block, names in blocks(parts[0]).items()
                 }
         return found
+
+    def due_lidar(self, step: int, since: int) -> bool:
+        """Likewise for LiDAR, `since` being the steps between two milestones."""
+        return self.due(step, since, LIDAR_EVERY)
 
     @torch.no_grad()
     def lidar(self, batch: dict[str, Tensor], views: int = 8) -> float | None:
