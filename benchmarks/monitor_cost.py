@@ -1,8 +1,9 @@
 """What the monitor costs: `python -m benchmarks.monitor_cost [--sizes embedded,ti] [--pairs 40] [--out FILE]`.
 
 One real run of the loop a size, of the embedded recipe's length (2,000 steps), in which the monitor is put in and taken out in
-alternating blocks of a few steps; a pair of neighbouring blocks gives one ratio of times. A log line comes every 2 steps there, and its
-share is that of the 20 steps for which it stands in such a run. The slow instruments come too seldom for that: they are timed by themselves, on the same run, and counted as often as they come in a run.
+alternating blocks of a few steps; a pair of neighbouring blocks gives one ratio of times. A log line comes every 2 steps there, and
+its share is that of the 20 steps for which it stands in such a run. The slow instruments come too seldom for that: they are timed by
+themselves, on the same run, and counted as often as they come in a run.
 
 Expected, before the first measurement: a log line's instruments cost about 6 ms, 1 % or less of the steps it stands for; full
 gradients and health 0.4 %, LiDAR 0.3 % at 1,500 steps: below 2 % in all, and less in longer runs.

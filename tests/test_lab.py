@@ -321,6 +321,23 @@ def test_health_of_known_features():
     assert effective_rank(torch.zeros(3)) == pytest.approx(1)
 
 
+def test_slow_instruments_come_seldom_in_short_runs_and_always_at_the_end():
+    """How often full gradients and LiDAR come, by the length of the run: a log line every hundredth, a picture every sixth of it."""
+
+    def looks(total):
+        monitor = Monitor(method_for(small()), total)
+        line, picture = max(1, total // 100), total // 6
+        lines = {step for step in range(1, total + 1) if step % line == 0 or step == total}
+        pictures = {round(total * (i + 1) / 6) for i in range(6)}
+        slow = [step for step in sorted(lines) if monitor.due(step, line)]
+        return slow, [step for step in sorted(pictures) if monitor.due_lidar(step, picture)]
+
+    assert looks(6) == ([6], [6])
+    assert looks(300) == ([201, 300], [300])
+    assert looks(1000)[1] == [333, 667, 1000]
+    assert [len(kind) for kind in looks(2000)] == [10, 6]
+
+
 def test_lidar_counts_directions_that_tell_images_apart():
     g = torch.Generator().manual_seed(0)
     within = torch.randn(200, 8, 6, generator=g)
