@@ -104,7 +104,10 @@ def test_version_is_in_one_place():
     assert done.stdout.strip() == re.search(r'__version__ = "(.+)"', text)[1]
 
 
-@pytest.mark.parametrize("name", ["embedded", "step_cpu", "half_life", "lab_linear", "lab_gradients", "verify_rcmae"])
+@pytest.mark.parametrize(
+    "name",
+    ["alarms", "embedded", "half_life", "kill", "lab_gradients", "lab_linear", "monitor_cost", "step_cpu", "verify_mae", "verify_rcmae"],
+)
 def test_results_say_how_they_were_made(name):
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
     conditions = result.get("machine") or result["conditions"]

@@ -204,14 +204,20 @@ def findings(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[tuple[st
         word = "holds" if low > 0 else "does not hold: it is the other way round" if high < 0 else "cannot be told"
         if (one, other) == ("ii", "iii") and low <= 0 <= high:
             word = "they are alike"
-        text = f"{CONDITIONS[one]} below {CONDITIONS[other]}: {word} (difference {mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f})."
+        text = f"{CONDITIONS[one]} below {CONDITIONS[other]}: {word} "
+        text += f"(difference {_signed(mean)}, 95 % interval {_signed(low)} to {_signed(high)})."
         if (one, other) == ("ii", "iii") and about["whole_images"]:
             text += " This recipe takes whole images, so new crops are the same crops."
         said.append(("good" if low > 0 else "note", text))
     mean, low, high = bootstrap(by["iv"])
     word = "holds" if low <= 0 <= high else "does not hold: what the teacher takes back is shared by all images"
-    said.append(("good" if low <= 0 <= high else "note", f"Nothing on other images: {word} ({mean:+.4f}, {low:+.4f} to {high:+.4f})."))
+    text = f"Nothing on other images: {word} ({_signed(mean)}, {_signed(low)} to {_signed(high)})."
+    said.append(("good" if low <= 0 <= high else "note", text))
     return said
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 
 def write_page(found: dict[str, Any], out: Path) -> Path:

@@ -42,12 +42,12 @@ class Line:
 def plot(
     lines: list[Line], levels: dict[str, float] | None = None, ylabel: str = "", log: bool = False, markers: bool = False,
     xlabel: str = "step", xlog: bool = False, symlog: float | None = None, ticks: dict[int, str] | None = None,
-    right: tuple[str, float] | None = None,
+    right: tuple[str, float] | None = None, span: float = 0.0,
 ) -> str:  # fmt: skip
     """An SVG of some curves, over steps unless said otherwise, with dashed grey reference `levels` named at the right edge.
 
     `symlog`: both signs on a logarithmic axis that is straight up to this value. `ticks`: words along the x axis, by place.
-    `right`: name of a second y axis, and its units in one of the first.
+    `right`: name of a second y axis, and its units in one of the first. `span`: the least that the y axis spans.
     """
     settings = {
         "font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "rcmae",
@@ -73,10 +73,13 @@ def plot(
         if symlog:
             axes.set_yscale("symlog", linthresh=symlog)
             axes.yaxis.set_major_formatter(_plain)
+        low, high = axes.get_ylim()
+        if high - low < span:
+            axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
         if xlabel == "step":
             axes.set_xlim(left=0)
         if ticks:
-            small = len(ticks) > 12
+            small = len("".join(ticks.values())) > 40
             axes.set_xticks(list(ticks), list(ticks.values()), rotation=90 if small else 0, fontsize=7 if small else 8)
         sides = [axes]
         if right:
@@ -91,7 +94,9 @@ def plot(
             side.spines[:].set_color(COLOURS["faint"])
         axes.spines[["top", "right"]].set_visible(False)
         if sum(line.name != "" for line in drawn) > 1:
-            axes.legend(frameon=False, labelcolor=COLOURS["ink"], fontsize=8, loc="best", handlelength=1.6)
+            # Above the axes: no curve runs through it.
+            look = {"frameon": False, "labelcolor": COLOURS["ink"], "fontsize": 8, "handlelength": 1.6, "borderpad": 0.2}
+            axes.legend(**look, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = file.getvalue()

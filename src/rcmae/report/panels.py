@@ -72,7 +72,7 @@ def _what_it_does(lines: list[dict], health: list[dict], steered: bool) -> list[
         text += "inside the broad one: above it the teacher stands still, below it moves too often, for example once a micro-batch."
         expected = Line("expected", "teacher", column(measured, "step"), column(measured, "expected_momentum"), "band")
         kept = Line("measured", "ink", column(measured, "step"), column(measured, "measured_momentum"))
-        found.append(Shown("figure-momentum", plot([expected, kept], ylabel="momentum a step"), text))
+        found.append(Shown("figure-momentum", plot([expected, kept], ylabel="momentum a step", span=0.01), text))
     half_lives = column(lines, "half_life_steps")
     if steered and _any(half_lives):
         last = next(line for line in reversed(lines) if line.get("half_life_steps"))
