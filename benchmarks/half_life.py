@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 HALF_LIVES = ("0.15%", "0.5%", "1.5%", "5%", "15%")
 WHO = ("student", "teacher")
 PROBE = Probe(probes=1, probe_train=2000, probe_test=4000)
-RUNS = {"gamma 0": {"gamma": 0.0}, **{h: {"half_life": h} for h in HALF_LIVES}, "auto": {"half_life": "auto"}}
+RUNS = {"gamma 0": {"gamma": 0.0, "half_life": "1.5%"}, **{h: {"half_life": h} for h in HALF_LIVES}, "auto": {"half_life": "auto"}}
 
 
 def place_of(out: Path, name: str, seed: int) -> Path:
@@ -154,7 +154,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def main() -> None:
     """Make the runs that are missing, then write and print what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "half_life")

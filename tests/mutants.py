@@ -1,4 +1,4 @@
-"""`make mutants`: run test files with a break of tests/breaks.py applied, and see a test fail; unbroken, all must pass."""
+"""`make mutants`: run the test that a break of tests/breaks.py names with the break applied, and see it fail; unbroken, all must pass."""
 
 import os
 import re
@@ -17,7 +17,7 @@ def run(files: list[str], broken: str = "") -> tuple[int, str]:
 
 
 def main(chosen: list[str]) -> int:
-    """Print a line a break; 0 only if each made a test fail (not crash) and the unbroken code passes the same files."""
+    """Print a line a break; 0 only if each made a test fail (not crash) and the unbroken code passes the same tests."""
     names = [name for name in BREAKS if not chosen or any(word in name for word in chosen)]
     wrong = 0
     with ThreadPoolExecutor(2) as pool:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,21 @@ def test_the_record_survives_a_full_disk_at_a_resume(tmp_path, monkeypatch):
         metrics.write("train", 2, loss=1.0)
     metrics.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_a_resume_goes_on_in_the_same_place_of_every_sink(tmp_path, monkeypatch):
+    """W&B by the run's own id, TensorBoard without the points beyond the checkpoint."""
+    asked, purged = [], []
+    wandb = SimpleNamespace(init=lambda **options: asked.append(options) or SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None))
+    board = SimpleNamespace(
+        SummaryWriter=lambda place, purge_step: purged.append(purge_step) or SimpleNamespace(add_scalar=lambda *a: None, close=lambda: None)
+    )
+    monkeypatch.setattr("rcmae.engine.metrics.optional", lambda module, extra: {"wandb": wandb, "tensorboard": board}[extra])
+    for step in (None, 3):
+        Metrics(tmp_path, step, tensorboard=True, wandb="project").close()
+    assert asked[0]["id"] == asked[1]["id"] != ""
+    assert asked[0]["resume"] == "allow"
+    assert purged == [None, 4]
 
 
 def test_a_run_without_a_checkpoint_has_not_begun(tmp_path):

@@ -25,8 +25,8 @@ def linear_page(tmp_path_factory) -> Path:
 def gradients_page(tmp_path) -> Path:
     """The page of a made-up study of three steps."""
     rows = [
-        {"condition": name, "similarity": 1 - 0.3 * i, "previous": 0.25 * i - 0.9 + 0.01 * k, "moment": -0.5, "present": 0.1, "ratio": 0.5,
-         "by_block": {block: 0.25 * i - 0.9 + 0.1 * j for j, block in enumerate(BLOCKS)}}
+        {"condition": name, "similarity": 1 - 0.3 * i, "previous": 0.25 * i - 0.9 + 0.01 * k, "moment": -0.5, "ratio": 0.5,
+         "by_block": {b: {"previous": 0.25 * i - 0.9 + 0.1 * j, "moment": -0.5, "ratio": 0.5} for j, b in enumerate(BLOCKS)}}
         for k in range(3) for i, name in enumerate(gradients.CONDITIONS)
     ]  # fmt: skip
     about = {

@@ -194,7 +194,8 @@ def test_different_masks_are_scored_where_both_are_blind():
     terms = []
     for i in range(len(s)):
         mine, theirs = (batch[k][i, method.visible :].tolist() for k in ("order", "teacher_order"))
-        terms += [(s[i, mine.index(p)] - t[i, theirs.index(p)]).square().mean() for p in mine if p in theirs]
+        both = [p for p in mine if p in theirs]
+        terms.append(torch.stack([(s[i, mine.index(p)] - t[i, theirs.index(p)]).square().mean() for p in both]).mean())
     assert losses["consistency"].item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
 
 
@@ -283,7 +284,7 @@ def test_auto_half_life_follows_who_is_ahead(mask):
     assert method.half_life(t) == 2
     for advantage, steps in ((0.5, 10), (-0.5, 3), (0.001, 10), (5.0, 1000), (-5.0, 1000)):
         for _ in range(steps):
-            method.ahead.append(torch.tensor(advantage))
+            method.ahead.append(torch.tensor([1.0, 1.0 - advantage]))  # the student's error, and the teacher's
             method.after_step(t, ONE)
         seen.append(float(method.half_life(t)))
     grown = 2 + 10 * math.log(2)

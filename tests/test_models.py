@@ -47,6 +47,7 @@ def test_any_plain_timm_vit_is_an_encoder(name):
     patches = patchify(images, encoder.patch)
     everything = torch.arange(patches.shape[1])[None]
     assert torch.allclose(encoder(patches, everything), vit.forward_features(images), atol=1e-5)
+    assert all(isinstance(block.attn, blocks.Attention) for block in vit.blocks), "the kernel is ours to choose"
 
 
 def test_a_decoder_with_all_queries_agrees_on_the_hidden_ones():

@@ -253,6 +253,13 @@ def test_the_verdict_is_in_plain_words(tmp_path):
     assert "1 of the images could not be read" in text
 
 
+def test_flat_images_hold_nothing_to_explain(tmp_path):
+    run = run_directory(tmp_path / "run")
+    record = run / "metrics.jsonl"
+    record.write_text(record.read_text().replace('"zero": 0.8', '"zero": 0.0'))
+    assert "0% of what is hidden is explained" in re.sub(r"\s+", " ", write_report(run).read_text())
+
+
 def test_what_is_missing_is_left_out(tmp_path):
     run = run_directory(tmp_path / "run")
     for name in ("metrics.jsonl", "machine.json", "bad_files.jsonl"):

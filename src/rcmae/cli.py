@@ -61,8 +61,8 @@ def pretrain(
 
 @app.command(name="check")
 def check_data(
-    path: str, /, *, val: str | None = None, recipe: str = "folder", batch_size: Whole | None = None,
-    bad_share: float = Machine().bad_share, json: Path | None = None,
+    path: str, /, *, val: str | None = None, recipe: str | None = None, channels: Whole | None = None,
+    batch_size: Whole | None = None, bad_share: float = Machine().bad_share, json: Path | None = None,
 ) -> int:  # fmt: skip
     """Audit a data folder before any training: counts, sizes, unreadable files, duplicates, statistics, speed.
 
@@ -73,7 +73,9 @@ def check_data(
     val
         A validation set, to look for images that are in both.
     recipe
-        The recipe whose view of the data is told.
+        The recipe whose view of the data is told [default: folder, or embedded for that set].
+    channels
+        Bands of an image [default: the recipe's].
     batch_size
         Images a step [default: the recipe's].
     bad_share
@@ -84,9 +86,12 @@ def check_data(
     from .data.audit import audit, render, to_json
 
     _check_place(json)
-    chosen = load_recipe(recipe)
+    chosen = load_recipe(recipe or ("embedded" if path.startswith("embedded:") else "folder"))
     if batch_size is not None:
-        chosen = check(replace(chosen, optim=replace(chosen.optim, batch_size=batch_size)))
+        chosen = replace(chosen, optim=replace(chosen.optim, batch_size=batch_size))
+    if channels is not None:
+        chosen = replace(chosen, images=replace(chosen.images, channels=channels))
+    check(chosen)
     check_machine(Machine(bad_share=bad_share))
     found = audit(path, val=val, recipe=chosen, bad_share=bad_share)
     _console().print(render(found))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -22,7 +22,7 @@ from .data.dataset import BadFiles, Images, collate, measure_statistics, quiet_w
 from .data.sampler import BatchSampler, check_parts
 from .data.sources import open_source
 from .engine import distributed
-from .engine.checkpoint import load_checkpoint, newest, save_checkpoint
+from .engine.checkpoint import load_checkpoint, newest, replace_file, save_checkpoint
 from .engine.console import Screen, clock
 from .engine.distributed import World
 from .engine.metrics import Metrics, read_metrics
@@ -34,7 +34,7 @@ from .interop.timm_export import PLAIN, export
 from .lab.alarms import Alarm, Alarms, called_before
 from .lab.monitor import Monitor
 from .methods import METHODS, Method
-from .models.backbone import IMAGENET
+from .models.backbone import usual_statistics
 from .report import write_report
 from .tasks.probe import ProbeSet, probe_set
 
@@ -124,10 +124,8 @@ class Run:
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation of each channel, in units of 0 to 1."""
-        channels = self.recipe.images.channels
-        if self.recipe.images.normalize == "imagenet" and channels in (1, 3):
-            return IMAGENET if channels == 3 else tuple((sum(s) / 3,) for s in IMAGENET)
-        return self.world.from_first(measure_statistics(self.source, channels))
+        images = self.recipe.images
+        return usual_statistics(images) or self.world.from_first(measure_statistics(self.source, images.channels))
 
     def prepare_blocks(self) -> None:
         for module in self.method.modules():
@@ -421,7 +419,7 @@ class Run:
         if tensors:
             (self.out / "snapshots").mkdir(exist_ok=True)
             tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
-            save_file(tensors, self.out / "snapshots" / f"{self.step:08d}.safetensors", facts | {"step": str(self.step)})
+            replace_file(self.out / "snapshots" / f"{self.step:08d}.safetensors", save(tensors, facts | {"step": str(self.step)}))
 
     def milestone(self, probes: ProbeSet | None, since: int) -> None:
         """Probe, picture and export what there is; the milestone before was `since` steps ago."""

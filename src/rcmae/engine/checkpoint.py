@@ -139,11 +139,11 @@ def _fill(method: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     method.load_state_dict(weights)
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Replace a small file in one go: it is the old one or the new one, whenever one looks. Raises StorageError."""
     temporary = path.with_name(f".tmp_{path.name}")
     try:
-        _write(temporary, text.encode())
+        _write(temporary, content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as e:
         temporary.unlink(missing_ok=True)

@@ -49,10 +49,6 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier(group=self.control)
-
 
 def start(device: torch.device) -> World:
     """Join the world that torchrun describes in the environment, or be alone."""

@@ -4,11 +4,12 @@ import contextlib
 import importlib
 import json
 import math
+import secrets
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, StorageError
-from .checkpoint import replace_text
+from .checkpoint import replace_file
 
 
 class Metrics:
@@ -21,13 +22,20 @@ class Metrics:
         """
         self.path = run / "metrics.jsonl"
         kept = [] if step is None else [line for line in read_metrics(run) if line.get("step", 0) <= step]
-        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.board = self.wandb = None
         if tensorboard:
-            self.board = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
+            self.board = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(
+                str(run / "tensorboard"), purge_step=None if step is None else step + 1
+            )
         if wandb:
-            self.wandb = optional("wandb", "wandb").init(project=wandb, name=run.name, dir=str(run), resume="allow")
+            # The same id after a resume, so that it goes on there; it is the run directory's, which may be moved.
+            place = run / "wandb.id"
+            if not place.exists():
+                replace_file(place, secrets.token_hex(4))
+            options = {"id": place.read_text(), "resume": "allow", "name": run.name, "dir": str(run)}
+            self.wandb = optional("wandb", "wandb").init(project=wandb, **options)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line. JSON has no infinity and no NaN: they become null. Raises StorageError."""

@@ -20,7 +20,7 @@ import torch
 from .. import __version__
 from ..config import Recipe, flat, load_recipe, to_toml
 from ..errors import ConfigError, StorageError
-from .checkpoint import checkpoints, replace_text
+from .checkpoint import checkpoints, replace_file
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def record_recipe(run: Path, recipe: Recipe) -> None:
     """
     path = run / "recipe.toml"
     if not checkpoints(run / "checkpoints") or not path.exists():
-        replace_text(path, to_toml(recipe))
+        replace_file(path, to_toml(recipe))
         (run / "bad_files.jsonl").unlink(missing_ok=True)
         return
     old, new = flat(load_recipe(str(path))), flat(recipe)
@@ -110,7 +110,7 @@ def _commit() -> str | None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a small JSON file in one go. Raises StorageError."""
-    replace_text(path, json.dumps(content, indent=1) + "\n")
+    replace_file(path, json.dumps(content, indent=1) + "\n")
 
 
 class StopSignals:

@@ -26,7 +26,7 @@ from ..engine.optim import adamw
 from ..engine.schedules import Progress
 from ..errors import CheckpointError, ConfigError, DataError, DivergedError
 from ..methods import METHODS, Method
-from ..models.backbone import IMAGENET
+from ..models.backbone import usual_statistics
 from ..report.build import template
 from ..report.curves import Line, by_depth, plot, standalone
 from .monitor import blocks, both_gradients
@@ -37,6 +37,9 @@ CONDITIONS = {
     "iii": "new crops, new mask",
     "iv": "other images",
 }
+
+MEASURES = ("previous", "moment", "ratio")
+"Of the consistency gradient: cosine with the last step's reconstruction gradient, with AdamW's first moment; norm over the present one's."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +63,14 @@ class Study:
 
     def __init__(self, run: str, setting: Setting):
         """Raises ConfigError for a method without a teacher, CheckpointError for a run without a checkpoint."""
-        if setting.batches < 2:
-            raise ConfigError(f"an interval needs 2 batches or more, not {setting.batches}")
+        rules = [
+            (setting.batches >= 2, f"an interval needs 2 batches or more, not {setting.batches}"),
+            (setting.lr is None or 0 < setting.lr < math.inf, f"lr must be above 0, not {setting.lr}"),
+            (setting.settle is None or setting.settle >= 0, f"settle must be 0 or more, not {setting.settle}"),
+            (setting.batch_size is None or setting.batch_size >= 2, f"a batch needs 2 images or more, not {setting.batch_size}"),
+        ]
+        if problems := [text for fine, text in rules if not fine]:
+            raise ConfigError("; ".join(problems))
         folder = Path(run)
         begun = (folder / "recipe.toml").exists()
         if folder.is_dir() and not begun:
@@ -70,8 +79,6 @@ class Study:
         self.device = pick_device(setting.device)
         self.source = open_source(self.recipe.data, self.recipe.images.channels, size=self.recipe.images.size)
         self.batch_size = setting.batch_size or min(self.recipe.optim.batch_size, 128)
-        if self.batch_size < 2:
-            raise ConfigError(f"a batch needs 2 images or more, not {self.batch_size}")
         if len(self.source) < 2 * self.batch_size:
             raise DataError(
                 f"{self.recipe.data} holds {len(self.source)} images, fewer than two batches of {self.batch_size}; lower --batch-size"
@@ -97,6 +104,7 @@ class Study:
         self.settle = setting.settle if setting.settle is not None else int(min(max(3 * half_life, 10), 100))
         self.images = Images(self.source, self.method.views(), self.recipe.seed, self.recipe.images.channels)
         self.sampler = BatchSampler(len(self.source), self.batch_size, seed=self.recipe.seed + 1)
+        self.per_epoch = len(self.source) // self.batch_size
         self.about = {
             "run": folder.name, "recipe": self.recipe.method, "step": self.step, "batches": setting.batches, "batch_size": self.batch_size,
             "settle": self.settle, "lr": self.lr, "half_life": half_life, "momentum": kept, "images": len(self.source),
@@ -107,8 +115,7 @@ class Study:
         if (folder / "machine.json").exists():
             about = json.loads((folder / "machine.json").read_text())
             return tuple(about["mean"]), tuple(about["std"])
-        channels = self.recipe.images.channels
-        return IMAGENET if self.recipe.images.normalize == "imagenet" and channels == 3 else measure_statistics(self.source, channels)
+        return usual_statistics(self.recipe.images) or measure_statistics(self.source, self.recipe.images.channels)
 
     def batch(self, indices: list[int], draw: int) -> dict[str, Tensor]:
         """Images by index, under the crops and masks of a draw."""
@@ -132,7 +139,9 @@ class Study:
 
     def look(self, k: int) -> list[dict[str, Any]]:
         """One step on batch k, then a row for each condition."""
-        here, other = ([i for _, i in self.sampler.keys(step)] for step in (k, k + 1))
+        # Other images of the same epoch: those of the next one may be the same.
+        beside = k + 1 if (k + 1) % self.per_epoch else k - 1
+        here, other = ([i for _, i in self.sampler.keys(step)] for step in (k, beside))
         first = self.batch(here, 2 * k)
         self.method.train()
         before, _ = both_gradients(self.method, first)
@@ -150,9 +159,8 @@ class Study:
             rows.append({
                 "condition": name,
                 "similarity": _similarity(features["i"], features[name]),
-                "previous": _cosine(c, before, names), "moment": _cosine(c, moment, names), "present": _cosine(c, r, names),
-                "ratio": _norm(c, names) / _norm(r, names),
-                "by_block": {block: _cosine(c, before, inside) for block, inside in blocks(names).items()},
+                **_compared(c, r, before, moment, names),
+                "by_block": {block: _compared(c, r, before, moment, inside) for block, inside in blocks(names).items()},
             })  # fmt: skip
         return rows
 
@@ -166,11 +174,10 @@ def study(run: str, setting: Setting, say: Any = lambda text: None) -> dict[str,
     """Settle, then look at `setting.batches` steps; all rows, their summary and the findings in words."""
     s = Study(run, setting)
     say(f"{s.about['recipe']} at step {s.step}: {s.settle} steps to settle, then {setting.batches} to look at, {s.batch_size} images each")
-    per_epoch = len(s.source) // s.batch_size
     for k in range(s.settle):
         s.train(s.batch([i for _, i in s.sampler.keys(k)], 2 * k))
     rows = [row for k in range(s.settle, s.settle + setting.batches) for row in s.look(k)]
-    found = {"about": s.about | {"per_epoch": per_epoch}, "rows": rows, "summary": summary(rows)}
+    found = {"about": s.about, "rows": rows, "summary": summary(rows)}
     return found | {"said": findings(rows, s.about)}
 
 
@@ -180,9 +187,11 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in CONDITIONS:
         own = [row for row in rows if row["condition"] == name]
         line: dict[str, Any] = {"condition": name, "what": CONDITIONS[name]}
-        for key in ("similarity", "previous", "moment", "present", "ratio"):
+        for key in ("similarity", *MEASURES):
             line[key] = bootstrap([row[key] for row in own])
-        line["by_block"] = {block: float(np.mean([row["by_block"][block] for row in own])) for block in own[0]["by_block"]}
+        line["by_block"] = {
+            block: {key: bootstrap([row["by_block"][block][key] for row in own]) for key in MEASURES} for block in own[0]["by_block"]
+        }
         table.append(line)
     return table
 
@@ -230,11 +239,19 @@ def write_page(found: dict[str, Any], out: Path) -> Path:
         own = [row for row in found["rows"] if row["condition"] == name]
         x, y = ([row[key] for row in own] for key in ("similarity", "previous"))
         points.append(Line(f"{name}: {what}", colours[name], x, y, "o"))
-    layers = {f"{line['condition']}: {line['what']}": (colours[line["condition"]], line["by_block"]) for line in found["summary"]}
+    layers = {
+        key: {
+            f"{line['condition']}: {line['what']}": (colours[line["condition"]], {k: v[key][0] for k, v in line["by_block"].items()})
+            for line in found["summary"]
+        }
+        for key in MEASURES
+    }
     ylabel = "cosine with the step before"
     drawn = {
         "similarity": plot(points, {"nothing taken back": 0.0}, ylabel, xlabel="likeness of the features to those of batch B"),
-        "layers": by_depth(layers, ylabel, {"": 0.0}),
+        "layers": by_depth(layers["previous"], ylabel, {"": 0.0}),
+        "moments": by_depth(layers["moment"], "cosine with AdamW's moment", {"": 0.0}),
+        "ratios": by_depth(layers["ratio"], "|∇L_c| / |∇L_r|", {"equal": 1.0}, log=True),
     }
     (out / "gradients.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, svg in drawn.items():
@@ -243,6 +260,14 @@ def write_page(found: dict[str, Any], out: Path) -> Path:
     page = template("gradients.html.j2", "rcmae.lab").render(title=title, figures=drawn, **found)
     (out / "gradients.html").write_text(page, encoding="utf-8")
     return out / "gradients.html"
+
+
+def _compared(
+    c: dict[str, Tensor], r: dict[str, Tensor], before: dict[str, Tensor], moment: dict[str, Tensor], names: list[str]
+) -> dict[str, float]:
+    """The consistency gradient of some weights against those weights' other gradients."""
+    ratio = _norm(c, names) / max(_norm(r, names), 1e-30)
+    return {"previous": _cosine(c, before, names), "moment": _cosine(c, moment, names), "ratio": ratio}
 
 
 def _norm(gradient: dict[str, Tensor], names: list[str]) -> float:

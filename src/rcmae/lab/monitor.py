@@ -176,7 +176,7 @@ def last_layer(c: Comparison, entered: Tensor, gamma: float) -> dict[str, float]
     """Both losses' gradients of the last layer's weight, exactly, from its input; and the cosine of the two errors."""
     e, d = c.prediction - c.target, c.prediction - c.guess
     if c.weight is not None:
-        d = d * c.weight.unsqueeze(2) * (c.weight.numel() / c.weight.sum().clamp_min(1))
+        d = d * (c.weight * (c.weight.shape[1] / c.weight.sum(1, keepdim=True).clamp_min(1))).unsqueeze(2)
     of_x, of_t = (torch.einsum("bmp,bmw->pw", error, entered) for error in (e, d))
     found = relation([of_x], [of_t], gamma)
     return {f"last_{k}": v for k, v in found.items()} | {"output_cosine": _cosine([e], [d])}

@@ -61,8 +61,8 @@ def verify(recipe: Recipe, *, steps: int = 5, batch_size: int = 32, device: str 
     The recipe is taken as it is but for its length, its batch (`batch_size`, cut into 4 micro-batches or 2 processes), its probes and
     its warm-up, in which nothing moves far enough to be compared. Raises ConfigError, or the error of the run in one go.
     """
-    if steps < 2:
-        raise ConfigError(f"killed and resumed needs 2 steps or more, not {steps}")
+    if not 2 <= steps <= PLAN:
+        raise ConfigError(f"killed and resumed needs 2 steps or more, and at most {PLAN:,}, not {steps}")
     if batch_size < 4 or batch_size % 4:
         raise ConfigError(f"the batch is cut into 4: give a --batch-size that is a multiple of 4, not {batch_size}")
     optim, probe = replace(recipe.optim, batch_size=batch_size, warmup=0.0), replace(recipe.probe, probes=0)

@@ -29,10 +29,10 @@ class Comparison(NamedTuple):
     "1 where the guess counts, 0 where the teacher saw the patch; None: it counts everywhere"
 
     def mean(self, difference: Float[Tensor, "b m p"]) -> Tensor:
-        """Mean square over the patches on which the guess counts."""
+        """Mean square over the patches on which the guess counts: of each image, then over the images, however a batch is cut."""
         if self.weight is None:
             return difference.square().mean()
-        return (difference.square().mean(2) * self.weight).sum() / self.weight.sum().clamp_min(1)
+        return ((difference.square().mean(2) * self.weight).sum(1) / self.weight.sum(1).clamp_min(1)).mean()
 
 
 class Method(nn.Module):

@@ -73,7 +73,7 @@ class RCMAE(MAE):
             }
         if self.memory is not None:
             own = losses["reconstruction"] if c.weight is None else c.mean((c.prediction - c.target).detach())
-            self.ahead.append(1 - losses["teacher_reconstruction"] / own)
+            self.ahead.append(torch.stack([own, losses["teacher_reconstruction"]]))
         return losses
 
     def before_step(self, t: Progress, applied: Tensor) -> None:
@@ -94,9 +94,9 @@ class RCMAE(MAE):
         than the run does. Bounds: 2 steps, and a tenth of the run.
         """
         low, high = auto_bounds(t)
-        advantage = average(torch.stack(self.ahead).mean())
+        own, theirs = average(torch.stack(self.ahead).mean(0))
         self.ahead.clear()
-        change = (100 * advantage).clamp(-1, 1) * math.log(2)
+        change = (100 * (1 - theirs / own)).clamp(-1, 1) * math.log(2)
         self.memory.copy_((self.half_life(t) + torch.where(applied > 0, change, 0.0)).clamp(low, high))
 
     def momentum(self, t: Progress) -> float | Tensor:

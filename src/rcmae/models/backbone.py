@@ -7,8 +7,17 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..config import Images
+
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 "Channel means and deviations of ImageNet, in units of 0 to 1 (torchvision's documentation)."
+
+
+def usual_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """ImageNet's, where a recipe takes them: for grey images their means over the channels. None: the data's own are to be measured."""
+    if images.normalize != "imagenet" or images.channels not in (1, 3):
+        return None
+    return IMAGENET if images.channels == 3 else tuple((sum(s) / 3,) for s in IMAGENET)
 
 
 class Features(NamedTuple):

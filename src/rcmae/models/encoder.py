@@ -63,7 +63,10 @@ def build_vit(
     *, size: int | tuple[int, int], channels: int, patch: int, width: int, depth: int, heads: int, registers: int
 ) -> VisionTransformer:
     """A timm ViT with MAE's fixed sine-cosine positions and MAE's initial weights; `img_size` is (h, w) or a side."""
-    vit = VisionTransformer(**vit_args(size, channels, patch, width, depth, heads, registers), attn_layer=Attention)
+    vit = VisionTransformer(
+        img_size=size, patch_size=patch, in_chans=channels, embed_dim=width, depth=depth, num_heads=heads, reg_tokens=registers,
+        num_classes=0, global_pool="", attn_layer=Attention,
+    )  # fmt: skip
     with torch.no_grad():
         vit.pos_embed.zero_()
         vit.pos_embed[0, vit.num_prefix_tokens :] = sincos_positions(vit.patch_embed.grid_size, width)
@@ -79,29 +82,17 @@ def build_vit(
     return vit
 
 
-def vit_args(size, channels: int, patch: int, width: int, depth: int, heads: int, registers: int) -> dict:
-    """The arguments under which timm's `VisionTransformer` builds this encoder; written into every export."""
-    return {
-        "img_size": size,
-        "patch_size": patch,
-        "in_chans": channels,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads,
-        "reg_tokens": registers,
-        "num_classes": 0,
-        "global_pool": "",
-    }
-
-
 def timm_vit(name: str, *, size: int | tuple[int, int], channels: int) -> VisionTransformer:
     """Any plain timm Vision Transformer by name, untrained, with its own positions and initial weights.
 
     Raises ConfigError when timm does not know the name or the model is of another kind.
     """
     try:
-        vit = timm.create_model(name, pretrained=False, img_size=size, in_chans=channels, num_classes=0, global_pool="")
+        options = {"img_size": size, "in_chans": channels, "num_classes": 0, "global_pool": "", "attn_layer": Attention}
+        vit = timm.create_model(name, pretrained=False, **options)
     except (RuntimeError, TypeError, AssertionError) as e:
+        if "attn_layer" in str(e):
+            raise ConfigError(f"timm:{name} is no plain VisionTransformer, which pre-training needs") from e
         raise ConfigError(f"timm cannot build {name!r} as a Vision Transformer: {first_line(e)}") from e
     if type(vit) is not VisionTransformer or type(vit.patch_embed).__name__ != "PatchEmbed":
         raise ConfigError(f"timm:{name} is a {type(vit).__name__}; pre-training needs a plain VisionTransformer")
