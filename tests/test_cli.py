@@ -33,7 +33,11 @@ FAILURES = [
     (["pretrain", "foldr"], 2, "there is no recipe 'foldr'; did you mean folder?"),
     (["pretrain", "{tmp}/no.toml"], 2, "no.toml does not exist"),
     (["pretrain", "--seed", "1", "folder"], 2, "write the recipe first: rcmae pretrain folder"),
-    (["pretrain", "--seed", "-1", "--probe-train", "0"], 2, "seed must be 0 or more and below 2**63, not -1; probe_train must be above 0, not 0"),
+    (
+        ["pretrain", "--seed", "-1", "--probe-train", "0"],
+        2,
+        "seed must be 0 or more and below 2**63, not -1; probe_train must be above 0, not 0",
+    ),
     (["pretrain", "--patch", "-4", "--registers", "-1"], 2, "registers must be 0 or more, not -1; patch must be above 0, not -4"),
     (["pretrain", "--half-life", "1.2.3%"], 2, "'1.2.3%' is no half-life"),
     (["pretrain", "{tmp}/latin.toml"], 2, "latin.toml is not UTF-8 text"),

@@ -106,7 +106,19 @@ def test_version_is_in_one_place():
 
 @pytest.mark.parametrize(
     "name",
-    ["alarms", "embedded", "half_life", "kill", "lab_gradients", "lab_linear", "monitor_cost", "step_cpu", "verify_mae", "verify_rcmae"],
+    [
+        "alarms",
+        "digits_difficulty",
+        "embedded",
+        "half_life",
+        "kill",
+        "lab_gradients",
+        "lab_linear",
+        "monitor_cost",
+        "step_cpu",
+        "verify_mae",
+        "verify_rcmae",
+    ],
 )
 def test_results_say_how_they_were_made(name):
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())

@@ -202,7 +202,7 @@ class Machine:
     bad_share: float = 0.01
     "end when more than this share of the images (and more than ten files) is unreadable"
     monitor: bool = True
-    "carry the instruments of rcmae.lab: what the teacher does, whether features live (below 2 % of the time from 500 steps on)"
+    "carry the instruments of rcmae.lab: what the teacher does, whether features live (below 2 % of the time from 1,000 steps on)"
     on_alarm: Literal["warn", "stop"] = "warn"
     "what a named fault of the teacher or a collapse does: one line, or the end of the run, its checkpoint kept"
     tensorboard: bool = False
