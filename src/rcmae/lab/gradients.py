@@ -251,7 +251,7 @@ def write_page(found: dict[str, Any], out: Path) -> Path:
         "similarity": plot(points, {"nothing taken back": 0.0}, ylabel, xlabel="likeness of the features to those of batch B"),
         "layers": by_depth(layers["previous"], ylabel, {"": 0.0}),
         "moments": by_depth(layers["moment"], "cosine with AdamW's moment", {"": 0.0}),
-        "ratios": by_depth(layers["ratio"], "|∇L_c| / |∇L_r|", {"equal": 1.0}, log=True),
+        "ratios": by_depth(layers["ratio"], "|∇L_c| / |∇L_r|", {"equal": 1.0}),
     }
     (out / "gradients.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, svg in drawn.items():
