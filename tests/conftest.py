@@ -11,11 +11,14 @@ with install_import_hook("rcmae", "beartype.beartype"):
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import default_collate
 
 import rcmae.config as c
+from rcmae.data.views import rng
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,12 +34,12 @@ def small(method: str = "rcmae", **changes) -> c.Recipe:
     base = c.Recipe(
         method=method, steps=6, images=c.Images(size=16, crop_scale=(1.0, 1.0), flip=False),
         network=c.Network(model="vit_tiny_small_images", width=24, depth=2, heads=2, decoder_width=16, decoder_depth=2, decoder_heads=2),
-        mae=c.MAE(target_eps=0.1), rcmae=c.RCMAE(half_life="2 steps"), optim=c.Optim(batch_size=8, base_lr=0.03), probe=c.Probe(probes=0),
+        mae=c.MAE(target_eps=0.1), teacher=c.Teacher(half_life="2 steps"), optim=c.Optim(batch_size=8, base_lr=0.03),
+        probe=c.Probe(probes=0),
+        crops=c.Crops(local_crops=0 if method == "mocov3" else 2, local_size=8),
+        distill=c.Distill(prototypes=12, head_width=20, embedding=8),
     )  # fmt: skip
-    tree = {name: getattr(base, name) for name in c.sections()}
-    parts = {name: c.replace(part, **{k: v for k, v in changes.items() if hasattr(part, k)}) for name, part in tree.items()}
-    own = {k: v for k, v in changes.items() if k in {f.name for f in c.fields(base)}}
-    return c.replace(base, **(parts | own))
+    return c.changed(base, **changes)
 
 
 def method_for(recipe: c.Recipe, mean: float = 0.5, std: float = 0.25):
@@ -50,6 +53,10 @@ def batch_for(method, size: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random images and orders that fit a method."""
     g = torch.Generator().manual_seed(seed)
     h, w = method.recipe.images.shape
+    if not hasattr(method, "visible"):  # crops: what the method's own views make of random images
+        draws = np.random.default_rng(seed)
+        pictures = [draws.integers(0, 256, (h + 8, w + 4, method.recipe.images.channels), dtype=np.uint8) for _ in range(size)]
+        return default_collate([method.views()(picture, rng(seed, 0, i)) for i, picture in enumerate(pictures)])
     images = torch.randint(0, 256, (size, method.recipe.images.channels, h, w), dtype=torch.uint8, generator=g)
     batch = {"image": images, "order": torch.stack([torch.randperm(method.patches, generator=g) for _ in range(size)])}
     if method.recipe.rcmae.teacher_mask == "different":

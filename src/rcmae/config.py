@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 
-MethodName = Literal["mae", "rcmae"]
+MethodName = Literal["mae", "rcmae", "dino", "ibot", "msn", "mocov3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,20 +85,88 @@ class MAE:
 
 @dataclass(frozen=True, kw_only=True)
 class RCMAE:
-    """The mean teacher of `rcmae`."""
+    """What `rcmae` adds to MAE."""
 
     gamma: float = 1.0
     "weight of the consistency with the teacher; 0 is MAE"
     teacher_mask: Literal["same", "different"] = "same"
     "the teacher sees the student's visible patches (the paper's S), or draws its own (D)"
-    schedule: Literal["half-life", "described", "released"] = "half-life"
-    "teacher momentum: constant, from `half_life`; the paper's text (cosine to 1); the official code (constant)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The mean teacher, of every method that has one."""
+
+    schedule: Literal["half-life", "described", "released", "linear"] = "half-life"
+    "teacher momentum: constant, from `half_life`; a cosine to 1 (RC-MAE's text, DINO); constant (RC-MAE's code); linear towards 1 (MSN)"
     momentum: float = 0.996
-    "starting momentum of `described`, constant momentum of `released`; `half-life` does not use it"
+    "where `described` and `linear` start, where `released` stays; `half-life` does not use it"
     half_life: str = "0.5%"
     "how long a student stays half remembered: '0.5%' of the run, '173 steps', '2e6 images', '0.5 epochs' or 'auto'"
     ema_updates: int = 1
     "teacher updates an optimizer step; the official code makes one a micro-batch (ViT-B and L: 2)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """The views of self-distillation (dino, ibot, msn, mocov3): two crops as [images] says, and small ones, in changed colours."""
+
+    local_crops: int = 8
+    "small crops an image (MSN's focal views); 0 with mocov3"
+    local_size: int = 96
+    "their side in pixels; a multiple of the patch"
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    "share of the image's area that they cover"
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    "change of brightness, contrast, saturation and hue in 80 % of the crops"
+    grey: float = 0.2
+    "share of the crops without colour"
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    "share of the crops that are blurred: of the first global one, the second, the small ones"
+    solarize: float = 0.2
+    "share of the second global crops whose bright pixels are inverted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Heads and losses of self-distillation."""
+
+    prototypes: int = 65536
+    "dino, ibot: width of the head's output; msn: number of prototypes"
+    head_width: int = 2048
+    "hidden width of the head"
+    embedding: int = 256
+    "width in which similarity is measured: before the prototypes, or (mocov3) of queries and keys"
+    student_temperature: float = 0.1
+    "of the student's softmax; mocov3: of the contrast"
+    teacher_temperature: float = 0.04
+    "of the teacher's softmax (dino, ibot)"
+    teacher_temperature_start: float = 0.04
+    "where the teacher's temperature starts"
+    teacher_temperature_warmup: float = 0.0
+    "share of the run in which it rises linearly"
+    centre_momentum: float = 0.9
+    "what a centre keeps of itself in a step (dino, ibot)"
+    freeze_last: float = 1.0
+    "epochs in which the head's last layer does not move (dino, ibot)"
+    masked_images: float = 0.5
+    "share of the global crops of which patches are masked (ibot)"
+    masked_share: tuple[float, float] = (0.1, 0.5)
+    "share of the patches of such a crop that is masked (ibot)"
+    mask_shape: Literal["block", "random"] = "block"
+    "how masked patches lie (ibot)"
+    patch_head: Literal["all", "masked"] = "all"
+    "patches that the head is put on: all, as the reference code does, or the masked ones, on which alone the loss is (ibot)"
+    anchor_drop: float = 0.15
+    "share of the patches that a large anchor view loses (msn)"
+    sharpen: float = 0.25
+    "temperature that sharpens the targets (msn)"
+    sinkhorn: bool = False
+    "balance the targets over the prototypes (msn)"
+    entropy: float = 1.0
+    "weight of the mean entropy that is maximised (msn)"
+    freeze_patches: bool = True
+    "the patch embedding stays as it is drawn (mocov3)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +183,8 @@ class Optim:
     "share of the run in which the learning rate rises linearly"
     weight_decay: float = 0.05
     "decoupled weight decay, on matrices only"
+    weight_decay_end: float | None = None
+    "where a cosine takes it by the end of the run; default: it stays"
     betas: tuple[float, float] = (0.9, 0.95)
     "AdamW's decay rates"
     clip: float | None = None
@@ -153,6 +223,9 @@ class Recipe:
     network: Network = Network()
     mae: MAE = MAE()
     rcmae: RCMAE = RCMAE()
+    teacher: Teacher = Teacher()
+    crops: Crops = Crops()
+    distill: Distill = Distill()
     optim: Optim = Optim()
     probe: Probe = Probe()
 
@@ -278,6 +351,14 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in tree.items() if v is not None}
 
 
+def changed(recipe: Recipe, **settings: Any) -> Recipe:
+    """The recipe with settings of any section replaced, each by its flag's name."""
+    parts = {name: getattr(recipe, name) for name in sections()}
+    for name, part in parts.items():
+        parts[name] = replace(part, **{f.name: settings.pop(f.name) for f in fields(part) if f.name in settings})
+    return replace(recipe, **(parts | settings))
+
+
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
@@ -296,14 +377,42 @@ def check(r: Recipe) -> Recipe:
         (0 < r.mae.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, not {r.mae.mask_ratio}"),
         (r.mae.target_eps > 0, f"target_eps must be above 0, not {r.mae.target_eps}"),
         (r.rcmae.gamma >= 0, f"gamma must be 0 or more, not {r.rcmae.gamma}"),
-        (0 <= r.rcmae.momentum <= 1, f"momentum must lie in 0 to 1, not {r.rcmae.momentum}"),
-        (r.rcmae.ema_updates >= 1, f"ema_updates must be 1 or more, not {r.rcmae.ema_updates}"),
+        (0 <= r.teacher.momentum <= 1, f"momentum must lie in 0 to 1, not {r.teacher.momentum}"),
+        (r.teacher.ema_updates >= 1, f"ema_updates must be 1 or more, not {r.teacher.ema_updates}"),
         (r.optim.batch_size > 0, f"batch_size must be above 0, not {r.optim.batch_size}"),
         (r.optim.base_lr > 0 and math.isfinite(r.optim.base_lr), f"base_lr must be above 0, not {r.optim.base_lr}"),
         (r.optim.min_lr >= 0, f"min_lr must be 0 or more, not {r.optim.min_lr}"),
         (0 <= r.optim.warmup < 1, f"warmup is a share of the run, from 0 to below 1, not {r.optim.warmup}"),
         (r.optim.weight_decay >= 0, f"weight_decay must be 0 or more, not {r.optim.weight_decay}"),
         (all(0 <= b < 1 for b in r.optim.betas), f"betas must lie in 0 to below 1, not {r.optim.betas}"),
+        (
+            r.optim.weight_decay_end is None or r.optim.weight_decay_end >= 0,
+            f"weight_decay_end must be 0 or more, not {r.optim.weight_decay_end}",
+        ),
+        (r.crops.local_crops >= 0, f"local_crops must be 0 or more, not {r.crops.local_crops}"),
+        (r.crops.local_size > 0, f"local_size must be above 0, not {r.crops.local_size}"),
+        (
+            0 < r.crops.local_scale[0] <= r.crops.local_scale[1] <= 1,
+            f"local_scale must satisfy 0 < low <= high <= 1, not {r.crops.local_scale}",
+        ),
+        (
+            all(v >= 0 for v in r.crops.jitter) and r.crops.jitter[3] <= 0.5,
+            f"jitter must be 0 or more, its hue at most 0.5, not {r.crops.jitter}",
+        ),
+        (r.distill.prototypes >= 2, f"prototypes must be 2 or more, not {r.distill.prototypes}"),
+        (r.distill.head_width > 0, f"head_width must be above 0, not {r.distill.head_width}"),
+        (r.distill.embedding > 1, f"embedding must be 2 or more, not {r.distill.embedding}"),
+        (0 <= r.distill.centre_momentum < 1, f"centre_momentum must lie in 0 to below 1, not {r.distill.centre_momentum}"),
+        (
+            0 <= r.distill.teacher_temperature_warmup <= 1,
+            f"teacher_temperature_warmup is a share of the run, not {r.distill.teacher_temperature_warmup}",
+        ),
+        (
+            0 <= r.distill.masked_share[0] <= r.distill.masked_share[1] <= 1,
+            f"masked_share must satisfy 0 <= low <= high <= 1, not {r.distill.masked_share}",
+        ),
+        (0 <= r.distill.anchor_drop < 1, f"anchor_drop must lie in 0 to below 1, not {r.distill.anchor_drop}"),
+        (r.distill.entropy >= 0, f"entropy must be 0 or more, not {r.distill.entropy}"),
         (r.optim.clip is None or r.optim.clip > 0, f"clip must be above 0, not {r.optim.clip}"),
         (r.probe.probes >= 0, f"probes must be 0 or more, not {r.probe.probes}"),
         (r.probe.probe_train > 0, f"probe_train must be above 0, not {r.probe.probe_train}"),
@@ -311,12 +420,17 @@ def check(r: Recipe) -> Recipe:
         (r.images.height is None or r.images.height > 0, f"height must be above 0, not {r.images.height}"),
         (r.network.registers >= 0, f"registers must be 0 or more, not {r.network.registers}"),
     ]
+    shares = {"grey": r.crops.grey, "solarize": r.crops.solarize, "masked_images": r.distill.masked_images}
+    shares |= {f"blur {i}": v for i, v in enumerate(r.crops.blur)}
+    rules += [(0 <= v <= 1, f"{k} is a share, from 0 to 1, not {v}") for k, v in shares.items()]
+    temperatures = ("student_temperature", "teacher_temperature", "teacher_temperature_start", "sharpen")
+    rules += [(getattr(r.distill, k) > 0, f"{k} must be above 0, not {getattr(r.distill, k)}") for k in temperatures]
     sizes = {f.name: getattr(r.network, f.name) for f in fields(Network) if f.name not in ("model", "registers")}
     rules += [(v is None or v > 0, f"{k} must be above 0, not {v}") for k, v in sizes.items()]
     values = [(k, x) for k, v in flat(r).items() for x in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(x, float)]
     rules += [(math.isfinite(v), f"{k} must be a finite number, not {v}") for k, v in values]
     problems = [message for fine, message in rules if not fine]
-    problems += _unreadable((parse_time, r.time), (parse_half_life, r.rcmae.half_life))
+    problems += _unreadable((parse_time, r.time), (parse_half_life, r.teacher.half_life))
     if problems:
         raise ConfigError("; ".join(problems))
     return r

@@ -28,8 +28,8 @@ from .engine.distributed import World
 from .engine.metrics import Metrics, read_metrics
 from .engine.optim import adamw, linear_rule
 from .engine.run import StopSignals, describe_machine, keep_freed_memory, memory_gib, owned, record_recipe, write_json
-from .engine.schedules import Progress, warmup_cosine
-from .errors import AlarmError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError, RcmaeError, first_line
+from .engine.schedules import Progress, cosine, warmup_cosine
+from .errors import AlarmError, ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError, RcmaeError, first_line
 from .interop.timm_export import PLAIN, export
 from .lab.alarms import Alarm, Alarms, called_before
 from .lab.monitor import Monitor
@@ -61,6 +61,8 @@ def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
     """
     check(recipe)
     check_machine(machine)
+    if problems := METHODS[recipe.method].problems(recipe):
+        raise ConfigError("; ".join(problems))
     device = distributed.pick_device(machine.device)
     if machine.threads:
         torch.set_num_threads(machine.threads)
@@ -254,6 +256,8 @@ class Run:
         r, micro = self.recipe.optim, self.machine.accumulate
         for group in self.optimizer.param_groups:
             group["lr"] = warmup_cosine(linear_rule(r), r.min_lr, r.warmup, t)
+            if group["weight_decay"] and r.weight_decay_end is not None:
+                group["weight_decay"] = cosine(r.weight_decay, r.weight_decay_end, t.fraction)
         total: dict[str, Tensor] = {}
         for i in range(micro):
             batch = window.wait(batches)
@@ -300,6 +304,8 @@ class Run:
         images = f"{len(self.source):,} images of {self.recipe.data}"
         self.screen.say(f"fresh start in {self.out}: {self.recipe.method}, {parameters / 1e6:.1f} M parameters, {images}")
         self.screen.say(f"{self.total:,} steps ({epochs:.1f} epochs) on {about['device']} in {self.precision}")
+        if self.machine.accumulate > 1 and self.method.whole_batch:
+            self.screen.say(f"note: with --accumulate the step is another one: {self.method.whole_batch}")
         clock = self.method.state(Progress(0, self.total, self.steps_per_epoch))
         if "half_life_steps" in clock:
             units = "half-life {half_life_steps:,.1f} steps, {half_life_images:,.0f} images, {half_life_epochs:.2f} epochs, "

@@ -107,13 +107,13 @@ def load_checkpoint(path: Path, method: nn.Module, optimizer: torch.optim.Optimi
     """Fill method and optimizer from a verified checkpoint and return its state. Raises CheckpointError on a misfit."""
     _fill(method, load_file(path / "model.safetensors"), path)
     saved = load_file(path / "optimizer.safetensors")
-    expected = [f"{name}/{key}" for name, _ in _named(method, optimizer) for key in ("step", "exp_avg", "exp_avg_sq")]
-    if saved and sorted(saved) != sorted(expected):
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    moved = [(name, p) for name, p in _named(method, optimizer) if f"{name}/step" in saved]  # what is frozen at first has no state yet
+    if sorted(saved) != sorted(f"{name}/{key}" for name, _ in moved for key in kinds):
         raise CheckpointError(f"the optimizer state in {path} is of another model")
-    for name, p in _named(method, optimizer):
-        if saved:
-            state = {key: saved[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {k: v.to(p.device).clone() for k, v in state.items()}
+    for name, p in moved:
+        state = {key: saved[f"{name}/{key}"] for key in kinds}
+        optimizer.state[p] = {k: v.to(p.device).clone() for k, v in state.items()}
     return json.loads((path / "state.json").read_bytes())
 
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,6 +75,28 @@ def average(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value
+
+
+def mean_with_gradient(value: Tensor) -> Tensor:
+    """The mean over all ranks, through which gradients flow back to each of them."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    return torch.distributed.nn.functional.all_reduce(value) / dist.get_world_size()
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all ranks, each of which has as many, without gradient; alone, the rows."""
+    rows = rows.detach()
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def rank() -> int:
+    """This process among the ranks; alone, 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def wrap(method: nn.Module, world: World) -> nn.Module:

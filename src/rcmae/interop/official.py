@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..config import RCMAE, Images, Network, Recipe, to_toml
+from ..config import Images, Network, Recipe, Teacher, to_toml
 from ..engine.checkpoint import write_folder
 from ..errors import CheckpointError, ConfigError, first_line
 from ..models.autoencoder import SIZES, Autoencoder, build
@@ -154,7 +154,7 @@ def import_pth(file: Path, out: Path, heads: tuple[int, int] | None = None) -> l
     if official.teacher is not None:
         models["teacher"], *_ = autoencoder(official.teacher, heads)
     method = "rcmae" if official.teacher is not None else "mae"
-    recipe = Recipe(method=method, images=images, network=network, rcmae=RCMAE(schedule="released"))
+    recipe = Recipe(method=method, images=images, network=network, teacher=Teacher(schedule="released"))
     weights = {f"{who}.{k}": v.contiguous() for who, m in models.items() for k, v in m.state_dict().items()}
     write_folder(out, {"recipe.toml": to_toml(recipe).encode(), "weights.safetensors": save(weights)})
     for who, m in models.items():

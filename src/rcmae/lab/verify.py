@@ -24,6 +24,7 @@ from ..engine.distributed import pick_device
 from ..engine.metrics import read_metrics
 from ..engine.run import describe_machine
 from ..errors import ConfigError, DivergedError, ProcessError, RcmaeError
+from ..methods import METHODS
 
 PLAN = 1000
 "Steps that the runs are planned for: schedules and half-lives are those of a run of this length, of which the first few are made."
@@ -82,7 +83,7 @@ def verify(recipe: Recipe, *, steps: int = 5, batch_size: int = 32, device: str 
         straight = _run(Way("straight"), root / "straight", steps, device)
         for i, way in enumerate(ways, 2):
             say(f"{i} of 5: {way.name}")
-            if reason := _cannot(way, kind):
+            if reason := _cannot(way, kind) or ("--accumulate" in way.flags and METHODS[recipe.method].whole_batch):
                 rows.append(Row(way.name, {}, True, reason))
                 continue
             try:

@@ -1,7 +1,11 @@
 """The methods by name. Adding one: a file here, a line here, a recipe, a page in docs/methods and its tests."""
 
 from .base import Method
+from .dino import DINO
+from .ibot import IBOT
 from .mae import MAE
+from .mocov3 import MoCoV3
+from .msn import MSN
 from .rcmae import RCMAE
 
-METHODS: dict[str, type[Method]] = {"mae": MAE, "rcmae": RCMAE}
+METHODS: dict[str, type[Method]] = {"mae": MAE, "rcmae": RCMAE, "dino": DINO, "ibot": IBOT, "msn": MSN, "mocov3": MoCoV3}

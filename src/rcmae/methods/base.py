@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from ..config import Recipe
 from ..engine.schedules import Progress
 from ..models.backbone import Backbone
+from ..models.patches import patchify
 
 # image uint8 [h, w, c] and a generator -> named tensors of one sample (crops, masks); must pickle, for loader workers.
 Views = Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]]
@@ -40,12 +43,36 @@ class Method(nn.Module):
 
     student: nn.Module
     "every trained parameter lives here"
+    patch: int
+    "side of a patch in pixels"
     statistics: tuple[tuple[float, ...], tuple[float, ...]]
     "mean and deviation of each channel that standardise the pixels, in units of 0 to 1"
+    whole_batch: str = ""
+    "why micro-batches are another step than the batch they make; empty where they are the same"
     networks: tuple[str, ...] = ("student",)
     "what is probed and exported, the one to use last"
     watched: list[Comparison] | None = None
     "where `forward` leaves what it compared, if somebody looks"
+
+    @property
+    def followed(self) -> nn.Module:
+        """The part of the student that is evaluated, and that a teacher copies."""
+        return self.student
+
+    @classmethod
+    def problems(cls, recipe: Recipe) -> list[str]:
+        """What of a recipe this method cannot work with, each in a few words; asked before any data is touched."""
+        return []
+
+    def standardise_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Remember the statistics, a value a channel, in units of 0 to 1."""
+        self.statistics = mean, std
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def cut(self, images: Num[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
+        """Pixels from 0 to 255 to standardised patches."""
+        return patchify((images.float() - self.mean) / self.std, self.patch)
 
     def views(self) -> Views:
         """What one sample is."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..config import Images, Recipe
@@ -21,7 +21,7 @@ from ..data.views import flip, random_resized_crop
 from ..engine.schedules import Progress
 from ..models.autoencoder import build
 from ..models.backbone import Backbone
-from ..models.patches import patchify, standardise, take
+from ..models.patches import standardise, take
 from .base import Method
 from .loss import squared_errors
 
@@ -48,21 +48,15 @@ class MAE(Method):
         """`mean` and `std` standardise the pixels, a value a channel, in units of 0 to 1."""
         super().__init__()
         self.recipe = recipe
-        self.statistics = mean, std
+        self.standardise_by(mean, std)
         self.student = build(recipe.images, recipe.network)
         self.patch = self.student.encoder.patch
         gh, gw = self.student.encoder.grid
         self.patches = gh * gw
         self.visible = visible_count(self.patches, recipe.mae.mask_ratio)
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def views(self) -> CropAndOrder:
         return CropAndOrder(self.recipe.images, self.patches)
-
-    def cut(self, images: Num[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
-        """Pixels from 0 to 255 to standardised patches."""
-        return patchify((images.float() - self.mean) / self.std, self.patch)
 
     def target(self, hidden: Float[Tensor, "b m p"]) -> Float[Tensor, "b m p"]:
         """What the hidden patches are compared with."""

@@ -14,25 +14,23 @@ from torch import Tensor, nn
 
 from ..config import Recipe, parse_half_life
 from ..engine.distributed import average
-from ..engine.schedules import Progress, cosine
-from ..models.backbone import Backbone
+from ..engine.schedules import Progress
 from ..models.patches import take
 from ..models.teacher import Teacher
 from .base import Comparison
 from .loss import squared_errors
 from .mae import MAE, CropAndOrder
+from .mean_teacher import MeanTeacher
 
 
-class RCMAE(MAE):
+class RCMAE(MeanTeacher, MAE):
     """MAE that also agrees with a slow average of itself."""
-
-    networks = ("student", "teacher")
 
     def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
         self.teacher = Teacher(self.student)
         # The half-life in steps where it is steered: a part of the checkpoint. 0 until the length of the run is known.
-        steered = recipe.rcmae.schedule == "half-life" and parse_half_life(recipe.rcmae.half_life)[1] == "auto"
+        steered = recipe.teacher.schedule == "half-life" and parse_half_life(recipe.teacher.half_life)[1] == "auto"
         self.register_buffer("memory", torch.zeros(()) if steered else None)
         self.ahead: list[Tensor] = []
 
@@ -76,13 +74,8 @@ class RCMAE(MAE):
             self.ahead.append(torch.stack([own, losses["teacher_reconstruction"]]))
         return losses
 
-    def before_step(self, t: Progress, applied: Tensor) -> None:
-        # The reference code moves the teacher after every micro-batch, all but the last towards the student as it was.
-        for _ in range(self.recipe.rcmae.ema_updates - 1):
-            self.teacher.update(self.student, self.momentum(t), applied)
-
     def after_step(self, t: Progress, applied: Tensor) -> None:
-        self.teacher.update(self.student, self.momentum(t), applied)
+        super().after_step(t, applied)
         if self.memory is not None:
             self.steer(t, applied)
 
@@ -99,32 +92,8 @@ class RCMAE(MAE):
         change = (100 * (1 - theirs / own)).clamp(-1, 1) * math.log(2)
         self.memory.copy_((self.half_life(t) + torch.where(applied > 0, change, 0.0)).clamp(low, high))
 
-    def momentum(self, t: Progress) -> float | Tensor:
-        """Momentum of one teacher update; a scalar on the device where it is steered."""
-        r = self.recipe.rcmae
-        if r.schedule == "released":
-            return r.momentum
-        if r.schedule == "described":
-            return cosine(r.momentum, 1.0, t.fraction)
-        return 0.5 ** (1 / (self.half_life(t) * r.ema_updates))
-
-    def momentum_per_step(self, t: Progress) -> float:
-        return float(self.momentum(t)) ** self.recipe.rcmae.ema_updates
-
     def half_life(self, t: Progress) -> float | Tensor:
-        """The recipe's half-life in optimizer steps."""
-        if self.memory is not None:
-            return self.memory.clamp(*auto_bounds(t))
-        number, unit = parse_half_life(self.recipe.rcmae.half_life)
-        steps = {"%": t.total_steps / 100, "steps": 1, "images": 1 / self.recipe.optim.batch_size, "epochs": t.steps_per_epoch}
-        return number * steps[unit]
-
-    def backbone(self, which: str = "teacher") -> Backbone:
-        model = self.student if which == "student" else self.teacher.model
-        return Backbone(model.encoder.vit, *self.statistics)
-
-    def state(self, t: Progress) -> dict[str, float | Tensor]:
-        return teacher_clock(self.momentum_per_step(t), t, self.recipe.optim.batch_size) | {"drift": self.teacher.drift(self.student)}
+        return super().half_life(t) if self.memory is None else self.memory.clamp(*auto_bounds(t))
 
     @torch.no_grad()
     def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -135,15 +104,3 @@ class RCMAE(MAE):
 def auto_bounds(t: Progress) -> tuple[float, float]:
     """Shortest and longest half-life, in steps, that `auto` may take."""
     return 2.0, max(2.0, t.total_steps / 10)
-
-
-def teacher_clock(momentum: float, t: Progress, batch_size: int) -> dict[str, float]:
-    """Momentum an optimizer step in all its units: half-life in steps, images, epochs and share of the run."""
-    steps = float("inf") if momentum >= 1 else 0.0 if momentum <= 0 else -1 / math.log2(momentum)
-    return {
-        "momentum": momentum,
-        "half_life_steps": steps,
-        "half_life_images": steps * batch_size,
-        "half_life_epochs": steps / t.steps_per_epoch,
-        "half_life_share": steps / t.total_steps,
-    }

@@ -46,29 +46,31 @@ class Autoencoder(nn.Module):
         return self.decoder(self.encoder(take(patches, seen), seen), order)
 
 
-def build(images: Images, network: Network) -> Autoencoder:
-    """The auto-encoder of a recipe. Raises ConfigError when sizes do not fit together, all problems in one message."""
+def build_encoder(images: Images, network: Network) -> Encoder:
+    """The encoder of a recipe. Raises ConfigError when sizes do not fit together, all problems in one message."""
     name = network.model
     if name.startswith("timm:"):
         own = [k for k in ("patch", "width", "depth", "heads") if getattr(network, k) is not None]
         if own or network.registers:
             raise ConfigError(f"{name} brings its own {', '.join(own or ['registers'])}: leave that out")
-        vit = timm_vit(name.removeprefix("timm:"), size=images.shape, channels=images.channels)
-        decoder_size = (256, 4, 8)
-    else:
-        if name not in SIZES:
-            raise ConfigError(f"there is no model {name!r}; known are {', '.join(SIZES)} and timm:NAME (`rcmae list`)")
-        size = SIZES[name]
-        patch = network.patch or size.patch
-        width, depth, heads = (getattr(network, k) or default for k, default in zip(("width", "depth", "heads"), size.encoder, strict=True))
-        _check(images.shape, patch, "", width, heads)
-        vit = build_vit(
-            size=images.shape, channels=images.channels, patch=patch, width=width, depth=depth, heads=heads,
-            registers=network.registers,
-        )  # fmt: skip
-        decoder_size = size.decoder
-    encoder = Encoder(vit)
-    width, depth, heads = (getattr(network, f"decoder_{k}") or d for k, d in zip(("width", "depth", "heads"), decoder_size, strict=True))
+        return Encoder(timm_vit(name.removeprefix("timm:"), size=images.shape, channels=images.channels))
+    if name not in SIZES:
+        raise ConfigError(f"there is no model {name!r}; known are {', '.join(SIZES)} and timm:NAME (`rcmae list`)")
+    size = SIZES[name]
+    patch = network.patch or size.patch
+    width, depth, heads = (getattr(network, k) or default for k, default in zip(("width", "depth", "heads"), size.encoder, strict=True))
+    _check(images.shape, patch, "", width, heads)
+    vit = build_vit(
+        size=images.shape, channels=images.channels, patch=patch, width=width, depth=depth, heads=heads, registers=network.registers
+    )
+    return Encoder(vit)
+
+
+def build(images: Images, network: Network) -> Autoencoder:
+    """The auto-encoder of a recipe. Raises ConfigError likewise."""
+    encoder = build_encoder(images, network)
+    usual = SIZES[network.model].decoder if network.model in SIZES else (256, 4, 8)
+    width, depth, heads = (getattr(network, f"decoder_{k}") or d for k, d in zip(("width", "depth", "heads"), usual, strict=True))
     _check(images.shape, encoder.patch, "decoder_", width, heads)
     decoder = Decoder(
         inputs=encoder.width, prefix=encoder.prefix, grid=encoder.grid, values=encoder.patch**2 * images.channels,

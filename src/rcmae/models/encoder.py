@@ -3,7 +3,8 @@
 import timm
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -41,16 +42,31 @@ class Encoder(nn.Module):
         """Class and register tokens in front of the patches."""
         return self.vit.num_prefix_tokens
 
-    def forward(self, patches: Float[Tensor, "b v p"], ids: Int[Tensor, "b v"]) -> Float[Tensor, "b t d"]:
-        """Patches at the places `ids` to tokens [class, registers, patches], t = prefix + v."""
+    def forward(
+        self,
+        patches: Float[Tensor, "b v p"],
+        ids: Int[Tensor, "b v"] | None = None,
+        grid: tuple[int, int] | None = None,
+        masked: tuple[Bool[Tensor, "b v"], Float[Tensor, " d"]] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Patches at the places `ids` to tokens [class, registers, patches], t = prefix + v.
+
+        Without `ids`, they are all patches of an image of `grid` (rows, columns; default: the encoder's own), to which positions are
+        resampled. `masked` says which of them are replaced by a token.
+        """
         vit = self.vit
         weight = vit.patch_embed.proj.weight  # a convolution [d c row column]; patches run (row, column, channel)
         x = F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), vit.patch_embed.proj.bias)
         x = vit.patch_embed.norm(x)
+        if masked is not None:
+            x = torch.where(masked[0].unsqueeze(2), masked[1].to(x.dtype), x)
         front = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
         if vit.pos_embed is not None:
             own = 0 if vit.no_embed_class else self.prefix
-            x = x + take(vit.pos_embed[0, own:], ids)
+            places = vit.pos_embed[:, own:]
+            if grid not in (None, self.grid):
+                places = resample_abs_pos_embed(places, list(grid), list(self.grid), num_prefix_tokens=0)
+            x = x + (places if ids is None else take(places[0], ids))
             if own:
                 front = [torch.cat(front, 1) + vit.pos_embed[:, :own]]
         x = vit.norm_pre(torch.cat([*front, x.float()], 1))

@@ -1,0 +1,55 @@
+"""DINO: self-distillation with no labels (Caron et al., ICCV 2021, arXiv 2104.14294).
+
+    L = mean over (teacher view, other student view) of  - softmax((t - centre) / tt) . log softmax(s / ts)
+
+t, s: the cosines of an image's class token with the prototypes, from the teacher and from the student.
+"""
+
+import torch
+from torch import Tensor
+
+from ..config import Recipe
+from ..engine.schedules import Progress
+from ..models.heads import PrototypeHead
+from .distillation import Centre, SelfDistillation, spread_of
+from .losses import across_views, centred
+
+
+class DINO(SelfDistillation):
+    """Self-distillation across crops, with a centred and sharpened teacher."""
+
+    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__(recipe, mean, std)
+        self.centre = Centre(recipe.distill.prototypes, recipe.distill.centre_momentum)
+
+    def head(self, inputs: int) -> PrototypeHead:
+        d = self.recipe.distill
+        return PrototypeHead(inputs, d.head_width, d.embedding, d.prototypes)
+
+    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+        teacher, temperature = self.teacher.model, self.teacher_temperature(t)
+        with torch.no_grad():
+            said = teacher.head(self.tokens(teacher, batch["image"])[:, :, 0])
+        self.centre.see(said)
+        target = centred(said, self.centre.value, temperature)
+        loss = across_views(self.student.head(self.classes(batch)), target, self.recipe.distill.student_temperature)
+        return {"loss": loss} | spread_of(target)
+
+    def classes(self, batch: dict[str, Tensor]) -> Tensor:
+        """The student's class tokens of all views [v b d]."""
+        sizes = [batch[k] for k in ("image", "local") if k in batch]
+        return torch.cat([self.tokens(self.student, images)[:, :, 0] for images in sizes])
+
+    def teacher_temperature(self, t: Progress) -> float:
+        d = self.recipe.distill
+        rise = min(1.0, t.fraction / d.teacher_temperature_warmup) if d.teacher_temperature_warmup else 1.0
+        return d.teacher_temperature_start + rise * (d.teacher_temperature - d.teacher_temperature_start)
+
+    def before_step(self, t: Progress, applied: Tensor) -> None:
+        super().before_step(t, applied)
+        if t.epoch < self.recipe.distill.freeze_last:
+            self.student.head.last.grad = None
+
+    def after_step(self, t: Progress, applied: Tensor) -> None:
+        super().after_step(t, applied)
+        self.centre.move(applied)

@@ -1,0 +1,123 @@
+"""What the methods of self-distillation share: an encoder with a head, several crops of an image, and a mean teacher."""
+
+from abc import abstractmethod
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from ..config import Recipe, parse_half_life
+from ..data.augment import MultiCrop
+from ..models.autoencoder import build_encoder
+from ..models.encoder import Encoder
+from ..models.patches import take
+from ..models.teacher import Teacher
+from .mean_teacher import MeanTeacher
+
+
+class Siamese(nn.Module):
+    """What student and teacher have alike."""
+
+    def __init__(self, encoder: Encoder, head: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+
+class SelfDistillation(MeanTeacher):
+    """Views of an image are told of each other by a teacher. Letters: v views, b images, t tokens, d width."""
+
+    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.recipe = recipe
+        self.standardise_by(mean, std)
+        encoder = build_encoder(recipe.images, recipe.network)
+        self.patch = encoder.patch
+        self.patches = encoder.grid[0] * encoder.grid[1]
+        self.student = self.grow(Siamese(encoder, self.head(encoder.width)))
+        self.teacher = Teacher(self.followed)
+
+    @classmethod
+    def problems(cls, recipe: Recipe) -> list[str]:
+        c, optim = recipe.crops, recipe.optim
+        with torch.device("meta"):
+            encoder = build_encoder(recipe.images, recipe.network)
+        rules = [
+            (encoder.vit.has_class_token, f"{recipe.method} reads the class token, which {recipe.network.model} has not"),
+            (optim.batch_size >= 2, f"{recipe.method} compares images: give a batch_size of 2 or more, not {optim.batch_size}"),
+            (
+                not c.local_crops or c.local_size <= min(recipe.images.shape),
+                f"local_size {c.local_size} is larger than the image, {min(recipe.images.shape)}",
+            ),
+            (
+                not c.local_crops or c.local_size % encoder.patch == 0,
+                f"local_size {c.local_size} is not a multiple of the patch, {encoder.patch}",
+            ),
+            (parse_half_life(recipe.teacher.half_life)[1] != "auto", "half_life auto is steered by a reconstruction: give a length"),
+        ]
+        return [text for fine, text in rules if not fine]
+
+    @abstractmethod
+    def head(self, inputs: int) -> nn.Module:
+        """What is put on an encoder of that width."""
+
+    def grow(self, net: Siamese) -> nn.Module:
+        """The student: what the teacher copies, and what it does not."""
+        return net
+
+    def views(self) -> MultiCrop:
+        return MultiCrop(self.recipe.images, self.recipe.crops)
+
+    def tokens(
+        self, net: Siamese, images: UInt8[Tensor, "b v c h w"], ids: Int[Tensor, "vb k"] | None = None, masked=None
+    ) -> Float[Tensor, "v b t d"]:
+        """Views of a batch through an encoder; see `Encoder.forward` for `ids` and `masked`."""
+        b, v, _, h, w = images.shape
+        patches = self.cut(images.transpose(0, 1).flatten(0, 1))
+        if ids is not None:
+            patches = take(patches, ids)
+        return net.encoder(patches, ids, (h // self.patch, w // self.patch), masked).unflatten(0, (v, b))
+
+    def encode(self, batch: dict[str, Tensor]) -> Float[Tensor, "b t d"]:
+        return self.tokens(self.followed, batch["image"][:, :1])[0]
+
+
+class Student(nn.Module):
+    """A student with something that the teacher has not."""
+
+    def __init__(self, trunk: Siamese, top: nn.Module):
+        super().__init__()
+        self.trunk = trunk
+        self.top = top
+
+
+class Centre(nn.Module):
+    """A running mean of what the teacher says, over all ranks. It moves once an applied optimizer step, however many calls make one."""
+
+    def __init__(self, width: int, momentum: float):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.zeros(width))
+        self.seen: list[Tensor] = []
+
+    def see(self, logits: Float[Tensor, "*s c"]) -> None:
+        """What one micro-batch of the step showed."""
+        self.seen.append(logits.detach().float().flatten(0, -2).mean(0))
+
+    @torch.no_grad()
+    def move(self, applied: Tensor) -> None:
+        from ..engine.distributed import average
+
+        mean = average(torch.stack(self.seen).mean(0))
+        self.seen.clear()
+        self.value.copy_(torch.where(applied > 0, torch.lerp(mean, self.value, self.momentum), self.value))
+
+
+def spread_of(p: Float[Tensor, "*s c"]) -> dict[str, Tensor]:
+    """Of probabilities: their mean entropy in nats, and how many prototypes the mean of them uses (its perplexity)."""
+    p = p.detach().float().flatten(0, -2)
+    mean = p.mean(0)
+    return {
+        "entropy": -torch.special.xlogy(p, p).sum(1).mean(),
+        "prototypes_used": (-torch.special.xlogy(mean, mean).sum()).exp(),
+    }

@@ -1,0 +1,93 @@
+"""iBOT: image BERT pre-training with an online tokenizer (Zhou et al., ICLR 2022, arXiv 2111.07832).
+
+    L = DINO's loss + mean over masked patches of  - softmax((t - centre') / tt) . log softmax(s / ts)
+
+The student sees the global crops with patches replaced by a token, and is asked what the teacher says of those patches. One head
+for class tokens and patches, a centre for each.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor, nn
+
+from ..config import Distill, Recipe
+from ..data.augment import MultiCrop
+from ..data.masking import block_mask, random_order
+from ..engine.schedules import Progress
+from .dino import DINO
+from .distillation import Centre, Siamese, spread_of
+from .losses import across_views, centred, masked_patches
+
+
+@dataclass(frozen=True)
+class MaskedCrops:
+    """Crops, and under "masked" which patches of the two global ones the student does not see."""
+
+    crops: MultiCrop
+    grid: tuple[int, int]
+    distill: Distill
+
+    def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
+        return self.crops(image, rng) | {"masked": torch.stack([self._mask(rng) for _ in range(2)])}
+
+    def _mask(self, rng: np.random.Generator) -> Tensor:
+        n = self.grid[0] * self.grid[1]
+        count = round(n * rng.uniform(*self.distill.masked_share)) if rng.random() < self.distill.masked_images else 0
+        if self.distill.mask_shape == "block":
+            return torch.from_numpy(block_mask(self.grid, count, rng)).flatten()
+        mask = torch.zeros(n, dtype=torch.bool)
+        mask[torch.from_numpy(random_order(n, rng))[:count]] = True
+        return mask
+
+
+class IBOT(DINO):
+    """DINO that also foretells masked patches."""
+
+    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__(recipe, mean, std)
+        self.patch_centre = Centre(recipe.distill.prototypes, recipe.distill.centre_momentum)
+
+    def grow(self, net: Siamese) -> Siamese:
+        net.mask_token = nn.Parameter(torch.zeros(net.encoder.width))
+        return net
+
+    def views(self) -> MaskedCrops:
+        return MaskedCrops(super().views(), self.student.encoder.grid, self.recipe.distill)
+
+    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+        teacher, temperature, prefix = self.teacher.model, self.teacher_temperature(t), self.student.encoder.prefix
+        masked = batch["masked"].transpose(0, 1)  # v b n
+        chosen = self.chosen(masked)
+        with torch.no_grad():
+            seen = self.tokens(teacher, batch["image"])
+            said, patches_said = teacher.head(seen[:, :, 0]), teacher.head(_at(seen[:, :, prefix:], chosen))
+        self.centre.see(said)
+        self.patch_centre.see(patches_said)
+        target = centred(said, self.centre.value, temperature)
+        tokens = self.tokens(self.student, batch["image"], masked=(masked.flatten(0, 1), self.student.mask_token))
+        classes = tokens[:, :, 0]
+        if "local" in batch:
+            classes = torch.cat([classes, self.tokens(self.student, batch["local"])[:, :, 0]])
+        ts = self.recipe.distill.student_temperature
+        across = across_views(self.student.head(classes), target, ts)
+        foretold = self.student.head(_at(tokens[:, :, prefix:], chosen))
+        within = masked_patches(foretold, centred(patches_said, self.patch_centre.value, temperature), masked, ts, chosen)
+        return {"loss": across + within, "across": across.detach(), "within": within.detach()} | spread_of(target)
+
+    def chosen(self, masked: Bool[Tensor, "v b n"]) -> Int[Tensor, " k"] | None:
+        """Places, among all patches of all views, on which the head is put; None: on every one."""
+        if self.recipe.distill.patch_head == "all":
+            return None
+        places = masked.flatten().nonzero().squeeze(1)
+        return places if len(places) else places.new_zeros(1)  # nobody masked anything: one patch, of no weight
+
+    def after_step(self, t: Progress, applied: Tensor) -> None:
+        super().after_step(t, applied)
+        self.patch_centre.move(applied)
+
+
+def _at(patches: Tensor, places: Tensor | None) -> Tensor:
+    return patches if places is None else patches.flatten(0, 2)[places]

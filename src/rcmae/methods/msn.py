@@ -1,0 +1,79 @@
+"""MSN: masked siamese networks (Assran et al., ECCV 2022, arXiv 2204.07141).
+
+    L = mean over anchor views of  - target . log p  +  lambda (log c - entropy of the mean p)
+
+p: softmax of an anchor's cosines with the prototypes; the target is the same of another crop through the teacher, sharpened. Of the
+large anchor, part of the patches is left out; the others are small.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from ..data.augment import MultiCrop
+from ..data.masking import random_order
+from ..engine.schedules import Progress
+from ..models.heads import mlp
+from .distillation import SelfDistillation, Siamese, Student, spread_of
+from .losses import assignments, balanced, entropy_gap, sharpened
+
+
+@dataclass(frozen=True)
+class AnchoredCrops:
+    """Crops, and under "anchor_order" an order of the patches of the second one, of which the last are left out."""
+
+    crops: MultiCrop
+    patches: int
+
+    def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
+        return self.crops(image, rng) | {"anchor_order": torch.from_numpy(random_order(self.patches, rng))}
+
+
+class Prototypes(nn.Module):
+    """Directions that are trained with the student and have no teacher."""
+
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width).uniform_(-1, 1) * width**-0.5)
+
+
+class MSN(SelfDistillation):
+    """Assigns masked and small views to the prototypes that the teacher chooses for the whole one."""
+
+    whole_batch = "the mean entropy and the head's statistics are those of a micro-batch"
+
+    def head(self, inputs: int) -> nn.Module:
+        d = self.recipe.distill
+        return mlp([inputs, d.head_width, d.head_width, d.embedding], norm=True)
+
+    def grow(self, net: Siamese) -> Student:
+        return Student(net, Prototypes(self.recipe.distill.prototypes, self.recipe.distill.embedding))
+
+    @property
+    def followed(self) -> Siamese:
+        return self.student.trunk
+
+    def views(self) -> AnchoredCrops:
+        return AnchoredCrops(super().views(), self.patches)
+
+    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+        d, teacher, trunk = self.recipe.distill, self.teacher.model, self.student.trunk
+        kept = batch["anchor_order"][:, : max(1, round((1 - d.anchor_drop) * self.patches))]
+        classes = [self.tokens(trunk, batch["image"][:, 1:], ids=kept)]
+        classes += [self.tokens(trunk, batch["local"])] if "local" in batch else []
+        anchors = torch.cat([tokens[:, :, 0] for tokens in classes])
+        with torch.no_grad():
+            z = teacher.head(self.tokens(teacher, batch["image"][:, :1])[0, :, 0])
+        z_anchor = trunk.head(anchors.flatten(0, 1))
+        with torch.autocast(z.device.type, enabled=False):
+            prototypes = self.student.top.weight
+            with torch.no_grad():
+                target = sharpened(assignments(z.float(), prototypes, d.student_temperature), d.sharpen)
+                target = balanced(target) if d.sinkhorn else target
+            p = assignments(z_anchor.float(), prototypes, d.student_temperature)
+            agreement = -torch.special.xlogy(target.repeat(len(anchors), 1), p).sum(1).mean()
+            gap = entropy_gap(p)
+        return {"loss": agreement + d.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(target)

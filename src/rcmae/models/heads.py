@@ -1,0 +1,57 @@
+"""What self-distillation puts on an encoder. Weights are drawn anew for each head; nothing here is evaluated."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..engine.distributed import mean_with_gradient
+
+
+class BatchNorm(nn.Module):
+    """Standardises by the batch over all ranks, in training and in a teacher alike: there is nothing to remember, so nothing to miss."""
+
+    def __init__(self, width: int, affine: bool = True):
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(v(width)) if affine else None for v in (torch.ones, torch.zeros))
+
+    def forward(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            x = x - mean_with_gradient(x.mean(0))
+            x = x * (mean_with_gradient(x.square().mean(0)) + 1e-5).rsqrt()
+            return x if self.weight is None else x * self.weight + self.bias
+
+
+def mlp(widths: list[int], *, norm: bool = False, activation: type[nn.Module] = nn.GELU, bias: bool = True, last_norm: bool = False):
+    """Linear layers, with BatchNorm (`norm`) and an activation between them; `last_norm` standardises the output, without affine."""
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
+        last = i == len(widths) - 2
+        layers.append(nn.Linear(a, b, bias=bias))
+        nn.init.trunc_normal_(layers[-1].weight, std=0.02)
+        if bias:
+            nn.init.zeros_(layers[-1].bias)
+        if last_norm if last else norm:
+            layers.append(BatchNorm(b, affine=not last))
+        if not last:
+            layers.append(activation())
+    return nn.Sequential(*layers)
+
+
+class PrototypeHead(nn.Module):
+    """DINO's: three layers, a unit vector, and its cosines with `prototypes` directions."""
+
+    def __init__(self, inputs: int, width: int, embedding: int, prototypes: int):
+        super().__init__()
+        self.mlp = mlp([inputs, width, width, embedding])
+        self.last = nn.Parameter(torch.empty(prototypes, embedding))
+        nn.init.kaiming_uniform_(self.last, a=5**0.5)
+
+    def forward(self, x: Float[Tensor, "*s d"]) -> Float[Tensor, "*s c"]:
+        x = self.mlp(x)
+        # In float32: the teacher's softmax multiplies the rounding of a cosine by 25.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.last, dim=1))
