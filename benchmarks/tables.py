@@ -157,10 +157,24 @@ def monitor_cost() -> str:
     return "\n".join([*rows, "", note + "other lengths from the timed parts."])
 
 
+def cost() -> str:
+    """`rcmae compare cost --measure --out DIR`, whose cost.json is results/cost.json."""
+    r = json.loads((ROOT / "results" / "cost.json").read_text())
+    a = r["about"]
+    head = ["model", "method", "GFLOP an image", "ratio", "kept, MB an image", "ratio", "static, GiB", f"worst at {a['batch']}, GiB"]
+    rows = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
+    for row in r["rows"]:
+        cells = [row["model"], row["name"], f"{row['flops'] / 1e9:.1f}", f"{row['flops_ratio']:.2f}x", f"{row['saved'] / 1e6:.1f}"]
+        cells += [f"{row['saved_ratio']:.2f}x", f"{row['static'] / 2**30:.2f}", f"{row['peak'] / 2**30:.1f}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*rows, "", f"{a['precision']}, torch {a['machine']['torch']}; ratios to {a['first']}."])
+
+
 TABLES = {
-    f.__name__: f for f in (embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify, alarms, monitor_cost)
+    f.__name__: f
+    for f in (embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify, alarms, monitor_cost, cost)
 }
-PAGES = ("README.md", "docs/embedded.md", "docs/lab.md")
+PAGES = ("README.md", "docs/embedded.md", "docs/lab.md", "docs/compare.md")
 
 
 def filled(text: str) -> str:

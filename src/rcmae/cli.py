@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from cyclopts import App, CycloptsError, Parameter, Token
 from cyclopts.config import Dict
@@ -223,7 +223,7 @@ def lab_gradients(
 
 @app.command
 def verify(
-    method: MethodName, /, *, recipe: str = "embedded", data: str | None = None, steps: Whole = 5, batch_size: Whole = 32,
+    method: MethodName, /, *, recipe: str | None = None, data: str | None = None, steps: Whole = 5, batch_size: Whole = 32,
     device: str = "auto", json: Path | None = None,
 ) -> int:  # fmt: skip
     """Is training the same however it is carried out here? Micro-batches, kill and resume, two processes, compiled; a yes or no each.
@@ -233,7 +233,8 @@ def verify(
     method
         A method's name (`rcmae list`).
     recipe
-        Your recipe: a name or the path of a TOML file. It is taken as it is but for its length, batch and warm-up.
+        Your recipe: a name or the path of a TOML file [default: the method's on the embedded set]. It is taken as it is but for its
+        length, batch and warm-up.
     data
         Other images than the recipe's.
     steps
@@ -251,7 +252,8 @@ def verify(
     from .lab.verify import verify as run
 
     _check_place(json)
-    chosen = load_recipe(recipe)
+    own = f"{method}-embedded"
+    chosen = load_recipe(recipe or (own if own in shipped_recipes() else "embedded"))
     chosen = replace(chosen, method=method, data=data or chosen.data)
     rows = run(chosen, steps=steps, batch_size=batch_size, device=device, say=_console().print)
     parts = list(dict.fromkeys(part for row in rows for part in row.differences))
@@ -266,6 +268,69 @@ def verify(
     if json:
         json.write_text(to_json(rows, chosen, device), encoding="utf-8")
     return 0 if all(row.holds for row in rows) else 1
+
+
+compare = App(name="compare", help="Methods side by side: what a step costs, and which learns more from the same budget.")
+app.command(compare)
+
+
+@compare.command(name="cost")
+def compare_cost(
+    *, models: tuple[str, ...] = ("vit_small_patch16", "vit_base_patch16"), methods: tuple[MethodName, ...] = get_args(MethodName),
+    batch_size: Whole = 128, precision: Literal["bf16", "fp32"] = "bf16", measure: bool = False, measured_batch: Whole = 16,
+    device: str = "auto", fit: float | None = None, out: Path = Path("runs/compare-cost"),
+) -> None:  # fmt: skip
+    """Count what a training step of each method costs: FLOPs, bytes kept for the backward pass, memory at its worst.
+
+    Parameters
+    ----------
+    models
+        Named sizes (`rcmae list`) or timm:NAME.
+    methods
+        Methods; ratios are to the first one.
+    batch_size
+        Images a step of which the worst memory is told.
+    precision
+        Of the matrix products.
+    measure
+        Also make real steps on this device: memory, and images a second.
+    measured_batch
+        Images a step there.
+    device
+        auto, cpu, cuda or cuda:1.
+    fit
+        Tell the largest batch whose step stays within so many GiB.
+    out
+        Where cost.html and cost.json go.
+    """
+    from rich.table import Table
+
+    from .compare.cost import study, write_page
+    from .engine.distributed import pick_device
+
+    _check_folder(out)
+    if fit is not None and fit <= 0:
+        raise ConfigError(f"fit must be above 0, not {fit}")
+    if min(batch_size, measured_batch) < 2:
+        raise ConfigError("batch_size and measured_batch must be 2 or more: some methods compare images")
+    where = str(pick_device(device)) if measure else None
+    found = study(
+        models, methods, batch=batch_size, precision=precision, device=where, measured_batch=measured_batch, fit=fit, say=_console().print
+    )
+    for model in models:
+        heads = ["", "GFLOP", "x", "kept MB", "x", "static", f"peak at {batch_size}"]
+        heads += [f"fits {fit:g} GiB"] if fit else []
+        heads += [f"peak at {measured_batch}", "measured", "images/s"] if where else []
+        table = Table(*heads, title=f"{model}, {precision}: an image, and GiB a step", title_justify="left")
+        for r in (r for r in found["rows"] if r["model"] == model):
+            cells = [f"{r['flops'] / 1e9:.1f}", f"{r['flops_ratio']:.2f}", f"{r['saved'] / 1e6:.1f}", f"{r['saved_ratio']:.2f}"]
+            cells += [f"{r['static'] / 2**30:.2f}", f"{r['peak'] / 2**30:.1f}"]
+            cells += [str(r["fits"])] if fit else []
+            if where:
+                cells += [f"{r['predicted_there'] / 2**30:.2f}", f"{r['measured_peak'] / 2**30:.2f}", f"{r['images_per_second']:.1f}"]
+            table.add_row(r["name"], *cells)
+        _console().print(table)
+    print(f"Open {write_page(found, out)}")
 
 
 @app.command(name="list")
