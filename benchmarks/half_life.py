@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import rcmae.loop as loop
-from rcmae.config import Machine, Probe, load_recipe, replace
+from rcmae.config import Machine, Probe, changed, load_recipe, replace
 from rcmae.data.sources import open_source
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import write_json
@@ -42,11 +42,7 @@ def place_of(out: Path, name: str, seed: int) -> Path:
 def run(out: Path, name: str, seed: int, steps: int) -> None:
     """One run on one thread, and its scores; what is there already is left alone."""
     place = place_of(out, name, seed)
-    recipe = load_recipe("embedded")
-    recipe = replace(
-        recipe, seed=seed, steps=steps, rcmae=replace(recipe.rcmae, **RUNS[name]),
-        probe=replace(recipe.probe, probes=0),
-    )  # fmt: skip
+    recipe = changed(load_recipe("embedded"), seed=seed, steps=steps, probes=0, **RUNS[name])
     if not (place / "scores.json").exists():
         loop.Run.report = lambda run: None  # a page at every milestone would cost a fifth of so short a run
         with contextlib.redirect_stdout(io.StringIO()):
@@ -103,7 +99,7 @@ MARGIN = 1.0
 def verdicts(arms: dict[str, list[dict]]) -> dict[str, str]:
     """The sentences that the numbers support; "no difference" where an interval holds zero."""
     by_mean = sorted((a for a in arms if a.endswith("%, teacher")), key=lambda a: np.mean([f["linear"] for f in arms[a]]))
-    default, auto = f"RC-MAE {load_recipe('embedded').rcmae.half_life}, teacher", "RC-MAE auto, teacher"
+    default, auto = f"RC-MAE {load_recipe('embedded').teacher.half_life}, teacher", "RC-MAE auto, teacher"
     best, worst = by_mean[-1], by_mean[0]
     chosen, said = ", chosen on these seeds", {}
     pairs = {

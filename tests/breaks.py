@@ -323,6 +323,58 @@ def stops_for_nothing(old):
 
 
 # name: (where, the wrong version, the test file that must go red)
+def own_view_too(old):
+    def across_views(student, teacher, temperature):
+        log = (student / temperature).log_softmax(-1).sum(0)
+        return -(teacher * log).sum(-1).mean(1).sum() / (len(teacher) * len(student))
+
+    return across_views
+
+
+def centre_moves_anyway(old):
+    return lambda self, applied: old(self, torch.ones_like(applied))
+
+
+def centre_forgets_micro_batches(old):
+    def move(self, applied):
+        del self.seen[:-1]
+        return old(self, applied)
+
+    return move
+
+
+def never_frozen(old):
+    return lambda self, t, applied: None
+
+
+def masked_are_seen(old):
+    return lambda self, net, images, ids=None, masked=None: old(self, net, images, ids)
+
+
+def every_patch_of_the_anchor(old):
+    return lambda self, net, images, ids=None, masked=None: old(self, net, images, None, masked)
+
+
+def contrast_with_oneself(old):
+    return lambda q, k, temperature: old(q, q, temperature)
+
+
+def lopsided(old):
+    return lambda p, rounds=3: p / p.sum(1, keepdim=True)
+
+
+def all_is_the_students(old):
+    return lambda self, teacher: None
+
+
+def same_crop_twice(old):
+    def call(self, image, rng):
+        views = old(self, image, rng)
+        return views | {"image": views["image"][:1].expand(2, -1, -1, -1)}
+
+    return call
+
+
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the encoder sees hidden pixels": (
         "rcmae.models.autoencoder:Autoencoder.forward",
@@ -554,6 +606,56 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.loop:Run.end_on_alarm",
         stops_for_nothing,
         "test_alarms.py::test_stop_ends_the_run_and_the_same_command_goes_on",
+    ),
+    "a view is compared with itself": (
+        "rcmae.methods.dino:across_views",
+        own_view_too,
+        "test_distillation.py::test_ibot_without_masks_is_dino",
+    ),
+    "a skipped step moves the centre": (
+        "rcmae.methods.distillation:Centre.move",
+        centre_moves_anyway,
+        "test_distillation.py::test_a_centre_is_a_running_mean_that_a_skipped_step_leaves_alone",
+    ),
+    "a centre knows the last micro-batch alone": (
+        "rcmae.methods.distillation:Centre.move",
+        centre_forgets_micro_batches,
+        "test_distillation.py::test_micro_batches_give_the_gradient_and_the_centre_of_the_whole_batch",
+    ),
+    "the last layer is never frozen": (
+        "rcmae.methods.dino:DINO.before_step",
+        never_frozen,
+        "test_distillation.py::test_the_last_layer_is_frozen_in_the_first_epoch",
+    ),
+    "masked patches are seen": (
+        "rcmae.methods.distillation:SelfDistillation.tokens",
+        masked_are_seen,
+        "test_distillation.py::test_masked_patches_do_not_reach_ibots_student",
+    ),
+    "an anchor keeps every patch": (
+        "rcmae.methods.distillation:SelfDistillation.tokens",
+        every_patch_of_the_anchor,
+        "test_distillation.py::test_dropped_patches_do_not_reach_msns_anchor",
+    ),
+    "targets are not balanced": (
+        "rcmae.methods.losses:balanced",
+        lopsided,
+        "test_distillation.py::test_recorded_numbers_of_the_reference_codes",
+    ),
+    "queries are their own keys": (
+        "rcmae.methods.losses:contrast",
+        contrast_with_oneself,
+        "test_distillation.py::test_recorded_numbers_of_the_reference_codes",
+    ),
+    "the teacher's work is the student's": (
+        "rcmae.compare.cost:_Phases.watch",
+        all_is_the_students,
+        "test_compare.py::test_rcmae_costs_a_third_more_than_mae_and_keeps_as_much",
+    ),
+    "both global crops are one": (
+        "rcmae.data.augment:MultiCrop.__call__",
+        same_crop_twice,
+        "test_distillation.py::test_a_sample_is_a_function_of_seed_epoch_and_index",
     ),
 }
 

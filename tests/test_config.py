@@ -52,7 +52,7 @@ def test_shipped_recipes_read_and_say_how_to_run_them(name):
         ("[rcmae]\ngama = 1.0", "my.toml: unknown key rcmae.gama; did you mean rcmae.gamma?"),
         ("[rcmea]\ngamma = 1.0", "unknown key rcmea; did you mean rcmae?"),
         ("[mae]\nmask_ratio = 'x'", "my.toml: mae.mask_ratio must be of type float, not 'x'"),
-        ("method = 'rcmea'", "method must be one of mae, rcmae, not 'rcmea'; did you mean rcmae?"),
+        ("method = 'rcmea'", "method must be one of mae, rcmae, dino, ibot, msn, mocov3, not 'rcmea'; did you mean rcmae?"),
         ("seed = 1.5", "seed must be of type int"),
         ("seed = true", "seed must be of type int"),
         ("[images]\ncrop_scale = [1.0]", "must be a list of 2 values"),
@@ -61,9 +61,9 @@ def test_shipped_recipes_read_and_say_how_to_run_them(name):
         ("[mae]\nmask_ratio = 1.0\n[optim]\nwarmup = 1.0", "mask_ratio must lie between 0 and 1, not 1.0; warmup is a share"),
         ("epochs = 3\nsteps = 4", "give one of epochs, steps and time, not epochs and steps"),
         ("time = '10 parsecs'", "'10 parsecs' is no length of time"),
-        ("[rcmae]\nhalf_life = 'long'", "'long' is no half-life"),
+        ("[teacher]\nhalf_life = 'long'", "'long' is no half-life"),
         ("[optim]\nbase_lr = nan", "base_lr must be of type float, not nan"),
-        ("[rcmae]\nmomentum = 1.5", "momentum must lie in 0 to 1"),
+        ("[teacher]\nmomentum = 1.5", "momentum must lie in 0 to 1"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_that_names_it(text, message):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rcmae.engine.optim import adamw
 from rcmae.engine.schedules import Progress
 from rcmae.methods.loss import squared_errors
-from rcmae.methods.rcmae import teacher_clock
+from rcmae.methods.mean_teacher import teacher_clock
 from rcmae.models.patches import patchify, standardise, take
 from tests.conftest import batch_for, method_for, small
 

@@ -1,0 +1,88 @@
+"""What a step costs: counted by hand where one can, against the real step where one cannot."""
+
+import json
+
+import pytest
+from torch.autograd.graph import saved_tensors_hooks
+
+from rcmae.cli import main
+from rcmae.compare.cost import T, _Kept, cost, largest_batch, peak, recipes
+from rcmae.methods import METHODS
+from tests.conftest import batch_for, method_for, small
+
+
+def test_flops_of_the_encoder_by_hand():
+    """Matrix products of MAE's encoder and decoder at fp32, in FLOPs of 2 a multiplication."""
+    recipe = small("mae", depth=1, decoder_depth=1)
+    n, v, d, w, patch = 16, 4, 24, 16, 48
+
+    def block(tokens, asking, width):
+        """Queries, output and MLP for those who ask, keys and values for all; two products of attention."""
+        return 2 * (2 * tokens * width * width + asking * (2 * width * width + 8 * width * width) + 2 * tokens * asking * width)
+
+    hidden, seen, all_ = n - v, v + 1, n + 1
+    by_hand = 2 * v * patch * d + block(seen, seen, d) + 2 * seen * d * w + block(all_, hidden, w) + 2 * hidden * w * patch
+    # Nothing else multiplies matrices but the loss: an inner product over the hidden values.
+    assert cost(recipe, "fp32").student_forward == by_hand + 2 * hidden * patch
+
+
+def test_rcmae_costs_a_third_more_than_mae_and_keeps_as_much():
+    mae, rc = cost(small("mae"), "fp32"), cost(small("rcmae"), "fp32")
+    assert rc.teacher_forward == pytest.approx(rc.student_forward, rel=0.01)
+    assert rc.student_forward == pytest.approx(mae.student_forward, rel=0.01)
+    assert mae.teacher_forward == 0
+    assert rc.flops < 1.34 * mae.flops
+    assert rc.saved <= 1.05 * mae.saved
+    assert rc.trained == mae.trained
+    assert rc.frozen > mae.trained
+    assert rc.static == 16 * rc.trained + 4 * rc.frozen
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bytes_kept_are_those_of_a_real_step(name):
+    """Counted on shapes, and on a real step of two batch sizes."""
+    recipe = small(name)
+    kept = []
+    for size in (4, 8):
+        method = method_for(recipe)
+        count = _Kept({p.untyped_storage()._cdata for p in method.parameters()})
+        with saved_tensors_hooks(count.pack, lambda t: t):
+            method(batch_for(method, size=size), T)
+        kept.append(count.bytes)
+    assert cost(recipe, "fp32").saved == pytest.approx((kept[1] - kept[0]) / 4, rel=0.02)
+
+
+def test_the_worst_moment_holds_at_least_what_must_be_there_and_grows_with_the_batch():
+    recipe = small("rcmae")
+    c, few, many = cost(recipe, "fp32"), peak(recipe, 8, "fp32"), peak(recipe, 64, "fp32")
+    assert few > c.static
+    assert (many - few) / 56 >= c.saved
+    batch = largest_batch(recipe, many + 1000, "fp32")
+    assert 60 <= batch <= 64
+    assert largest_batch(recipe, 1000, "fp32") == 0
+
+
+def test_a_head_on_masked_patches_costs_less():
+    both = recipes("vit_small_patch16", ["ibot"])
+    assert list(both) == ["ibot", "ibot, head on masked"]
+    assert both["ibot, head on masked"].distill.patch_head == "masked"
+    faithful, modern = (cost(small("ibot", patch_head=kind), "fp32") for kind in ("all", "masked"))
+    assert modern.flops < faithful.flops
+    assert modern.saved < faithful.saved
+
+
+def test_the_command_measures_and_writes_a_page(tmp_path, capsys):
+    argv = ["compare", "cost", "--models", "vit_tiny_patch16", "--methods", "mae", "--methods", "rcmae", "--batch-size", "4"]
+    argv += ["--precision", "fp32", "--measure", "--device", "cpu", "--measured-batch", "2", "--out", str(tmp_path / "cost")]
+    assert main(argv) == 0
+    rows = json.loads((tmp_path / "cost" / "cost.json").read_text())["rows"]
+    assert [r["name"] for r in rows] == ["mae", "rcmae"]
+    assert rows[1]["flops_ratio"] == pytest.approx(4 / 3, rel=0.01)
+    assert all(r["measured_peak"] > 0 and r["images_per_second"] > 0 for r in rows)
+    page = (tmp_path / "cost" / "cost.html").read_text()
+    assert "1.33×" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "rcmae" in capsys.readouterr().out
+    assert main(["compare", "cost", "--fit", "-1"]) == 2
+    assert main(["compare", "cost", "--batch-size", "1"]) == 2
+    assert main(["compare", "cost", "--models", "vit_bas"]) == 2
