@@ -30,11 +30,12 @@ def mlp(widths: list[int], *, norm: bool = False, activation: type[nn.Module] = 
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(itertools.pairwise(widths)):
         last = i == len(widths) - 2
-        layers.append(nn.Linear(a, b, bias=bias))
-        nn.init.trunc_normal_(layers[-1].weight, std=0.02)
-        if bias:
-            nn.init.zeros_(layers[-1].bias)
-        if last_norm if last else norm:
+        normed = last_norm if last else norm
+        layers.append(linear := nn.Linear(a, b, bias=bias and not normed))  # a bias before BatchNorm does nothing
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+        if normed:
             layers.append(BatchNorm(b, affine=not last))
         if not last:
             layers.append(activation())
