@@ -167,7 +167,7 @@ def cost() -> str:
         cells = [row["model"], row["name"], f"{row['flops'] / 1e9:.1f}", f"{row['flops_ratio']:.2f}x", f"{row['saved'] / 1e6:.1f}"]
         cells += [f"{row['saved_ratio']:.2f}x", f"{row['static'] / 2**30:.2f}", f"{row['peak'] / 2**30:.1f}"]
         rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*rows, "", f"{a['precision']}, torch {a['machine']['torch']}; ratios to {a['first']}."])
+    return "\n".join([*rows, "", f"{a['precision']}, torch {r['machine']['torch']}; ratios to {a['first']}."])
 
 
 TABLES = {

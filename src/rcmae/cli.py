@@ -270,7 +270,7 @@ def verify(
     return 0 if all(row.holds for row in rows) else 1
 
 
-compare = App(name="compare", help="Methods side by side: what a step costs, and which learns more from the same budget.")
+compare = App(name="compare", help="Methods side by side.")
 app.command(compare)
 
 

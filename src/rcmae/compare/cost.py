@@ -331,8 +331,7 @@ def study(
         "first": next(iter(names)),
         "models": list(models),
     }
-    about["machine"] = describe_machine(torch.device(device or "cpu"), precision)
-    return {"about": about, "rows": rows}
+    return {"about": about, "rows": rows, "machine": describe_machine(torch.device(device or "cpu"), precision)}
 
 
 def write_page(found: dict[str, Any], out: Path) -> Path:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..config import Recipe, parse_half_life
 from ..data.augment import MultiCrop
+from ..engine.distributed import average
 from ..models.autoencoder import build_encoder
 from ..models.encoder import Encoder
 from ..models.patches import take
@@ -106,8 +107,6 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def move(self, applied: Tensor) -> None:
-        from ..engine.distributed import average
-
         mean = average(torch.stack(self.seen).mean(0))
         self.seen.clear()
         self.value.copy_(torch.where(applied > 0, torch.lerp(mean, self.value, self.momentum), self.value))
