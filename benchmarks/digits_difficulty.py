@@ -20,7 +20,7 @@ from rcmae.data.sources import open_source
 from rcmae.engine.run import describe_machine
 from rcmae.methods import METHODS
 from rcmae.models.backbone import IMAGENET
-from rcmae.tasks.probe import probe_set
+from rcmae.tasks.probe import percent, probe_set
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,7 +70,7 @@ def main() -> None:
     probes = probe_set(train, recipe)
     cpu = torch.device("cpu")
     result = {
-        "raw_pixels": probes.pixels()["linear"], "untrained": probes.backbone(method.backbone(), cpu, "fp32")["linear"],
+        "raw_pixels": percent(probes.pixels())["linear"], "untrained": percent(probes.backbone(method.backbone(), cpu, "fp32"))["linear"],
         "supervised": supervised(train, DigitsSource("test", 4000), epochs), "epochs": epochs, "ms_per_image": milliseconds,
         "generator": GENERATOR, "set_hash": set_hash(), "machine": describe_machine(cpu, "fp32"),
     }  # fmt: skip

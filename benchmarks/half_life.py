@@ -26,7 +26,7 @@ from rcmae.data.sources import open_source
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import write_json
 from rcmae.interop.timm_export import load
-from rcmae.tasks.probe import probe_set
+from rcmae.tasks.probe import percent, probe_set
 
 ROOT = Path(__file__).parent.parent
 HALF_LIVES = ("0.15%", "0.5%", "1.5%", "5%", "15%")
@@ -50,7 +50,7 @@ def run(out: Path, name: str, seed: int, steps: int) -> None:
         # Probed once, at the end, with what a run's own probes do.
         probes = probe_set(open_source(recipe.data, size=recipe.images.size), replace(recipe, probe=PROBE))
         precision = json.loads((place / "machine.json").read_text())["precision"]
-        write_json(place / "scores.json", {w: probes.backbone(load(place, w), torch.device("cpu"), precision) for w in WHO})
+        write_json(place / "scores.json", {w: percent(probes.backbone(load(place, w), torch.device("cpu"), precision)) for w in WHO})
     print(f"{place.name}: {(place / 'scores.json').read_text()}".replace("\n", ""), flush=True)
 
 

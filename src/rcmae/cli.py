@@ -33,6 +33,7 @@ def _whole(kind: type, tokens: Sequence[Token]) -> int:
 
 
 Whole = Annotated[int, Parameter(converter=_whole)]
+Many = Parameter(consume_multiple=True)
 Flat = Parameter(name="*", negative_iterable=())
 for section in (*sections().values(), Recipe, Machine):
     Flat(section)  # `--size`, not `--images.size`
@@ -276,7 +277,8 @@ app.command(compare)
 
 @compare.command(name="cost")
 def compare_cost(
-    *, models: tuple[str, ...] = ("vit_small_patch16", "vit_base_patch16"), methods: tuple[MethodName, ...] = get_args(MethodName),
+    *, models: Annotated[tuple[str, ...], Many] = ("vit_small_patch16", "vit_base_patch16"),
+    methods: Annotated[tuple[MethodName, ...], Many] = get_args(MethodName),
     batch_size: Whole = 128, precision: Literal["bf16", "fp32"] = "bf16", measure: bool = False, measured_batch: Whole = 16,
     device: str = "auto", fit: float | None = None, out: Path = Path("runs/compare-cost"),
 ) -> None:  # fmt: skip
@@ -330,6 +332,70 @@ def compare_cost(
                 cells += [f"{r['predicted_there'] / 2**30:.2f}", f"{r['measured_peak'] / 2**30:.2f}", f"{r['images_per_second']:.1f}"]
             table.add_row(r["name"], *cells)
         _console().print(table)
+    print(f"Open {write_page(found, out)}")
+
+
+@compare.command(name="race")
+def compare_race(
+    *arms: str, budget: str = "4m", data: str | None = None, settings: Annotated[tuple[str, ...], Many] = (), seeds: Whole = 3,
+    probes: Whole = 5, probe_train: Whole = 2000, probe_test: Whole = 4000, jobs: Whole | None = None, device: str = "auto",
+    out: Path = Path("runs/compare-race"),
+) -> None:  # fmt: skip
+    """Which method learns more from these images on an equal budget? The same command goes on where it stopped.
+
+    Parameters
+    ----------
+    arms
+        What races: methods, recipes or recipe files, each with its own settings behind commas, as in "rcmae, half_life=5%".
+        "mae averaged" is MAE whose weights are averaged for evaluation only [default: all methods, and it].
+    budget
+        What each may spend: a time on this device (4m, 1h), '2e13 flops' or '300000 images'.
+    data
+        Labelled images: a folder of classes, or whatever pretrain takes [default: the recipes'].
+    settings
+        Settings of every arm: --settings model=vit_tiny_patch16 batch_size=64.
+    seeds
+        Runs an arm; arms are compared within a seed.
+    probes
+        Times that a run is probed.
+    probe_train
+        Labelled images that the probes are fitted on.
+    probe_test
+        Labelled images that they are scored on.
+    jobs
+        Runs at a time, which share the cores [default: a run a core on a CPU, else one].
+    device
+        auto, cpu, cuda, cuda:1 or mps.
+    out
+        Where race.html, its figures, race.json and the runs go.
+    """
+    import os
+
+    from rich.table import Table
+
+    from .compare.race import ARMS, KINDS, Setting, parse_budget, race, write_page
+    from .compare.race import arms as contestants
+    from .engine.distributed import pick_device
+
+    _check_folder(out)
+    counts = {"seeds": (seeds, 2), "probes": (probes, 1), "probe_train": (probe_train, 1), "probe_test": (probe_test, 1), "jobs": (jobs, 1)}
+    if problems := [
+        f"{name} must be {least} or more, not {value}" for name, (value, least) in counts.items() if value is not None and value < least
+    ]:
+        raise ConfigError("; ".join(problems))
+    jobs = jobs or ((os.cpu_count() or 1) if pick_device(device).type == "cpu" else 1)
+    setting = Setting(parse_budget(budget), seeds, probes, probe_train, probe_test, device, jobs)
+    found = race(contestants(arms or ARMS, data, settings), setting, out, _console().print)
+    first = found["rows"][0]["arm"]
+    table = Table("% right", "images", *KINDS, f"linear against {first}", title=f"After {setting.budget} each", title_justify="left")
+    table.columns[0].no_wrap = table.columns[-1].no_wrap = True
+    for row in found["rows"]:
+        against = row["linear against"].get(first)
+        cells = [f"{row['images']:,}", *(f"{sum(row[kind]) / len(row[kind]):.1f}" for kind in KINDS)]
+        table.add_row(row["arm"], *cells, "{:+.1f} [{:+.1f}, {:+.1f}]".format(*against) if against else "")
+    _console().print(table)
+    for text in found["said"]:
+        _console().print(text)
     print(f"Open {write_page(found, out)}")
 
 

@@ -13,7 +13,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -201,6 +201,8 @@ class Probe:
     "labelled images that the probes are fitted on"
     probe_test: int = 1000
     "labelled images that they are scored on"
+    attentive: bool = False
+    "also fit a probe that chooses what to look at among all tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +310,7 @@ def load_recipe(name: str) -> Recipe:
         except OSError as e:
             raise ConfigError(f"recipe file {name} cannot be read: {e.strerror}") from e
     if name not in shipped:
-        raise ConfigError(f"there is no recipe {name!r}{_hint(name, shipped)} (`rcmae list` shows all)")
+        raise ConfigError(f"there is no recipe {name!r}{hint(name, shipped)} (`rcmae list` shows all)")
     return parse_recipe(shipped[name].read_text(encoding="utf-8"), source=f"{name}.toml")
 
 
@@ -357,6 +359,22 @@ def changed(recipe: Recipe, **settings: Any) -> Recipe:
     for name, part in parts.items():
         parts[name] = replace(part, **{f.name: settings.pop(f.name) for f in fields(part) if f.name in settings})
     return replace(recipe, **(parts | settings))
+
+
+def with_settings(recipe: Recipe, settings: Sequence[str], source: str) -> Recipe:
+    """The recipe with settings of any section replaced, each given as "key=value". Raises ConfigError that names `source`."""
+    tree = tomllib.loads(to_toml(recipe))
+    homes = {f.name: tree for f in fields(Recipe) if f.name not in sections()}
+    homes |= {f.name: tree[name] for name, section in sections().items() for f in fields(section)}
+    for text in settings:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or key not in homes:
+            raise ConfigError(f"{source}: {text!r} is no setting{hint(key, homes) if equals else '; write key=value'}")
+        try:
+            homes[key][key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            homes[key][key] = value
+    return check(_build(Recipe, tree, source))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -489,7 +507,7 @@ def _build(cls: type, tree: dict[str, Any], source: str, where: str = "") -> Any
     values = {}
     for key, value in tree.items():
         if key not in known:
-            raise ConfigError(f"{source}: unknown key {where}{key}{_hint(key, known, where)}")
+            raise ConfigError(f"{source}: unknown key {where}{key}{hint(key, known, where)}")
         kind = known[key].type
         if is_dataclass(kind):
             if not isinstance(value, dict):
@@ -505,7 +523,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}{_hint(str(value), args)}")
+        raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}{hint(str(value), args)}")
     if origin is types.UnionType:
         return None if value is None else _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is tuple:
@@ -530,6 +548,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _hint(word: str, known: Any, where: str = "") -> str:
+def hint(word: str, known: Any, where: str = "") -> str:
+    """ "; did you mean ...?" if one of the known words is near."""
     close = difflib.get_close_matches(word, list(map(str, known)), n=1)
     return f"; did you mean {where}{close[0]}?" if close else ""

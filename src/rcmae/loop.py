@@ -36,7 +36,7 @@ from .lab.monitor import Monitor
 from .methods import METHODS, Method
 from .models.backbone import usual_statistics
 from .report import write_report
-from .tasks.probe import ProbeSet, probe_set
+from .tasks.probe import ProbeSet, Right, Scores, percent, probe_set
 
 PATIENCE = 5
 "Non-finite steps in a row after which a run has diverged."
@@ -315,13 +315,20 @@ class Run:
             f = {k: v["linear"] for k, v in floor.items()}
             self.screen.say(f"floors of the linear probe: raw pixels {f['raw_pixels']:.1f} %, untrained {f['untrained']:.1f} %")
 
-    def floors(self, probes: ProbeSet) -> tuple[dict[str, Any], float]:
+    def floors(self, probes: ProbeSet) -> tuple[dict[str, Scores], float]:
         """Scores that need no training, and the seconds that probing one network takes."""
         started = time.monotonic()
         untrained = probes.backbone(self.method.backbone("student"), self.device, self.precision)
         once = time.monotonic() - started
         self.method.train()
-        return {"raw_pixels": probes.pixels(), "untrained": untrained}, once
+        return self.scores({"raw_pixels": probes.pixels(), "untrained": untrained}), once
+
+    def scores(self, right: dict[str, Right]) -> dict[str, Scores]:
+        """Percent right by network; image by image it is kept in probes/, for paired comparisons."""
+        (self.out / "probes").mkdir(exist_ok=True)
+        tensors = {f"{who}/{probe}": torch.from_numpy(hits) for who, of in right.items() for probe, hits in of.items()}
+        replace_file(self.out / "probes" / f"{self.step:08d}.safetensors", save(tensors))
+        return {who: percent(of) for who, of in right.items()}
 
     def plan(self, other_seconds: float) -> int:
         """The number of optimizer steps, from steps, epochs or time; `other_seconds` are needed for probing."""
@@ -435,7 +442,8 @@ class Run:
         if self.monitor and self.monitor.due_lidar(self.step, since) and (value := self.monitor.lidar(self.fixed)):
             self.write("health", lidar=value)
         if probes:
-            scores = {which: probes.backbone(self.method.backbone(which), self.device, self.precision) for which in self.method.networks}
+            found = {which: probes.backbone(self.method.backbone(which), self.device, self.precision) for which in self.method.networks}
+            scores = self.scores(found)
             self.write("probe", **scores)
             text = ", ".join(f"{which} linear {s['linear']:.1f} % k-NN {s['knn']:.1f} %" for which, s in scores.items())
             self.screen.say(f"step {self.step:,}: {text}")

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 # else that has an order.
 LIGHT = {
     "student": "#c2410c", "teacher": "#1d62b8", "both": "#7e3f98", "floor": "#7b858f", "ink": "#1c2126", "faint": "#e3e6e9",
-    "memory1": "#7fb0ea", "memory2": "#1d62b8", "memory3": "#0a2a5c",
+    "memory1": "#7fb0ea", "memory2": "#1d62b8", "memory3": "#0a2a5c", "good": "#1a7f4b", "gold": "#b38600",
 }  # fmt: skip
 COLOURS = {name: f"#{i:02x}{i:02x}{i:02x}" for i, name in enumerate(LIGHT, 1)}
 
@@ -37,6 +37,8 @@ class Line:
     y: Sequence[float | None]
     style: str = "-"
     smooth: bool = False
+    spread: tuple[Sequence[float], Sequence[float]] | None = None
+    "lower and upper edge of a pale area around it"
 
 
 def plot(
@@ -145,6 +147,8 @@ def _draw(axes: Axes, line: Line, markers: bool, log: bool) -> bool:
         sums = np.cumsum([0.0, *y])
         first, last = (np.clip(np.arange(len(y)) + k, 0, len(y)) for k in (-window, window + 1))
         y = (sums[last] - sums[first]) / (last - first)
+    if line.spread:
+        axes.fill_between(line.x, *line.spread, color=COLOURS[line.colour], alpha=0.12, linewidth=0)
     marker = "o" if markers or line.style == "o" else None
     weight = {"linewidth": 5, "alpha": 0.45} if line.style == "band" else {"linewidth": 1.6}
     axes.plot(x, y, **look, **weight, label=line.name or "_", marker=marker, markersize=3.5)

@@ -1,11 +1,11 @@
-"""Online probes: is the backbone learning anything? Linear and k-NN accuracy on a small labelled subset."""
+"""Online probes: is the backbone learning anything? Linear, k-NN and attentive accuracy on a small labelled subset."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ..config import Recipe
@@ -15,11 +15,19 @@ from ..data.digits import DigitsSource
 from ..data.sources import Source
 from ..data.views import center
 from ..models.backbone import Backbone
-from .features import mean_patches
-from .knn import knn_accuracy
-from .linear import linear_accuracy
+from .attentive import attentive_right
+from .features import features
+from .knn import knn_right
+from .linear import linear_right
 
 Scores = dict[str, float]
+Right = dict[str, Bool[np.ndarray, " m"]]
+"By probe, which test images it got right."
+
+
+def percent(right: Right) -> Scores:
+    """Accuracy by probe."""
+    return {name: 100 * float(hits.mean()) for name, hits in right.items()}
 
 
 @dataclass(frozen=True)
@@ -30,20 +38,27 @@ class ProbeSet:
     labels: Int[np.ndarray, " n"]
     test: UInt8[Tensor, "m c h w"]
     truth: Int[np.ndarray, " m"]
+    attentive: bool = False
 
-    def scores(self, train: np.ndarray, test: np.ndarray) -> Scores:
-        """Percent right of both probes on given features."""
+    def right(self, train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "m d"]) -> Right:
+        """What linear and k-NN probe make of given features."""
         sets = (train, self.labels, test, self.truth)
-        return {"linear": linear_accuracy(*sets), "knn": knn_accuracy(*sets)}
+        return {"linear": linear_right(*sets), "knn": knn_right(*sets)}
 
-    def pixels(self) -> Scores:
+    def pixels(self) -> Right:
         """The floor that needs no network: raw pixels, of at most 32 a side."""
         side = [min(s, 32) for s in self.train.shape[2:]]
-        return self.scores(*(F.adaptive_avg_pool2d(x.float() / 255, side).flatten(1).numpy() for x in (self.train, self.test)))
+        return self.right(*(F.adaptive_avg_pool2d(x.float() / 255, side).flatten(1).numpy() for x in (self.train, self.test)))
 
-    def backbone(self, backbone: Backbone, device: torch.device, precision: str) -> Scores:
-        """Mean-pooled patch tokens of a backbone."""
-        return self.scores(*(mean_patches(backbone, x, device, precision) for x in (self.train, self.test)))
+    def backbone(self, backbone: Backbone, device: torch.device, precision: str) -> Right:
+        """Of a backbone, linear and k-NN probe see the mean over the patches, the attentive one all tokens."""
+        (train, tokens), (test, test_tokens) = (
+            features(backbone, x, device, precision, tokens=self.attentive) for x in (self.train, self.test)
+        )
+        right = self.right(train, test)
+        if tokens is not None and test_tokens is not None:
+            right["attentive"] = attentive_right(tokens, self.labels, test_tokens, self.truth)
+        return right
 
 
 def probe_set(source: Source, recipe: Recipe) -> ProbeSet | None:
@@ -73,7 +88,7 @@ def probe_set(source: Source, recipe: Recipe) -> ProbeSet | None:
     test, truth = test[torch.from_numpy(new)], truth[new]
     if len(np.unique(labels)) < 2 or not len(truth):
         return None
-    return ProbeSet(train, labels, test, truth)
+    return ProbeSet(train, labels, test, truth, p.attentive)
 
 
 def _read(source: Source, indices: np.ndarray, recipe: Recipe) -> tuple[Tensor, np.ndarray]:

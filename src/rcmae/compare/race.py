@@ -1,0 +1,403 @@
+"""`rcmae compare race`: which method learns more from the same images on an equal budget?
+
+Every arm is a recipe. A seed gives all of them the same images in the same order and, where shapes agree, the same initial weights. The
+budget is a number of images, of FLOPs (counted by `compare.cost`) or a time on this device; an arm makes the steps that fit. On the way
+and at the end, linear, attentive and k-NN probes read the frozen backbone, and remember which test images they got right.
+
+Arms are compared within a seed. The interval of a difference is a bootstrap over seeds and over their test images, made wider for few
+seeds (see `interval`); one that holds zero says "can't tell".
+
+Every run is a run of `rcmae pretrain` under the output folder, and is never made twice: the same command goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from safetensors.numpy import load_file
+from scipy import stats
+
+from ..config import Recipe, changed, hint, load_recipe, parse_time, recipe_hash, replace, shipped_recipes, to_toml, with_settings
+from ..data.sources import open_source
+from ..engine.checkpoint import replace_file
+from ..engine.console import clock
+from ..engine.metrics import read_metrics
+from ..engine.run import StopSignals, owned, write_json
+from ..errors import ConfigError, DataError, Preempted, ProcessError, RcmaeError
+from ..methods import METHODS
+from ..report.build import template
+from ..report.curves import Line, plot, standalone
+from .cost import cost
+
+AVERAGED = "mae averaged"
+"MAE whose weights are averaged for evaluation only: the teacher of RC-MAE with gamma 0, whose student is MAE to the bit."
+
+ARMS = ("mae", AVERAGED, "rcmae", "dino", "ibot", "msn", "mocov3")
+
+KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
+"What is probed; the first one is judged."
+
+MEASURED = 24
+"Steps of a run that measures how many images a second an arm makes."
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Something that races: what is trained, which of its networks is judged, and the recipe whose cost it has."""
+
+    name: str
+    recipe: Recipe
+    network: str
+    paid: Recipe
+
+
+def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] = ()) -> list[Arm]:
+    """Names to arms: a method, or a recipe's name or file; behind commas its own settings: "rcmae, half_life=5%".
+
+    A method stands for its recipe on the embedded set, or on other `data` for its ViT-S recipe; `settings` hold for every arm.
+    The network that a method trains for is judged: its teacher, where it has one. Raises ConfigError.
+    """
+    found = []
+    for name in names:
+        head, *own = (part.strip() for part in re.split(r",(?![^\[]*\])", name))
+        embedded = (data or "embedded:").startswith("embedded:")
+        paid = load_recipe(_recipe_of("mae" if head == AVERAGED else head, embedded))
+        paid = with_settings(replace(paid, method="mae") if head in ("mae", AVERAGED) else paid, [*settings, *own], name)
+        paid = replace(paid, data=data or paid.data)
+        recipe = changed(paid, method="rcmae", gamma=0.0) if head == AVERAGED else paid
+        found.append(Arm(name, recipe, METHODS[recipe.method].networks[-1], paid))
+    names = [arm.name for arm in found]
+    problems = [f"{name!r} races twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    problems += [f"{arm.name}: {text}" for arm in found for text in METHODS[arm.recipe.method].problems(arm.recipe)]
+    problems += [] if len(names) > 1 else ["a race needs two arms"]
+    if len({arm.recipe.data for arm in found}) > 1:
+        problems.append("the arms have different data; give --data")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return found
+
+
+def _recipe_of(name: str, embedded: bool) -> str:
+    if name not in METHODS:
+        known = [*METHODS, AVERAGED, *shipped_recipes()]
+        if name not in known and not Path(name).is_file():
+            raise ConfigError(f"there is no method, recipe or recipe file {name!r}{hint(name, known)} (`rcmae list` shows all)")
+        return name
+    if not embedded:
+        return f"{name}-vits16-in1k"
+    return "embedded" if name in ("mae", "rcmae") else f"{name}-embedded"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every arm may spend: so many "images", "FLOPs" or "seconds"."""
+
+    kind: str
+    amount: float
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.kind}"
+
+
+def parse_budget(text: str) -> Budget:
+    """'300000 images', '2e13 flops', or a time on this device (4m, 1h). Raises ConfigError."""
+    m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*(images|flops)\s*", text.lower())
+    try:
+        budget = Budget({"images": "images", "flops": "FLOPs"}[m[2]], float(m[1])) if m else Budget("seconds", parse_time(text))
+    except ConfigError as e:
+        raise ConfigError(f"{text!r} is no budget; write '300000 images', '2e13 flops' or a time on this device (4m, 1h)") from e
+    if not budget.amount:
+        raise ConfigError("the budget must be above 0")
+    return budget
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a race is run."""
+
+    budget: Budget
+    seeds: int = 3
+    probes: int = 5
+    "times that each run is probed"
+    probe_train: int = 2000
+    probe_test: int = 4000
+    device: str = "auto"
+    jobs: int = 1
+    "runs at a time; they share the cores"
+
+
+def race(contestants: list[Arm], setting: Setting, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Make the runs that are missing under `out`, and judge. Raises ConfigError when another race lies there, Preempted when stopped."""
+    recipe = contestants[0].recipe
+    source = open_source(recipe.data, recipe.images.channels, size=recipe.images.size)
+    if source.labels is None:
+        raise DataError(f"{recipe.data} has no labels to probe with; a race needs folders that are classes")
+    with owned(out), StopSignals() as stop:
+        costs = {arm.name: cost(arm.paid).flops for arm in contestants}
+        steps = plan(contestants, setting, costs, out, stop, say)
+        runs = [Run(arm, seed, out, steps[arm.name], setting) for seed in range(setting.seeds) for arm in contestants]
+        weights = [run.recipe.steps * run.recipe.optim.batch_size * costs[run.arm.name] for run in runs]
+        carry_out(runs, weights, setting, stop, say)
+        found = judge(runs, costs, setting)
+    return found
+
+
+class Run:
+    """One arm on one seed: a run of `rcmae pretrain`."""
+
+    def __init__(self, arm: Arm, seed: int, out: Path, steps: int, setting: Setting, probes: int | None = None):
+        self.arm, self.seed = arm, seed
+        self.recipe = changed(
+            replace(arm.recipe, epochs=None, time=None, steps=steps, seed=seed), probes=setting.probes if probes is None else probes,
+            probe_train=setting.probe_train, probe_test=setting.probe_test, attentive=True,
+        )  # fmt: skip
+        self.place = out / f"{re.sub(r'[^a-z0-9]+', '-', arm.name.lower()).strip('-')}-{recipe_hash(self.recipe)[:6]}"
+
+    @property
+    def step(self) -> int:
+        """Steps that its record tells of."""
+        return max((line["step"] for line in read_metrics(self.place)), default=0)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing of it is missing."""
+        return (self.place / "finished").exists()
+
+    def start(self, setting: Setting) -> subprocess.Popen:
+        """The process that makes it or goes on with it."""
+        self.place.mkdir(parents=True, exist_ok=True)
+        recipe = self.place / "race.toml"
+        replace_file(recipe, to_toml(self.recipe))
+        command = [sys.executable, "-m", "rcmae", "pretrain", str(recipe), "--out", str(self.place), "--device", setting.device]
+        threads = max(1, torch.get_num_threads() // setting.jobs)
+        with (self.place / "log.txt").open("a") as log:
+            return subprocess.Popen([*command, "--threads", str(threads)], stdout=log, stderr=log)
+
+    def ended(self, code: int) -> None:
+        """Raises what ended it."""
+        if code == 0:
+            (self.place / "finished").touch()
+            return
+        lines = (self.place / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        text = f"{self.arm.name}, seed {self.seed}: {(lines or ['it said nothing'])[-1].removeprefix('rcmae: ')}"
+        kinds = {kind.exit_code: kind for kind in reversed(RcmaeError.__subclasses__())}
+        raise kinds.get(code, ProcessError)(text)
+
+
+def plan(contestants: list[Arm], setting: Setting, costs: dict[str, float], out: Path, stop: StopSignals, say: Callable) -> dict[str, int]:
+    """Steps of each arm, written to plan.json once. A time is turned into steps by the images a second of a short run, as many at a
+    time as there will be."""
+    about = {"arms": {arm.name: recipe_hash(arm.recipe) for arm in contestants}, "setting": dataclasses.asdict(setting)}
+    path = out / "plan.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        steps = before.pop("steps")
+        if before != json.loads(json.dumps(about)):
+            raise ConfigError(f"{out} holds another race; give its arms and settings again to go on with it, or another --out")
+        return steps
+    rates = dict.fromkeys(costs, 0.0)
+    if setting.budget.kind == "seconds":
+        paid = [dataclasses.replace(arm, recipe=arm.paid) for arm in contestants]
+        short = [Run(arm, 0, out / "measured", MEASURED, setting, probes=0) for arm in paid]
+        carry_out(short, [1.0] * len(short), setting, stop, say)
+        for run in short:
+            seen = [line["images_per_s"] for line in read_metrics(run.place) if line["kind"] == "train"]
+            rates[run.arm.name] = statistics.median(seen[len(seen) // 3 :])
+            say(f"{run.arm.name}: {rates[run.arm.name]:,.0f} images a second")
+    steps = {}
+    for arm in contestants:
+        images = {"images": 1.0, "FLOPs": 1 / costs[arm.name], "seconds": rates[arm.name]}[setting.budget.kind] * setting.budget.amount
+        steps[arm.name] = int(images / arm.recipe.optim.batch_size)
+        if steps[arm.name] < setting.probes:
+            raise ConfigError(f"{setting.budget} are {steps[arm.name]} steps of {arm.name}: too few to probe {setting.probes} times")
+    write_json(path, about | {"steps": steps})
+    return steps
+
+
+def carry_out(runs: list[Run], weights: list[float], setting: Setting, stop: StopSignals, say: Callable, every: float = 30.0) -> None:
+    """Make the runs that are not done, `jobs` at a time; a run that fails or a signal ends all of them, their state saved."""
+    waiting = [run for run in runs if not run.done]
+    share = {run.place: weight / sum(weights) for run, weight in zip(runs, weights, strict=True)}
+    finished = sum(share[run.place] for run in runs if run not in waiting)
+    before = finished + sum(share[run.place] * run.step / run.recipe.steps for run in waiting)
+    began = told = time.monotonic()
+    going: dict[Run, subprocess.Popen] = {}
+    try:
+        while waiting or going:
+            while waiting and len(going) < setting.jobs:
+                run = waiting.pop(0)
+                going[run] = run.start(setting)
+            time.sleep(0.2)
+            for run in [run for run, process in going.items() if process.poll() is not None]:
+                run.ended(going.pop(run).returncode)
+                finished += share[run.place]
+                told = 0.0
+            if stop.asked:
+                raise Preempted(f"stopped by {stop.asked}; every run is saved, give the same command again")
+            if time.monotonic() - told > every:
+                told = time.monotonic()
+                now = finished + sum(share[run.place] * run.step / run.recipe.steps for run in going)
+                left = (told - began) * (1 - now) / (now - before) if now > before else 0.0
+                say(f"{len(runs) - len(waiting) - len(going)} of {len(runs)} runs, {now:.0%}, {clock(left)} left")
+    finally:
+        for process in going.values():
+            process.terminate()
+        for process in going.values():
+            process.wait()
+
+
+# --- the verdict ------------------------------------------------------------------------------------------------------
+
+
+Hits = list[Bool[np.ndarray, " m"]]
+"For each seed, which of its test images were right."
+
+
+def judge(runs: list[Run], costs: dict[str, float], setting: Setting) -> dict[str, Any]:
+    """All that the runs tell: curves, accuracies, paired differences with their intervals, and the verdict in words."""
+    names = list(dict.fromkeys(run.arm.name for run in runs))
+    by_arm = {name: [run for run in runs if run.arm.name == name] for name in names}
+    final = {
+        name: {kind: [_hits(run, run.recipe.steps, run.arm.network, kind) for run in own] for kind in KINDS} for name, own in by_arm.items()
+    }
+    start = {name: {kind: [_hits(run, 0, "untrained", kind) for run in own] for kind in KINDS} for name, own in by_arm.items()}
+    rows = []
+    for name, own in by_arm.items():
+        first = own[0]
+        images = first.recipe.steps * first.recipe.optim.batch_size
+        row = {"arm": name, "steps": first.recipe.steps, "batch_size": first.recipe.optim.batch_size, "images": images}
+        row |= {"flops": images * costs[name], "seconds": statistics.median(_seconds(run, first.recipe.steps) for run in own)}
+        row |= {"recipe_hash": recipe_hash(first.arm.recipe), "curve": curve(own, costs[name])}
+        row |= {"health": [_health(run) for run in own]}
+        for kind in KINDS:
+            row[kind] = [100 * float(hits.mean()) for hits in final[name][kind]]
+            row[f"{kind} untrained"] = [100 * float(hits.mean()) for hits in start[name][kind]]
+            row[f"{kind} gain"] = interval(final[name][kind], start[name][kind])
+            row[f"{kind} against"] = {other: interval(final[name][kind], final[other][kind]) for other in names if other != name}
+        rows.append(row)
+    about = dataclasses.asdict(setting) | {"data": runs[0].recipe.data, "budget": str(setting.budget)}
+    machine = json.loads((runs[0].place / "machine.json").read_text(encoding="utf-8"))
+    return {"about": about, "said": verdict(rows, about), "rows": rows, "machine": machine}
+
+
+def interval(hits: Hits, others: Hits, draws: int = 4000) -> list[float]:
+    """Mean difference of two arms in points and a 95 % interval of it: resampled are the seeds, and in each the test images.
+
+    Three seeds show less than their true spread, so the interval of the resampled means is stretched by what Student's t and the
+    unbiased deviation make of so many (4.9 at two seeds, 2.7 at three, 1.4 at six). It then holds the truth at least as often as it says.
+    """
+    rng = np.random.Generator(np.random.Philox(key=0))
+    differences = [a.astype(np.int8) - b.astype(np.int8) for a, b in zip(hits, others, strict=True)]
+    n, m = len(differences), len(differences[0])
+    shares = np.stack([[(d == v).mean() for v in (-1, 0, 1)] for d in differences])
+    drawn = rng.multinomial(m, shares[rng.integers(n, size=(draws, n))]) / m  # as resampling the images does
+    means = (drawn[..., 2] - drawn[..., 0]).mean(1)
+    mean = float((shares[:, 2] - shares[:, 0]).mean())
+    wider = float(stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975) * np.sqrt(n / (n - 1)))
+    low, high = (mean + wider * (float(q) - mean) for q in np.percentile(means, [2.5, 97.5]))
+    return [100 * mean, 100 * low, 100 * high]
+
+
+def verdict(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
+    """What the judged probe says in words: of the highest arm, and of every arm against the first one."""
+    kind, what = next(iter(KINDS.items()))
+    mean = {row["arm"]: float(np.mean(row[kind])) for row in rows}
+    best, first = max(rows, key=lambda row: mean[row["arm"]]), rows[0]
+    words: dict[str, list[str]] = {"is better than": [], "can't be told from": []}
+    for other, (gain, low, high) in best[f"{kind} against"].items():
+        words["is better than" if low > 0 else "can't be told from"].append(f"{other} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})")
+    said = " and ".join(f"{word} {', '.join(of)}" for word, of in words.items() if of)
+    text = (
+        f"With {about['budget']} for each on {about['data']}, {best['arm']} has the highest {what} ({mean[best['arm']]:.1f} %); it {said}."
+    )
+    found = [text]
+    for row in rows[1:]:
+        gain, low, high = row[f"{kind} against"][first["arm"]]
+        word = "better" if low > 0 else "worse" if high < 0 else "can't tell"
+        found.append(f"{row['arm']} against {first['arm']}: {word} ({gain:+.1f} points, {low:+.1f} to {high:+.1f}).")
+    return found
+
+
+def curve(own: list[Run], flops: float) -> list[dict[str, Any]]:
+    """The probes of an arm on the way, each a value a seed, with the images, FLOPs and seconds (the median seed's) they came after."""
+    points = []
+    for step in [0] + [line["step"] for line in read_metrics(own[0].place) if line["kind"] == "probe"]:
+        images = step * own[0].recipe.optim.batch_size
+        point = {"step": step, "images": images, "flops": images * flops, "seconds": statistics.median(_seconds(run, step) for run in own)}
+        for kind in KINDS:
+            point[kind] = [100 * float(_hits(run, step, own[0].arm.network if step else "untrained", kind).mean()) for run in own]
+        points.append(point)
+    return points
+
+
+def _hits(run: Run, step: int, network: str, kind: str) -> Bool[np.ndarray, " m"]:
+    return load_file(run.place / "probes" / f"{step:08d}.safetensors")[f"{network}/{kind}"].astype(bool)
+
+
+def _seconds(run: Run, step: int) -> float:
+    """Time of its training up to a step, without probes and checkpoints."""
+    train = [line for line in read_metrics(run.place) if line["kind"] == "train"]
+    steps = np.array([0] + [line["step"] for line in train])
+    rates = np.array([line["images_per_s"] for line in train]) / run.recipe.optim.batch_size
+    return float(np.interp(step, steps, np.concatenate([[0], np.cumsum(np.diff(steps) / rates)])))
+
+
+def _health(run: Run) -> dict[str, float]:
+    """Is it alive? The last word on the features' rank and spread, and on the use of the prototypes where there are any."""
+    last: dict[str, Any] = {}
+    for line in read_metrics(run.place):
+        if line["kind"] in ("train", "health"):
+            last |= line
+    return {key: last[key] for key in ("rankme", "spread", "entropy", "prototypes_used") if key in last}
+
+
+# --- what one sees ----------------------------------------------------------------------------------------------------
+
+LOOKS = {
+    "mae": ("ink", "-"), AVERAGED: ("ink", "--"), "rcmae": ("teacher", "-"), "dino": ("student", "-"), "ibot": ("both", "-"),
+    "msn": ("good", "-"), "mocov3": ("gold", "-"),
+}  # fmt: skip
+"Colour and line of what races by default; others take what is left."
+
+AXES = {"images": ("million images", 1e-6), "flops": ("teraFLOP", 1e-12), "seconds": ("minutes of training", 1 / 60)}
+
+
+def write_page(found: dict[str, Any], out: Path) -> Path:
+    """Write race.json, the figures as SVGs and race.html; returns the page."""
+    names = [row["arm"] for row in found["rows"]]
+    spare = [(colour, style) for style in (":", "-.", "-", "--") for colour in ("student", "both", "good", "gold", "teacher")]
+    looks = {name: LOOKS.get(name) or spare.pop(0) for name in names}
+    figures = {f"{kind}-{axis}": _figure(found["rows"], looks, kind, axis) for kind in KINDS for axis in AXES}
+    write_json(out / "race.json", found)
+    for name, svg in figures.items():
+        (out / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
+    page = template("race.html.j2", "rcmae.compare").render(
+        title="Which method, at equal cost", figures=figures, kinds=KINDS, axes=AXES, **found
+    )
+    (out / "race.html").write_text(page, encoding="utf-8")
+    return out / "race.html"
+
+
+def _figure(rows: list[dict[str, Any]], looks: dict[str, tuple[str, str]], kind: str, axis: str) -> str:
+    label, unit = AXES[axis]
+    lines = []
+    for row in rows:
+        colour, style = looks[row["arm"]]
+        x, y = [unit * point[axis] for point in row["curve"]], [point[kind] for point in row["curve"]]
+        spread = [min(v) for v in y], [max(v) for v in y]
+        lines.append(Line(row["arm"], colour, x, [float(np.mean(v)) for v in y], style, spread=spread))
+    return plot(lines, ylabel=f"{KINDS[kind]}, % right", xlabel=label, markers=True)

@@ -1,0 +1,237 @@
+"""The race: equal starts and budgets, honest intervals, words that follow from numbers; all of it, small, stopped and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from rcmae.cli import main
+from rcmae.compare.cost import T
+from rcmae.compare.race import ARMS, AVERAGED, Budget, Setting, arms, interval, parse_budget, plan, verdict
+from rcmae.config import load_recipe, with_settings
+from rcmae.data.dataset import Images
+from rcmae.data.digits import DigitsSource
+from rcmae.data.sampler import BatchSampler
+from rcmae.engine.metrics import read_metrics
+from rcmae.engine.run import StopSignals
+from rcmae.errors import ConfigError
+from rcmae.methods import METHODS
+from rcmae.tasks.attentive import attentive_right
+
+TINY = [
+    "size=16",
+    "width=24",
+    "depth=1",
+    "heads=2",
+    "decoder_width=16",
+    "decoder_depth=1",
+    "decoder_heads=2",
+    "local_size=8",
+    "batch_size=16",
+]
+
+
+def test_all_start_from_the_same_encoder_and_see_the_same_images():
+    first, keys = None, set()
+    for arm in arms(ARMS):
+        torch.manual_seed(arm.recipe.seed)
+        method = METHODS[arm.recipe.method](arm.recipe, (0.5,) * 3, (0.25,) * 3)
+        weights = method.followed.encoder.state_dict()
+        first = first or weights
+        for name, value in weights.items():
+            assert torch.equal(value, first[name]), (arm.name, name)
+        keys.add(str(BatchSampler(1000, arm.recipe.optim.batch_size, seed=arm.recipe.seed).keys(3)))
+    assert len(keys) == 1
+
+
+def test_averaged_mae_is_mae_to_the_bit_and_costs_what_mae_costs():
+    mae, averaged = arms(["mae", AVERAGED], settings=TINY)
+    assert averaged.paid == mae.recipe
+    assert averaged.network == "teacher"
+    losses = []
+    for arm in (mae, averaged):
+        torch.manual_seed(0)
+        method = METHODS[arm.recipe.method](arm.recipe, (0.5,) * 3, (0.25,) * 3)
+        images = Images(DigitsSource("train", 8, 16, 0), method.views(), 0, 3)
+        samples = [images[(0, i)] for i in range(8)]
+        losses.append(method(default_collate([{k: v for k, v in s.items() if k != "bad"} for s in samples]), T)["loss"])
+    assert torch.equal(*losses)
+
+
+def test_an_arm_has_its_own_settings_and_those_of_all():
+    one, two = arms(["rcmae, half_life = 5%, crop_scale=[0.5, 1.0]", "dino"], settings=["base_lr=1e-3"])
+    assert (one.recipe.teacher.half_life, one.recipe.images.crop_scale) == ("5%", (0.5, 1.0))
+    assert one.recipe.optim.base_lr == two.recipe.optim.base_lr == 1e-3
+    assert arms(["dino", "ibot"], data="photos")[0].recipe.network.model == "vit_small_patch16"
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("4m", Budget("seconds", 240)), ("300000 images", Budget("images", 3e5)), ("2e13 FLOPs", Budget("FLOPs", 2e13))],
+)
+def test_a_budget_is_time_flops_or_images(text, budget):
+    assert parse_budget(text) == budget
+
+
+def test_settings_by_name_reach_every_section_and_say_what_is_wrong():
+    recipe = with_settings(load_recipe("embedded"), ["steps=7", "depth=2", "sinkhorn=true", "half_life=2%"], "x")
+    assert (recipe.steps, recipe.network.depth, recipe.distill.sinkhorn, recipe.teacher.half_life) == (7, 2, True, "2%")
+    for wrong, says in (
+        ("dephth=2", "did you mean depth"),
+        ("depth", "write key=value"),
+        ("depth=two", "of type int"),
+        ("images=3", "no setting"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            with_settings(recipe, [wrong], "arm x")
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(2, 0.03), (3, 0.0), (3, 0.03), (6, 0.03)])
+def test_an_interval_holds_the_truth_at_least_as_often_as_it_says(seeds, spread):
+    """Arms that truly differ by 2 points, seeds that differ among themselves by `spread`, 1,000 test images a seed."""
+    rng = np.random.default_rng(seeds)
+    held = 0
+    for _ in range(150):
+        effect = 0.02 + spread * rng.standard_normal(seeds)
+        a, b = ([rng.random(1000) < 0.4 + e for e in shift] for shift in (effect, np.zeros(seeds)))
+        _, low, high = interval(a, b, draws=300)
+        held += low <= 2 <= high
+    assert held >= 0.95 * 150 - 2 * (150 * 0.95 * 0.05) ** 0.5
+
+
+def test_an_interval_is_paired():
+    """Two arms that are right on the same images differ by nothing, however hard the images and whatever the seed."""
+    hits = [np.random.default_rng(i).random(500) < share for i, share in enumerate((0.2, 0.5, 0.9))]
+    assert interval(hits, hits) == [0, 0, 0]
+    better = [h | (np.arange(500) < 100) for h in hits]
+    mean, low, high = interval(better, hits)
+    assert mean == pytest.approx(100 * np.mean([b.mean() - h.mean() for b, h in zip(better, hits, strict=True)]))
+    assert low < mean < high
+
+
+def row(arm, mean, **against):
+    return {"arm": arm, "linear": [mean], "linear against": against}
+
+
+def test_the_verdict_says_what_the_intervals_say():
+    about = {"budget": "9 FLOPs", "data": "x"}
+    rows = [
+        row("a", 40.0, b=[-2, -5, 1], c=[10, 4, 16]),
+        row("b", 42.0, a=[2, -1, 5], c=[12, 6, 18]),
+        row("c", 30.0, a=[-10, -16, -4], b=[-12, -18, -6]),
+    ]
+    said = verdict(rows, about)
+    assert said[0].startswith("With 9 FLOPs for each on x, b has the highest linear probe (42.0 %)")
+    assert "is better than c (+12.0 points, +6.0 to +18.0)" in said[0]
+    assert "can't be told from a (+2.0 points, -1.0 to +5.0)" in said[0]
+    assert said[1].startswith("b against a: can't tell") and said[2].startswith("c against a: worse")
+
+
+def test_the_attentive_probe_finds_one_token_among_many():
+    """The class stands in one token at a random place; the mean over the tokens hides it in noise."""
+    rng = torch.Generator().manual_seed(0)
+
+    def images(n):
+        tokens, labels = 0.5 * torch.randn(n, 30, 16, generator=rng), torch.randint(0, 4, (n,), generator=rng)
+        place = torch.randint(0, 30, (n,), generator=rng)
+        tokens[torch.arange(n), place] = 4 * torch.eye(16)[labels] + 4 * torch.eye(16)[10]
+        return tokens.half(), labels.numpy()
+
+    (train, labels), (test, truth) = images(800), images(400)
+    right = attentive_right(train, labels, test, truth)
+    assert right.mean() > 0.95
+    assert (right == attentive_right(train, labels, test, truth)).all()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["mae"], "needs two arms"),
+        (["mae", "mae"], "'mae' races twice"),
+        (["mae", "rcmaee"], "did you mean rcmae"),
+        (["mae", "rcmae", "--budget", "much"], "is no budget"),
+        (["mae", "rcmae", "--budget", "0 images"], "above 0"),
+        (["mae", "rcmae", "--seeds", "1", "--probes", "0"], "seeds must be 2 or more, not 1; probes must be 1 or more"),
+        (
+            ["mae", "dino, local_size=64", "ibot, batch_size=1"],
+            "local_size=64: local_size 64 is larger than the image, 32; ibot, batch_size=1: ibot compares images",
+        ),
+        (["mae", "rcmae, data=other"], "different data"),
+        (["mae", "rcmae", "--budget", "64 images"], "too few to probe"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, argv, says):
+    assert main(["compare", "race", *argv, "--out", str(tmp_path / "race")]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
+    out = tmp_path / "race"
+    argv = [
+        "compare",
+        "race",
+        "mae",
+        AVERAGED,
+        "rcmae, half_life=5%",
+        "--budget",
+        "640 images",
+        "--seeds",
+        "2",
+        "--probes",
+        "2",
+        "--out",
+        str(out),
+    ]
+    argv += ["--probe-train", "60", "--probe-test", "50", "--jobs", "2", "--device", "cpu", "--settings", *TINY]
+    command = [sys.executable, "-m", "rcmae", *argv]
+    first = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("*/checkpoints/*")) and first.poll() is None:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    _, error = first.communicate(timeout=60)
+    assert first.returncode == 75 and error.startswith("rcmae: stopped: stopped by SIGTERM"), error
+    begun = {path.parent.name for path in out.glob("*/checkpoints")}
+    assert begun
+
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "6 of 6 runs, 100%" in printed
+    assert "against mae" in printed
+    runs = [path.parent for path in out.glob("*/finished")]
+    assert len(runs) == 6 and begun <= {run.name for run in runs}
+    found = json.loads((out / "race.json").read_text())
+    for row in found["rows"]:
+        assert row["steps"] == 40 and row["images"] == 640
+        assert [point["step"] for point in row["curve"]] == [0, 20, 40]
+        assert len(row["linear"]) == len(row["attentive"]) == len(row["knn"]) == 2
+        assert row["curve"][0]["linear"] == found["rows"][0]["curve"][0]["linear"], "all start from the same weights"
+        assert row["curve"][-1]["linear"] == row["linear"]
+        seconds = [point["seconds"] for point in row["curve"]]
+        assert 0 == seconds[0] < seconds[1] < seconds[2]
+    mae, averaged, ours = found["rows"]
+    assert mae["flops"] == averaged["flops"] < ours["flops"]
+    last = read_metrics(Path(next(run for run in runs if run.name.startswith("mae-averaged"))))
+    said = next(line for line in reversed(last) if line["kind"] == "probe")["teacher"]["linear"]
+    assert said in averaged["linear"]
+    assert (out / "race.html").read_text().count("<svg") == 9
+
+    before = {run.name: (run / "metrics.jsonl").stat().st_mtime_ns for run in runs}
+    assert main(argv) == 0
+    assert before == {run.name: (run / "metrics.jsonl").stat().st_mtime_ns for run in runs}
+    assert main([*argv[: -len(TINY) - 1], "--settings", *TINY[:-1], "batch_size=8"]) == 2
+    assert "another race" in capsys.readouterr().err
+
+
+def test_equal_flops_are_equal(tmp_path):
+    contestants = arms(["mae", "dino"], settings=["batch_size=10"])
+    steps = plan(contestants, Setting(Budget("FLOPs", 1e12), probes=1), {"mae": 1e9, "dino": 8e9}, tmp_path, StopSignals(), print)
+    assert steps == {"mae": 100, "dino": 12}
