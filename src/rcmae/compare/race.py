@@ -150,7 +150,7 @@ def race(contestants: list[Arm], setting: Setting, out: Path, say: Callable[[str
         costs = {arm.name: cost(arm.paid).flops for arm in contestants}
         steps = plan(contestants, setting, costs, out, stop, say)
         runs = [Run(arm, seed, out, steps[arm.name], setting) for seed in range(setting.seeds) for arm in contestants]
-        weights = [run.recipe.steps * run.recipe.optim.batch_size * costs[run.arm.name] for run in runs]
+        weights = [run.steps * run.recipe.optim.batch_size * costs[run.arm.name] for run in runs]
         carry_out(runs, weights, setting, stop, say)
         found = judge(runs, costs, setting)
     return found
@@ -160,7 +160,7 @@ class Run:
     """One arm on one seed: a run of `rcmae pretrain`."""
 
     def __init__(self, arm: Arm, seed: int, out: Path, steps: int, setting: Setting, probes: int | None = None):
-        self.arm, self.seed = arm, seed
+        self.arm, self.seed, self.steps = arm, seed, steps
         self.recipe = changed(
             replace(arm.recipe, epochs=None, time=None, steps=steps, seed=seed), probes=setting.probes if probes is None else probes,
             probe_train=setting.probe_train, probe_test=setting.probe_test, attentive=True,
@@ -233,7 +233,7 @@ def carry_out(runs: list[Run], weights: list[float], setting: Setting, stop: Sto
     waiting = [run for run in runs if not run.done]
     share = {run.place: weight / sum(weights) for run, weight in zip(runs, weights, strict=True)}
     finished = sum(share[run.place] for run in runs if run not in waiting)
-    before = finished + sum(share[run.place] * run.step / run.recipe.steps for run in waiting)
+    before = finished + sum(share[run.place] * run.step / run.steps for run in waiting)
     began = told = time.monotonic()
     going: dict[Run, subprocess.Popen] = {}
     try:
@@ -250,7 +250,7 @@ def carry_out(runs: list[Run], weights: list[float], setting: Setting, stop: Sto
                 raise Preempted(f"stopped by {stop.asked}; every run is saved, give the same command again")
             if time.monotonic() - told > every:
                 told = time.monotonic()
-                now = finished + sum(share[run.place] * run.step / run.recipe.steps for run in going)
+                now = finished + sum(share[run.place] * run.step / run.steps for run in going)
                 left = (told - began) * (1 - now) / (now - before) if now > before else 0.0
                 say(f"{len(runs) - len(waiting) - len(going)} of {len(runs)} runs, {now:.0%}, {clock(left)} left")
     finally:
@@ -272,15 +272,15 @@ def judge(runs: list[Run], costs: dict[str, float], setting: Setting) -> dict[st
     names = list(dict.fromkeys(run.arm.name for run in runs))
     by_arm = {name: [run for run in runs if run.arm.name == name] for name in names}
     final = {
-        name: {kind: [_hits(run, run.recipe.steps, run.arm.network, kind) for run in own] for kind in KINDS} for name, own in by_arm.items()
+        name: {kind: [_hits(run, run.steps, run.arm.network, kind) for run in own] for kind in KINDS} for name, own in by_arm.items()
     }
     start = {name: {kind: [_hits(run, 0, "untrained", kind) for run in own] for kind in KINDS} for name, own in by_arm.items()}
     rows = []
     for name, own in by_arm.items():
         first = own[0]
-        images = first.recipe.steps * first.recipe.optim.batch_size
-        row = {"arm": name, "steps": first.recipe.steps, "batch_size": first.recipe.optim.batch_size, "images": images}
-        row |= {"flops": images * costs[name], "seconds": statistics.median(_seconds(run, first.recipe.steps) for run in own)}
+        images = first.steps * first.recipe.optim.batch_size
+        row = {"arm": name, "steps": first.steps, "batch_size": first.recipe.optim.batch_size, "images": images}
+        row |= {"flops": images * costs[name], "seconds": statistics.median(_seconds(run, first.steps) for run in own)}
         row |= {"recipe_hash": recipe_hash(first.arm.recipe), "curve": curve(own, costs[name])}
         row |= {"health": [_health(run) for run in own]}
         for kind in KINDS:
@@ -373,7 +373,7 @@ LOOKS = {
 }  # fmt: skip
 "Colour and line of what races by default; others take what is left."
 
-AXES = {"images": ("million images", 1e-6), "flops": ("teraFLOP", 1e-12), "seconds": ("minutes of training", 1 / 60)}
+AXES = {"images": ("thousand images", 1e-3), "flops": ("teraFLOP", 1e-12), "seconds": ("minutes of training", 1 / 60)}
 
 
 def write_page(found: dict[str, Any], out: Path) -> Path:
@@ -394,10 +394,12 @@ def write_page(found: dict[str, Any], out: Path) -> Path:
 
 def _figure(rows: list[dict[str, Any]], looks: dict[str, tuple[str, str]], kind: str, axis: str) -> str:
     label, unit = AXES[axis]
+    log = axis == "images"  # equal budgets hold very different numbers of them
     lines = []
     for row in rows:
         colour, style = looks[row["arm"]]
-        x, y = [unit * point[axis] for point in row["curve"]], [point[kind] for point in row["curve"]]
+        curve = row["curve"][1:] if log else row["curve"]
+        x, y = [unit * point[axis] for point in curve], [point[kind] for point in curve]
         spread = [min(v) for v in y], [max(v) for v in y]
         lines.append(Line(row["arm"], colour, x, [float(np.mean(v)) for v in y], style, spread=spread))
-    return plot(lines, ylabel=f"{KINDS[kind]}, % right", xlabel=label, markers=True)
+    return plot(lines, ylabel=f"{KINDS[kind]}, % right", xlabel=label, xlog=log, markers=True)

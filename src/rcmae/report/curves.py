@@ -95,10 +95,12 @@ def plot(
             side.tick_params(colors=COLOURS["ink"], which="both", length=3)
             side.spines[:].set_color(COLOURS["faint"])
         axes.spines[["top", "right"]].set_visible(False)
-        if sum(line.name != "" for line in drawn) > 1:
-            # Above the axes: no curve runs through it.
+        names = [line.name for line in drawn if line.name]
+        if len(names) > 1:
+            # Above the axes: no curve runs through it. Many short names need less height in four columns.
             look = {"frameon": False, "labelcolor": COLOURS["ink"], "fontsize": 8, "handlelength": 1.6, "borderpad": 0.2}
-            axes.legend(**look, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+            short = len(names) > 4 and max(map(len, names)) < 15
+            axes.legend(**look, loc="lower left", bbox_to_anchor=(0, 1), ncols=4 if short else 2)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = file.getvalue()

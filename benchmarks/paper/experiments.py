@@ -1,0 +1,97 @@
+"""What the paper compares, the ImageNet commands that repeat it, the paper's numbers, and a small form on the embedded set.
+
+Every number here is the paper's (Lee et al., ICLR 2023), read from its tables and its Fig. 1(c); we have reproduced none of them. None:
+the number is not known to us. Pre-training commands are whole; "then" is what the number was measured with afterwards.
+"""
+
+from dataclasses import dataclass
+
+IMAGENET = "torchrun --nproc-per-node 8 -m rcmae pretrain {recipe} --data IMAGENET/train --out runs/{out} --accumulate 2 {flags}"
+FINE_TUNED = "top-1 after fine-tuning"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the paper's table: its name, how to make it on ImageNet, and what the paper says came of it."""
+
+    name: str
+    command: str
+    paper: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Race:
+    """A small form: arms of `rcmae compare race` and their budget."""
+
+    name: str
+    arms: tuple[str, ...]
+    budget: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table of the paper."""
+
+    claim: str
+    rows: tuple[Row, ...]
+    races: tuple[Race, ...] = ()
+
+
+def pretrain(method: str, out: str, flags: str = "") -> str:
+    """The command of a ViT-B/16 with the paper's settings."""
+    return IMAGENET.format(recipe=f"{method}-vitb16-in1k", out=out, flags=flags).strip()
+
+
+def _lengths() -> tuple[Row, ...]:
+    said = {"mae": (81.7, 82.2, 82.6, 83.4), "rcmae": (81.9, 82.6, 83.4, 83.6)}
+    rows = []
+    for method, numbers in said.items():
+        for epochs, number in zip((200, 400, 800, 1600), numbers, strict=True):
+            flags = f"--epochs {epochs} --warmup {40 / epochs:g}"  # its code warms up for 40 epochs, whatever the length
+            rows.append(Row(f"{method}, {epochs} epochs", pretrain(method, f"{method}-{epochs}", flags), {FINE_TUNED: number}))
+    return tuple(rows)
+
+
+MASKS = {"MAE": (83.4, 67.3, 50.3, 44.9), "RC-MAE, D": (83.6, 68.7, 50.7, 45.2), "RC-MAE, S": (83.6, 68.4, 51.0, 45.4)}
+MASK_COLUMNS = (FINE_TUNED, "linear probe", "COCO box AP", "COCO mask AP")
+COMPARED = ("mae", "rcmae", "ibot", "msn")
+"Methods of the paper's table of resources."
+
+RATIOS = (0.6, 0.75, 0.9)
+"The ratios of our small form and commands; which ones the paper has is not known to us."
+
+EXPERIMENTS = {
+    "convergence": Experiment(
+        "RC-MAE after 800 epochs is as good as MAE after 1,600 (Fig. 1c, ViT-B)",
+        _lengths(),
+        tuple(Race(f"{images:,} images", ("mae", "mae averaged", "rcmae"), f"{images} images") for images in (16000, 32000, 64000, 128000)),
+    ),
+    "mask_type": Experiment(
+        "It makes little difference whether the teacher sees the student's patches (S) or its own (D) (ViT-B, 1,600 epochs)",
+        tuple(
+            Row(name, pretrain(method, out, flags), dict(zip(MASK_COLUMNS, MASKS[name], strict=True)))
+            for name, method, out, flags in (
+                ("MAE", "mae", "mae-1600", ""),
+                ("RC-MAE, D", "rcmae", "rcmae-d", "--teacher-mask different"),
+                ("RC-MAE, S", "rcmae", "rcmae-1600", ""),
+            )
+        ),
+        (Race("S and D", ("mae", "rcmae", "rcmae, teacher_mask=different"), "128000 images"),),
+    ),
+    "mask_ratio": Experiment(
+        "A table of mask ratios with accuracy and hours on 8 V100; its numbers are not known to us",
+        tuple(
+            Row(
+                f"RC-MAE, {ratio:.0%} hidden",
+                pretrain("rcmae", f"rcmae-{ratio}", f"--mask-ratio {ratio}"),
+                {FINE_TUNED: None, "hours": None},
+            )
+            for ratio in RATIOS
+        ),
+        (Race("hidden share", tuple(f"rcmae, mask_ratio={ratio}" for ratio in reversed(RATIOS)), "128000 images"),),
+    ),
+    "resources": Experiment(
+        "RC-MAE needs less memory and time than MSN and iBOT; the table's numbers are not known to us",
+        (Row("mae, rcmae, ibot, msn", f"rcmae compare cost --methods {' '.join(COMPARED)} --measure", {"GiB": None, "hours": None}),),
+    ),
+}
