@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from benchmarks.paper.experiments import EXPERIMENTS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -170,11 +172,108 @@ def cost() -> str:
     return "\n".join([*rows, "", f"{a['precision']}, torch {r['machine']['torch']}; ratios to {a['first']}."])
 
 
+def peaks() -> str:
+    """Of the same file: the worst memory that was measured beside the one that was predicted."""
+    r = json.loads((ROOT / "results" / "cost.json").read_text())
+    a, m = r["about"], r["machine"]
+    rows = [
+        "| model | method | predicted, GiB | measured, GiB | measured / predicted | images/s |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in r["rows"]:
+        p, q = row["predicted_there"] / 2**30, row["measured_peak"] / 2**30
+        rows.append(f"| {row['model']} | {row['name']} | {p:.2f} | {q:.2f} | {q / p:.2f} | {row['images_per_second']:.1f} |")
+    device = m["cpu"] if m["device"] == "cpu" else m["device"]
+    return "\n".join([*rows, "", f"{a['measured_batch']} images, {a['precision']}; {device}, {m['threads']} threads, torch {m['torch']}."])
+
+
+def race() -> str:
+    """`rcmae compare race`, whose race.json is results/race.json."""
+    return _race(json.loads((ROOT / "results" / "race.json").read_text()))
+
+
+def _race(r: dict) -> str:
+    first, about, m = r["rows"][0]["arm"], r["about"], r["machine"]
+    rows = [f"| arm | images | linear | attentive | k-NN | linear against {first} | attentive against {first} |"]
+    rows += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for row in r["rows"]:
+        cells = [row["arm"], f"{row['images']:,}", *(f"{_mean(row[kind]):.1f}" for kind in ("linear", "attentive", "knn"))]
+        against = (row[f"{kind} against"].get(first) for kind in ("linear", "attentive"))
+        cells += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*a) if a else "" for a in against]
+        rows.append("| " + " | ".join(cells) + " |")
+    untrained = ", ".join(f"{kind} {_mean(r['rows'][0][f'{kind} untrained']):.1f}" for kind in ("linear", "attentive", "knn"))
+    note = f"Percent right, {about['budget']} an arm, {about['seeds']} paired seeds, in brackets 95 % intervals. Untrained: {untrained}. "
+    return "\n".join([*rows, "", note + f"{m['cpu'] if m['device'] == 'cpu' else m['device']}, {m['precision']}, torch {m['torch']}."])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def race_verdict() -> str:
+    """What the race says in words."""
+    return "\n".join(f"- {text}" for text in json.loads((ROOT / "results" / "race.json").read_text())["said"])
+
+
+def learns() -> str:
+    """Of the same race: does each method learn, and is it alive?"""
+    r = json.loads((ROOT / "results" / "race.json").read_text())
+    rows = ["| arm | linear probe | above the untrained encoder | rank of the features | entropy, nats | prototypes in use |"]
+    rows += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for row in r["rows"]:
+        health = {k: _mean([h[k] for h in row["health"]]) for k in ("rankme", "entropy", "prototypes_used") if k in row["health"][0]}
+        cells = [row["arm"], f"{_mean(row['linear']):.1f}", "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row["linear gain"])]
+        cells += [f"{health[k]:.1f}" if k in health else "" for k in ("rankme", "entropy", "prototypes_used")]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def paper() -> str:
+    """benchmarks/paper: each table of the paper, its numbers and commands, and what our small form gave."""
+    parts = []
+    for name, experiment in EXPERIMENTS.items():
+        parts += [f"### {name}", "", f"{experiment.claim}.", ""]
+        columns = list(experiment.rows[0].paper)
+        parts += ["| | " + " | ".join(f"{c} (the paper's)" for c in columns) + " |", "| --- |" + " ---: |" * len(columns)]
+        parts += [f"| {row.name} | " + " | ".join(str(row.paper[c] or "not known") for c in columns) + " |" for row in experiment.rows]
+        parts += ["", "```sh", *(row.command for row in experiment.rows), "```", ""]
+        file = ROOT / "results" / f"paper_{name}.json"
+        if not file.exists():
+            parts += [f"Small form: `python -m benchmarks.paper {name} --run`. It has not been run yet.", ""]
+            continue
+        parts += [f"Small form on the embedded set, our numbers (`python -m benchmarks.paper {name} --run`):", ""]
+        r = json.loads(file.read_text())
+        for title, one in r.get("races", {}).items():
+            parts += [f"{title}:", "", _race(one | {"machine": r["machine"]}), "", *(f"- {text}" for text in one["said"]), ""]
+        if "races" not in r:
+            parts += [_resources(r), ""]
+    return "\n".join(parts).rstrip()
+
+
+def _resources(r: dict) -> str:
+    rows = ["| | GFLOP an image | kept, MB an image | worst memory, GiB | images/s |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in r["rows"]:
+        cells = [
+            f"{row['flops'] / 1e9:.1f}",
+            f"{row['saved'] / 1e6:.1f}",
+            f"{row['measured_peak'] / 2**30:.2f}",
+            f"{row['images_per_second']:.1f}",
+        ]
+        rows.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    a, m = r["about"], r["machine"]
+    return "\n".join(
+        [*rows, "", f"{r['rows'][0]['model']}, {a['measured_batch']} images, {a['precision']}; {m['cpu']}, {m['threads']} threads."]
+    )
+
+
 TABLES = {
     f.__name__: f
-    for f in (embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify, alarms, monitor_cost, cost)
-}
-PAGES = ("README.md", "docs/embedded.md", "docs/lab.md", "docs/compare.md")
+    for f in (
+        embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify, alarms, monitor_cost, cost, peaks,
+        race, race_verdict, learns, paper,
+    )
+}  # fmt: skip
+PAGES = ("README.md", "docs/embedded.md", "docs/lab.md", "docs/compare.md", "docs/paper.md")
 
 
 def filled(text: str) -> str:

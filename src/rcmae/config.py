@@ -135,6 +135,8 @@ class Distill:
     "dino, ibot: width of the head's output; msn: number of prototypes"
     head_width: int = 2048
     "hidden width of the head"
+    head_norm: bool = False
+    "BatchNorm between its layers, an option of both codes (dino, ibot; the heads of msn and mocov3 have it)"
     embedding: int = 256
     "width in which similarity is measured: before the prototypes, or (mocov3) of queries and keys"
     student_temperature: float = 0.1
@@ -162,7 +164,7 @@ class Distill:
     sharpen: float = 0.25
     "temperature that sharpens the targets (msn)"
     sinkhorn: bool = False
-    "balance the targets over the prototypes (msn)"
+    "balance the targets over the prototypes (msn; dino and ibot: in place of the centre, as DINOv2 does)"
     entropy: float = 1.0
     "weight of the mean entropy that is maximised (msn)"
     freeze_patches: bool = True

@@ -304,8 +304,8 @@ class Run:
         images = f"{len(self.source):,} images of {self.recipe.data}"
         self.screen.say(f"fresh start in {self.out}: {self.recipe.method}, {parameters / 1e6:.1f} M parameters, {images}")
         self.screen.say(f"{self.total:,} steps ({epochs:.1f} epochs) on {about['device']} in {self.precision}")
-        if self.machine.accumulate > 1 and self.method.whole_batch:
-            self.screen.say(f"note: with --accumulate the step is another one: {self.method.whole_batch}")
+        if self.machine.accumulate > 1 and (why := self.method.whole_batch(self.recipe)):
+            self.screen.say(f"note: with --accumulate the step is another one: {why}")
         clock = self.method.state(Progress(0, self.total, self.steps_per_epoch))
         if "half_life_steps" in clock:
             units = "half-life {half_life_steps:,.1f} steps, {half_life_images:,.0f} images, {half_life_epochs:.2f} epochs, "

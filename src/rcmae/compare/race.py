@@ -149,7 +149,8 @@ def race(contestants: list[Arm], setting: Setting, out: Path, say: Callable[[str
     with owned(out), StopSignals() as stop:
         costs = {arm.name: cost(arm.paid).flops for arm in contestants}
         steps = plan(contestants, setting, costs, out, stop, say)
-        runs = [Run(arm, seed, out, steps[arm.name], setting) for seed in range(setting.seeds) for arm in contestants]
+        # Seed 0 is the one that recipes are tried out on.
+        runs = [Run(arm, seed, out, steps[arm.name], setting) for seed in range(1, setting.seeds + 1) for arm in contestants]
         weights = [run.steps * run.recipe.optim.batch_size * costs[run.arm.name] for run in runs]
         carry_out(runs, weights, setting, stop, say)
         found = judge(runs, costs, setting)
@@ -271,9 +272,7 @@ def judge(runs: list[Run], costs: dict[str, float], setting: Setting) -> dict[st
     """All that the runs tell: curves, accuracies, paired differences with their intervals, and the verdict in words."""
     names = list(dict.fromkeys(run.arm.name for run in runs))
     by_arm = {name: [run for run in runs if run.arm.name == name] for name in names}
-    final = {
-        name: {kind: [_hits(run, run.steps, run.arm.network, kind) for run in own] for kind in KINDS} for name, own in by_arm.items()
-    }
+    final = {name: {kind: [_hits(run, run.steps, run.arm.network, kind) for run in own] for kind in KINDS} for name, own in by_arm.items()}
     start = {name: {kind: [_hits(run, 0, "untrained", kind) for run in own] for kind in KINDS} for name, own in by_arm.items()}
     rows = []
     for name, own in by_arm.items():

@@ -47,8 +47,6 @@ class Method(nn.Module):
     "side of a patch in pixels"
     statistics: tuple[tuple[float, ...], tuple[float, ...]]
     "mean and deviation of each channel that standardise the pixels, in units of 0 to 1"
-    whole_batch: str = ""
-    "why micro-batches are another step than the batch they make; empty where they are the same"
     networks: tuple[str, ...] = ("student",)
     "what is probed and exported, the one to use last"
     watched: list[Comparison] | None = None
@@ -63,6 +61,11 @@ class Method(nn.Module):
     def problems(cls, recipe: Recipe) -> list[str]:
         """What of a recipe this method cannot work with, each in a few words; asked before any data is touched."""
         return []
+
+    @classmethod
+    def whole_batch(cls, recipe: Recipe) -> str:
+        """Why micro-batches are another step than the batch they make; empty where they are the same."""
+        return ""
 
     def standardise_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Remember the statistics, a value a channel, in units of 0 to 1."""

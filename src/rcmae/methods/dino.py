@@ -6,13 +6,14 @@ t, s: the cosines of an image's class token with the prototypes, from the teache
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..config import Recipe
 from ..engine.schedules import Progress
 from ..models.heads import PrototypeHead
 from .distillation import Centre, SelfDistillation, spread_of
-from .losses import across_views, centred
+from .losses import across_views, balanced, centred
 
 
 class DINO(SelfDistillation):
@@ -22,18 +23,30 @@ class DINO(SelfDistillation):
         super().__init__(recipe, mean, std)
         self.centre = Centre(recipe.distill.prototypes, recipe.distill.centre_momentum)
 
+    @classmethod
+    def whole_batch(cls, recipe: Recipe) -> str:
+        own = {"the head's statistics": recipe.distill.head_norm, "the balance of the targets": recipe.distill.sinkhorn}
+        names = " and ".join(name for name, there in own.items() if there)
+        return f"{names} are those of a micro-batch" if names else ""
+
     def head(self, inputs: int) -> PrototypeHead:
         d = self.recipe.distill
-        return PrototypeHead(inputs, d.head_width, d.embedding, d.prototypes)
+        return PrototypeHead(inputs, d.head_width, d.embedding, d.prototypes, d.head_norm)
 
     def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
         teacher, temperature = self.teacher.model, self.teacher_temperature(t)
         with torch.no_grad():
             said = teacher.head(self.tokens(teacher, batch["image"])[:, :, 0])
         self.centre.see(said)
-        target = centred(said, self.centre.value, temperature)
+        target = self.target(said, self.centre, temperature)
         loss = across_views(self.student.head(self.classes(batch)), target, self.recipe.distill.student_temperature)
         return {"loss": loss} | spread_of(target)
+
+    def target(self, said: Float[Tensor, "*s c"], centre: Centre, temperature: float) -> Float[Tensor, "*s c"]:
+        """What the teacher says as probabilities that do not all fall to one prototype."""
+        if self.recipe.distill.sinkhorn:
+            return balanced((said.flatten(0, -2) / temperature).softmax(-1)).view_as(said)
+        return centred(said, centre.value, temperature)
 
     def classes(self, batch: dict[str, Tensor]) -> Tensor:
         """The student's class tokens of all views [v b d]."""

@@ -19,7 +19,7 @@ from ..data.masking import block_mask, random_order
 from ..engine.schedules import Progress
 from .dino import DINO
 from .distillation import Centre, Siamese, spread_of
-from .losses import across_views, centred, masked_patches
+from .losses import across_views, masked_patches
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class IBOT(DINO):
             said, patches_said = teacher.head(seen[:, :, 0]), teacher.head(_at(seen[:, :, prefix:], chosen))
         self.centre.see(said)
         self.patch_centre.see(patches_said)
-        target = centred(said, self.centre.value, temperature)
+        target = self.target(said, self.centre, temperature)
         tokens = self.tokens(self.student, batch["image"], masked=(masked.flatten(0, 1), self.student.mask_token))
         classes = tokens[:, :, 0]
         if "local" in batch:
@@ -74,7 +74,7 @@ class IBOT(DINO):
         ts = self.recipe.distill.student_temperature
         across = across_views(self.student.head(classes), target, ts)
         foretold = self.student.head(_at(tokens[:, :, prefix:], chosen))
-        within = masked_patches(foretold, centred(patches_said, self.patch_centre.value, temperature), masked, ts, chosen)
+        within = masked_patches(foretold, self.target(patches_said, self.patch_centre, temperature), masked, ts, chosen)
         return {"loss": across + within, "across": across.detach(), "within": within.detach()} | spread_of(target)
 
     def chosen(self, masked: Bool[Tensor, "v b n"]) -> Int[Tensor, " k"] | None:

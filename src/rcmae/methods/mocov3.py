@@ -19,7 +19,9 @@ from .losses import contrast
 class MoCoV3(SelfDistillation):
     """Tells the two views of an image from those of all others."""
 
-    whole_batch = "the other images and the heads' statistics are those of a micro-batch"
+    @classmethod
+    def whole_batch(cls, recipe: Recipe) -> str:
+        return "the other images and the heads' statistics are those of a micro-batch"
 
     @classmethod
     def problems(cls, recipe: Recipe) -> list[str]:

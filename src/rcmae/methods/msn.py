@@ -13,6 +13,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from ..config import Recipe
 from ..data.augment import MultiCrop
 from ..data.masking import random_order
 from ..engine.schedules import Progress
@@ -43,7 +44,9 @@ class Prototypes(nn.Module):
 class MSN(SelfDistillation):
     """Assigns masked and small views to the prototypes that the teacher chooses for the whole one."""
 
-    whole_batch = "the mean entropy and the head's statistics are those of a micro-batch"
+    @classmethod
+    def whole_batch(cls, recipe: Recipe) -> str:
+        return "the mean entropy and the head's statistics are those of a micro-batch"
 
     def head(self, inputs: int) -> nn.Module:
         d = self.recipe.distill

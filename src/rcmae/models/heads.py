@@ -43,16 +43,16 @@ def mlp(widths: list[int], *, norm: bool = False, activation: type[nn.Module] = 
 
 
 class PrototypeHead(nn.Module):
-    """DINO's: three layers, a unit vector, and its cosines with `prototypes` directions."""
+    """DINO's: three layers (`norm`: with BatchNorm between them), a unit vector, and its cosines with `prototypes` directions."""
 
-    def __init__(self, inputs: int, width: int, embedding: int, prototypes: int):
+    def __init__(self, inputs: int, width: int, embedding: int, prototypes: int, norm: bool = False):
         super().__init__()
-        self.mlp = mlp([inputs, width, width, embedding])
+        self.mlp = mlp([inputs, width, width, embedding], norm=norm)
         self.last = nn.Parameter(torch.empty(prototypes, embedding))
         nn.init.kaiming_uniform_(self.last, a=5**0.5)
 
     def forward(self, x: Float[Tensor, "*s d"]) -> Float[Tensor, "*s c"]:
-        x = self.mlp(x)
+        x = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         # In float32: the teacher's softmax multiplies the rounding of a cosine by 25.
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.last, dim=1))
