@@ -375,6 +375,50 @@ def same_crop_twice(old):
     return call
 
 
+def interval_of_many_seeds(old):
+    def interval(hits, others, draws=4000):
+        mean, low, high = old(hits, others, draws)
+        return [mean, mean + (low - mean) / 3, mean + (high - mean) / 3]
+
+    return interval
+
+
+def images_of_another_arm(old):
+    return lambda hits, others, draws=4000: old(hits, [h[::-1] for h in others], draws)
+
+
+def means_are_enough(old):
+    def verdict(rows, about):
+        sure = [row | {"linear against": {k: [v[0]] * 3 for k, v in row["linear against"].items()}} for row in rows]
+        return old(sure, about)
+
+    return verdict
+
+
+def averages_cost_a_teacher(old):
+    return lambda *args, **kwargs: [dataclasses.replace(arm, paid=arm.recipe) for arm in old(*args, **kwargs)]
+
+
+def nothing_is_finished(old):
+    return property(lambda self: False)
+
+
+def looks_everywhere(old):
+    return lambda self, tokens: old(self, tokens.mean(1, keepdim=True).expand_as(tokens))
+
+
+def another_start(old):
+    def init(self, *args):
+        torch.rand(1)
+        old(self, *args)
+
+    return init
+
+
+def centre_in_any_case(old):
+    return lambda self, said, centre, temperature: ((said - centre.value) / temperature).softmax(-1)
+
+
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the encoder sees hidden pixels": (
         "rcmae.models.autoencoder:Autoencoder.forward",
@@ -656,6 +700,42 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.data.augment:MultiCrop.__call__",
         same_crop_twice,
         "test_distillation.py::test_a_sample_is_a_function_of_seed_epoch_and_index",
+    ),
+    "three seeds are taken for many": (
+        "rcmae.compare.race:interval",
+        interval_of_many_seeds,
+        "test_race.py::test_an_interval_holds_the_truth_at_least_as_often_as_it_says",
+    ),
+    "arms are not paired": ("rcmae.compare.race:interval", images_of_another_arm, "test_race.py::test_an_interval_is_paired"),
+    "the verdict looks at means alone": (
+        "rcmae.compare.race:verdict",
+        means_are_enough,
+        "test_race.py::test_the_verdict_says_what_the_intervals_say",
+    ),
+    "averaged MAE pays for a teacher": (
+        "rcmae.compare.race:arms",
+        averages_cost_a_teacher,
+        "test_race.py::test_averaged_mae_is_mae_to_the_bit_and_costs_what_mae_costs",
+    ),
+    "finished runs are run again": (
+        "rcmae.compare.race:Run.done",
+        nothing_is_finished,
+        "test_race.py::test_a_race_is_stopped_resumed_judged_and_not_run_again",
+    ),
+    "the attentive probe attends to nothing": (
+        "rcmae.tasks.attentive:AttentivePool.forward",
+        looks_everywhere,
+        "test_race.py::test_the_attentive_probe_finds_one_token_among_many",
+    ),
+    "an arm starts from other weights": (
+        "rcmae.methods.distillation:SelfDistillation.__init__",
+        another_start,
+        "test_race.py::test_all_start_from_the_same_encoder_and_see_the_same_images",
+    ),
+    "DINO's targets are centred where they should be balanced": (
+        "rcmae.methods.dino:DINO.target",
+        centre_in_any_case,
+        "test_distillation.py::test_balanced_targets_use_all_prototypes",
     ),
 }
 

@@ -16,6 +16,7 @@ from rcmae.engine.schedules import Progress
 from rcmae.errors import ConfigError
 from rcmae.loop import pretrain
 from rcmae.methods.losses import across_views, assignments, balanced, contrast, entropy_gap, masked_patches
+from rcmae.models.heads import PrototypeHead
 from tests.conftest import GOLDEN, batch_for, method_for, small
 
 NAMES = ("dino", "ibot", "msn", "mocov3")
@@ -189,6 +190,31 @@ def test_a_centre_is_a_running_mean_that_a_skipped_step_leaves_alone(name):
         method.after_step(T0, applied)
         assert torch.allclose(method.centre.value, expected * said.mean((0, 1)), atol=1e-6)
         method.teacher = method_for(small(name)).teacher
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot"])
+def test_balanced_targets_use_all_prototypes(name):
+    """Of a teacher that prefers one prototype by far, for all images."""
+    used = {}
+    for sinkhorn in (False, True):
+        method = method_for(small(name, sinkhorn=sinkhorn, head_norm=True, local_crops=0))
+        with torch.no_grad():
+            method.teacher.model.head.last.copy_(method.teacher.model.head.last[:1] + 0.1 * method.teacher.model.head.last)
+        logs = method(batch_for(method, size=6), LATER)
+        used[sinkhorn] = logs["prototypes_used"].item()
+        assert logs["loss"].isfinite()
+    assert used[True] > 0.9 * method.recipe.distill.prototypes > used[False]
+
+
+def test_a_heads_statistics_are_those_of_all_views_and_images():
+    """BatchNorm after the first layer: standardised over views and images together, never over the views of one image."""
+    head = PrototypeHead(6, 10, 4, 5, norm=True)
+    seen = []
+    head.mlp[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    x = torch.randn(3, 7, 6)
+    flat = head(x.flatten(0, 1))
+    torch.testing.assert_close(head(x).flatten(0, 1), flat)
+    torch.testing.assert_close(seen[1].mean(0), torch.zeros(10), atol=1e-5, rtol=0)
 
 
 def test_the_last_layer_is_frozen_in_the_first_epoch():

@@ -38,6 +38,7 @@ from ..errors import ConfigError, DataError, Preempted, ProcessError, RcmaeError
 from ..methods import METHODS
 from ..report.build import template
 from ..report.curves import Line, plot, standalone
+from ..tasks.probe import probe_set
 from .cost import cost
 
 AVERAGED = "mae averaged"
@@ -141,11 +142,10 @@ class Setting:
 
 
 def race(contestants: list[Arm], setting: Setting, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Make the runs that are missing under `out`, and judge. Raises ConfigError when another race lies there, Preempted when stopped."""
-    recipe = contestants[0].recipe
-    source = open_source(recipe.data, recipe.images.channels, size=recipe.images.size)
-    if source.labels is None:
-        raise DataError(f"{recipe.data} has no labels to probe with; a race needs folders that are classes")
+    """Make the runs that are missing under `out`, and judge. Raises DataError without labels, Preempted when stopped."""
+    recipe = Run(contestants[0], 1, out, 1, setting).recipe
+    if probe_set(open_source(recipe.data, recipe.images.channels, size=recipe.images.size), recipe) is None:
+        raise DataError(f"{recipe.data} has no labels to probe with, or one class: a race needs a folder for each of several classes")
     with owned(out), StopSignals() as stop:
         costs = {arm.name: cost(arm.paid).flops for arm in contestants}
         steps = plan(contestants, setting, costs, out, stop, say)
@@ -186,7 +186,8 @@ class Run:
         command = [sys.executable, "-m", "rcmae", "pretrain", str(recipe), "--out", str(self.place), "--device", setting.device]
         threads = max(1, torch.get_num_threads() // setting.jobs)
         with (self.place / "log.txt").open("a") as log:
-            return subprocess.Popen([*command, "--threads", str(threads)], stdout=log, stderr=log)
+            # A session of its own: Ctrl-C is for the race, which asks each run once to save and end.
+            return subprocess.Popen([*command, "--threads", str(threads)], stdout=log, stderr=log, start_new_session=True)
 
     def ended(self, code: int) -> None:
         """Raises what ended it."""
@@ -200,16 +201,8 @@ class Run:
 
 
 def plan(contestants: list[Arm], setting: Setting, costs: dict[str, float], out: Path, stop: StopSignals, say: Callable) -> dict[str, int]:
-    """Steps of each arm, written to plan.json once. A time is turned into steps by the images a second of a short run, as many at a
-    time as there will be."""
-    about = {"arms": {arm.name: recipe_hash(arm.recipe) for arm in contestants}, "setting": dataclasses.asdict(setting)}
-    path = out / "plan.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        steps = before.pop("steps")
-        if before != json.loads(json.dumps(about)):
-            raise ConfigError(f"{out} holds another race; give its arms and settings again to go on with it, or another --out")
-        return steps
+    """Steps of each arm within the budget. A time is turned into steps by the images a second of a short run, made once, as many at a
+    time as there will be. Raises ConfigError when they are too few."""
     rates = dict.fromkeys(costs, 0.0)
     if setting.budget.kind == "seconds":
         paid = [dataclasses.replace(arm, recipe=arm.paid) for arm in contestants]
@@ -223,9 +216,8 @@ def plan(contestants: list[Arm], setting: Setting, costs: dict[str, float], out:
     for arm in contestants:
         images = {"images": 1.0, "FLOPs": 1 / costs[arm.name], "seconds": rates[arm.name]}[setting.budget.kind] * setting.budget.amount
         steps[arm.name] = int(images / arm.recipe.optim.batch_size)
-        if steps[arm.name] < setting.probes:
-            raise ConfigError(f"{setting.budget} are {steps[arm.name]} steps of {arm.name}: too few to probe {setting.probes} times")
-    write_json(path, about | {"steps": steps})
+    if few := [f"{count} steps of {name}" for name, count in steps.items() if count < setting.probes]:
+        raise ConfigError(f"{setting.budget} are {', '.join(few)}: too few to probe {setting.probes} times")
     return steps
 
 
@@ -297,14 +289,15 @@ def interval(hits: Hits, others: Hits, draws: int = 4000) -> list[float]:
     """Mean difference of two arms in points and a 95 % interval of it: resampled are the seeds, and in each the test images.
 
     Three seeds show less than their true spread, so the interval of the resampled means is stretched by what Student's t and the
-    unbiased deviation make of so many (4.9 at two seeds, 2.7 at three, 1.4 at six). It then holds the truth at least as often as it says.
+    unbiased deviation make of so many (9.2 at two seeds, 2.7 at three, 1.4 at six). It then holds the truth at least as often as it says.
     """
     rng = np.random.Generator(np.random.Philox(key=0))
     differences = [a.astype(np.int8) - b.astype(np.int8) for a, b in zip(hits, others, strict=True)]
-    n, m = len(differences), len(differences[0])
+    n, images = len(differences), np.array([len(d) for d in differences])
     shares = np.stack([[(d == v).mean() for v in (-1, 0, 1)] for d in differences])
-    drawn = rng.multinomial(m, shares[rng.integers(n, size=(draws, n))]) / m  # as resampling the images does
-    means = (drawn[..., 2] - drawn[..., 0]).mean(1)
+    seeds = rng.integers(n, size=(draws, n))
+    drawn = rng.multinomial(images[seeds], shares[seeds])  # as resampling the images does
+    means = ((drawn[..., 2] - drawn[..., 0]) / images[seeds]).mean(1)
     mean = float((shares[:, 2] - shares[:, 0]).mean())
     wider = float(stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975) * np.sqrt(n / (n - 1)))
     low, high = (mean + wider * (float(q) - mean) for q in np.percentile(means, [2.5, 97.5]))
