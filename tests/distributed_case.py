@@ -35,7 +35,11 @@ if __name__ == "__main__":
 
         loop.Run.update = stopping
     try:
-        run(out, data, steps=6)
+        if case == "methods":
+            for name in ("dino", "ibot", "msn", "mocov3"):
+                run(out / name, data, method=name, steps=4)
+        else:
+            run(out, data, steps=6)
     except Preempted as e:
         assert case == "stop", e
         assert "saved at step 4" in str(e)

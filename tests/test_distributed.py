@@ -50,6 +50,17 @@ def test_two_processes_train_as_one(tmp_path, folder):  # noqa: F811
 
 
 @pytest.mark.slow
+def test_methods_that_look_across_the_batch_do_so_across_ranks(tmp_path, folder):  # noqa: F811
+    """Negatives, centres, balanced targets, mean entropy and batch statistics are those of both halves: the losses stay the same."""
+    together(tmp_path / "two", folder, "methods")
+    for name in ("dino", "ibot", "msn", "mocov3"):
+        run(tmp_path / "one" / name, folder, method=name, steps=4)
+        losses = [[line["loss"] for line in read_metrics(tmp_path / k / name) if line["kind"] == "train"] for k in ("one", "two")]
+        assert len(losses[0]) == 4
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3), name
+
+
+@pytest.mark.slow
 def test_a_bad_loss_on_one_rank_is_skipped_on_both(tmp_path, folder):  # noqa: F811
     together(tmp_path / "run", folder, "nan")
     lines = read_metrics(tmp_path / "run")

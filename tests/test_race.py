@@ -63,15 +63,25 @@ def test_averaged_mae_is_mae_to_the_bit_and_costs_what_mae_costs():
         method = METHODS[arm.recipe.method](arm.recipe, (0.5,) * 3, (0.25,) * 3)
         images = Images(DigitsSource("train", 8, 16, 0), method.views(), 0, 3)
         samples = [images[(0, i)] for i in range(8)]
-        losses.append(method(default_collate([{k: v for k, v in s.items() if k != "bad"} for s in samples]), T)["loss"])
-    assert torch.equal(*losses)
+        if arm is averaged:
+            with torch.no_grad():  # a teacher that agrees with nobody
+                method.teacher.model.decoder.pred.weight.normal_()
+        loss = method(default_collate([{k: v for k, v in s.items() if k != "bad"} for s in samples]), T)["loss"]
+        loss.backward()
+        losses.append((loss, [p.grad for p in method.student.parameters() if p.grad is not None]))
+    (loss, gradient), (other, others) = losses
+    assert torch.equal(loss, other)
+    assert all(torch.equal(a, b) for a, b in zip(gradient, others, strict=True))
 
 
 def test_an_arm_has_its_own_settings_and_those_of_all():
     one, two = arms(["rcmae, half_life = 5%, crop_scale=[0.5, 1.0]", "dino"], settings=["base_lr=1e-3"])
     assert (one.recipe.teacher.half_life, one.recipe.images.crop_scale) == ("5%", (0.5, 1.0))
     assert one.recipe.optim.base_lr == two.recipe.optim.base_lr == 1e-3
-    assert arms(["dino", "ibot"], data="photos")[0].recipe.network.model == "vit_small_patch16"
+    dino, averaged = arms(["dino", AVERAGED], data="photos")
+    assert dino.recipe.network.model == "vit_small_patch16"
+    assert (dino.recipe.optim.batch_size, dino.recipe.teacher) == (256, load_recipe("folder").teacher)
+    assert averaged.recipe.teacher == arms(["rcmae", "mae"], data="photos")[0].recipe.teacher
 
 
 @pytest.mark.parametrize(
@@ -130,7 +140,7 @@ def test_the_verdict_says_what_the_intervals_say():
         row("c", 30.0, a=[-10, -16, -4], b=[-12, -18, -6]),
     ]
     said = verdict(rows, about)
-    assert said[0].startswith("With 9 FLOPs for each on x, b has the highest linear probe (42.0 %)")
+    assert said[0].startswith("With 9 FLOPs for each on x, b has the highest linear probe on mean patches (42.0 %)")
     assert "is better than c (+12.0 points, +6.0 to +18.0)" in said[0]
     assert "can't be told from a (+2.0 points, -1.0 to +5.0)" in said[0]
     assert said[1].startswith("b against a: can't tell") and said[2].startswith("c against a: worse")
@@ -165,7 +175,8 @@ def test_the_attentive_probe_finds_one_token_among_many():
             ["mae", "dino, local_crops=1, local_size=64", "ibot, batch_size=1"],
             "local_size=64: local_size 64 is larger than the image, 32; ibot, batch_size=1: ibot compares images",
         ),
-        (["mae", "rcmae, data=other"], "different data"),
+        (["mae", "rcmae, data=other"], "data is for the race to say"),
+        (["mae", "rcmae", "--settings", "steps=7", "batch_size=4"], "steps is for the race to say"),
         (["mae", "rcmae", "--budget", "64 images"], "too few to probe"),
     ],
 )
@@ -229,5 +240,5 @@ def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
 
 def test_equal_flops_are_equal(tmp_path):
     contestants = arms(["mae", "dino"], settings=["batch_size=10"])
-    steps = plan(contestants, Setting(Budget("FLOPs", 1e12), probes=1), {"mae": 1e9, "dino": 8e9}, tmp_path, StopSignals(), print)
+    steps = plan(contestants, Setting(Budget("FLOPs", 1e12), probes=1), {"mae": 1e9, "dino": 8e9}, "", tmp_path, StopSignals(), print)
     assert steps == {"mae": 100, "dino": 12}

@@ -118,7 +118,7 @@ class Crops:
     local_scale: tuple[float, float] = (0.05, 0.4)
     "share of the image's area that they cover"
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    "change of brightness, contrast, saturation and hue in 80 % of the crops"
+    "change of brightness, contrast, saturation and hue in 80 % of the crops; images of other than 3 channels keep theirs"
     grey: float = 0.2
     "share of the crops without colour"
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
@@ -150,7 +150,7 @@ class Distill:
     centre_momentum: float = 0.9
     "what a centre keeps of itself in a step (dino, ibot)"
     freeze_last: float = 1.0
-    "epochs in which the head's last layer does not move (dino, ibot)"
+    "epochs in which the head's last layer does not move, within the first tenth of the run (dino, ibot)"
     masked_images: float = 0.5
     "share of the global crops of which patches are masked (ibot)"
     masked_share: tuple[float, float] = (0.1, 0.5)
@@ -406,8 +406,8 @@ def check(r: Recipe) -> Recipe:
         (r.optim.weight_decay >= 0, f"weight_decay must be 0 or more, not {r.optim.weight_decay}"),
         (all(0 <= b < 1 for b in r.optim.betas), f"betas must lie in 0 to below 1, not {r.optim.betas}"),
         (
-            r.optim.weight_decay_end is None or r.optim.weight_decay_end >= 0,
-            f"weight_decay_end must be 0 or more, not {r.optim.weight_decay_end}",
+            r.optim.weight_decay_end is None or (r.optim.weight_decay_end >= 0 and r.optim.weight_decay > 0),
+            f"weight_decay_end must be 0 or more, and needs a weight_decay above 0; not {r.optim.weight_decay_end}",
         ),
         (r.crops.local_crops >= 0, f"local_crops must be 0 or more, not {r.crops.local_crops}"),
         (r.crops.local_size > 0, f"local_size must be above 0, not {r.crops.local_size}"),

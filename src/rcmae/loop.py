@@ -98,6 +98,8 @@ class Run:
         self.began = time.monotonic()
         self.out: Path = machine.out
         check_parts(recipe.optim.batch_size, world.size, machine.accumulate)
+        if (why := METHODS[recipe.method].whole_batch(recipe)) and recipe.optim.batch_size // machine.accumulate < 2:
+            raise ConfigError(f"{recipe.method} learns nothing from micro-batches of one image, as {why}: give a smaller --accumulate")
         self.source = open_source(recipe.data, recipe.images.channels, size=recipe.images.size)
         batch = recipe.optim.batch_size
         if len(self.source) < batch:

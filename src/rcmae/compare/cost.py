@@ -6,7 +6,6 @@ a time. What a device does beyond it (workspaces of its kernels, fragments of it
 """
 
 import contextlib
-import json
 import multiprocessing as mp
 import resource
 import statistics
@@ -14,6 +13,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ..config import Recipe, changed, load_recipe
 from ..data.dataset import collate
+from ..engine.checkpoint import replace_file
 from ..engine.optim import adamw
-from ..engine.run import describe_machine
+from ..engine.run import describe_machine, write_json
 from ..engine.schedules import Progress
+from ..errors import ConfigError, OutOfMemoryError
 from ..methods import METHODS, Method
 from ..methods.ibot import IBOT
 from ..models import blocks
+from ..models.autoencoder import build_encoder
 from ..report.build import template
 
 PROBES = (4, 8)
@@ -97,8 +100,8 @@ def peak(recipe: Recipe, batch: int, precision: str = "bf16", like: str = "cuda"
 
 def largest_batch(recipe: Recipe, bytes_: int, precision: str = "bf16") -> int:
     """The most images whose step stays below so many bytes; 0 if not even one (two for a method that compares images) does."""
-    few, many = (peak(recipe, batch, precision) for batch in (8, 16))
-    batch = int((bytes_ - few) / ((many - few) / 8) + 8)
+    few, many = (peak(recipe, batch, precision) for batch in (64, 128))  # where activations outweigh gradients and moments
+    batch = int((bytes_ - few) / ((many - few) / 64) + 64)
     while batch > 1 and peak(recipe, batch, precision) > bytes_:
         batch -= max(1, batch // 64)
     return max(batch, 0) if batch > 1 or peak(recipe, 2, precision) <= bytes_ else 0
@@ -115,8 +118,12 @@ class Measured:
 def measure(recipe: Recipe, batch: int, device: str, precision: str, steps: int = 4) -> Measured:
     """Real steps of random images in a process of its own, so that each starts from the same memory."""
     context = mp.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_measure, recipe, batch, device, precision, steps, torch.get_num_threads()).result()
+    try:
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(_measure, recipe, batch, device, precision, steps, torch.get_num_threads()).result()
+    except (torch.OutOfMemoryError, MemoryError, BrokenProcessPool) as e:
+        advice = "give a smaller --measured-batch, or fewer --methods"
+        raise OutOfMemoryError(f"{recipe.method} on {recipe.network.model} ran out of memory at a batch of {batch}; {advice}") from e
 
 
 def _measure(recipe: Recipe, batch: int, name: str, precision: str, steps: int, threads: int) -> Measured:
@@ -282,11 +289,15 @@ class _Kept:
 
 
 def recipes(model: str, names: Sequence[str]) -> dict[str, Recipe]:
-    """A row's name -> its recipe: the settings of each reference code for the size that is nearest, at this model.
+    """A row's name -> its recipe: the settings of each reference code for ViT-S up to its width, else for ViT-B, at this model.
 
-    iBOT stands there twice: with its head on all patches, as in its code, and on the masked ones alone.
+    iBOT stands there twice: with its head on all patches, as in its code, and on the masked ones alone. Raises ConfigError that names
+    all methods that cannot work with the model.
     """
-    size = "s" if model in ("vit_small_patch16", "vit_tiny_patch16") else "b"
+    plain = load_recipe("mae-vitb16-in1k")
+    with torch.device("meta"):
+        width = build_encoder(plain.images, changed(plain, model=model).network).width
+    size = "s" if width <= 384 else "b"
     found = {name: changed(load_recipe(f"{name}-vit{size}16-in1k"), model=model) for name in names}
     if model not in ("vit_small_patch16", "vit_base_patch16"):
         found = {name: changed(recipe, heads=None) for name, recipe in found.items()}
@@ -295,6 +306,8 @@ def recipes(model: str, names: Sequence[str]) -> dict[str, Recipe]:
         rows[name] = recipe
         if name == "ibot":
             rows["ibot, head on masked"] = changed(recipe, patch_head="masked")
+    if problems := [text for recipe in found.values() for text in METHODS[recipe.method].problems(recipe)]:
+        raise ConfigError(f"{model}: {'; '.join(problems)}; leave them out with --methods")
     return rows
 
 
@@ -306,10 +319,12 @@ def study(
 
     `device` asks for measurements there too, at `measured_batch` images; `fit` for the largest batch within so many GiB.
     """
+    if device and torch.device(device).type not in ("cpu", "cuda"):
+        raise ConfigError(f"memory is measured on cpu and cuda only, not on {device}")
     rows: list[dict[str, Any]] = []
-    for model in models:
+    for model, methods in {model: recipes(model, names) for model in models}.items():
         first: Cost | None = None
-        for name, recipe in recipes(model, names).items():
+        for name, recipe in methods.items():
             say(f"{model}: {name}")
             c = cost(recipe, precision)
             first = first or c
@@ -337,7 +352,7 @@ def study(
 def write_page(found: dict[str, Any], out: Path) -> Path:
     """Write cost.json and cost.html; returns the page."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "cost.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "cost.json", found)
     page = template("cost.html.j2", "rcmae.compare").render(title="What a training step costs", **found)
-    (out / "cost.html").write_text(page, encoding="utf-8")
+    replace_file(out / "cost.html", page)
     return out / "cost.html"

@@ -11,6 +11,8 @@ Every run is a run of `rcmae pretrain` under the output folder, and is never mad
 """
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import re
 import statistics
@@ -32,6 +34,7 @@ from ..config import Recipe, changed, hint, load_recipe, parse_time, recipe_hash
 from ..data.sources import open_source
 from ..engine.checkpoint import replace_file
 from ..engine.console import clock
+from ..engine.distributed import pick_device
 from ..engine.metrics import read_metrics
 from ..engine.run import StopSignals, owned, write_json
 from ..errors import ConfigError, DataError, Preempted, ProcessError, RcmaeError
@@ -46,11 +49,14 @@ AVERAGED = "mae averaged"
 
 ARMS = ("mae", AVERAGED, "rcmae", "dino", "ibot", "msn", "mocov3")
 
-KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
+KINDS = {"linear": "linear probe on mean patches", "attentive": "attentive probe", "knn": "k-NN"}
 "What is probed; the first one is judged."
 
+RACES = {"steps", "epochs", "time", "seed", "data", "probes", "probe_train", "probe_test", "attentive"}
+"Settings that are the same for all arms."
+
 MEASURED = 24
-"Steps of a run that measures how many images a second an arm makes."
+"Steps of a run that measures how many images a second an arm makes, with a log line after each third of them."
 
 
 @dataclass(frozen=True)
@@ -72,14 +78,17 @@ def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] 
     found = []
     for name in names:
         head, *own = (part.strip() for part in re.split(r",(?![^\[]*\])", name))
-        embedded = (data or "embedded:").startswith("embedded:")
-        paid = load_recipe(_recipe_of("mae" if head == AVERAGED else head, embedded))
-        paid = with_settings(replace(paid, method="mae") if head in ("mae", AVERAGED) else paid, [*settings, *own], name)
-        paid = replace(paid, data=data or paid.data)
-        recipe = changed(paid, method="rcmae", gamma=0.0) if head == AVERAGED else paid
+        recipe = _recipe("rcmae" if head == AVERAGED else head, embedded=(data or "embedded:").startswith("embedded:"))
+        recipe = with_settings(recipe, [*settings, *own], name)
+        recipe = replace(recipe, data=data or recipe.data)
+        paid = recipe
+        if head == AVERAGED:
+            recipe, paid = changed(recipe, gamma=0.0), replace(recipe, method="mae")
         found.append(Arm(name, recipe, METHODS[recipe.method].networks[-1], paid))
     names = [arm.name for arm in found]
     problems = [f"{name!r} races twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    given = {text.partition("=")[0].strip() for name in [*settings, *names] for text in name.split(",")}
+    problems += [f"{key} is for the race to say, not for an arm" for key in RACES & given]
     problems += [f"{arm.name}: {text}" for arm in found for text in METHODS[arm.recipe.method].problems(arm.recipe)]
     problems += [] if len(names) > 1 else ["a race needs two arms"]
     if len({arm.recipe.data for arm in found}) > 1:
@@ -89,15 +98,17 @@ def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] 
     return found
 
 
-def _recipe_of(name: str, embedded: bool) -> str:
+def _recipe(name: str, embedded: bool) -> Recipe:
+    """A method's recipe for the embedded set, or for other images: its ViT-S recipe with the batch and the memory of recipe `folder`."""
     if name not in METHODS:
         known = [*METHODS, AVERAGED, *shipped_recipes()]
         if name not in known and not Path(name).is_file():
             raise ConfigError(f"there is no method, recipe or recipe file {name!r}{hint(name, known)} (`rcmae list` shows all)")
-        return name
+        return load_recipe(name)
     if not embedded:
-        return f"{name}-vits16-in1k"
-    return "embedded" if name in ("mae", "rcmae") else f"{name}-embedded"
+        folder = load_recipe("folder")
+        return changed(load_recipe(f"{name}-vits16-in1k"), batch_size=folder.optim.batch_size, **dataclasses.asdict(folder.teacher))
+    return replace(load_recipe("embedded" if name in ("mae", "rcmae") else f"{name}-embedded"), method=name)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -143,14 +154,18 @@ class Setting:
 
 def race(contestants: list[Arm], setting: Setting, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Make the runs that are missing under `out`, and judge. Raises DataError without labels, Preempted when stopped."""
-    recipe = Run(contestants[0], 1, out, 1, setting).recipe
-    if probe_set(open_source(recipe.data, recipe.images.channels, size=recipe.images.size), recipe) is None:
+    recipe = contestants[0].recipe
+    source = open_source(recipe.data, recipe.images.channels, size=recipe.images.size)
+    if probe_set(source, changed(recipe, probes=1, probe_train=setting.probe_train, probe_test=setting.probe_test)) is None:
         raise DataError(f"{recipe.data} has no labels to probe with, or one class: a race needs a folder for each of several classes")
+    if (few := max(arm.recipe.optim.batch_size for arm in contestants)) > len(source):
+        raise DataError(f"{recipe.data} holds {len(source)} images, fewer than a batch of {few}: give --settings batch_size=...")
+    data = source.fingerprint()
     with owned(out), StopSignals() as stop:
         costs = {arm.name: cost(arm.paid).flops for arm in contestants}
-        steps = plan(contestants, setting, costs, out, stop, say)
+        steps = plan(contestants, setting, costs, data, out, stop, say)
         # Seed 0 is the one that recipes are tried out on.
-        runs = [Run(arm, seed, out, steps[arm.name], setting) for seed in range(1, setting.seeds + 1) for arm in contestants]
+        runs = [Run(arm, seed, out, steps[arm.name], setting, data) for seed in range(1, setting.seeds + 1) for arm in contestants]
         weights = [run.steps * run.recipe.optim.batch_size * costs[run.arm.name] for run in runs]
         carry_out(runs, weights, setting, stop, say)
         found = judge(runs, costs, setting)
@@ -160,13 +175,15 @@ def race(contestants: list[Arm], setting: Setting, out: Path, say: Callable[[str
 class Run:
     """One arm on one seed: a run of `rcmae pretrain`."""
 
-    def __init__(self, arm: Arm, seed: int, out: Path, steps: int, setting: Setting, probes: int | None = None):
-        self.arm, self.seed, self.steps = arm, seed, steps
+    def __init__(self, arm: Arm, seed: int, out: Path, steps: int, setting: Setting, data: str, flags: Sequence[str] = ()):
+        """`data` is the fingerprint of the images: the folder's name holds all that makes a run another one."""
+        self.arm, self.seed, self.steps, self.flags = arm, seed, steps, flags
         self.recipe = changed(
-            replace(arm.recipe, epochs=None, time=None, steps=steps, seed=seed), probes=setting.probes if probes is None else probes,
+            replace(arm.recipe, epochs=None, time=None, steps=steps, seed=seed), probes=0 if flags else setting.probes,
             probe_train=setting.probe_train, probe_test=setting.probe_test, attentive=True,
         )  # fmt: skip
-        self.place = out / f"{re.sub(r'[^a-z0-9]+', '-', arm.name.lower()).strip('-')}-{recipe_hash(self.recipe)[:6]}"
+        own = hashlib.sha256(" ".join([recipe_hash(self.recipe), data, *flags]).encode()).hexdigest()[:8]
+        self.place = out / f"{re.sub(r'[^a-z0-9]+', '-', arm.name.lower()).strip('-')}-{seed}-{own}"
 
     @property
     def step(self) -> int:
@@ -187,31 +204,40 @@ class Run:
         threads = max(1, torch.get_num_threads() // setting.jobs)
         with (self.place / "log.txt").open("a") as log:
             # A session of its own: Ctrl-C is for the race, which asks each run once to save and end.
-            return subprocess.Popen([*command, "--threads", str(threads)], stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen([*command, *self.flags, "--threads", str(threads)], stdout=log, stderr=log, start_new_session=True)
 
     def ended(self, code: int) -> None:
         """Raises what ended it."""
         if code == 0:
             (self.place / "finished").touch()
             return
+        if code < 0:
+            raise ProcessError(f"{self.arm.name}, seed {self.seed}: ended by signal {-code} (out of memory?); the same command goes on")
         lines = (self.place / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         text = f"{self.arm.name}, seed {self.seed}: {(lines or ['it said nothing'])[-1].removeprefix('rcmae: ')}"
         kinds = {kind.exit_code: kind for kind in reversed(RcmaeError.__subclasses__())}
-        raise kinds.get(code, ProcessError)(text)
+        raise kinds.get(code, ProcessError)(f"{text}; see {self.place / 'log.txt'}")
 
 
-def plan(contestants: list[Arm], setting: Setting, costs: dict[str, float], out: Path, stop: StopSignals, say: Callable) -> dict[str, int]:
+def plan(
+    contestants: list[Arm], setting: Setting, costs: dict[str, float], data: str, out: Path, stop: StopSignals, say: Callable
+) -> dict[str, int]:
     """Steps of each arm within the budget. A time is turned into steps by the images a second of a short run, made once, as many at a
     time as there will be. Raises ConfigError when they are too few."""
     rates = dict.fromkeys(costs, 0.0)
     if setting.budget.kind == "seconds":
-        paid = [dataclasses.replace(arm, recipe=arm.paid) for arm in contestants]
-        short = [Run(arm, 0, out / "measured", MEASURED, setting, probes=0) for arm in paid]
-        carry_out(short, [1.0] * len(short), setting, stop, say)
-        for run in short:
+        where = [str(pick_device(setting.device)), str(setting.jobs)]
+        flags = ("--no-monitor", "--log-every", str(MEASURED // 3))
+        short = {}
+        for arm in contestants:  # arms that cost the same are measured once: the same steps, whatever the noise
+            plain = dataclasses.replace(arm, name=arm.paid.method, recipe=arm.paid)
+            short[arm.name] = Run(plain, 0, out / "measured", MEASURED, setting, " ".join([data, *where]), flags)
+        once = list({run.place: run for run in short.values()}.values())
+        carry_out(once, [1.0] * len(once), setting, stop, say)
+        for name, run in short.items():
             seen = [line["images_per_s"] for line in read_metrics(run.place) if line["kind"] == "train"]
-            rates[run.arm.name] = statistics.median(seen[len(seen) // 3 :])
-            say(f"{run.arm.name}: {rates[run.arm.name]:,.0f} images a second")
+            rates[name] = statistics.median(seen[1:])  # the first one warmed up
+            say(f"{name}: {rates[name]:,.0f} images a second")
     steps = {}
     for arm in contestants:
         images = {"images": 1.0, "FLOPs": 1 / costs[arm.name], "seconds": rates[arm.name]}[setting.budget.kind] * setting.budget.amount
@@ -271,8 +297,8 @@ def judge(runs: list[Run], costs: dict[str, float], setting: Setting) -> dict[st
         first = own[0]
         images = first.steps * first.recipe.optim.batch_size
         row = {"arm": name, "steps": first.steps, "batch_size": first.recipe.optim.batch_size, "images": images}
-        row |= {"flops": images * costs[name], "seconds": statistics.median(_seconds(run, first.steps) for run in own)}
         row |= {"recipe_hash": recipe_hash(first.arm.recipe), "curve": curve(own, costs[name])}
+        row |= {part: row["curve"][-1][part] for part in ("flops", "seconds")}
         row |= {"health": [_health(run) for run in own]}
         for kind in KINDS:
             row[kind] = [100 * float(hits.mean()) for hits in final[name][kind]]
@@ -289,7 +315,8 @@ def interval(hits: Hits, others: Hits, draws: int = 4000) -> list[float]:
     """Mean difference of two arms in points and a 95 % interval of it: resampled are the seeds, and in each the test images.
 
     Three seeds show less than their true spread, so the interval of the resampled means is stretched by what Student's t and the
-    unbiased deviation make of so many (9.2 at two seeds, 2.7 at three, 1.4 at six). It then holds the truth at least as often as it says.
+    unbiased deviation make of so many (9.2 at two seeds, 2.7 at three, 1.4 at six). It then holds the truth about as often as it says, and
+    more often where images vary more than seeds.
     """
     rng = np.random.Generator(np.random.Philox(key=0))
     differences = [a.astype(np.int8) - b.astype(np.int8) for a, b in zip(hits, others, strict=True)]
@@ -325,13 +352,18 @@ def verdict(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
 
 
 def curve(own: list[Run], flops: float) -> list[dict[str, Any]]:
-    """The probes of an arm on the way, each a value a seed, with the images, FLOPs and seconds (the median seed's) they came after."""
-    points = []
+    """The probes of an arm on the way, each a value a seed, with the images, FLOPs and seconds (the median seed's) they came after.
+
+    Averaged MAE is trained as RC-MAE with gamma 0, whose teacher's work is taken off its seconds as it is off its FLOPs.
+    """
+    points, arm = [], own[0].arm
+    share = 1.0 if arm.paid == arm.recipe else flops / cost(arm.recipe).flops
     for step in [0] + [line["step"] for line in read_metrics(own[0].place) if line["kind"] == "probe"]:
         images = step * own[0].recipe.optim.batch_size
-        point = {"step": step, "images": images, "flops": images * flops, "seconds": statistics.median(_seconds(run, step) for run in own)}
+        seconds = share * statistics.median(_seconds(run, step) for run in own)
+        point = {"step": step, "images": images, "flops": images * flops, "seconds": seconds}
         for kind in KINDS:
-            point[kind] = [100 * float(_hits(run, step, own[0].arm.network if step else "untrained", kind).mean()) for run in own]
+            point[kind] = [100 * float(_hits(run, step, arm.network if step else "untrained", kind).mean()) for run in own]
         points.append(point)
     return points
 
@@ -371,16 +403,18 @@ AXES = {"images": ("thousand images", 1e-3), "flops": ("teraFLOP", 1e-12), "seco
 def write_page(found: dict[str, Any], out: Path) -> Path:
     """Write race.json, the figures as SVGs and race.html; returns the page."""
     names = [row["arm"] for row in found["rows"]]
-    spare = [(colour, style) for style in (":", "-.", "-", "--") for colour in ("student", "both", "good", "gold", "teacher")]
-    looks = {name: LOOKS.get(name) or spare.pop(0) for name in names}
+    spare = itertools.cycle(
+        (colour, style) for style in (":", "-.", "-", "--") for colour in ("student", "both", "good", "gold", "teacher")
+    )
+    looks = {name: LOOKS.get(name) or next(spare) for name in names}
     figures = {f"{kind}-{axis}": _figure(found["rows"], looks, kind, axis) for kind in KINDS for axis in AXES}
     write_json(out / "race.json", found)
     for name, svg in figures.items():
-        (out / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
+        replace_file(out / f"{name}.svg", standalone(svg))
     page = template("race.html.j2", "rcmae.compare").render(
         title="Which method, at equal cost", figures=figures, kinds=KINDS, axes=AXES, **found
     )
-    (out / "race.html").write_text(page, encoding="utf-8")
+    replace_file(out / "race.html", page)
     return out / "race.html"
 
 

@@ -15,7 +15,7 @@ JITTER = 0.8
 "Share of the crops whose colours are changed (SimCLR's, and so everybody's)."
 
 SIGMA = (0.1, 2.0)
-"Deviation of the blur in pixels at 224 px, drawn evenly."
+"Deviation of the blur in pixels, of small crops too, where the image is 224 px wide; drawn evenly."
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MultiCrop:
         if self.images.channels == 3:
             crop = recoloured(crop, self.crops.jitter, self.crops.grey, rng)
         if rng.random() < blur:
-            sigma = rng.uniform(*SIGMA) * max(shape) / 224
+            sigma = rng.uniform(*SIGMA) * max(self.images.shape) / 224
             side = 2 * max(1, round(3 * sigma)) + 1
             crop = tf.gaussian_blur(crop, [side, side], [sigma, sigma])
         if rng.random() < solarize:

@@ -132,7 +132,7 @@ def measure_statistics(source: Source, channels: int, samples: int = 1000) -> tu
 def quiet_worker(worker: int) -> None:
     """A loader process: one thread, deaf to the signals that stop the run, gone when its parent is."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -114,15 +114,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class StopSignals:
-    """Within it, SIGTERM, SIGINT and SIGUSR1 only raise `asked`; the loop polls it. A second one ends the process at once."""
+    """Within it, SIGTERM, SIGINT, SIGUSR1 and SIGHUP only raise `asked`; the loop polls it. A second one ends the process at once."""
 
     def __init__(self) -> None:
         self.asked: str | None = None
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             try:
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # under nohup
                 self.before[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: whoever runs us there handles signals
                 break

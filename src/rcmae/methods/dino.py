@@ -12,8 +12,11 @@ from torch import Tensor
 from ..config import Recipe
 from ..engine.schedules import Progress
 from ..models.heads import PrototypeHead
-from .distillation import Centre, SelfDistillation, spread_of
+from .distillation import LOOKED_AT, Centre, SelfDistillation, spread_of
 from .losses import across_views, balanced, centred
+
+LONGEST_FREEZE = 0.1
+"Share of the run in which the last layer may be frozen: an epoch of a large set can be longer than a run."
 
 
 class DINO(SelfDistillation):
@@ -40,13 +43,18 @@ class DINO(SelfDistillation):
         self.centre.see(said)
         target = self.target(said, self.centre, temperature)
         loss = across_views(self.student.head(self.classes(batch)), target, self.recipe.distill.student_temperature)
-        return {"loss": loss} | spread_of(target)
+        return {"loss": loss} | self.spread(said, temperature)
 
     def target(self, said: Float[Tensor, "*s c"], centre: Centre, temperature: float) -> Float[Tensor, "*s c"]:
         """What the teacher says as probabilities that do not all fall to one prototype."""
         if self.recipe.distill.sinkhorn:
             return balanced((said.flatten(0, -2) / temperature).softmax(-1)).view_as(said)
         return centred(said, centre.value, temperature)
+
+    def spread(self, said: Float[Tensor, "*s c"], temperature: float) -> dict[str, Tensor]:
+        """Of the teacher's answers, see `spread_of`; what is balanced is looked at before."""
+        shift = 0.0 if self.recipe.distill.sinkhorn else self.centre.value
+        return spread_of(((said.flatten(0, -2)[:LOOKED_AT] - shift) / temperature).softmax(-1))
 
     def classes(self, batch: dict[str, Tensor]) -> Tensor:
         """The student's class tokens of all views [v b d]."""
@@ -60,7 +68,7 @@ class DINO(SelfDistillation):
 
     def before_step(self, t: Progress, applied: Tensor) -> None:
         super().before_step(t, applied)
-        if t.epoch < self.recipe.distill.freeze_last:
+        if t.epoch < self.recipe.distill.freeze_last and t.fraction < LONGEST_FREEZE:
             self.student.head.last.grad = None
 
     def after_step(self, t: Progress, applied: Tensor) -> None:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from ..config import Recipe, parse_half_life
@@ -101,15 +101,20 @@ class Centre(nn.Module):
         self.register_buffer("value", torch.zeros(width))
         self.seen: list[Tensor] = []
 
-    def see(self, logits: Float[Tensor, "*s c"]) -> None:
-        """What one micro-batch of the step showed."""
-        self.seen.append(logits.detach().float().flatten(0, -2).mean(0))
+    def see(self, logits: Float[Tensor, "*s c"], counted: Bool[Tensor, " m"] | None = None) -> None:
+        """What one micro-batch of the step showed; `counted` says which rows count (default: all)."""
+        rows = logits.detach().float().flatten(0, -2)
+        weight = torch.ones(len(rows), device=rows.device) if counted is None else counted.float()
+        self.seen.append(torch.cat([weight @ rows, weight.sum(0, keepdim=True)]))
 
     @torch.no_grad()
     def move(self, applied: Tensor) -> None:
-        mean = average(torch.stack(self.seen).mean(0))
+        # Sums and counts, not means: the same however rows fall to micro-batches and ranks.
+        sums = average(torch.stack(self.seen).sum(0))
         self.seen.clear()
-        self.value.copy_(torch.where(applied > 0, torch.lerp(mean, self.value, self.momentum), self.value))
+        total = sums[-1]
+        mean = sums[:-1] / total.clamp_min(1e-6)
+        self.value.copy_(torch.where((applied > 0) & (total > 0), torch.lerp(mean, self.value, self.momentum), self.value))
 
 
 LOOKED_AT = 256
@@ -117,7 +122,10 @@ LOOKED_AT = 256
 
 
 def spread_of(p: Float[Tensor, "*s c"]) -> dict[str, Tensor]:
-    """Of probabilities: their mean entropy in nats, and how many prototypes the mean of them uses (its perplexity)."""
+    """Of probabilities: their mean entropy in nats, and how many prototypes the mean of them uses (its perplexity).
+
+    To be asked of what a teacher says before it is balanced: balancing uses all prototypes even if all images are alike.
+    """
     p = p.detach().flatten(0, -2)[:LOOKED_AT].float()
     mean = p.mean(0)
     return {

@@ -18,7 +18,7 @@ from ..data.augment import MultiCrop
 from ..data.masking import block_mask, random_order
 from ..engine.schedules import Progress
 from .dino import DINO
-from .distillation import Centre, Siamese, spread_of
+from .distillation import Centre, Siamese
 from .losses import across_views, masked_patches
 
 
@@ -65,7 +65,7 @@ class IBOT(DINO):
             seen = self.tokens(teacher, batch["image"])
             said, patches_said = teacher.head(seen[:, :, 0]), teacher.head(_at(seen[:, :, prefix:], chosen))
         self.centre.see(said)
-        self.patch_centre.see(patches_said)
+        self.patch_centre.see(patches_said, None if chosen is None else masked.flatten()[chosen])
         target = self.target(said, self.centre, temperature)
         tokens = self.tokens(self.student, batch["image"], masked=(masked.flatten(0, 1), self.student.mask_token))
         classes = tokens[:, :, 0]
@@ -75,7 +75,7 @@ class IBOT(DINO):
         across = across_views(self.student.head(classes), target, ts)
         foretold = self.student.head(_at(tokens[:, :, prefix:], chosen))
         within = masked_patches(foretold, self.target(patches_said, self.patch_centre, temperature), masked, ts, chosen)
-        return {"loss": across + within, "across": across.detach(), "within": within.detach()} | spread_of(target)
+        return {"loss": across + within, "across": across.detach(), "within": within.detach()} | self.spread(said, temperature)
 
     def chosen(self, masked: Bool[Tensor, "v b n"]) -> Int[Tensor, " k"] | None:
         """Places, among all patches of all views, on which the head is put; None: on every one."""

@@ -3,6 +3,8 @@
 Views are the first axis everywhere, so that what compares views never has to know how many images there are.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -54,7 +56,7 @@ def sharpened(p: Float[Tensor, "m c"], temperature: float) -> Float[Tensor, "m c
 def balanced(p: Float[Tensor, "m c"], rounds: int = 3) -> Float[Tensor, "m c"]:
     """Sinkhorn and Knopp: every prototype gets the same total, over all ranks, and every row sums to 1."""
     for _ in range(rounds):
-        p = p / average(p.sum(0))  # a factor common to all columns is gone with the next line
+        p = p / average(p.sum(0)).clamp_min(torch.finfo(p.dtype).tiny)  # a factor common to all columns is gone with the next line
         p = p / p.sum(1, keepdim=True)
     return p
 
@@ -62,7 +64,7 @@ def balanced(p: Float[Tensor, "m c"], rounds: int = 3) -> Float[Tensor, "m c"]:
 def entropy_gap(p: Float[Tensor, "m c"]) -> Float[Tensor, ""]:
     """log c less the entropy of the mean assignment, over all ranks: 0 where all prototypes are used alike."""
     mean = mean_with_gradient(p.mean(0))
-    return torch.special.xlogy(mean, mean).sum() + torch.log(torch.tensor(float(len(mean)), device=p.device))
+    return torch.special.xlogy(mean, mean).sum() + math.log(len(mean))
 
 
 def contrast(q: Float[Tensor, "b d"], k: Float[Tensor, "b d"], temperature: float) -> Float[Tensor, ""]:

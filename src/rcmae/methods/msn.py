@@ -34,11 +34,12 @@ class AnchoredCrops:
 
 
 class Prototypes(nn.Module):
-    """Directions that are trained with the student and have no teacher."""
+    """Directions that are trained with the student, without weight decay, and have no teacher."""
 
     def __init__(self, count: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, width).uniform_(-1, 1) * width**-0.5)
+        self.weight.no_decay = True
 
 
 class MSN(SelfDistillation):
@@ -64,19 +65,18 @@ class MSN(SelfDistillation):
 
     def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
         d, teacher, trunk = self.recipe.distill, self.teacher.model, self.student.trunk
-        kept = batch["anchor_order"][:, : max(1, round((1 - d.anchor_drop) * self.patches))]
+        kept = batch["anchor_order"][:, : max(1, int((1 - d.anchor_drop) * self.patches))]
         classes = [self.tokens(trunk, batch["image"][:, 1:], ids=kept)]
         classes += [self.tokens(trunk, batch["local"])] if "local" in batch else []
-        anchors = torch.cat([tokens[:, :, 0] for tokens in classes])
         with torch.no_grad():
             z = teacher.head(self.tokens(teacher, batch["image"][:, :1])[0, :, 0])
-        z_anchor = trunk.head(anchors.flatten(0, 1))
+        z_anchor = torch.cat([trunk.head(tokens[:, :, 0].flatten(0, 1)) for tokens in classes])  # statistics are those of one size
         with torch.autocast(z.device.type, enabled=False):
             prototypes = self.student.top.weight
             with torch.no_grad():
-                target = sharpened(assignments(z.float(), prototypes, d.student_temperature), d.sharpen)
-                target = balanced(target) if d.sinkhorn else target
+                said = sharpened(assignments(z.float(), prototypes, d.student_temperature), d.sharpen)
+                target = balanced(said) if d.sinkhorn else said
             p = assignments(z_anchor.float(), prototypes, d.student_temperature)
-            agreement = -torch.special.xlogy(target.repeat(len(anchors), 1), p).sum(1).mean()
+            agreement = -torch.special.xlogy(target.repeat(len(z_anchor) // len(target), 1), p).sum(1).mean()
             gap = entropy_gap(p)
-        return {"loss": agreement + d.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(target)
+        return {"loss": agreement + d.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(said)
