@@ -216,16 +216,18 @@ def race_verdict() -> str:
 
 
 def learns() -> str:
-    """Of the same race: does each method learn, and is it alive?"""
-    r = json.loads((ROOT / "results" / "race.json").read_text())
-    rows = ["| arm | linear probe | above the untrained encoder | rank of the features | entropy, nats | prototypes in use |"]
-    rows += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    """benchmarks/learns.py: does each method learn, and is it alive?"""
+    r = json.loads((ROOT / "results" / "learns.json").read_text())
+    rows = ["| method | steps | linear probe | above the untrained encoder | rank of the features | entropy, nats | prototypes in use |"]
+    rows += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for row in r["rows"]:
-        health = {k: _mean([h[k] for h in row["health"]]) for k in ("rankme", "entropy", "prototypes_used") if k in row["health"][0]}
-        cells = [row["arm"], f"{_mean(row['linear']):.1f}", "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row["linear gain"])]
-        cells += [f"{health[k]:.1f}" if k in health else "" for k in ("rankme", "entropy", "prototypes_used")]
+        cells = [row["arm"], str(row["steps"]), f"{_mean(row['linear']):.1f}", "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row["linear gain"])]
+        for key in ("rankme", "entropy", "prototypes_used"):
+            known = [h[key] for h in row["health"] if key in h]
+            cells.append(f"{_mean(known):.1f}" if known else "")
         rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+    m = r["machine"]
+    return "\n".join([*rows, "", f"{r['seeds']} seeds, 95 % intervals; {m['cpu']}, {m['precision']}, torch {m['torch']}."])
 
 
 def paper() -> str:

@@ -1,7 +1,7 @@
 """What the paper compares, the ImageNet commands that repeat it, the paper's numbers, and a small form on the embedded set.
 
 Every number here is the paper's (Lee et al., ICLR 2023), read from its tables and its Fig. 1(c); we have reproduced none of them. None:
-the number is not known to us. Pre-training commands are whole; "then" is what the number was measured with afterwards.
+the number is not known to us. Commands pre-train; the fine-tuning and detection that the numbers come from are not a part of rcmae yet.
 """
 
 from dataclasses import dataclass
