@@ -1,6 +1,7 @@
 """Does each method of self-distillation learn, by its own small recipe? `python -m benchmarks.learns`.
 
-The same command goes on where it stopped. Runs are those of `rcmae compare race`, at each recipe's own length instead of an equal budget. Writes results/learns.json.
+The same command goes on where it stopped. Runs are those of `rcmae compare race`, at each recipe's own length instead of an equal
+budget. Writes results/learns.json.
 """
 
 import argparse

@@ -10,11 +10,13 @@ seeds (see `interval`); one that holds zero says "can't tell".
 Every run is a run of `rcmae pretrain` under the output folder, and is never made twice: the same command goes on where it stopped.
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import itertools
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -203,8 +205,9 @@ class Run:
         command = [sys.executable, "-m", "rcmae", "pretrain", str(recipe), "--out", str(self.place), "--device", setting.device]
         threads = max(1, torch.get_num_threads() // setting.jobs)
         with (self.place / "log.txt").open("a") as log:
-            # A session of its own: Ctrl-C is for the race, which asks each run once to save and end.
-            return subprocess.Popen([*command, *self.flags, "--threads", str(threads)], stdout=log, stderr=log, start_new_session=True)
+            # A session of its own: Ctrl-C is for the race, which asks each run once to save and end. So does its death.
+            follow = {"start_new_session": True, "preexec_fn": _end_with_parent if sys.platform == "linux" else None}
+            return subprocess.Popen([*command, *self.flags, "--threads", str(threads)], stdout=log, stderr=log, **follow)
 
     def ended(self, code: int) -> None:
         """Raises what ended it."""
@@ -217,6 +220,13 @@ class Run:
         text = f"{self.arm.name}, seed {self.seed}: {(lines or ['it said nothing'])[-1].removeprefix('rcmae: ')}"
         kinds = {kind.exit_code: kind for kind in reversed(RcmaeError.__subclasses__())}
         raise kinds.get(code, ProcessError)(f"{text}; see {self.place / 'log.txt'}")
+
+
+def _end_with_parent() -> None:
+    _libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+_libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def plan(

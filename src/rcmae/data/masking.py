@@ -16,11 +16,12 @@ def random_order(patches: int, rng: np.random.Generator) -> np.ndarray:
 def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
     """Exactly `count` masked patches, bool [gh, gw], laid in blocks whose sides are in a ratio of 0.3 to 3.3 (BEiT's rule).
 
-    Blocks may lie over each other; of the last one, as much is taken as is wanted.
+    A block has at least the patches of a square of a third of the shorter side (iBOT's rule: 16 of 14 x 14), or what is missing. Blocks may
+    lie over each other; of the last one, as much is taken as is wanted.
     """
-    mask = np.zeros(grid, dtype=bool)
+    mask, least = np.zeros(grid, dtype=bool), max(1, min(grid) // 3) ** 2
     while (missing := count - int(mask.sum())) > 0:
-        area = rng.uniform(min(4, missing), missing) if missing > 1 else 1.0
+        area = rng.uniform(min(least, missing), missing) if missing > 1 else 1.0
         ratio = np.exp(rng.uniform(np.log(0.3), -np.log(0.3)))
         height, width = (
             min(max(1, round(side)), whole) for side, whole in zip(((area * ratio) ** 0.5, (area / ratio) ** 0.5), grid, strict=True)
