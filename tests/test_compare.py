@@ -7,6 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rcmae.cli import main
 from rcmae.compare.cost import T, _Kept, cost, largest_batch, peak, recipes
+from rcmae.config import load_recipe
 from rcmae.methods import METHODS
 from tests.conftest import batch_for, method_for, small
 
@@ -86,3 +87,24 @@ def test_the_command_measures_and_writes_a_page(tmp_path, capsys):
     assert main(["compare", "cost", "--fit", "-1"]) == 2
     assert main(["compare", "cost", "--batch-size", "1"]) == 2
     assert main(["compare", "cost", "--models", "vit_bas"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "says"),
+    [
+        (["--models", "vit_huge_patch14"], 2, "local_size 96 is not a multiple of the patch, 14"),
+        (["--models", "timm:vit_base_patch16_siglip_224"], 2, "reads the class token"),
+        (["--measure", "--device", "mps"], 2, "mps"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused_before_counting(tmp_path, capsys, argv, code, says):
+    assert main(["compare", "cost", *argv, "--out", str(tmp_path / "cost")]) == code
+    captured = capsys.readouterr()
+    assert says in captured.err and captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_the_settings_are_those_of_the_size_that_is_nearest():
+    assert recipes("vit_small_patch16", ["dino"])["dino"] == load_recipe("dino-vits16-in1k")
+    assert recipes("vit_tiny_small_images", ["mae"])["mae"].network.decoder_width == load_recipe("mae-vits16-in1k").network.decoder_width
+    assert recipes("timm:vit_large_patch16_224", ["dino"])["dino"].epochs == load_recipe("dino-vitb16-in1k").epochs

@@ -33,7 +33,7 @@ def _whole(kind: type, tokens: Sequence[Token]) -> int:
 
 
 Whole = Annotated[int, Parameter(converter=_whole)]
-Many = Parameter(consume_multiple=True)
+Many = Parameter(consume_multiple=True, negative_iterable=())
 Flat = Parameter(name="*", negative_iterable=())
 for section in (*sections().values(), Recipe, Machine):
     Flat(section)  # `--size`, not `--images.size`
