@@ -11,6 +11,9 @@ from rcmae.errors import Preempted, ProcessError
 from rcmae.methods.rcmae import RCMAE
 from tests.test_loop import run
 
+METHODS: dict[str, dict] = {name: {"method": name, "steps": 4, "base_lr": 0.003} for name in ("dino", "ibot", "msn", "mocov3")}
+METHODS["ibot"] |= {"sinkhorn": True}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out, data, case = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -35,11 +38,7 @@ if __name__ == "__main__":
 
         loop.Run.update = stopping
     try:
-        if case == "methods":
-            for name in ("dino", "ibot", "msn", "mocov3"):
-                run(out / name, data, method=name, steps=4)
-        else:
-            run(out, data, steps=6)
+        run(out, data, **METHODS.get(case, {"steps": 6}))
     except Preempted as e:
         assert case == "stop", e
         assert "saved at step 4" in str(e)

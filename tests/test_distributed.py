@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.metrics import read_metrics
+from tests.distributed_case import METHODS
 from tests.test_loop import folder, run  # noqa: F401 - a fixture
 
 
@@ -50,14 +51,14 @@ def test_two_processes_train_as_one(tmp_path, folder):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_methods_that_look_across_the_batch_do_so_across_ranks(tmp_path, folder):  # noqa: F811
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_that_look_across_the_batch_do_so_across_ranks(name, tmp_path, folder):  # noqa: F811
     """Negatives, centres, balanced targets, mean entropy and batch statistics are those of both halves: the losses stay the same."""
-    together(tmp_path / "two", folder, "methods")
-    for name in ("dino", "ibot", "msn", "mocov3"):
-        run(tmp_path / "one" / name, folder, method=name, steps=4)
-        losses = [[line["loss"] for line in read_metrics(tmp_path / k / name) if line["kind"] == "train"] for k in ("one", "two")]
-        assert len(losses[0]) == 4
-        assert losses[1] == pytest.approx(losses[0], rel=1e-3), name
+    together(tmp_path / "two", folder, name)
+    run(tmp_path / "one", folder, **METHODS[name])
+    losses = [[line["loss"] for line in read_metrics(tmp_path / k) if line["kind"] == "train"] for k in ("one", "two")]
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 @pytest.mark.slow

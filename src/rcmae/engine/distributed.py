@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,11 +76,21 @@ def average(value: Tensor) -> Tensor:
     return value
 
 
+class _Mean(torch.autograd.Function):
+    """A mean is its own adjoint: what flows back to a rank is the mean of what all ranks say."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        return average(value)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return average(gradient)
+
+
 def mean_with_gradient(value: Tensor) -> Tensor:
     """The mean over all ranks, through which gradients flow back to each of them."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return value
-    return torch.distributed.nn.functional.all_reduce(value) / dist.get_world_size()
+    return _Mean.apply(value) if dist.is_initialized() and dist.get_world_size() > 1 else value
 
 
 def gather(rows: Tensor) -> Tensor:
