@@ -320,18 +320,23 @@ def compare_cost(
         models, methods, batch=batch_size, precision=precision, device=where, measured_batch=measured_batch, fit=fit, say=_console().print
     )
     for model in models:
-        heads = ["", "GFLOP", "x", "kept MB", "x", "static", f"peak at {batch_size}"]
-        heads += [f"fits {fit:g} GiB"] if fit else []
-        heads += [f"peak at {measured_batch}", "measured", "images/s"] if where else []
+        rows = [r for r in found["rows"] if r["model"] == model]
+        heads = ["", "GFLOP", "x", "kept MB", "x", "static", f"peak at {batch_size}", *([f"fits {fit:g} GiB"] if fit else [])]
         table = Table(*heads, title=f"{model}, {precision}: an image, and GiB a step", title_justify="left")
-        for r in (r for r in found["rows"] if r["model"] == model):
+        for r in rows:
             cells = [f"{r['flops'] / 1e9:.1f}", f"{r['flops_ratio']:.2f}", f"{r['saved'] / 1e6:.1f}", f"{r['saved_ratio']:.2f}"]
-            cells += [f"{r['static'] / 2**30:.2f}", f"{r['peak'] / 2**30:.1f}"]
-            cells += [str(r["fits"])] if fit else []
-            if where:
-                cells += [f"{r['predicted_there'] / 2**30:.2f}", f"{r['measured_peak'] / 2**30:.2f}", f"{r['images_per_second']:.1f}"]
+            cells += [f"{r['static'] / 2**30:.2f}", f"{r['peak'] / 2**30:.1f}", *([str(r["fits"])] if fit else [])]
             table.add_row(r["name"], *cells)
         _console().print(table)
+        if where:
+            heads = ["", "predicted GiB", "measured GiB", "ratio", "images/s"]
+            table = Table(*heads, title=f"{model}, {precision}, {measured_batch} images on {where}", title_justify="left")
+            for r in rows:
+                predicted, measured = r["predicted_there"] / 2**30, r["measured_peak"] / 2**30
+                table.add_row(
+                    r["name"], f"{predicted:.2f}", f"{measured:.2f}", f"{measured / predicted:.2f}", f"{r['images_per_second']:.1f}"
+                )
+            _console().print(table)
     print(f"Open {write_page(found, out)}")
 
 
