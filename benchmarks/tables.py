@@ -229,6 +229,9 @@ def learns() -> str:
         rows.append("| " + " | ".join(cells) + " |")
     m = r["machine"]
     seeds = r["seeds"] if file.exists() else r["about"]["seeds"]
+    above = [row["arm"] for row in r["rows"] if row["linear gain"][1] > 0]
+    unsure = [row["arm"] for row in r["rows"] if row["arm"] not in above]
+    rows += ["", f"Above the untrained encoder: {', '.join(above) or 'none'}. Cannot be told: {', '.join(unsure) or 'none'}."]
     return "\n".join([*rows, "", f"{seeds} seeds, 95 % intervals; {m['cpu']}, {m['precision']}, torch {m['torch']}."])
 
 

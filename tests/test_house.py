@@ -86,7 +86,7 @@ def test_few_dependencies():
     names = {re.split(r"[<>=]", d)[0] for d in project["dependencies"]}
     assert names == {
         "torch", "torchvision", "timm", "cyclopts", "safetensors", "numpy", "pillow", "matplotlib", "jinja2", "rich",
-        "jaxtyping", "scikit-learn",
+        "jaxtyping", "scikit-learn", "scipy",
     }  # fmt: skip
 
 
