@@ -25,7 +25,7 @@ from rcmae.config import Machine, Probe, changed, load_recipe, replace
 from rcmae.data.sources import open_source
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import write_json
-from rcmae.interop.timm_export import load
+from rcmae.interop.load import load
 from rcmae.tasks.probe import percent, probe_set
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,8 @@ import rcmae.interop.official as official
 import rcmae.methods.rcmae
 from benchmarks import parity
 from rcmae.errors import CheckpointError, ConfigError
-from rcmae.interop.timm_export import export, load
+from rcmae.interop.load import load
+from rcmae.interop.timm_export import export
 from rcmae.methods import loss
 from rcmae.models.autoencoder import build
 from rcmae.models.backbone import Backbone
@@ -71,7 +72,7 @@ def test_what_is_no_backbone_is_one_line(tmp_path):
         load(tmp_path / "no")
     with pytest.raises(CheckpointError, match="holds no backbone"):
         load(tmp_path)
-    with pytest.raises(CheckpointError, match="is a pickle: `rcmae import"):
+    with pytest.raises(CheckpointError, match="width 24; its attention heads cannot be read off the weights: give --heads"):
         load(GOLDEN / "mae_official_layout.pth")
     with pytest.raises(ConfigError, match="student or teacher, not 'pupil'"):
         load(tmp_path, "pupil")
@@ -90,6 +91,8 @@ def test_official_files_come_in(tmp_path, name, networks, reference):
     raw = official.read_pth(GOLDEN / f"{name}_official_layout.pth")
     for which in networks:
         vit = load(out, which).vit
+        straight = load(GOLDEN / f"{name}_official_layout.pth", which, heads=3).vit.state_dict()
+        assert all(torch.equal(v, straight[k]) for k, v in vit.state_dict().items())
         state = raw.teacher if which == "teacher" else raw.student
         assert torch.equal(vit.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"])
         assert torch.equal(vit.pos_embed, state["pos_embed"])

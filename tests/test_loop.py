@@ -22,7 +22,7 @@ from rcmae.config import Machine
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.metrics import read_metrics
 from rcmae.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError
-from rcmae.interop.timm_export import load
+from rcmae.interop.load import load
 from tests.conftest import small
 
 

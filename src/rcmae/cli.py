@@ -14,6 +14,7 @@ from cyclopts.config import Dict
 from . import __version__
 from .config import Machine, MethodName, Recipe, check, check_machine, flat, load_recipe, parse_recipe, sections, shipped_recipes
 from .errors import ConfigError, RcmaeError, first_line
+from .tasks.settings import KNN, Attentive, Evaluation, Linear
 
 app = App(
     name="rcmae",
@@ -35,7 +36,7 @@ def _whole(kind: type, tokens: Sequence[Token]) -> int:
 Whole = Annotated[int, Parameter(converter=_whole)]
 Many = Parameter(consume_multiple=True, negative_iterable=())
 Flat = Parameter(name="*", negative_iterable=())
-for section in (*sections().values(), Recipe, Machine):
+for section in (*sections().values(), Recipe, Machine, Evaluation, KNN, Linear, Attentive):
     Flat(section)  # `--size`, not `--images.size`
     for field in fields(section):
         if field.type in (int, int | None):
@@ -402,6 +403,70 @@ def compare_race(
     for text in found["said"]:
         _console().print(text)
     print(f"Open {write_page(found, out)}")
+
+
+evaluate = App(name="evaluate", help="What a backbone is worth on labelled images, in the numbers that papers report.")
+app.command(evaluate)
+
+
+@evaluate.command(name="knn")
+def evaluate_knn(backbone: str, /, *, task: Annotated[KNN, Flat] = KNN(), how: Annotated[Evaluation, Flat] = Evaluation()) -> None:
+    """k-nearest neighbours on frozen features.
+
+    Parameters
+    ----------
+    backbone
+        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights, pixels none.
+    """
+    _evaluate(backbone, task, how)
+
+
+@evaluate.command(name="linear")
+def evaluate_linear(backbone: str, /, *, task: Annotated[Linear, Flat] = Linear(), how: Annotated[Evaluation, Flat] = Evaluation()) -> None:
+    """A linear layer on frozen features.
+
+    Parameters
+    ----------
+    backbone
+        As for knn.
+    """
+    _evaluate(backbone, task, how)
+
+
+@evaluate.command(name="attentive")
+def evaluate_attentive(
+    backbone: str, /, *, task: Annotated[Attentive, Flat] = Attentive(), how: Annotated[Evaluation, Flat] = Evaluation()
+) -> None:
+    """Attention over the tokens of a frozen backbone: the number that says most about masked image models.
+
+    Parameters
+    ----------
+    backbone
+        As for knn.
+    """
+    _evaluate(backbone, task, how)
+
+
+def _evaluate(backbone: str, task: KNN | Linear | Attentive, how: Evaluation) -> None:
+    from rich.table import Table
+
+    from .tasks.evaluate import evaluate, place
+
+    if how.out:
+        _check_folder(how.out)
+    records = evaluate(backbone, task, how)
+    if not records:  # not the first rank
+        return
+    table = Table("", *records[0]["metrics"], title=f"{backbone}: {records[0]['task']}, % right", title_justify="left")
+    for record in records:
+        table.add_row(record["network"], *(f"{value:.2f}" for value in record["metrics"].values()))
+    _console().print(table)
+    where = place(backbone, how)
+    if (where.parent / "recipe.toml").exists():
+        from .report import write_report
+
+        print(f"Open {write_report(where.parent)}")
+    print(f"wrote {where}")
 
 
 @app.command(name="list")

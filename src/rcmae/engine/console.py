@@ -1,6 +1,9 @@
 """What one sees of a run: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -50,6 +53,26 @@ class Screen:
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+    @contextmanager
+    def progress(self, what: str, total: int, every: float = 30.0) -> Iterator[Callable[[int], None]]:
+        """A bar for something that is no training; the body tells it how much is done. Without a terminal, a line every `every` seconds."""
+        began = told = time.monotonic()
+
+        def tick(done: int) -> None:
+            nonlocal told
+            self.step(done)
+            if self.bar is None and (now := time.monotonic()) - told > every:
+                told = now
+                self.say(f"{what}: {done:,} of {total:,}, {clock((now - began) * (total - done) / max(done, 1))} left")
+
+        self.start(total, 0)
+        if self.bar:
+            self.bar.update(self.task, description=what)
+        try:
+            yield tick
+        finally:
+            self.stop()
 
     def __enter__(self) -> "Screen":
         return self

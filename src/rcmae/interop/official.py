@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..engine.checkpoint import write_folder
 from ..errors import CheckpointError, ConfigError, first_line
 from ..models.autoencoder import SIZES, Autoencoder, build
 from ..models.backbone import IMAGENET, Backbone
-from .timm_export import export
+from .timm_export import PLAIN, export
 
 State = dict[str, Tensor]
 
@@ -136,6 +137,49 @@ def autoencoder(state: State, heads: tuple[int, int] | None = None) -> tuple[Aut
     model = build(images, network)
     load_official(model, state)
     return model, images, network
+
+
+def official_backbone(file: Path, which: str = "teacher", heads: int | None = None) -> Backbone:
+    """The encoder of an official `.pth`, with its decoder or without (as MAE's published encoders). Raises CheckpointError.
+
+    The student is what there is where there is no teacher. Attention heads: see `plain_backbone`.
+    """
+    official = read_pth(file)
+    state = official.teacher if which == "teacher" and official.teacher is not None else official.student
+    return plain_backbone({k: v for k, v in state.items() if not k.startswith("decoder_") and k != "mask_token"}, file, heads)
+
+
+def plain_backbone(state: State, source: Path, heads: int | None = None) -> Backbone:
+    """An encoder from weights alone, under timm's names; a head is left out. Raises CheckpointError naming what does not fit.
+
+    Weights do not tell their attention heads: without `heads`, those of the named size of this width are taken, else one for 64 channels.
+    Nor do they tell the statistics of their images: ImageNet's are taken.
+    """
+    try:
+        width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+        front = sum(state[k].shape[1] for k in ("cls_token", "reg_token") if k in state)
+        grid = round((state["pos_embed"].shape[1] - front) ** 0.5)
+        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+    except (KeyError, ValueError, IndexError) as e:
+        raise CheckpointError(f"{source} does not hold a Vision Transformer under timm's names: {first_line(e)} is missing or odd") from e
+    if channels != 3:
+        raise CheckpointError(f"{source} is for {channels} channels, and does not say by which mean and deviation; export it from its run")
+    heads = heads or {s.encoder[0]: s.encoder[2] for s in SIZES.values()}.get(width) or width // 64
+    if not heads or width % heads:
+        raise CheckpointError(f"{source} has width {width}; its attention heads cannot be read off the weights: give --heads")
+    vit = timm.create_model(
+        PLAIN, num_classes=0, global_pool="", img_size=patch * grid, patch_size=patch, embed_dim=width, depth=depth,
+        num_heads=heads, class_token="cls_token" in state,
+        reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0, final_norm="norm.weight" in state,
+    )  # fmt: skip
+    own = vit.state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith(("head.", "fc_norm."))}
+    problems = [f"lacks {k}" for k in own.keys() - state.keys()] + [f"has unknown {k}" for k in state.keys() - own.keys()]
+    problems += [f"{k} is {tuple(v.shape)}, not {tuple(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape]
+    if problems:
+        raise CheckpointError(f"{source} is not a plain Vision Transformer: {'; '.join(sorted(problems)[:4])}")
+    vit.load_state_dict({k: v.float() for k, v in state.items()})
+    return Backbone(vit, *IMAGENET)
 
 
 def import_pth(file: Path, out: Path, heads: tuple[int, int] | None = None) -> list[str]:

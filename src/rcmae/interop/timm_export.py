@@ -7,11 +7,9 @@ from typing import Any
 import timm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from timm.models.vision_transformer import VisionTransformer
 
 from ..engine.checkpoint import write_folder
-from ..errors import CheckpointError, ConfigError, first_line
-from ..methods import METHODS
+from ..errors import CheckpointError, first_line
 from ..models.backbone import Backbone
 
 # A timm architecture whose create function passes every argument on to VisionTransformer.
@@ -58,42 +56,3 @@ def import_backbone(folder: Path) -> Backbone:
         raise CheckpointError(f"{folder} is no exported backbone: {Path(e.filename or 'model.safetensors').name} is missing") from e
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, OSError) as e:
         raise CheckpointError(f"{folder} is damaged or not ours: {first_line(e)}") from e
-
-
-def load(path: str | Path, which: str = "teacher") -> Backbone:
-    """A backbone by path or name: a run, an export folder or its file, or "timm:NAME" with timm's own weights.
-
-    `which` chooses between the teacher (default) and the student of a run; a method without a teacher has the student only.
-    Raises CheckpointError or ConfigError in one line.
-    """
-    if which not in ("student", "teacher"):
-        raise ConfigError(f"which must be student or teacher, not {which!r}")
-    name = str(path)
-    if name.startswith("timm:"):
-        try:
-            vit = timm.create_model(name.removeprefix("timm:"), pretrained=True, num_classes=0)
-        except Exception as e:  # an unknown name, no network, a hub that refuses
-            raise ConfigError(f"timm cannot load {name.removeprefix('timm:')!r}: {first_line(e)}") from e
-        if not isinstance(vit, VisionTransformer):
-            raise ConfigError(f"{name} is no Vision Transformer")
-        return Backbone(vit, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run directory, an export folder or a file")
-    if path.is_file():
-        if path.suffix in (".pth", ".pt"):
-            raise CheckpointError(f"{path} is a pickle: `rcmae import {path}` turns it into a folder that loads")
-        path = path.parent
-    for folder in (path, path / "export" / which):
-        if (folder / "config.json").exists():
-            return import_backbone(folder)
-    student = path / "export" / "student"
-    if which == "teacher" and (student / "config.json").exists():
-        try:
-            lost = "teacher" in METHODS[json.loads((student / "config.json").read_bytes())["rcmae"]["method"]].networks
-        except (ValueError, KeyError, TypeError, OSError):
-            lost = False  # no method says so; a damaged file is told by `import_backbone`
-        if lost:
-            raise CheckpointError(f"{path} has lost its teacher: export/teacher is missing; `rcmae pretrain --out {path}` writes it again")
-        return import_backbone(student)
-    raise CheckpointError(f"{path} holds no backbone; a run writes export/ at its first checkpoint")

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -31,6 +32,11 @@ class Features(NamedTuple):
         """Mean over the patch tokens, the feature that masked image models are read by."""
         return self.patches.mean((2, 3))
 
+    @property
+    def tokens(self) -> Float[Tensor, "b t d"]:
+        """The class token, then the patches row by row."""
+        return torch.cat([self.cls.unsqueeze(1), self.patches.flatten(2).transpose(1, 2)], 1)
+
 
 class Backbone(nn.Module):
     """A timm Vision Transformer with the statistics its images are standardised by. It takes pixels in 0 to 1."""
@@ -41,8 +47,45 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the images it takes."""
+        return self.vit.patch_embed.img_size
+
+    @property
+    def channels(self) -> int:
+        return self.vit.in_chans
+
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Images with values in 0 to 1 to features."""
         tokens = self.vit.forward_features((images - self.mean) / self.std).float()
         grid = tokens[:, self.vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
         return Features(tokens[:, 0] if self.vit.has_class_token else grid.mean((2, 3)), grid)
+
+
+class RawFeatures(Features):
+    """Pixels: all of them stand for the image, patches of them are its tokens."""
+
+    __slots__ = ()
+
+    @property
+    def mean(self) -> Float[Tensor, "b d"]:
+        return self.cls
+
+    @property
+    def tokens(self) -> Float[Tensor, "b t d"]:
+        return self.patches.flatten(2).transpose(1, 2)
+
+
+class Pixels(nn.Module):
+    """The floor below every backbone: an image's own pixels as its features, its patches as tokens."""
+
+    def __init__(self, shape: tuple[int, int] = (32, 32), channels: int = 3, patch: int = 4):
+        super().__init__()
+        self.shape, self.channels, self.patch = shape, channels, patch
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
+        """Images with values in 0 to 1 to features."""
+        h, w = (side // self.patch for side in self.shape)
+        patches = F.unfold(images, self.patch, stride=self.patch).unflatten(2, (h, w))
+        return RawFeatures(images.flatten(1), patches)

@@ -52,6 +52,7 @@ def render(run: Path) -> str:
         shots=reconstructions(run), strip=strip(run),
         recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad[:50], bad_count=len(bad),
         events=sorted(by_kind["event"][-20:] + told, key=lambda line: line["step"]), export=exports(run),
+        evaluations=evaluations(run),
         labelled=floor is not None, reference=reference,
     )  # fmt: skip
 
@@ -254,6 +255,18 @@ def _bad_files(run: Path) -> list[dict[str, str]]:
     path = run / "bad_files.jsonl"
     whole = re.findall(r"^\{.*\}$", path.read_text(encoding="utf-8"), re.MULTILINE) if path.exists() else []
     return [json.loads(line) for line in whole]
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """What `rcmae evaluate` left in the run directory, by task and network."""
+    found = []
+    for file in sorted((run / "evaluate").glob("*.json")):
+        content = _json(file)
+        if "top1" in content.get("metrics", {}) and content.get("per_class"):
+            hardest = min(content["per_class"], key=content["per_class"].__getitem__)
+            own = {key: content[key] for key in ("task", "network", "data", "train_images")}
+            found.append(own | {"top1": content["metrics"]["top1"], "hardest": hardest, "hardest_right": content["per_class"][hardest]})
+    return found
 
 
 def exports(run: Path) -> list[str]:

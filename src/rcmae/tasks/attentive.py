@@ -1,57 +1,146 @@
-"""Attentive probe: a few learned queries gather the tokens of a frozen backbone, a linear layer tells classes from what they gathered."""
+"""Attentive probes: learned queries gather the tokens of a frozen backbone, a linear layer tells classes from what they gathered."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
+
+from .linear import batches, said
+from .splits import held_out
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+"Learning rates of AdamW that are tried. On the embedded set 3e-3 reached 58 % in 40 passes, 0.03 reached 74 %."
+
+Batches = Iterable[tuple[Float[Tensor, "b t d"], Int[Tensor, " b"]]]
 
 
 class AttentivePool(nn.Module):
     """Softmax attention of `heads` queries over tokens; each reads its own share of the width, so `heads` divides it.
 
-    Tokens are standardised by the statistics of `examples`. Queries start at zero: at first all tokens count alike.
+    Tokens are standardised by the statistics of `examples`. Queries start at zero: at first all tokens count alike. With `project`, what is
+    read is a linear map of the tokens: then it is the multi-query pooling of Efficient Probing (Psomas et al. 2026).
     """
+
+    def __init__(self, examples: Float[Tensor, "n t d"], heads: int, classes: int, project: bool = False):
+        super().__init__()
+        width = examples.shape[2]
+        self.heads = heads
+        self.norm = Standard(examples)
+        self.query = nn.Parameter(torch.zeros(heads, width))
+        self.value = nn.Linear(width, width) if project else nn.Identity()
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b c"]:
+        tokens = self.norm(tokens)
+        share = (tokens @ self.query.T / tokens.shape[2] ** 0.5).softmax(1)
+        gathered = torch.einsum("bnh,bnhw->bhw", share, self.value(tokens).unflatten(2, (self.heads, -1)))
+        return self.head(gathered.flatten(1))
+
+
+class LatentPool(nn.Module):
+    """One learned query that attends by timm's `AttentionPoolLatent` (projections, heads and MLP, as CAE and V-JEPA probe)."""
 
     def __init__(self, examples: Float[Tensor, "n t d"], heads: int, classes: int):
         super().__init__()
-        self.heads = heads
-        self.std, self.mean = torch.std_mean(examples.float(), (0, 1))
-        self.query = nn.Parameter(torch.zeros(heads, examples.shape[2]))
-        self.head = nn.Linear(examples.shape[2], classes)
+        width = examples.shape[2]
+        self.norm = Standard(examples)
+        self.pool = AttentionPoolLatent(width, num_heads=heads)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b c"]:
-        tokens = (tokens.float() - self.mean) / (self.std + 1e-6)
-        share = (tokens @ self.query.T / tokens.shape[2] ** 0.5).softmax(1)
-        gathered = torch.einsum("bnh,bnhw->bhw", share, tokens.unflatten(2, (self.heads, -1)))
-        return self.head(gathered.flatten(1))
+        return self.head(self.pool(self.norm(tokens)))
+
+
+class Standard(nn.Module):
+    """Tokens minus the mean and over the deviation of `examples`, channel by channel."""
+
+    def __init__(self, examples: Float[Tensor, "n t d"]):
+        super().__init__()
+        std, mean = torch.std_mean(examples.float(), (0, 1))
+        self.register_buffer("std", std)
+        self.register_buffer("mean", mean)
+
+    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return (tokens.float() - self.mean) / (self.std + 1e-6)
+
+
+PROBES: dict[str, Callable[..., nn.Module]] = {
+    "efficient": lambda *args: AttentivePool(*args, project=True),
+    "latent": LatentPool,
+}
+
+
+def heads_for(width: int, most: int) -> int:
+    """The largest number of queries or heads up to `most` that divides the width."""
+    return next(h for h in range(min(most, width), 0, -1) if width % h == 0)
+
+
+def fit(probe: nn.Module, of: Batches, steps: int, lr: float, weight_decay: float = 0.1) -> nn.Module:
+    """The probe after AdamW and a cosine to 0 without warm-up, over `steps` batches of tokens."""
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for tokens, answers in of:
+        loss = F.cross_entropy(probe(tokens), answers)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return probe.eval()
+
+
+def in_memory(tokens: Float[Tensor, "n ..."], labels: Int[np.ndarray, " n"], steps: int, batch: int, seed: int) -> Iterator:
+    """Batches of tokens that lie in memory, pass after pass in a new order."""
+    answers = torch.from_numpy(labels).to(tokens.device)
+    for chosen in batches(len(tokens), min(batch, len(tokens)), steps, torch.Generator().manual_seed(seed)):
+        chosen = chosen.to(tokens.device)
+        yield tokens[chosen], answers[chosen]
+
+
+class Rated(NamedTuple):
+    """What `fit_rates` found: the probe, the learning rate it was fitted with, and what each rate got right of the held-out part."""
+
+    probe: nn.Module
+    rate: float
+    held_out: dict[float, float]
+
+
+def fit_rates(
+    kind: str, tokens: Float[Tensor, "n t d"], labels: Int[np.ndarray, " n"], classes: int, *,
+    steps: int, batch: int = 128, heads: int = 4, rates: Sequence[float] = RATES, seed: int = 0, device: torch.device | None = None,
+) -> Rated:  # fmt: skip
+    """A probe of `kind` ("efficient" or "latent"), its learning rate chosen on a fifth of the training set that it did not see then.
+
+    Where every class has one image, nothing can be held out, and the middle rate is taken.
+    """
+
+    def fitted(chosen: Int[np.ndarray, " k"], rate: float) -> nn.Module:
+        part = tokens[torch.from_numpy(chosen)].to(device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            probe = PROBES[kind](part[:512], heads_for(tokens.shape[2], heads), classes).to(part.device)
+        return fit(probe, in_memory(part, labels[chosen], steps, batch, seed), steps, rate)
+
+    held, scores = held_out(labels, seed), {}
+    if held.any() and len(rates) > 1:
+        inside, outside = np.flatnonzero(~held), np.flatnonzero(held)
+        unseen = tokens[torch.from_numpy(outside)].to(device)
+        scores = {rate: 100 * float((said(fitted(inside, rate), unseen) == labels[outside]).mean()) for rate in rates}
+    rate = max(scores, key=scores.__getitem__) if scores else rates[len(rates) // 2]
+    return Rated(fitted(np.arange(len(labels)), rate), rate, scores)
 
 
 def attentive_right(
     train: Float[Tensor, "n t d"], labels: Int[np.ndarray, " n"], test: Float[Tensor, "m t d"], truth: Int[np.ndarray, " m"], *,
     epochs: int = 40, batch: int = 128, lr: float = 0.03, heads: int = 4, seed: int = 0,
 ) -> Bool[np.ndarray, " m"]:  # fmt: skip
-    """Which of the second set a probe that was fitted on the first one gets right.
-
-    AdamW and a cosine without warm-up, from weights and an order drawn from `seed`; nothing is chosen on the second set. (Epochs and
-    learning rate were, once, on the embedded set: a tenth of the rate reaches 58 % there, this one 74 %.)
-    """
-    draws = torch.Generator().manual_seed(seed)
-    answers, device = torch.from_numpy(labels).to(train.device), train.device
+    """Which of the second set the online probe, fitted on the first one at a fixed rate, gets right."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        probe = AttentivePool(train[:512], heads, int(labels.max()) + 1).to(device)
-    batch = min(batch, len(train))
-    steps = epochs * (len(train) // batch)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = torch.cat([torch.randperm(len(train), generator=draws)[: len(train) // batch * batch] for _ in range(epochs)])
-    for chosen in order.to(device).split(batch):
-        loss = F.cross_entropy(probe(train[chosen]), answers[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        said = torch.cat([probe(part).argmax(1) for part in test.split(1024)])
-    return said.cpu().numpy() == truth
+        probe = AttentivePool(train[:512], heads, int(labels.max()) + 1).to(train.device)
+    steps = epochs * (len(train) // min(batch, len(train)))
+    return said(fit(probe, in_memory(train, labels, steps, batch, seed), steps, lr), test) == truth

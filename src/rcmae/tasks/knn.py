@@ -1,19 +1,66 @@
 """k-nearest-neighbour classification of frozen features: cosine similarity, votes weighted by exp(similarity / 0.07)."""
 
-import numpy as np
-from jaxtyping import Bool, Float, Int
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+COLUMNS = 8192
+"Training features that are compared at a time."
 
 
-def knn_right(
-    train: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"],
-    test: Float[np.ndarray, "m d"], truth: Int[np.ndarray, " m"], k: int = 20, temperature: float = 0.07,
-) -> Bool[np.ndarray, " m"]:  # fmt: skip
-    """Which of the second set it gets right. k is lowered to the number of training samples when there are fewer."""
-    train, test = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (train, test))
-    k = min(k, len(train))
-    similar = test @ train.T
-    near = np.argpartition(-similar, k - 1, axis=1)[:, :k]
-    weight = np.exp((np.take_along_axis(similar, near, 1) - 1) / temperature)
-    votes = np.zeros((len(test), labels.max() + 1))
-    np.add.at(votes, (np.arange(len(test))[:, None], labels[near]), weight)
-    return votes.argmax(1) == truth
+class Knn(nn.Module):
+    """Features "m d" to the shares of the votes "m c" that each class gets from the `k` nearest training features, as logarithms.
+
+    At most `COLUMNS` training features at a time are compared, some 40 bytes a pair, whatever their number. Equal votes go to the lower
+    class. Gradients flow through the similarities to the neighbours. Raises ConfigError when k is below 1 or above the training set.
+    """
+
+    def __init__(self, train: Float[Tensor, "n d"], labels: Int[Tensor, " n"], classes: int, k: int, temperature: float = 0.07):
+        super().__init__()
+        check_k([k], len(train))
+        self.register_buffer("train_set", F.normalize(train.float(), dim=1), persistent=False)
+        self.register_buffer("labels", labels, persistent=False)
+        self.classes, self.k, self.temperature = classes, k, temperature
+
+    def forward(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "m c"]:
+        return self.votes(x, [self.k])[self.k]
+
+    def votes(self, x: Float[Tensor, "m d"], ks: Sequence[int]) -> dict[int, Float[Tensor, "m c"]]:
+        """The same for several k at most `self.k`, from one search."""
+        x = F.normalize(x.float(), dim=1)
+        with torch.no_grad():
+            near = nearest(x, self.train_set, self.k)
+        similar = (x.unsqueeze(1) @ self.train_set[near].transpose(1, 2)).squeeze(1)
+        weight = ((similar - 1) / self.temperature).exp()
+        found = {}
+        for k in ks:
+            votes = weight.new_zeros(len(x), self.classes).scatter_add(1, self.labels[near[:, :k]], weight[:, :k])
+            found[k] = (votes / votes.sum(1, keepdim=True) + 1e-12).log()
+        return found
+
+
+def check_k(ks: Sequence[int], images: int) -> None:
+    """Raises ConfigError unless every k lies in 1 to the number of training images."""
+    if not ks or min(ks) < 1 or max(ks) > images:
+        raise ConfigError(f"k must lie in 1 to {images:,}, the number of training images, not {', '.join(map(str, ks))}")
+
+
+def nearest(queries: Float[Tensor, "q d"], train: Float[Tensor, "n d"], k: int) -> Int[Tensor, "q k"]:
+    """The k training features most similar to each query, best first, all of unit length; among equals the lower index comes first.
+
+    Similarity (to 2^-30, finer than float32 is at 1) and index are packed into one integer that sorts by both. Else `topk` is free to
+    choose among images that look the same, and the answer would depend on how the set was cut.
+    """
+    best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for first in range(0, len(train), COLUMNS):
+        keys = train[first : first + COLUMNS]
+        index = torch.arange(first, first + len(keys), device=queries.device)
+        ranked = ((queries @ keys.T * 2**30).long() << 32) - index
+        best = torch.cat([best, ranked], 1)
+        best = best.topk(min(k, best.shape[1])).values
+    return -best % 2**32

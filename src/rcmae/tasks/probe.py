@@ -17,8 +17,8 @@ from ..data.views import center
 from ..models.backbone import Backbone
 from .attentive import attentive_right
 from .features import features
-from .knn import knn_right
-from .linear import linear_right
+from .knn import Knn
+from .linear import linear_right, said
 
 Scores = dict[str, float]
 Right = dict[str, Bool[np.ndarray, " m"]]
@@ -42,8 +42,11 @@ class ProbeSet:
 
     def right(self, train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "m d"]) -> Right:
         """What linear and k-NN probe make of given features."""
-        sets = (train, self.labels, test, self.truth)
-        return {"linear": linear_right(*sets), "knn": knn_right(*sets)}
+        near = Knn(torch.from_numpy(train), torch.from_numpy(self.labels), int(self.labels.max()) + 1, min(20, len(train)))
+        return {
+            "linear": linear_right(train, self.labels, test, self.truth),
+            "knn": said(near, torch.from_numpy(test)) == self.truth,
+        }
 
     def pixels(self) -> Right:
         """The floor that needs no network: raw pixels, of at most 32 a side."""

@@ -1,0 +1,164 @@
+"""A labelled set for evaluation: a part to fit on and a part to score on, whose classes are the same by name."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from ..errors import DataError
+from .digits import DigitsSource
+from .sources import Source, open_source
+
+HELD = 5
+"Without a validation part, every fifth image of a class is one."
+
+EMBEDDED_TEST = 4000
+"Test images of the embedded set."
+
+TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test")
+"What the two parts are called, as folders, as shards (`train-000.tar`) or as splits of a hub data set."
+
+
+class Subset:
+    """Some images of a source, each with a label from 0; a source itself."""
+
+    def __init__(self, source: Source, indices: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], classes: list[str]):
+        self.source, self.indices, self.labels, self.classes = source, indices, labels, classes
+        self.name, self.kind = source.name, source.kind
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        return self.source.read(int(self.indices[index]))
+
+    def where(self, index: int) -> str:
+        return self.source.where(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.source.fingerprint().encode())
+        for values in (self.indices, self.labels):
+            digest.update(values.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def take(self, chosen: Int[np.ndarray, " k"]) -> "Subset":
+        """Some of these images."""
+        return Subset(self.source, self.indices[chosen], self.labels[chosen], self.classes)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Two parts with labels from 0 to len(classes) - 1; `notes` says in lines what the reader should know of them."""
+
+    train: Subset
+    test: Subset
+    classes: list[str]
+    notes: tuple[str, ...] = ()
+
+
+def open_labelled(data: str, val: str | None = None, *, channels: int = 3, size: int = 32) -> Labelled:
+    """`data` is a folder with train/ and val/ in it, a pair of shards, hub:NAME, embedded:digits, or one labelled set.
+
+    One set without `val` is divided: every fifth image of a class is scored on. `size` is for the embedded set, which has 16,384 and 4,000
+    images. Raises DataError when there are no labels, fewer than two classes, or classes to score on that the training part lacks.
+    """
+    if data.startswith("embedded:") and val is None:
+        first = open_source(data, channels, size)
+        return _parts(first, DigitsSource("test", EMBEDDED_TEST, size))
+    names = (data, val) if val else _two_parts(data)
+    if names:
+        return _parts(*(open_source(name, channels, size) for name in names))
+    whole = open_source(data, channels, size)
+    labels = _labels(whole)
+    held = np.zeros(len(labels), dtype=bool)
+    for label in range(len(whole.classes)):
+        held[np.flatnonzero(labels == label)[HELD - 1 :: HELD]] = True
+    known = labels >= 0
+    parts = (Subset(whole, i := np.flatnonzero(chosen & known), labels[i], whole.classes) for chosen in (~held, held))
+    note = f"{data} has no validation part: every {HELD}th image of a class is scored on"
+    return _checked(*parts, (note, *_unlabelled(whole, labels)))
+
+
+def _two_parts(data: str) -> tuple[str, str] | None:
+    """The names of the two parts that one name holds."""
+    if data.startswith("hub:") and data.count(":") == 1:
+        return f"{data}:train", _hub_test(data)
+    root = Path(data)
+    if not root.is_dir():
+        return None
+    for train in TRAIN:
+        for test in TEST:
+            if (root / train).is_dir() and (root / test).is_dir():
+                return str(root / train), str(root / test)
+            if any(root.glob(f"{train}*.tar")) and any(root.glob(f"{test}*.tar")):
+                return str(root / f"{train}*.tar"), str(root / f"{test}*.tar")
+    if any((root / train).is_dir() for train in TRAIN) and len([p for p in root.iterdir() if p.is_dir()]) == 1:
+        raise DataError(f"{data} holds train/ alone; name the other part with --val, or give {data}/train to have it divided")
+    return None
+
+
+def _hub_test(data: str) -> str:
+    from ..engine.metrics import optional
+
+    path = data.removeprefix("hub:")
+    try:
+        splits = optional("datasets", "hub").get_dataset_split_names(path)
+    except (OSError, ValueError) as e:
+        raise DataError(f"{data} cannot be loaded: {type(e).__name__}: {e}") from e
+    for test in ("validation", "val", "test"):
+        if test in splits:
+            return f"{data}:{test}"
+    raise DataError(f"{data} has no split called validation or test (it has {', '.join(splits)}); name one with --val hub:NAME:SPLIT")
+
+
+def _parts(train: Source, test: Source) -> Labelled:
+    """Two sources, their labels joined by the names of the classes."""
+    numbers = {name: i for i, name in enumerate(train.classes)}
+    ours, theirs = _labels(train), _labels(test)
+    if unknown := [name for name in test.classes if name not in numbers]:
+        raise DataError(f"{test.name} has {_count(unknown)} that {train.name} lacks: {_some(unknown)}; the folders must have equal names")
+    place = np.array([numbers[name] for name in test.classes], dtype=np.int64)
+    known = [np.flatnonzero(labels >= 0) for labels in (ours, theirs)]
+    parts = Subset(train, known[0], ours[known[0]], train.classes), Subset(test, known[1], place[theirs[known[1]]], train.classes)
+    return _checked(*parts, (*_unlabelled(train, ours), *_unlabelled(test, theirs)))
+
+
+def _labels(source: Source) -> Int[np.ndarray, " n"]:
+    if source.labels is None:
+        raise DataError(
+            f"{source.name} has no labels, or one class alone: there must be a folder for each class, or shards with .cls files"
+        )
+    if (far := source.labels.max(initial=-1)) >= len(source.classes):
+        where = source.where(int(source.labels.argmax()))
+        raise DataError(f"{source.name}: {where} has label {far}, but there are {len(source.classes)} classes")
+    return source.labels
+
+
+def _checked(train: Subset, test: Subset, notes: tuple[str, ...]) -> Labelled:
+    for part in (train, test):
+        if not len(part):
+            raise DataError(f"{part.name} has no labelled image")
+    classes = train.classes
+    if len(np.unique(train.labels)) < 2:
+        raise DataError(f"{train.name} has images of one class alone ({classes[train.labels[0]]}): there is nothing to tell apart")
+    if missing := [classes[i] for i in np.setdiff1d(np.arange(len(classes)), train.labels)]:
+        raise DataError(f"{train.name} has no image of {_count(missing)}: {_some(missing)}")
+    if absent := [classes[i] for i in np.setdiff1d(np.arange(len(classes)), test.labels)]:
+        notes = (*notes, f"{test.name} has no image of {_count(absent)}, which are not scored: {_some(absent)}")
+    return Labelled(train, test, classes, notes)
+
+
+def _unlabelled(source: Source, labels: Int[np.ndarray, " n"]) -> tuple[str, ...]:
+    without = int((labels < 0).sum())
+    return (f"{without} of {len(labels)} images of {source.name} have no label and are left out",) if without else ()
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} class{'es' if len(names) > 1 else ''}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,92 @@
+"""Any backbone by its name: a run, an exported folder, weights alone, an official checkpoint, timm's own."""
+
+import copy
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+
+from ..config import load_recipe
+from ..errors import CheckpointError, ConfigError, first_line
+from ..methods import METHODS
+from ..models.backbone import Backbone
+from .official import official_backbone, plain_backbone
+from .timm_export import import_backbone
+
+NAMES = "a run directory, an exported folder, a .safetensors, an official .pth or timm:NAME"
+
+
+def load(path: str | Path, which: str = "teacher", heads: int | None = None) -> Backbone:
+    """A backbone by path or name: a run, an export folder or its file, weights alone, an official `.pth`, or "timm:NAME".
+
+    `which` chooses between the teacher (default) and the student of a run or an official checkpoint; a method without a teacher has the
+    student only. `heads` is for weights alone, which do not tell their attention heads. "scratch:..." is the same network with new weights,
+    those of seed 0. Raises CheckpointError or ConfigError in one line.
+    """
+    if which not in ("student", "teacher"):
+        raise ConfigError(f"which must be student or teacher, not {which!r}")
+    name = str(path)
+    if name.startswith("scratch:"):
+        return scratch(name.removeprefix("scratch:"), which, heads=heads)
+    if name.startswith("timm:"):
+        return _timm(name)
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give {NAMES}")
+    if path.suffix in (".pth", ".pt"):
+        return official_backbone(path, which, heads)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path} is no checkpoint that rcmae knows; give {NAMES}")
+        if path.name == "model.safetensors" and (path.parent / "config.json").exists():
+            return import_backbone(path.parent)
+        try:
+            return plain_backbone(load_file(path), path, heads)
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{path} is no whole .safetensors file: {first_line(e)}") from e
+    return import_backbone(_folder(path, which))
+
+
+def scratch(name: str, which: str = "teacher", seed: int = 0, heads: int | None = None) -> Backbone:
+    """The network of a backbone with new weights: a run's as its method begins, any other as timm makes it."""
+    recipe, old = Path(name) / "recipe.toml", load(name, which, heads)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if recipe.exists():
+            chosen = load_recipe(str(recipe))
+            mean, std = (tuple(getattr(old, part).flatten().tolist()) for part in ("mean", "std"))
+            return METHODS[chosen.method](chosen, mean, std).backbone("student")
+        new = copy.deepcopy(old)
+        new.vit.init_weights()
+    return new
+
+
+def _timm(name: str) -> Backbone:
+    try:
+        vit = timm.create_model(name.removeprefix("timm:"), pretrained=True, num_classes=0)
+    except Exception as e:  # an unknown name, no network, a hub that refuses
+        raise ConfigError(f"timm cannot load {name.removeprefix('timm:')!r}: {first_line(e)}") from e
+    if not isinstance(vit, VisionTransformer):
+        raise ConfigError(f"{name} is no Vision Transformer")
+    return Backbone(vit, tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"]))
+
+
+def _folder(path: Path, which: str) -> Path:
+    """The exported folder of a run, or the folder itself if it is one."""
+    for folder in (path, path / "export" / which):
+        if (folder / "config.json").exists():
+            return folder
+    student = path / "export" / "student"
+    if which == "student" or not (student / "config.json").exists():
+        raise CheckpointError(f"{path} holds no backbone; a run writes export/ at its first checkpoint")
+    try:
+        lost = "teacher" in METHODS[json.loads((student / "config.json").read_bytes())["rcmae"]["method"]].networks
+    except (ValueError, KeyError, TypeError, OSError):
+        lost = False  # no method says so; a damaged file is told by `import_backbone`
+    if lost:
+        raise CheckpointError(f"{path} has lost its teacher: export/teacher is missing; `rcmae pretrain --out {path}` writes it again")
+    return student

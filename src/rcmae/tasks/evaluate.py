@@ -1,0 +1,375 @@
+"""`rcmae evaluate`: what a backbone is worth on a labelled set, in the numbers that papers report.
+
+A task fits something on the training part, on frozen features or end to end, and scores it on the other part. It leaves a JSON file (the
+metric, by class, the settings, hashes of backbone and data) and, beside it, which test images were right, for paired comparisons.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.dataset import collate, quiet_worker, read_image
+from ..data.decode import BadImage
+from ..data.labelled import Labelled, Subset, open_labelled
+from ..data.sampler import BatchSampler
+from ..data.views import center, flip, random_resized_crop, rng
+from ..engine import distributed
+from ..engine.checkpoint import replace_file
+from ..engine.console import Screen
+from ..engine.distributed import World
+from ..engine.run import describe_machine, write_json
+from ..errors import ConfigError, DataError
+from ..interop.load import load
+from ..models.backbone import Backbone, Features, Pixels
+from . import attentive, linear
+from .features import Centers, Seen, extract, identity
+from .knn import Knn, check_k
+from .settings import KNN, Attentive, Evaluation, Linear, Pool
+from .splits import PERCENTS, read_split, write_splits
+
+TOKENS_IN_MEMORY = 16 * 2**30
+"Bytes of tokens that are kept; above it an attentive probe computes them anew in every pass, as its papers do."
+
+ALONE = "backbone"
+"What a network is called that is neither a student nor a teacher."
+
+
+class Found(NamedTuple):
+    """What a task found: metrics, which test images were right, the model (pixels in 0 to 1 to logits), what it was told or chose."""
+
+    metrics: dict[str, float]
+    right: Bool[np.ndarray, " m"]
+    model: nn.Module
+    settings: dict[str, Any]
+
+
+class Probed(nn.Module):
+    """A frozen backbone with a layer on what it makes of pixels in 0 to 1: logits "b c"."""
+
+    def __init__(self, backbone: nn.Module, reads: Literal["mean", "cls", "tokens"], layer: nn.Module):
+        super().__init__()
+        self.backbone, self.reads, self.layer = backbone, reads, layer
+
+    def forward(self, images: Float[Tensor, "b ch h w"]) -> Float[Tensor, "b c"]:
+        return self.layer(getattr(self.backbone(images), self.reads))
+
+
+@dataclass
+class Subject:
+    """A backbone before a labelled set: what tasks ask of both."""
+
+    name: str
+    which: str
+    backbone: Backbone | Pixels
+    set: Labelled
+    how: Evaluation
+    device: torch.device
+    world: World
+    screen: Screen
+    precision: str
+    seen: dict[tuple[str, bool], Seen] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> Path:
+        return self.how.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rcmae"
+
+    @property
+    def workers(self) -> int:
+        if self.how.workers is not None:
+            return self.how.workers
+        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return 0 if self.set.train.kind == "embedded" else min(8, max(1, share - 1))
+
+    def part(self, part: Literal["train", "test"]) -> Subset:
+        """The test part, or of the training part the images whose labels are used."""
+        if part == "test":
+            return self.set.test
+        return self.set.train if self.how.labels == 100 else self.set.train.take(self.split())
+
+    def split(self) -> Int[np.ndarray, " k"]:
+        """The images whose labels are used, from a file that all backbones share."""
+        train, folder = self.set.train, self.cache / "splits" / f"{self.set.train.fingerprint()[:16]}-{self.how.seed}"
+        file = folder / f"labels-{self.how.labels:g}.json"
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_splits(folder, train.labels, self.how.seed, sorted({*PERCENTS, self.how.labels}))
+        return read_split(file, train.labels)
+
+    def features(self, part: Literal["train", "test"], tokens: bool = False) -> Seen:
+        """Features of a part, computed once and cached."""
+        if (part, tokens) not in self.seen:
+            images = self.part(part)
+            with self.screen.progress(f"features of {images.name}", len(images)) as tick:
+                self.seen[part, tokens] = extract(
+                    self.backbone, images, cache=self.cache / "features", tokens=tokens, device=self.device, precision=self.precision,
+                    world=self.world, workers=self.workers, tick=tick, say=self.screen.say,
+                )  # fmt: skip
+        return self.seen[part, tokens]
+
+    def fitted_on(self, tokens: bool = False) -> tuple[Seen, Int[np.ndarray, " n"]]:
+        """Features of the readable training images, and their labels."""
+        seen = self.features("train", tokens)
+        if seen.readable.all():
+            return seen, seen.labels
+        kept = torch.from_numpy(np.flatnonzero(seen.readable))
+        rest = (x[kept] if x is not None else None for x in (seen.cls, seen.mean, seen.tokens))
+        cls, mean, of = rest
+        return Seen(cls, mean, seen.labels[seen.readable], seen.readable[seen.readable], of), seen.labels[seen.readable]
+
+    def hits(self, said: Int[np.ndarray, " m"], seen: Seen) -> Bool[np.ndarray, " m"]:
+        """Which test images are right; one that cannot be read is wrong."""
+        return (said == seen.labels) & seen.readable
+
+    def crops(self, steps: int, batch: int, augment: bool) -> Iterator[tuple[Features, Int[Tensor, " b"]]]:
+        """Batches of `steps`: what the backbone makes of new crops and flips in every pass (or of the same views), and labels."""
+        part = self.part("train")
+        sampler = BatchSampler(len(part), batch, start=0, stop=steps, seed=self.how.seed)
+        loader = DataLoader(
+            Crops(part, tuple(self.backbone.shape), self.backbone.channels, augment, self.how.seed), batch_sampler=sampler,
+            num_workers=self.workers, collate_fn=collate, worker_init_fn=quiet_worker,
+        )  # fmt: skip
+        backbone = self.backbone.to(self.device).eval()
+        with self.screen.progress("fit", steps) as tick:
+            for step, images in enumerate(loader):
+                with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    seen = backbone(images["image"].to(self.device).float() / 255)
+                yield seen, images["label"].to(self.device)
+                tick(step + 1)
+
+
+class Crops(Dataset):
+    """Sample (epoch, index) of a labelled set, for a probe of a frozen backbone: a random crop (0.2 to 1 of the area) and flip, or the view
+    of evaluation. An unreadable image gives way to the next readable one, with that one's label."""
+
+    def __init__(self, part: Subset, shape: tuple[int, int], channels: int, augment: bool, seed: int):
+        self.part, self.shape, self.channels, self.augment, self.seed = part, shape, channels, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        for other in range(index, index + len(self)):
+            i = other % len(self)
+            try:
+                image = read_image(self.part, i, self.channels)
+            except BadImage:
+                continue
+            draws = rng(self.seed, epoch, index)
+            view = flip(random_resized_crop(image, self.shape, (0.2, 1.0), draws), draws) if self.augment else center(image, self.shape)
+            return {"image": view.contiguous(), "label": int(self.part.labels[i]), "bad": []}
+        raise DataError(f"no image of {self.part.name} can be read; look with `rcmae check`")
+
+
+@torch.no_grad()
+def predict(model: nn.Module, part: Subset, subject: Subject, batch: int = 256) -> tuple[Int[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
+    """The class that a model of pixels names for each image, and which images could be read."""
+    loader = DataLoader(
+        Centers(part, tuple(subject.backbone.shape), subject.backbone.channels), batch, num_workers=subject.workers, collate_fn=collate,
+        worker_init_fn=quiet_worker,
+    )  # fmt: skip
+    found, readable = [], np.ones(len(part), dtype=bool)
+    with subject.screen.progress(f"predictions for {part.name}", len(part)) as tick:
+        for images in loader:
+            for index, where, reason in images["bad"]:
+                readable[index] = False
+                subject.screen.say(f"note: {where} cannot be read ({reason})")
+            with torch.autocast(subject.device.type, torch.bfloat16, enabled=subject.precision == "bf16"):
+                found.append(model(images["image"].to(subject.device).float() / 255).argmax(1).cpu().numpy())
+            tick(sum(map(len, found)))
+    return np.concatenate(found), readable
+
+
+# --- probes of frozen features ----------------------------------------------------------------------------------------
+
+
+def knn(subject: Subject, task: KNN) -> Found:
+    """k-NN at every k; raises ConfigError when one is larger than the training set."""
+    check_k(task.k, len(subject.part("train")))
+    train, labels = subject.fitted_on()
+    check_k(task.k, len(labels))
+    test = subject.features("test")
+    near = Knn(train.pooled(task.pool).to(subject.device), torch.from_numpy(labels).to(subject.device), len(subject.set.classes),
+               max(task.k), task.temperature)  # fmt: skip
+    said: dict[int, list[Tensor]] = {k: [] for k in task.k}
+    with torch.no_grad(), subject.screen.progress("k-NN", len(test.labels)) as tick:
+        for i, part in enumerate(test.pooled(task.pool).split(256)):
+            for k, votes in near.votes(part.to(subject.device), task.k).items():
+                said[k].append(votes.argmax(1).cpu())
+            tick(min((i + 1) * 256, len(test.labels)))
+    hits = {k: subject.hits(torch.cat(parts).numpy(), test) for k, parts in said.items()}
+    kept = near.k = 20 if 20 in task.k else task.k[0]
+    metrics = {f"top1 k={k}": 100 * float(h.mean()) for k, h in hits.items()}
+    return Found({"top1": metrics[f"top1 k={kept}"]} | metrics, hits[kept], Probed(subject.backbone, task.pool, near), asdict(task))
+
+
+def fit_linear(subject: Subject, task: Linear) -> Found:
+    """A linear probe by either protocol."""
+    pool: Pool = task.pool or ("mean" if task.protocol == "rates" else "cls")
+    classes, chose = len(subject.set.classes), {}
+    size = len(subject.part("train"))
+    if task.protocol == "rates":
+        train, labels = subject.fitted_on()
+        found = linear.fit_rates(
+            train.pooled(pool).to(subject.device), labels, classes, steps=task.fit_steps, batch=task.batch or 1024, seed=subject.how.seed
+        )
+        layer, chose = found.layer, {"rate": found.rate, "held_out": {f"{k:g}": v for k, v in found.held_out.items()}}
+    else:
+        batch = min(task.batch or 16384, size)
+        steps = task.fit_epochs * (size // batch)
+        if task.augment:
+            batches = ((getattr(seen, pool), answers) for seen, answers in subject.crops(steps, batch, augment=True))
+        else:
+            train, labels = subject.fitted_on()
+            batches = attentive.in_memory(train.pooled(pool).to(subject.device), labels, steps, batch, subject.how.seed)
+        width = subject.features("test").pooled(pool).shape[1]
+        layer = linear.fit_mae(
+            batches, width, classes, steps=steps, warmup=10 / max(task.fit_epochs, 20), batch=batch, base_lr=task.fit_lr,
+            seed=subject.how.seed, device=subject.device,
+        )  # fmt: skip
+    test = subject.features("test")
+    hits = subject.hits(linear.said(layer, test.pooled(pool).to(subject.device)), test)
+    return Found({"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, pool, layer), asdict(task) | {"pool": pool} | chose)
+
+
+def fit_attentive(subject: Subject, task: Attentive) -> Found:
+    """An attentive probe; tokens that do not fit into memory are computed anew in every pass."""
+    part, device = subject.part("train"), subject.device
+    with torch.no_grad():
+        first = Centers(part, tuple(subject.backbone.shape), subject.backbone.channels)[0]["image"]
+        example = subject.backbone.to(device).eval()(first[None].to(device).float() / 255).tokens
+    size = 2 * example[0].numel() * (len(part) + len(subject.set.test))
+    if size <= TOKENS_IN_MEMORY:
+        train, labels = subject.fitted_on(tokens=True)
+        found = attentive.fit_rates(
+            task.kind, train.tokens, labels, len(subject.set.classes), steps=task.fit_steps, batch=task.batch, heads=task.queries,
+            seed=subject.how.seed, device=device,
+        )  # fmt: skip
+        test = subject.features("test", tokens=True)
+        hits = subject.hits(linear.said(found.probe, test.tokens.to(device)), test)
+        probe, chose = found.probe, {"rate": found.rate, "held_out": {f"{k:g}": v for k, v in found.held_out.items()}}
+    else:
+        subject.screen.say(f"note: {size / 2**30:.0f} GiB of tokens are not kept: features are computed anew in every pass")
+        rate = attentive.RATES[len(attentive.RATES) // 2 - 1]
+        examples = next(subject.crops(1, min(512, len(part)), augment=False))[0].tokens
+        with torch.random.fork_rng():
+            torch.manual_seed(subject.how.seed)
+            heads = attentive.heads_for(examples.shape[2], task.queries)
+            probe = attentive.PROBES[task.kind](examples, heads, len(subject.set.classes)).to(device)
+        batches = ((seen.tokens, answers) for seen, answers in subject.crops(task.fit_steps, min(task.batch, len(part)), augment=True))
+        probe, chose = attentive.fit(probe, batches, task.fit_steps, rate), {"rate": rate}
+        said, readable = predict(Probed(subject.backbone, "tokens", probe), subject.set.test, subject)
+        hits = (said == subject.set.test.labels) & readable
+    return Found({"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, "tokens", probe), asdict(task) | chose)
+
+
+PROBES = {KNN: ("knn", knn), Linear: ("linear", fit_linear), Attentive: ("attentive", fit_attentive)}
+
+
+# --- carrying a task out ----------------------------------------------------------------------------------------------
+
+
+def subjects(name: str, how: Evaluation, world: World, screen: Screen) -> Iterator[Subject]:
+    """The backbone, or both networks of a run, before its data. Raises errors of one line before any work is done."""
+    if not 0 < how.labels <= 100:
+        raise ConfigError(f"labels is a percentage above 0 and up to 100, not {how.labels:g}")
+    device = distributed.pick_device(how.device)
+    precision = distributed.pick_precision(how.precision, device)
+    found = [
+        (which, Pixels() if name == "pixels" else load(name, "teacher" if which == ALONE else which, how.heads))
+        for which in networks(name, how.which)
+    ]
+    opened: Labelled | None = None
+    for which, backbone in found:
+        if opened is None:
+            opened = open_labelled(how.data, how.val, channels=backbone.channels, size=backbone.shape[1])
+            for note in opened.notes:
+                screen.say(f"note: {note}")
+        yield Subject(name, which, backbone, opened, how, device, world, screen, precision)
+
+
+def networks(name: str, which: str) -> list[str]:
+    """The networks that are asked for; `ALONE` for what has no teacher and student."""
+    if name == "pixels" or name.startswith(("timm:", "scratch:")):
+        return [ALONE]
+    path = Path(name)
+    if (path / "export").is_dir():
+        there = [n for n in ("student", "teacher") if (path / "export" / n).is_dir()]
+        if there == ["student"] and which != "student":
+            load(name, "teacher")  # says so if a teacher was lost
+            return ["student"]
+    elif path.suffix not in (".pth", ".pt"):
+        return [ALONE]
+    return ["student", "teacher"] if which == "both" else [which]
+
+
+def evaluate(name: str, task: KNN | Linear | Attentive, how: Evaluation = Evaluation()) -> list[dict[str, Any]]:
+    """Carry a task out on a backbone, write its files, and return what they say: one record a network.
+
+    Works under `torchrun`: ranks share the work of the backbone, the first one fits and writes. Raises the errors of `rcmae.errors`.
+    """
+    kind, run = PROBES[type(task)]
+    world = distributed.start(distributed.pick_device(how.device))
+    records = []
+    try:
+        with Screen(world.first) as screen:
+            for subject in subjects(name, how, world, screen):
+                began = time.monotonic()
+                if world.size > 1:  # all ranks make features; then the first one goes on alone
+                    for part in ("train", "test"):
+                        subject.features(part, tokens=isinstance(task, Attentive))
+                if world.first:
+                    found = run(subject, task)
+                    records.append(record(kind, subject, found, time.monotonic() - began))
+    finally:
+        distributed.stop()
+    return records
+
+
+def place(name: str, how: Evaluation) -> Path:
+    """The folder that results of a backbone go to."""
+    if how.out:
+        return how.out
+    path = Path(name)
+    if (path / "recipe.toml").exists():
+        return path / "evaluate"
+    return Path("runs") / "evaluate" / (re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "backbone")
+
+
+def stem(kind: str, which: str, how: Evaluation) -> str:
+    """What a result's files are called: the task, the network, and what is unusual: the share of the labels, the seed."""
+    share = "" if how.labels == 100 else f"-{how.labels:g}-percent"
+    return f"{kind}-{which}{share}{f'-seed-{how.seed}' if how.seed else ''}"
+
+
+def record(kind: str, subject: Subject, found: Found, seconds: float) -> dict[str, Any]:
+    """Write a result's JSON and hits; returns the JSON's content."""
+    how, test = subject.how, subject.set.test
+    classes = subject.set.classes
+    by_class = {classes[i]: 100 * float(found.right[test.labels == i].mean()) for i in np.unique(test.labels)}
+    content = {
+        "task": kind, "backbone": subject.name, "network": subject.which, "metrics": found.metrics, "labels_percent": how.labels,
+        "train_images": len(subject.part("train")), "test_images": len(test), "classes": len(classes), "settings": found.settings,
+        "seed": how.seed, "data": how.data, "val": how.val, "notes": list(subject.set.notes),
+        "hashes": {
+            "backbone": identity(subject.backbone), "train": subject.part("train").fingerprint()[:16], "test": test.fingerprint()[:16],
+        },
+        "seconds": round(seconds, 1), "machine": describe_machine(subject.device, subject.precision), "per_class": by_class,
+    }  # fmt: skip
+    folder = place(subject.name, how)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = stem(kind, subject.which, how)
+    replace_file(folder / f"{name}.safetensors", save({"right": torch.from_numpy(found.right)}))
+    write_json(folder / f"{name}.json", content)
+    return content

@@ -1,0 +1,85 @@
+"""What `rcmae evaluate` is told. Without torch, so that --help is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+KS = (10, 20, 100, 200)
+"Neighbours that vote, as DINO reports them (its tables use 20)."
+
+Which = Literal["teacher", "student", "both"]
+Pool = Literal["mean", "cls"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What every task is told."""
+
+    data: str = "embedded:digits"
+    "labelled images: a folder with train/ and val/, a folder of classes, tar shards, hub:NAME or embedded:digits"
+    val: str | None = None
+    "the part to score on, where it is not in data"
+    which: Which = "teacher"
+    "network of a run or an official checkpoint; both evaluates both"
+    labels: float = 100.0
+    "percent of the training labels that are used; the same images for every backbone"
+    seed: int = 0
+    "of the split, the order and the new weights"
+    heads: int | None = None
+    "attention heads, for weights that come without a configuration"
+    device: str = "auto"
+    "auto, cpu, cuda, cuda:1 or mps"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    "of the backbone's matrix products"
+    workers: int | None = None
+    "loader processes; default: by the data and the cores"
+    out: Path | None = None
+    "where results go; default: RUN/evaluate, or runs/evaluate/NAME"
+    cache: Path | None = None
+    "where features and label splits are kept; default: ~/.cache/rcmae"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNN:
+    """k-nearest neighbours."""
+
+    k: tuple[int, ...] = KS
+    "neighbours that vote; the model that is kept is of 20, or of the first one given"
+    pool: Pool = "mean"
+    "what is compared: the mean over the patches or the class token"
+    temperature: float = 0.07
+    "of the votes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A linear layer."""
+
+    protocol: Literal["rates", "mae"] = "rates"
+    "rates: SGD at 13 learning rates at once, chosen on held-out training images; mae: LARS behind BatchNorm, as in MAE and RC-MAE"
+    pool: Pool | None = None
+    "what it reads; default: mean for rates, cls for mae"
+    batch: int | None = None
+    "images a step; default: 1,024 for rates, 16,384 for mae"
+    fit_steps: int = 12_500
+    "steps of rates"
+    fit_epochs: int = 90
+    "passes of mae (50 for ViT-L there)"
+    fit_lr: float = 0.1
+    "learning rate of mae for a batch of 256"
+    augment: bool = False
+    "mae: new crops and flips in every pass, as published, instead of features that are computed once"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attentive:
+    """Attention over all tokens, then a linear layer."""
+
+    kind: Literal["efficient", "latent"] = "efficient"
+    "efficient: several queries, no key projection (Efficient Probing); latent: one query in a full attention layer with an MLP"
+    queries: int = 12
+    "queries, or heads of the one query; lowered to what divides the width"
+    fit_steps: int = 10_000
+    "steps"
+    batch: int = 1024
+    "images a step"

@@ -1,0 +1,251 @@
+"""`rcmae evaluate` end to end on small labelled folders: every way in, every refusal, caches, splits, torch's own loading."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import rcmae
+from rcmae.cli import main
+from rcmae.data.labelled import open_labelled
+from rcmae.engine.distributed import World
+from rcmae.errors import DataError
+from rcmae.interop.load import load
+from rcmae.interop.timm_export import export
+from rcmae.models.backbone import IMAGENET, Backbone
+from rcmae.tasks import features as features_module
+from rcmae.tasks.features import extract, identity
+from tests.conftest import method_for, small
+
+
+def picture(kind: int, seed: int) -> Image.Image:
+    """Noise with the class as a bright quarter: easy even for pixels."""
+    rng = np.random.default_rng([kind, seed])
+    pixels = rng.integers(0, 90, (20, 20, 3), dtype=np.uint8)
+    pixels[10 * (kind // 2) :, 10 * (kind % 2) :][:10, :10] += 120
+    return Image.fromarray(pixels)
+
+
+def class_folders(root: Path, classes: str = "abc", count: int = 10, first: int = 0) -> Path:
+    for kind, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(first, first + count):
+            picture(kind, i).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    class_folders(root / "train", count=12)
+    class_folders(root / "val", count=6, first=50)
+    return root
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    method = method_for(small())
+    export(method.backbone(), tmp_path / "backbone", {"method": "rcmae"})
+    return tmp_path / "backbone"
+
+
+def run(tmp_path, *argv) -> tuple[int, dict]:
+    """The exit code, and the one record in the output folder."""
+    out = tmp_path / "out"
+    code = main(["evaluate", *map(str, argv), "--device", "cpu", "--out", str(out), "--cache", str(tmp_path / "cache")])
+    files = sorted(out.glob("*.json"))
+    return code, json.loads(files[-1].read_text()) if files else {}
+
+
+TASKS = {
+    "knn": ["--k", "5"],
+    "linear": ["--fit-steps", "50", "--batch", "32"],
+    "linear mae": ["--protocol", "mae", "--pool", "mean", "--fit-lr", "30"],
+    "linear mae new crops": ["--protocol", "mae", "--fit-epochs", "30", "--augment", "--workers", "0"],
+    "attentive": ["--fit-steps", "20", "--batch", "32", "--queries", "2"],
+    "attentive latent": ["--kind", "latent", "--fit-steps", "20", "--batch", "32", "--queries", "2"],
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_leaves_its_numbers(tmp_path, data, backbone, task, capsys):
+    code, found = run(tmp_path, task.split()[0], backbone, "--data", data, *TASKS[task])
+    assert code == 0
+    assert 0 <= found["metrics"]["top1"] <= 100
+    if task.split()[0] != "knn" and "mae" not in task:
+        assert found["metrics"]["top1"] > 60, "three classes that pixels tell apart"
+    right = load_file(next((tmp_path / "out").glob("*.safetensors")))["right"]
+    assert 100 * right.float().mean().item() == pytest.approx(found["metrics"]["top1"])
+    assert found["train_images"] == 36 and found["test_images"] == 18 and list(found["per_class"]) == ["a", "b", "c"]
+    assert np.mean(list(found["per_class"].values())) == pytest.approx(found["metrics"]["top1"])
+    assert found["hashes"]["backbone"] == identity(load(backbone))
+    assert f"{found['metrics']['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_pixels_and_new_weights_are_floors(tmp_path, data, backbone):
+    assert run(tmp_path, "knn", "pixels", "--data", data, "--k", "3")[1]["metrics"]["top1"] == 100
+    code, found = run(tmp_path / "s", "knn", f"scratch:{backbone}", "--data", data, "--k", "3")
+    assert code == 0 and found["network"] == "backbone" and found["hashes"]["backbone"] != identity(load(backbone))
+
+
+def test_every_way_in_is_the_same_network(tmp_path, capsys):
+    """timm's own architecture, with weights made here: a run's layout, .safetensors with and without its configuration, an official .pth,
+    timm by name. Equal to the last bit."""
+    import timm
+
+    torch.manual_seed(1)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="", img_size=32, patch_size=8, embed_dim=128, num_heads=4)
+    export(Backbone(vit, *IMAGENET), tmp_path / "run" / "export" / "student", {"method": "mae"})
+    file = tmp_path / "run" / "export" / "student" / "model.safetensors"
+    save_file(vit.state_dict(), tmp_path / "alone.safetensors")
+    torch.save({"model": vit.state_dict(), "epoch": 3}, tmp_path / "official.pth")
+    images = torch.rand(3, 3, 32, 32)
+    expected = Backbone(vit.eval(), *IMAGENET)(images)
+    for name in (tmp_path / "run", file, tmp_path / "alone.safetensors", tmp_path / "official.pth", f"timm:local-dir:{file.parent}"):
+        with torch.no_grad():
+            seen = rcmae.load(name).eval()(images)
+        assert torch.equal(seen.cls, expected.cls) and torch.equal(seen.patches, expected.patches), name
+
+
+def test_labels_are_shares_that_all_backbones_have_in_common(tmp_path, data, backbone):
+    sizes, splits = [], []
+    for percent in ("10", "50", "100"):
+        _, found = run(tmp_path / percent, "knn", backbone, "--data", data, "--k", "1", "--labels", percent)
+        sizes.append(found["train_images"])
+        splits += sorted(p.read_bytes() for p in (tmp_path / percent / "cache" / "splits").rglob(f"labels-{percent}.json"))
+    assert sizes == [4, 18, 36] and len(splits) == 2
+    before = set((tmp_path / "50" / "cache" / "splits").rglob("*.json"))
+    _, other = run(tmp_path / "50", "knn", "pixels", "--data", data, "--k", "1", "--labels", "50")
+    assert set((tmp_path / "50" / "cache" / "splits").rglob("*.json")) == before and other["hashes"]["train"]
+
+
+def subset(data):
+    return open_labelled(str(data), size=16).train
+
+
+def test_features_are_made_once_and_go_on_where_they_stopped(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(features_module, "PART", 10)
+    backbone = method_for(small()).backbone()
+    options = {"cache": tmp_path, "tokens": True, "device": torch.device("cpu"), "precision": "fp32", "world": World(), "batch": 4}
+    part, calls = subset(data), []
+
+    first = extract(backbone, part, **options)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 4
+    stamps = {f: f.stat().st_mtime_ns for f in files}
+    files[2].unlink()
+    again = extract(backbone, part, tick=calls.append, **options)
+    assert [f.stat().st_mtime_ns == stamps[f] for f in files] == [True, True, False, True]
+    assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True)) and torch.equal(first.tokens, again.tokens)
+    assert calls[-1] == 36
+    with torch.no_grad():
+        whole = backbone.eval()(torch.stack([features_module.Centers(part, (16, 16), 3)[i]["image"] for i in range(36)]).float() / 255)
+    torch.testing.assert_close(first.mean, whole.mean)
+    torch.testing.assert_close(first.tokens.float(), whole.tokens, atol=2e-3, rtol=2e-3)
+    other = method_for(small(seed=1)).backbone()
+    other.vit.cls_token.data += 1
+    extract(other, part, **options)
+    assert len(list(tmp_path.iterdir())) == 2, "another backbone's features are others"
+
+
+def test_an_unreadable_image_is_wrong_and_named(tmp_path, capsys):
+    """One of each class, so that whatever the grey image that stands for it looks like would be right once."""
+    class_folders(tmp_path / "d" / "train", count=6), class_folders(tmp_path / "d" / "val", count=6, first=50)
+    for where in ("train/a/0.png", *(f"val/{name}/50.png" for name in "abc")):
+        (tmp_path / "d" / where).write_bytes(b"no image")
+    code, found = run(tmp_path, "knn", "pixels", "--data", tmp_path / "d", "--k", "3")
+    assert code == 0
+    assert found["metrics"]["top1"] == pytest.approx(100 * 5 / 6)
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "b/50.png cannot be read" in said and "a/0.png cannot be read" in said
+
+
+def shard(path: Path, images: list[tuple[int, int]], names: str = "abc") -> None:
+    with tarfile.open(path, "w") as tar:
+        for n, (kind, seed) in enumerate(images):
+            file = io.BytesIO()
+            picture(kind, seed).save(file, "PNG")
+            for extension, content in (("png", file.getvalue()), ("cls", names[kind].encode())):
+                entry = tarfile.TarInfo(f"{n:04d}.{extension}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+
+
+def test_layouts(tmp_path, data):
+    whole = open_labelled(str(class_folders(tmp_path / "flat", count=10)))
+    assert (len(whole.train), len(whole.test)) == (24, 6) and "every 5th image of a class is scored on" in whole.notes[0]
+    assert not set(whole.train.indices) & set(whole.test.indices) and np.bincount(whole.test.labels).tolist() == [2, 2, 2]
+    (tmp_path / "tars").mkdir()
+    shard(tmp_path / "tars" / "train-000.tar", [(k, i) for i in range(4) for k in range(3)])
+    shard(tmp_path / "tars" / "val-000.tar", [(k, 9) for k in (1, 2)])
+    tars = open_labelled(str(tmp_path / "tars"))
+    assert len(tars.train) == 12 and [tars.classes[i] for i in tars.test.labels] == ["b", "c"]
+    assert "has no image of 1 class, which are not scored: a" in tars.notes[0]
+    apart = open_labelled(str(data / "train"), str(data / "val"))
+    assert apart.train.fingerprint() == open_labelled(str(data)).train.fingerprint()
+    embedded = open_labelled("embedded:digits", size=16)
+    assert (len(embedded.train), len(embedded.test)) == (16384, 4000)
+
+
+def test_classes_are_joined_by_name(tmp_path):
+    class_folders(tmp_path / "train", "abc", 2)
+    class_folders(tmp_path / "val", "bc", 2)
+    found = open_labelled(str(tmp_path))
+    assert [found.classes[i] for i in found.test.labels] == ["b", "b", "c", "c"]
+
+
+def test_data_that_cannot_be_used(tmp_path):
+    class_folders(tmp_path / "x" / "train", "ab", 2), class_folders(tmp_path / "x" / "val", "abzy", 2)
+    with pytest.raises(DataError, match=r"val has 2 classes that .*train lacks: y, z"):
+        open_labelled(str(tmp_path / "x"))
+    class_folders(tmp_path / "one", "a", 4)
+    with pytest.raises(DataError, match="no labels, or one class alone"):
+        open_labelled(str(tmp_path / "one"))
+    (tmp_path / "alone").mkdir()
+    class_folders(tmp_path / "alone" / "train", "ab", 2)
+    with pytest.raises(DataError, match=r"holds train/ alone; name the other part with --val"):
+        open_labelled(str(tmp_path / "alone"))
+    far = open_labelled(str(class_folders(tmp_path / "far", "ab", 5))).train.source
+    far.labels = far.labels + 1
+    with pytest.raises(DataError, match=r"b/\d.png has label 2, but there are 2 classes"):
+        from rcmae.data.labelled import _parts
+
+        _parts(far, far)
+
+
+FAILURES = [
+    (["knn", "{backbone}", "--data", "{data}", "--k", "99"], 2, "k must lie in 1 to 36"),
+    (["knn", "{backbone}", "--data", "{data}", "--labels", "0"], 2, "labels is a percentage"),
+    (["knn", "{tmp}/none"], 4, "none does not exist; give a run directory"),
+    (["knn", "timm:vit_typo", "--data", "{data}"], 2, "timm cannot load 'vit_typo'"),
+    (["knn", "{backbone}", "--data", "{tmp}/nowhere"], 3, "nowhere does not exist"),
+    (["linear", "{backbone}", "--data", "{data}", "--protocol", "mea"], 2, "mea"),
+    (
+        ["knn", "{tmp}/wrong.safetensors", "--data", "{data}"],
+        4,
+        "wrong.safetensors is not a plain Vision Transformer: blocks.0.attn.qkv.weight is",
+    ),
+    (["knn", "{tmp}/odd.safetensors", "--data", "{data}"], 4, "under timm's names"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "says"), FAILURES)
+def test_refusals_are_one_line_and_leave_nothing(tmp_path, data, backbone, argv, code, says, capsys):
+    import timm
+
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=128, num_heads=4, depth=1)
+    state = vit.state_dict()
+    state["blocks.0.attn.qkv.weight"] = torch.zeros(5, 5)
+    save_file(state, tmp_path / "wrong.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    argv = [a.format(tmp=tmp_path, data=data, backbone=backbone) for a in argv]
+    assert main(["evaluate", *argv, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and says in lines[0], lines
+    assert not (tmp_path / "out").exists()

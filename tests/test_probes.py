@@ -1,0 +1,276 @@
+"""Probes of frozen features: known answers, a plain loop, LARS's formula, scikit-learn's optimum, and nothing learned from the test set."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+import rcmae.tasks.knn as knn_module
+from rcmae.errors import ConfigError
+from rcmae.tasks import attentive
+from rcmae.tasks.knn import Knn, check_k, nearest
+from rcmae.tasks.lars import lars
+from rcmae.tasks.linear import RATES, Heads, fit, fit_mae, fit_rates, said
+
+CLASSES = 5
+
+# --- k-NN -------------------------------------------------------------------------------------------------------------
+
+
+def plain_loop(train, labels, test, k):
+    """One image after the other, in float64: the class with most votes; equals by the lower index, equal votes to the lower class."""
+    train, test = (x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1, keepdims=True) for x in (train, test))
+    found = []
+    for feature in test:
+        similar = train @ feature
+        votes = np.zeros(labels.max() + 1)
+        for i in np.lexsort((np.arange(len(train)), -similar.round(6)))[:k]:
+            votes[labels[i]] += np.exp(similar[i] / 0.07)
+        found.append(votes.round(6).argmax())
+    return np.array(found)
+
+
+def random_set(n=300, m=80, d=12, c=7, ties=False):
+    rng = np.random.default_rng(0)
+    train, test = rng.standard_normal((n, d)), rng.standard_normal((m, d))
+    if ties:
+        train, test = np.sign(train), np.sign(test)
+    train, test = (torch.tensor(x, dtype=torch.float32) for x in (train, test))
+    return train, rng.integers(0, c, n), test
+
+
+def near(train, labels, k):
+    return Knn(train, torch.from_numpy(labels), 7, k)
+
+
+@pytest.mark.parametrize("columns", [8192, 11])
+@pytest.mark.parametrize("ties", [False, True])
+def test_knn_says_what_a_plain_loop_says(monkeypatch, ties, columns):
+    """With `ties`, features are corners of a small cube: most similarities occur many times, and labels disagree."""
+    monkeypatch.setattr(knn_module, "COLUMNS", columns)
+    train, labels, test = random_set(d=4 if ties else 12, ties=ties)
+    votes = near(train, labels, 300).votes(test, [1, 10, 20, 300])
+    for k, of in votes.items():
+        assert (of.argmax(1).numpy() == plain_loop(train, labels, test, k)).all(), k
+    assert (near(train, labels, 10)(test).argmax(1) == votes[10].argmax(1)).all()
+
+
+def test_a_feature_finds_itself():
+    train, labels, _ = random_set()
+    unit = torch.nn.functional.normalize(train, dim=1)
+    assert (nearest(unit, unit, 3)[:, 0] == torch.arange(len(train))).all()
+    assert (said(near(train, labels, 1), train) == labels).all()
+
+
+def test_similarity_is_that_of_directions():
+    train, labels, test = random_set()
+    long = near(train * torch.rand(len(train), 1).add(0.1) * 1e4, labels, 20)(test * 1e-4)
+    torch.testing.assert_close(long, near(train, labels, 20)(test), rtol=1e-3, atol=1e-3)
+
+
+def test_the_votes_gradient_is_that_of_the_similarities():
+    """Toward the neighbours of a class its share grows."""
+    train, labels, test = random_set()
+    x = test[:1].clone().requires_grad_()
+    votes = near(train, labels, 20)(x)[0]
+    votes[votes.argmin()].backward()
+    with torch.no_grad():
+        moved = near(train, labels, 20)(x + 1e-3 * x.grad / x.grad.norm())[0]
+    assert moved[votes.argmin()] > votes.min()
+
+
+@pytest.mark.parametrize("ks", [(10, 301), (0,), ()])
+def test_a_k_that_cannot_be_is_refused(ks):
+    with pytest.raises(ConfigError, match="1 to 300, the number of training images"):
+        check_k(ks, 300)
+
+
+# --- LARS -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["CPU's way", "CUDA's way"])
+def test_three_steps_are_the_formula(foreach):
+    model = nn.Linear(5, 3).double()
+    optimizer = lars(model, lr=0.7)
+    for group in optimizer.param_groups:
+        group["foreach"] = foreach
+    w, b = model.weight.detach().numpy().copy(), model.bias.detach().numpy().copy()
+    mw, mb = 0.0, 0.0
+    for _ in range(3):
+        model.weight.grad, model.bias.grad = torch.randn(3, 5).double() * 40, torch.randn(3).double() * 40
+        gw, gb = model.weight.grad.numpy(), model.bias.grad.numpy()
+        mw = 0.9 * mw + 0.001 * np.linalg.norm(w) / np.linalg.norm(gw) * gw
+        mb = 0.9 * mb + gb
+        w, b = w - 0.7 * mw, b - 0.7 * mb
+        optimizer.step()
+    np.testing.assert_allclose(model.weight.detach().numpy(), w, rtol=1e-13)
+    np.testing.assert_allclose(model.bias.detach().numpy(), b, rtol=1e-13)
+
+
+@pytest.mark.parametrize("gradient", [1.0, 0.0])
+def test_zero_weights_and_zero_gradients_are_not_scaled(gradient):
+    model = nn.Linear(4, 2, bias=False)
+    nn.init.zeros_(model.weight)
+    model.weight.grad = torch.full((2, 4), gradient)
+    lars(model, lr=0.5).step()
+    assert torch.equal(model.weight.detach(), torch.full((2, 4), -0.5 * gradient))
+
+
+def test_what_does_not_learn_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
+    assert [len(group["params"]) for group in lars(model, 1.0).param_groups] == [1, 1]
+
+
+# --- linear -----------------------------------------------------------------------------------------------------------
+
+
+def gaussians(distance: float, n: int = 2000, m: int = 4000, d: int = 16):
+    """Classes around random centres, with a common, not round covariance."""
+    rng = np.random.default_rng(0)
+    centres, shape = distance * rng.standard_normal((CLASSES, d)), 0.5 * rng.standard_normal((d, d)) / d**0.5 + np.eye(d)
+
+    def draw(count):
+        labels = np.arange(count) % CLASSES
+        return torch.tensor(centres[labels] + rng.standard_normal((count, d)) @ shape, dtype=torch.float32), labels
+
+    return *draw(n), *draw(m)
+
+
+def by_rates(train, labels, test, truth, seed=0):
+    return said(fit_rates(train, labels, CLASSES, steps=300, seed=seed).layer, test) == truth
+
+
+def by_mae(train, labels, test, truth, seed=0):
+    """Few images: a high rate, as its docstring asks for."""
+    batches = attentive.in_memory(train, labels, 200, len(train), seed)
+    layer = fit_mae(batches, train.shape[1], CLASSES, steps=200, warmup=0.05, batch=len(train), base_lr=5.0, seed=seed)
+    return said(layer, test) == truth
+
+
+both = pytest.mark.parametrize("probe", [by_mae, by_rates])
+
+
+@both
+def test_separable_classes_are_told_apart(probe):
+    train, labels, test, truth = gaussians(distance=8.0)
+    assert probe(train, labels, test, truth).all()
+
+
+@both
+def test_shuffled_labels_teach_nothing(probe):
+    train, labels, test, truth = gaussians(distance=0.2, n=500)
+    right = [probe(train, np.random.default_rng(i).permutation(labels), test, truth).mean() for i in range(3)]
+    assert np.mean(right) == pytest.approx(1 / CLASSES, abs=0.04)
+
+
+@both
+def test_the_optimum_is_that_of_logistic_regression(probe):
+    train, labels, test, truth = gaussians(distance=0.35)
+    reference = LogisticRegression(C=1e3, max_iter=1000).fit(train.numpy(), labels).predict(test.numpy()) == truth
+    assert 0.6 < reference.mean() < 0.95, "a task that is neither trivial nor hopeless"
+    assert 100 * probe(train, labels, test, truth).mean() == pytest.approx(100 * reference.mean(), abs=0.5)
+
+
+@both
+def test_a_probe_is_a_function_of_its_seed(probe):
+    train, labels, test, truth = gaussians(distance=0.3, n=300)
+    state = torch.get_rng_state()
+    first = probe(train, labels, test, truth)
+    assert torch.equal(state, torch.get_rng_state()), "nobody else's draws are touched"
+    torch.rand(1)
+    assert (first == probe(train, labels, test, truth)).all()
+    assert (first != probe(train, labels, test, truth, seed=1)).any()
+
+
+@both
+def test_scale_and_offset_of_features_are_nothing_to_it(probe):
+    train, labels, test, truth = gaussians(distance=0.5, n=500)
+    scale, offset = torch.logspace(-2, 2, train.shape[1]), torch.linspace(-30, 30, train.shape[1])
+    moved = probe(train * scale + offset, labels, test * scale + offset, truth)
+    assert (moved == probe(train, labels, test, truth)).mean() > 0.98
+
+
+@both
+def test_a_test_image_is_judged_on_its_own(probe):
+    train, labels, test, truth = gaussians(distance=0.3, n=300)
+    assert probe(train, labels, test[:1], truth[:1])[0] == probe(train, labels, test[:50], truth[:50])[0]
+
+
+def test_maes_step_is_lars_on_standardised_features():
+    """One step on the whole set. What comes back is folded with the running statistics: 0.9 of (0, 1) and 0.1 of the batch's."""
+    train, labels, *_ = gaussians(distance=1.0, n=256)
+    options = {"steps": 1, "warmup": 0.0, "batch": 256, "base_lr": 100.0, "seed": 3}
+    answers = torch.from_numpy(labels)
+    before, after = (fit_mae(of, 16, CLASSES, **options) for of in ([], [(train, answers)]))
+    w = (before.weight.detach() * (1 + 1e-6) ** 0.5).requires_grad_()
+    b = torch.zeros(CLASSES, requires_grad=True)
+    assert w.std().item() == pytest.approx(0.01, rel=0.2) and not before.bias.any()
+    x = (train - train.mean(0)) / (train.var(0, correction=0) + 1e-6).sqrt()
+    torch.nn.functional.cross_entropy(x @ w.T + b, answers).backward()
+    running = (0.9 + 0.1 * train.var(0) + 1e-6).sqrt()
+    moved = w - 100 * 0.001 * w.norm() / w.grad.norm() * w.grad
+    torch.testing.assert_close(after.weight, moved / running, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(after.bias, -100 * b.grad - (moved / running) @ (0.1 * train.mean(0)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_rate_is_the_best_on_what_was_held_out_and_the_layer_is_fitted_on_all():
+    """The test set is no argument, so nothing can be chosen on it."""
+    train, labels, *_ = gaussians(distance=0.5, n=500)
+    chosen = fit_rates(train, labels, CLASSES, steps=200)
+    assert list(chosen.held_out) == list(RATES) and chosen.held_out[chosen.rate] == max(chosen.held_out.values())
+    alone = fit_rates(train, labels, CLASSES, rates=[chosen.rate], steps=200)
+    assert torch.equal(alone.layer.weight, chosen.layer.weight) and alone.held_out == {}
+
+
+def test_layers_do_not_disturb_one_another():
+    """Each of three rates together, and alone; the last one is far too high."""
+    train, labels, *_ = gaussians(distance=1.0, n=500)
+    rates = [1e-3, 0.1, 1e4]
+    together = fit(train, labels, CLASSES, rates, 50, 100, 3)
+    for i, rate in enumerate(rates):
+        alone = fit(train, labels, CLASSES, [rate], 50, 100, 3)
+        torch.testing.assert_close(together.weight[..., i], alone.weight[..., 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_learns_as_sgd_of_its_rate_does():
+    train, labels, *_ = gaussians(distance=1.0, n=256)
+    heads = fit(train, labels, CLASSES, [0.5], 1, 256, 3)
+    start = Heads(train, CLASSES, 1, torch.Generator().manual_seed(3))
+    loss = torch.nn.functional.cross_entropy(start(train)[..., 0], torch.from_numpy(labels))
+    loss.backward()
+    torch.testing.assert_close(heads.weight, start.weight - 0.5 * start.weight.grad)
+
+
+def test_more_than_one_image_a_class_is_needed_to_choose():
+    train, labels, *_ = gaussians(distance=8.0, n=CLASSES)
+    with pytest.raises(ConfigError, match="every class has one training image"):
+        fit_rates(train, labels, CLASSES, steps=10)
+    assert fit_rates(train, labels, CLASSES, rates=[0.01], steps=100).rate == 0.01
+
+
+# --- attentive --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", attentive.PROBES)
+def test_attentive_probes_find_one_token_among_many(kind):
+    """The class stands in one token at a random place; the mean over the tokens hides it in noise."""
+    rng = torch.Generator().manual_seed(0)
+
+    def images(n):
+        tokens, labels = 0.5 * torch.randn(n, 30, 16, generator=rng), torch.randint(0, 4, (n,), generator=rng)
+        place = torch.randint(0, 30, (n,), generator=rng)
+        tokens[torch.arange(n), place] = 4 * torch.eye(16)[labels] + 4 * torch.eye(16)[10]
+        return tokens.half(), labels.numpy()
+
+    (train, labels), (test, truth) = images(800), images(400)
+    options = {"steps": 150, "rates": (1e-2, 3e-2), "heads": 5}
+    found = attentive.fit_rates(kind, train, labels, 4, **options)
+    assert (said(found.probe, test) == truth).mean() > 0.95
+    assert found.held_out[found.rate] == max(found.held_out.values())
+    again = attentive.fit_rates(kind, train, labels, 4, **options | {"rates": (found.rate,)})
+    assert (said(again.probe, test) == said(found.probe, test)).all()
+
+
+def test_heads_divide_the_width():
+    assert [attentive.heads_for(width, 12) for width in (768, 128, 7)] == [12, 8, 7]
