@@ -532,7 +532,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         never_skips,
         "test_loop.py::test_a_step_that_is_not_finite_is_skipped_and_named",
     ),
-    "a run never diverges": ("rcmae.loop:PATIENCE", endless_patience, "test_loop.py::test_divergence_ends_with_the_last_good_checkpoint"),
+    "a run never diverges": (
+        "rcmae.engine.step:PATIENCE",
+        endless_patience,
+        "test_loop.py::test_divergence_ends_with_the_last_good_checkpoint",
+    ),
     "pickles are run": ("torch:load", any_pickle, "test_interop.py::test_no_code_in_a_file_is_run"),
     "verify sees no difference": ("rcmae.lab.verify:_relative", no_difference, "test_verify.py::test_micro_batches_are_a_batch"),
     "the losses of one rank are logged for all": (

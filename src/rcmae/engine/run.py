@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import Recipe, flat, load_recipe, to_toml
-from ..errors import ConfigError, StorageError
+from ..config import Machine, Recipe, flat, load_recipe, to_toml
+from ..errors import ConfigError, OutOfMemoryError, ProcessError, StorageError, first_line
+from . import distributed
 from .checkpoint import checkpoints, replace_file
+from .distributed import World
 
 
 @contextmanager
@@ -111,6 +113,44 @@ def _commit() -> str | None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a small JSON file in one go. Raises StorageError."""
     replace_file(path, json.dumps(content, indent=1) + "\n")
+
+
+def circumstances(machine: Machine, device: torch.device, precision: str, world: World) -> dict[str, Any]:
+    """What must not change if a resumed run is to be equal to the bit."""
+    return {
+        "torch": torch.__version__, "device": device.type, "precision": precision, "ranks": world.size,
+        "accumulate": machine.accumulate, "threads": torch.get_num_threads(), "compile": machine.compile,
+    }  # fmt: skip
+
+
+def other_circumstances(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each that did change."""
+    return [f"note: {k} was {v}, is {now[k]}: the run goes on, but not to the same bit" for k, v in then.items() if v != now[k]]
+
+
+CONNECTION = ("Connection", "connection", "gloo", "NCCL")
+"Words by which a plain RuntimeError tells that another rank is gone."
+
+
+@contextmanager
+def plain_failures(device: torch.device, world: World) -> Iterator[None]:
+    """Within it, lost processes and a lack of memory are ProcessError and OutOfMemoryError, in one line; in the end the world is left."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        advice = "try --accumulate 2, --checkpointing or a smaller --batch-size"
+        raise OutOfMemoryError(f"{device} ran out of memory at {memory_gib(device):.1f} GiB; {advice}") from e
+    except RuntimeError as e:
+        text = str(e)
+        if "DataLoader worker" in text:
+            raise ProcessError(f"a loader process was lost ({first_line(e)}); run the same command again") from e
+        if isinstance(e, torch.distributed.DistError) or (world.size > 1 and any(word in text for word in CONNECTION)):
+            raise ProcessError(f"another process of the run was lost ({first_line(e)}); run the same command again") from e
+        if "can't allocate memory" in text:  # what torch says of the host's
+            raise OutOfMemoryError("the host ran out of memory; try --accumulate 2, a smaller --batch-size or fewer --workers") from e
+        raise
+    finally:
+        distributed.stop()
 
 
 class StopSignals:
