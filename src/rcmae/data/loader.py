@@ -1,20 +1,20 @@
 """From samples to batches on the device."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import RcmaeError
-from .dataset import BadFiles, collate, quiet_worker
+from .dataset import Bad, collate, quiet_worker
 
 
 def batches_of(
-    dataset: Dataset, keys: Iterable[list], kind: str, workers: int | None, device: torch.device, bad: BadFiles
+    dataset: Dataset, keys: Iterable[list], kind: str, workers: int | None, device: torch.device, note: Callable[[list[Bad]], None]
 ) -> Iterator[dict[str, Any]]:
-    """The samples of `dataset` by lists of keys, each a batch on the device; unreadable images are noted in `bad`.
+    """The samples of `dataset` by lists of keys, each a batch on the device; unreadable images are told to `note`.
 
     `kind` is the source's; without `workers` there are as many loader processes as its images and the cores ask for.
     """
@@ -26,7 +26,7 @@ def batches_of(
         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
     )  # fmt: skip
     for batch in _plain_errors(loader):
-        bad.note(batch.pop("bad", []))
+        note(batch.pop("bad", []))
         yield {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 

@@ -9,7 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import Machine, Recipe, flat, load_recipe, to_toml
+from ..config import Machine, flat, load_recipe, to_toml
 from ..errors import ConfigError, OutOfMemoryError, ProcessError, StorageError, first_line
 from . import distributed
 from .checkpoint import checkpoints, replace_file
@@ -53,18 +53,20 @@ def owned(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def record_recipe(run: Path, recipe: Recipe) -> None:
+def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any] = load_recipe) -> None:
     """Write recipe.toml at a fresh start; else compare with the one that is there. Raises ConfigError naming what differs.
 
     Where the data lies may change: whether it is the same is told by its fingerprint in the checkpoint. A run without any
     checkpoint has not begun: what an attempt that ended before its first one left is of no meaning, and is replaced.
+    `load` reads the file back.
     """
     path = run / "recipe.toml"
     if not checkpoints(run / "checkpoints") or not path.exists():
         replace_file(path, to_toml(recipe))
-        (run / "bad_files.jsonl").unlink(missing_ok=True)
+        for path in run.glob("bad_*.jsonl"):
+            path.unlink()
         return
-    old, new = flat(load_recipe(str(path))), flat(recipe)
+    old, new = flat(load(str(path))), flat(recipe)
     differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if k != "data" and old.get(k) != new.get(k)]
     if differ:
         raise ConfigError(f"{run} was begun with {', '.join(differ)}; use another --out, or the same recipe to go on")
