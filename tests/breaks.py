@@ -3,8 +3,10 @@
 A break replaces one function by a wrong one and names the test that must notice.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -419,6 +421,44 @@ def centre_in_any_case(old):
     return lambda self, said, centre, temperature: ((said - centre.value) / temperature).softmax(-1)
 
 
+def substitute_under_a_wrong_label(old):
+    def read(self, index):
+        image, _, bad = old(self, index)
+        return image, index, bad
+
+    return read
+
+
+def paths_drawn_anew(old):
+    drawn = itertools.count()
+    return lambda seed, step, part: old(seed, next(drawn), part)
+
+
+def mixtures_of_a_micro_batch(old):
+    return lambda self, images, labels, step, part: old(self, images, labels, step, 0)
+
+
+def generators_left_alone(old):
+    return lambda rng: contextlib.nullcontext()
+
+
+def one_rate_for_all_layers(old):
+    return lambda vit, weight_decay, decay: old(vit, weight_decay, 1.0)
+
+
+def mean_of_all_tokens(old):
+    def classifier(*args, **kwargs):
+        vit = old(*args, **kwargs)
+        vit.pool_include_prefix = True
+        return vit
+
+    return classifier
+
+
+def unread_image_is_looked_at(old):
+    return lambda self, i: old(self, i) | {"fine": True}
+
+
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the encoder sees hidden pixels": (
         "rcmae.models.autoencoder:Autoencoder.forward",
@@ -755,6 +795,46 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.methods.dino:DINO.target",
         centre_in_any_case,
         "test_distillation.py::test_balanced_targets_use_all_prototypes",
+    ),
+    "a substitute keeps the label of what it replaces": (
+        "rcmae.data.dataset:Images.read",
+        substitute_under_a_wrong_label,
+        "test_finetune.py::test_a_substitute_brings_its_own_label",
+    ),
+    "fine-tuning: paths are drawn anew after a resume": (
+        "rcmae.tasks.finetune:path_seed",
+        paths_drawn_anew,
+        "test_finetune.py::test_a_stopped_run_goes_on_to_the_same_bit",
+    ),
+    "fine-tuning: the optimizer is not restored": (
+        "rcmae.tasks.finetune:load_checkpoint",
+        optimizer_not_restored,
+        "test_finetune.py::test_a_stopped_run_goes_on_to_the_same_bit",
+    ),
+    "fine-tuning: mixtures are drawn by micro-batch": (
+        "rcmae.data.supervised:Mixing.__call__",
+        mixtures_of_a_micro_batch,
+        "test_finetune.py::test_accumulation_gives_the_gradients_of_the_whole_batch",
+    ),
+    "fine-tuning: draws are those of the process": (
+        "rcmae.data.supervised:seeded",
+        generators_left_alone,
+        "test_finetune.py::test_every_sample_is_a_function_of_its_numbers",
+    ),
+    "fine-tuning: one rate for all layers": (
+        "rcmae.tasks.finetune:layer_decay_groups",
+        one_rate_for_all_layers,
+        "test_finetune.py::test_rates_decay_over_the_layers",
+    ),
+    "fine-tuning: the mean has the class token in it": (
+        "rcmae.models.classifier:classifier",
+        mean_of_all_tokens,
+        "test_finetune.py::test_a_head_on_the_mean_of_the_patches",
+    ),
+    "fine-tuning: an unreadable test image may be right": (
+        "rcmae.tasks.finetune:TestImages.__getitem__",
+        unread_image_is_looked_at,
+        "test_finetune.py::test_an_unreadable_test_image_is_wrong_and_named",
     ),
 }
 
