@@ -3,8 +3,10 @@
 A break replaces one function by a wrong one and names the test that must notice.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -449,6 +451,42 @@ def any_backbone_is_the_same(old):
 
 def grey_counts(old):
     return lambda self, said, seen: said == seen.labels
+def substitute_under_a_wrong_label(old):
+    def read(self, index):
+        image, _, bad = old(self, index)
+        return image, index, bad
+
+    return read
+
+
+def paths_drawn_anew(old):
+    drawn = itertools.count()
+    return lambda seed, step, part: old(seed, next(drawn), part)
+
+
+def mixtures_of_a_micro_batch(old):
+    return lambda self, images, labels, step, part: old(self, images, labels, step, 0)
+
+
+def generators_left_alone(old):
+    return lambda rng: contextlib.nullcontext()
+
+
+def one_rate_for_all_layers(old):
+    return lambda vit, weight_decay, decay: old(vit, weight_decay, 1.0)
+
+
+def mean_of_all_tokens(old):
+    def classifier(*args, **kwargs):
+        vit = old(*args, **kwargs)
+        vit.pool_include_prefix = True
+        return vit
+
+    return classifier
+
+
+def unread_image_is_looked_at(old):
+    return lambda self, i: old(self, i) | {"fine": True}
 
 
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
@@ -564,7 +602,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         never_skips,
         "test_loop.py::test_a_step_that_is_not_finite_is_skipped_and_named",
     ),
-    "a run never diverges": ("rcmae.loop:PATIENCE", endless_patience, "test_loop.py::test_divergence_ends_with_the_last_good_checkpoint"),
+    "a run never diverges": (
+        "rcmae.engine.step:PATIENCE",
+        endless_patience,
+        "test_loop.py::test_divergence_ends_with_the_last_good_checkpoint",
+    ),
     "pickles are run": ("torch:load", any_pickle, "test_interop.py::test_no_code_in_a_file_is_run"),
     "verify sees no difference": ("rcmae.lab.verify:_relative", no_difference, "test_verify.py::test_micro_batches_are_a_batch"),
     "the losses of one rank are logged for all": (
@@ -806,6 +848,45 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.tasks.evaluate:Subject.hits",
         grey_counts,
         "test_evaluate.py::test_an_unreadable_image_is_wrong_and_named",
+    "a substitute keeps the label of what it replaces": (
+        "rcmae.data.dataset:Images.read",
+        substitute_under_a_wrong_label,
+        "test_finetune.py::test_a_substitute_brings_its_own_label",
+    ),
+    "fine-tuning: paths are drawn anew after a resume": (
+        "rcmae.tasks.finetune:path_seed",
+        paths_drawn_anew,
+        "test_finetune.py::test_a_stopped_run_goes_on_to_the_same_bit",
+    ),
+    "fine-tuning: the optimizer is not restored": (
+        "rcmae.tasks.finetune:load_checkpoint",
+        optimizer_not_restored,
+        "test_finetune.py::test_a_stopped_run_goes_on_to_the_same_bit",
+    ),
+    "fine-tuning: mixtures are drawn by micro-batch": (
+        "rcmae.data.supervised:Mixing.__call__",
+        mixtures_of_a_micro_batch,
+        "test_finetune.py::test_accumulation_gives_the_gradients_of_the_whole_batch",
+    ),
+    "fine-tuning: draws are those of the process": (
+        "rcmae.data.supervised:seeded",
+        generators_left_alone,
+        "test_finetune.py::test_every_sample_is_a_function_of_its_numbers",
+    ),
+    "fine-tuning: one rate for all layers": (
+        "rcmae.tasks.finetune:layer_decay_groups",
+        one_rate_for_all_layers,
+        "test_finetune.py::test_rates_decay_over_the_layers",
+    ),
+    "fine-tuning: the mean has the class token in it": (
+        "rcmae.models.classifier:classifier",
+        mean_of_all_tokens,
+        "test_finetune.py::test_a_head_on_the_mean_of_the_patches",
+    ),
+    "fine-tuning: an unreadable test image may be right": (
+        "rcmae.tasks.finetune:TestImages.__getitem__",
+        unread_image_is_looked_at,
+        "test_finetune.py::test_an_unreadable_test_image_is_wrong_and_named",
     ),
 }
 

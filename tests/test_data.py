@@ -347,8 +347,9 @@ def test_when_nothing_good_is_left(tmp_path):
 def test_a_file_that_vanishes_or_may_not_be_read_is_bad_not_fatal(tmp_path):
     source = open_source(str(fill(tmp_path, good())))
     (tmp_path / "00.png").unlink()
-    _, bad = Images(source, VIEW, 0).read(0)
+    _, taken, bad = Images(source, VIEW, 0).read(0)
     assert bad[0][2] == "No such file or directory"
+    assert taken != 0
 
 
 def test_statistics_are_those_of_the_data(tmp_path):

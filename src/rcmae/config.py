@@ -17,9 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from .errors import ConfigError
+
+T = TypeVar("T")
 
 MethodName = Literal["mae", "rcmae", "dino", "ibot", "msn", "mocov3"]
 
@@ -301,56 +303,67 @@ def load_recipe(name: str) -> Recipe:
 
     Raises ConfigError with the file, the key and the nearest legal name.
     """
-    path, shipped = Path(name), shipped_recipes()
+    return load_settings(name, shipped_recipes(), parse_recipe)
+
+
+def load_settings(name: str, shipped: dict[str, Any], parse: Callable[[str, str], T]) -> T:
+    """What `parse(text, source)` makes of a file in the package, by name, or of a TOML file, by path. Raises ConfigError."""
+    path = Path(name)
     if path.suffix == ".toml" or (name not in shipped and path.is_file()):
         if not path.is_file():
             raise ConfigError(f"recipe file {name} does not exist")
         try:
-            return parse_recipe(path.read_text(encoding="utf-8"), source=name)
+            return parse(path.read_text(encoding="utf-8"), name)
         except UnicodeDecodeError as e:
             raise ConfigError(f"{name} is not UTF-8 text: {e.reason} at byte {e.start}") from e
         except OSError as e:
             raise ConfigError(f"recipe file {name} cannot be read: {e.strerror}") from e
     if name not in shipped:
         raise ConfigError(f"there is no recipe {name!r}{hint(name, shipped)} (`rcmae list` shows all)")
-    return parse_recipe(shipped[name].read_text(encoding="utf-8"), source=f"{name}.toml")
+    return parse(shipped[name].read_text(encoding="utf-8"), f"{name}.toml")
 
 
-def shipped_recipes() -> dict[str, Any]:
-    """The recipes inside the package: name -> readable file."""
-    folder = resources.files("rcmae.recipes")
+def shipped_recipes(kind: str = "") -> dict[str, Any]:
+    """The recipes inside the package: name -> readable file. Those of pre-training, or of the folder `kind`."""
+    folder = resources.files("rcmae.recipes").joinpath(kind)
     return {f.name.removesuffix(".toml"): f for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".toml")}
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
     """TOML text to a checked Recipe; `source` names the file in messages."""
+    return check(parse_settings(Recipe, text, source))
+
+
+def parse_settings(cls: type[T], text: str, source: str) -> T:
+    """TOML text to a dataclass of settings, types checked, values not."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{source} is not TOML: {e}") from e
-    return check(_build(Recipe, tree, source))
+    return _build(cls, tree, source)
 
 
-def to_toml(recipe: Recipe) -> str:
-    """A recipe as TOML that `parse_recipe` reads back to an equal one; values that are None are left out."""
+def to_toml(recipe: Any) -> str:
+    """A recipe, of pre-training or of a task, as TOML that reads back to an equal one; values that are None are left out."""
     tree = dataclasses.asdict(recipe)
     lines = [f"{k} = {_toml(v)}" for k, v in tree.items() if not isinstance(v, dict) and v is not None]
-    for name in sections():
+    for name in sections(type(recipe)):
         lines += ["", f"[{name}]"]
         lines += [f"{k} = {_toml(v)}" for k, v in tree[name].items() if v is not None]
     return "\n".join(lines) + "\n"
 
 
-def recipe_hash(recipe: Recipe) -> str:
+def recipe_hash(recipe: Any) -> str:
     """Twelve hex digits that name the recipe. Where the data lies is no part of it; its fingerprint is recorded apart."""
-    tree = dataclasses.asdict(replace(recipe, data=""))
+    tree = dataclasses.asdict(recipe)
+    tree |= {"data": ""} if "data" in tree else {}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def flat(recipe: Recipe) -> dict[str, Any]:
+def flat(recipe: Any) -> dict[str, Any]:
     """The recipe as flag name -> value, without the sections and without what is None."""
     tree = dataclasses.asdict(recipe)
-    for name in sections():
+    for name in sections(type(recipe)):
         tree |= tree.pop(name)
     return {k: v for k, v in tree.items() if v is not None}
 

@@ -5,7 +5,6 @@ rcmae pretrain [RECIPE] --data FOLDER --out RUN
 
 import contextlib
 import copy
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from .config import Machine, Recipe, check, check_machine, parse_time, recipe_hash
-from .data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker
+from .data.dataset import BadFiles, Images, collate, measure_statistics
+from .data.loader import batches_of
 from .data.sampler import BatchSampler, check_parts
 from .data.sources import open_source
 from .engine import distributed
@@ -27,9 +26,21 @@ from .engine.console import Screen, clock
 from .engine.distributed import World
 from .engine.metrics import Metrics, read_metrics
 from .engine.optim import adamw, linear_rule
-from .engine.run import StopSignals, describe_machine, keep_freed_memory, memory_gib, owned, record_recipe, write_json
-from .engine.schedules import Progress, cosine, warmup_cosine
-from .errors import AlarmError, ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError, RcmaeError, first_line
+from .engine.run import (
+    StopSignals,
+    circumstances,
+    describe_machine,
+    keep_freed_memory,
+    memory_gib,
+    other_circumstances,
+    owned,
+    plain_failures,
+    record_recipe,
+    write_json,
+)
+from .engine.schedules import Progress, cosine, spread, usual_log_every, warmup_cosine
+from .engine.step import Skips, Window, optimizer_step, set_lr
+from .errors import AlarmError, ConfigError, DataError, Preempted, first_line
 from .interop.timm_export import PLAIN, export
 from .lab.alarms import Alarm, Alarms, called_before
 from .lab.monitor import Monitor
@@ -37,12 +48,6 @@ from .methods import METHODS, Method
 from .models.backbone import usual_statistics
 from .report import write_report
 from .tasks.probe import ProbeSet, Right, Scores, percent, probe_set
-
-PATIENCE = 5
-"Non-finite steps in a row after which a run has diverged."
-
-CONNECTION = ("Connection", "connection", "gloo", "NCCL")
-"Words by which a plain RuntimeError tells that another rank is gone."
 
 
 @dataclass(frozen=True)
@@ -70,24 +75,10 @@ def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
         keep_freed_memory()
     world = distributed.start(device)
     out = Path(machine.out) if machine.out else Path("runs") / f"{recipe.method}-{Path(recipe.data.replace(':', '-')).name}"
-    try:
-        with owned(out) if world.first else contextlib.nullcontext(), Screen(world.first) as screen, StopSignals() as stop:
+    with plain_failures(device, world), owned(out) if world.first else contextlib.nullcontext():
+        with Screen(world.first) as screen, StopSignals() as stop:
             with contextlib.closing(Run(recipe, replace(machine, out=out), device, world, screen, stop)) as run:
                 return run.train()
-    except torch.OutOfMemoryError as e:
-        advice = "try --accumulate 2, --checkpointing or a smaller --batch-size"
-        raise OutOfMemoryError(f"{device} ran out of memory at {memory_gib(device):.1f} GiB; {advice}") from e
-    except RuntimeError as e:
-        text = str(e)
-        if "DataLoader worker" in text:
-            raise ProcessError(f"a loader process was lost ({first_line(e)}); run the same command again") from e
-        if isinstance(e, torch.distributed.DistError) or (world.size > 1 and any(word in text for word in CONNECTION)):
-            raise ProcessError(f"another process of the run was lost ({first_line(e)}); run the same command again") from e
-        if "can't allocate memory" in text:  # what torch says of the host's
-            raise OutOfMemoryError("the host ran out of memory; try --accumulate 2, a smaller --batch-size or fewer --workers") from e
-        raise
-    finally:
-        distributed.stop()
 
 
 class Run:
@@ -149,22 +140,16 @@ class Run:
                 raise DataError(f"{self.recipe.data} has changed since {path} was written; use another --out to start anew")
             self.step, self.total, self.skipped = state["step"], state["total_steps"], state["skipped"]
             self.seconds, self.drift = state["seconds"], state.get("drift")
-            same = {k: (v, self.circumstances()[k]) for k, v in state["circumstances"].items() if v != self.circumstances()[k]}
             self.screen.say(f"resumed from {path.name} of {self.total:,} steps in {self.out}")
-            for k, (then, now) in same.items():
-                self.screen.say(f"note: {k} was {then}, is {now}: the run goes on, but not to the same bit")
+            for note in other_circumstances(state["circumstances"], self.circumstances()):
+                self.screen.say(note)
         m, step = self.machine, None if path is None else self.step
         self.metrics = Metrics(self.out, step, m.tensorboard, m.wandb) if self.world.first else None
         if path is not None:
             self.write("event", text=f"resumed from step {self.step}")
 
     def circumstances(self) -> dict[str, Any]:
-        """What must not change if a resumed run is to be equal to the bit."""
-        m = self.machine
-        return {
-            "torch": torch.__version__, "device": self.device.type, "precision": self.precision, "ranks": self.world.size,
-            "accumulate": m.accumulate, "threads": torch.get_num_threads(), "compile": m.compile,
-        }  # fmt: skip
+        return circumstances(self.machine, self.device, self.precision, self.world)
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Micro-batches of the steps from `start` to before `stop`, on the device."""
@@ -174,17 +159,7 @@ class Run:
             len(self.source), r.optim.batch_size, rank=self.world.rank, world=self.world.size, micro=m.accumulate,
             start=start, stop=stop, seed=r.seed,
         )  # fmt: skip
-        workers = m.workers
-        if workers is None:
-            share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            workers = 0 if self.source.kind == "embedded" else min(8, max(1, share - 1))
-        loader = DataLoader(
-            dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, worker_init_fn=quiet_worker,
-            pin_memory=self.device.type == "cuda", prefetch_factor=4 if workers else None,
-        )  # fmt: skip
-        for batch in _plain_errors(loader):
-            self.bad.note(batch.pop("bad", []))
-            yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        return batches_of(dataset, sampler, self.source.kind, m.workers, self.device, self.bad.note)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -202,15 +177,13 @@ class Run:
         log_every = self.machine.log_every or usual_log_every(self.total)
         save_seconds = parse_time(self.machine.save_every)
         self.fixed = self.fixed_batch()
-        self.window = Window(self.device)
+        self.window, self.skips = Window(self.device), Skips(self.out / "checkpoints")
         self.monitor = Monitor(self.method, self.total) if self.world.first and self.machine.monitor else None
         self.alarms = Alarms(self.method, self.total, self.steps_per_epoch, self.alarms_before())
         self.alarmed: Alarm | None = None
         if self.monitor:
             self.call(self.alarms.at_start(Progress(self.step, self.total, self.steps_per_epoch), self.drift))
         self.end_on_alarm(*self.world.agree(self.alarmed is not None))
-        recent: list[Tensor] = []
-        in_a_row = 0
         saved = time.monotonic()
         offset = self.seconds - (time.monotonic() - self.began)
         batches = self.loader(self.step, self.total)
@@ -227,11 +200,11 @@ class Run:
             # ----------------------------------------------------------------------------------------------------------
 
             self.step += 1
-            recent.append(applied)
+            self.skips.note(applied)
             self.screen.step(self.step)
             self.seconds = offset + time.monotonic() - self.began
             if logs:
-                in_a_row, recent = self.check_finite(recent, in_a_row), []
+                self.name_skipped()
                 self.log(replace(t, step=self.step), log_every)
             asked, due, alarmed = self.world.agree(
                 self.stop.asked is not None, time.monotonic() - saved > save_seconds, self.alarmed is not None
@@ -239,8 +212,7 @@ class Run:
             due = due or asked or alarmed or self.step in milestones
             if due:
                 paused = time.monotonic()
-                if recent:
-                    in_a_row, recent = self.check_finite(recent, in_a_row), []
+                self.name_skipped()
                 if self.step in milestones:
                     self.milestone(probes if self.step in probe_steps else None, self.total // count)
                 self.save()
@@ -253,34 +225,19 @@ class Run:
                 raise Preempted(f"stopped by {self.stop.asked or 'another rank'}; saved at step {self.step}, run the same command again")
         return self.finish()
 
-    def update(self, batches: Iterator[dict[str, Tensor]], t: Progress, window: "Window") -> Tensor:
+    def update(self, batches: Iterator[dict[str, Tensor]], t: Progress, window: Window) -> Tensor:
         """One optimizer step: `accumulate` micro-batches, then everything moves, or nothing. 1 or 0, on the device."""
-        r, micro = self.recipe.optim, self.machine.accumulate
+        r = self.recipe.optim
+        set_lr(self.optimizer, warmup_cosine(linear_rule(r), r.min_lr, r.warmup, t))
         for group in self.optimizer.param_groups:
-            group["lr"] = warmup_cosine(linear_rule(r), r.min_lr, r.warmup, t)
             if group["weight_decay"] and r.weight_decay_end is not None:
                 group["weight_decay"] = cosine(r.weight_decay, r.weight_decay_end, t.fraction)
-        total: dict[str, Tensor] = {}
-        for i in range(micro):
-            batch = window.wait(batches)
-            with distributed.only_last(self.net, i == micro - 1):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    losses = self.net(batch, t)
-                (losses["loss"] / micro).backward()
-            total = {k: total.get(k, 0) + v.detach() / micro for k, v in losses.items()}
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if r.clip:
-            torch._foreach_mul_(gradients, (r.clip / (norm + 1e-6)).clamp(max=1.0))
-        # Decided on the device: no step waits for the host, and no rank goes its own way.
-        applied = self.world.everywhere((norm.isfinite() & total["loss"].isfinite()).float())
-        self.method.before_step(t, applied)
-        self.optimizer.found_inf = 1 - applied  # the fused optimizer leaves everything alone where this is 1
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(t, applied)
-        window.add(total | {"grad_norm": norm}, applied, r.batch_size)
-        return applied
+        return optimizer_step(
+            self.net, self.optimizer, batches, lambda batch, i: self.net(batch, t), window,
+            images=r.batch_size, micro=self.machine.accumulate, clip=r.clip,
+            precision=self.precision, device=self.device, world=self.world,
+            before=lambda applied: self.method.before_step(t, applied), after=lambda applied: self.method.after_step(t, applied),
+        )  # fmt: skip
 
     def begin(self, probes: ProbeSet | None) -> None:
         """Plan a new run: how many steps, which floors, and a first checkpoint that also proves the disk."""
@@ -358,26 +315,18 @@ class Run:
         self.optimizer.state.clear()
         return sorted(times[warm:])[timed // 2]
 
-    def check_finite(self, recent: list[Tensor], in_a_row: int) -> int:
-        """Look at the steps since the last look; name skipped batches. Raises DivergedError after PATIENCE in a row."""
-        for i, fine in enumerate(torch.stack(recent).tolist()):
-            in_a_row = 0 if fine else in_a_row + 1
-            if not fine:
-                self.skipped += 1
-                step = self.step - len(recent) + i
-                keys = BatchSampler(len(self.source), self.recipe.optim.batch_size, seed=self.recipe.seed).keys(step)
-                where = f"images {self.source.where(keys[0][1])} to {self.source.where(keys[-1][1])}"
-                self.write(
-                    "event",
-                    text=f"step {step} was not finite and was skipped: epoch {keys[0][0]}, {where}",
-                    images=[k[1] for k in keys],
-                )
-                self.screen.say(f"step {step} was not finite and was skipped ({where})")
-            if in_a_row >= PATIENCE:
-                last = newest(self.out / "checkpoints")
-                advice = "lower --base-lr, set --clip 1, or try --precision fp32"
-                raise DivergedError(f"{PATIENCE} steps in a row were not finite, up to step {self.step}; {last} is kept; {advice}")
-        return in_a_row
+    def name_skipped(self) -> None:
+        """Name the batches that were skipped since the last look. Raises DivergedError."""
+        for step in self.skips.look(self.step):
+            self.skipped += 1
+            keys = BatchSampler(len(self.source), self.recipe.optim.batch_size, seed=self.recipe.seed).keys(step)
+            where = f"images {self.source.where(keys[0][1])} to {self.source.where(keys[-1][1])}"
+            self.write(
+                "event",
+                text=f"step {step} was not finite and was skipped: epoch {keys[0][0]}, {where}",
+                images=[k[1] for k in keys],
+            )
+            self.screen.say(f"step {step} was not finite and was skipped ({where})")
 
     # --- what one sees ------------------------------------------------------------------------------------------------
 
@@ -514,14 +463,6 @@ class Run:
             self.metrics = None
 
 
-def _plain_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The loader's batches; our own errors come back from its processes with a traceback for a text: only their line is kept."""
-    try:
-        yield from loader
-    except RcmaeError as e:
-        raise type(e)(str(e).strip().splitlines()[-1].removeprefix(f"{type(e).__module__}.{type(e).__name__}: ")) from e
-
-
 def summarise(run: Path, screen: Screen) -> None:
     """The last table: the floors, then every network."""
     lines = read_metrics(run)
@@ -532,52 +473,3 @@ def summarise(run: Path, screen: Screen) -> None:
         rows |= {name: scores for name, scores in probe.items() if isinstance(scores, dict)}
         table = [[name, f"{s['linear']:.1f}", f"{s['knn']:.1f}"] for name, s in rows.items()]
         screen.table(f"Percent right at step {probe['step']:,}, on mean-pooled patches", ["", "linear probe", "k-NN"], table)
-
-
-class Window:
-    """Sums since the last log line, kept on the device; reading them is the only time the host waits for it."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.clear()
-
-    def clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.applied: Tensor | float = 0.0
-        self.images, self.waited, self.since = 0, 0.0, time.monotonic()
-
-    def wait(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        start = time.monotonic()
-        batch = next(batches)
-        self.waited += time.monotonic() - start
-        return batch
-
-    def pause(self, seconds: float) -> None:
-        """Time that was no training: probes, pictures, checkpoints."""
-        self.since += seconds
-
-    def add(self, values: dict[str, Tensor], applied: Tensor, images: int) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.where(applied > 0, value, 0.0)
-        self.applied = self.applied + applied
-        self.images += images
-
-    def read(self) -> dict[str, float]:
-        """Means over the applied steps and all ranks, images a second and the share of time that waited; then start anew."""
-        applied = float(self.applied)
-        sums = distributed.average(torch.stack(list(self.sums.values()))).tolist()
-        means = {name: value / applied if applied else float("nan") for name, value in zip(self.sums, sums, strict=True)}
-        seconds = time.monotonic() - self.since
-        line = means | {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
-        self.clear()
-        return line
-
-
-def usual_log_every(total: int) -> int:
-    """Steps between log lines: a hundred lines in a short run, in a long one a line every 50 steps."""
-    return min(max(1, total // 100), 50)
-
-
-def spread(total: int, count: int) -> set[int]:
-    """`count` steps evenly over the run, the last one at its end."""
-    return {round(total * (i + 1) / count) for i in range(count)} - {0}

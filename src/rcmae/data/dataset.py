@@ -24,27 +24,36 @@ from .views import rng
 ATTEMPTS = 20
 "Substitutes that are tried for an unreadable image."
 
+Bad = tuple[int, str, str]
+"An image that cannot be read: (index, where, reason)."
+
 
 class Images(Dataset):
     """Sample (epoch, index) is `view(image, generator)`, a pure function of (seed, epoch, index).
 
     For an unreadable image another one is taken, also a pure function of (seed, index), and the sample says so under "bad".
+    With `labelled`, "label" is that of the image which was taken.
     """
 
-    def __init__(self, source: Source, view: Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]], seed: int, channels: int = 3):
-        self.source, self.view, self.seed, self.channels = source, view, seed, channels
+    def __init__(
+        self, source: Source, view: Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]], seed: int, channels: int = 3,
+        labelled: bool = False,
+    ):  # fmt: skip
+        self.source, self.view, self.seed, self.channels, self.labelled = source, view, seed, channels, labelled
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
-        image, bad = self.read(index)
+        image, taken, bad = self.read(index)
         sample: dict[str, Any] = self.view(image, rng(self.seed, epoch, index))
+        if self.labelled:
+            sample["label"] = int(self.source.labels[taken])
         return sample | {"bad": bad}
 
-    def read(self, index: int) -> tuple[np.ndarray, list[tuple[int, str, str]]]:
-        """The image, or its substitute, with (index, where, reason) of each that could not be read.
+    def read(self, index: int) -> tuple[np.ndarray, int, list[Bad]]:
+        """The image, or its substitute, with the index of what was taken, and each that could not be read.
 
         Raises DataError when no substitute can be read either.
         """
@@ -52,7 +61,7 @@ class Images(Dataset):
         others = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 2, 0, index])).integers(len(self.source), size=ATTEMPTS)
         for i in (index, *map(int, others)):
             try:
-                return read_image(self.source, i, self.channels), bad
+                return read_image(self.source, i, self.channels), i, bad
             except BadImage as e:
                 bad.append((i, self.source.where(i), str(e)))
         raise DataError(f"{bad[0][1]} cannot be read ({bad[0][2]}), nor can {ATTEMPTS} others; look with `rcmae check`")
@@ -76,14 +85,14 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class BadFiles:
-    """Names every unreadable image once in bad_files.jsonl, over ranks and resumes, and ends the run when there are too many."""
+    """Names every unreadable image once in a file of the run, over ranks and resumes, and ends the run when there are too many."""
 
-    def __init__(self, run: Path, images: int, share: float = 0.01, strict: bool = False):
-        self.path = run / "bad_files.jsonl"
+    def __init__(self, run: Path, images: int, share: float = 0.01, strict: bool = False, name: str = "bad_files.jsonl"):
+        self.path = run / name
         self.limit, self.images, self.strict = max(10, share * images), images, strict
         self.known: set[int] = set()
 
-    def note(self, bad: list[tuple[int, str, str]]) -> None:
+    def note(self, bad: list[Bad]) -> None:
         """Record what a batch found. Raises DataError above the limit, or at the first one if strict, whoever named it before."""
         for index, where, reason in bad:
             if index not in self.known:

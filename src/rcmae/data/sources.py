@@ -166,6 +166,27 @@ class Hub:
         return hashlib.sha256(f"{self.name} {len(self)} {self.table._fingerprint}".encode()).hexdigest()
 
 
+class Subset:
+    """Some images of a source, in the order of `chosen`, optionally under other labels."""
+
+    def __init__(self, source: Source, chosen: Int[np.ndarray, " k"], labels: Int[np.ndarray, " k"] | None = None):
+        self.source, self.chosen = source, chosen
+        self.name, self.kind, self.classes = source.name, source.kind, source.classes
+        self.labels = labels if labels is not None or source.labels is None else source.labels[chosen]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        return self.source.read(int(self.chosen[index]))
+
+    def where(self, index: int) -> str:
+        return self.source.where(int(self.chosen[index]))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.source.fingerprint().encode() + self.chosen.astype("<i8").tobytes()).hexdigest()
+
+
 def open_source(spec: str, channels: int = 3, size: int = 32, seed: int = 0) -> Source:
     """A source by what the user wrote: folder, list file (.txt), tar shards, hub:NAME or embedded:digits.
 

@@ -9,7 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import Recipe, flat, load_recipe, to_toml
-from ..errors import ConfigError, StorageError
+from ..config import Machine, flat, load_recipe, to_toml
+from ..errors import ConfigError, OutOfMemoryError, ProcessError, StorageError, first_line
+from . import distributed
 from .checkpoint import checkpoints, replace_file
+from .distributed import World
 
 
 @contextmanager
@@ -51,18 +53,20 @@ def owned(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def record_recipe(run: Path, recipe: Recipe) -> None:
+def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any] = load_recipe) -> None:
     """Write recipe.toml at a fresh start; else compare with the one that is there. Raises ConfigError naming what differs.
 
     Where the data lies may change: whether it is the same is told by its fingerprint in the checkpoint. A run without any
     checkpoint has not begun: what an attempt that ended before its first one left is of no meaning, and is replaced.
+    `load` reads the file back.
     """
     path = run / "recipe.toml"
     if not checkpoints(run / "checkpoints") or not path.exists():
         replace_file(path, to_toml(recipe))
-        (run / "bad_files.jsonl").unlink(missing_ok=True)
+        for path in run.glob("bad_*.jsonl"):
+            path.unlink()
         return
-    old, new = flat(load_recipe(str(path))), flat(recipe)
+    old, new = flat(load(str(path))), flat(recipe)
     differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if k != "data" and old.get(k) != new.get(k)]
     if differ:
         raise ConfigError(f"{run} was begun with {', '.join(differ)}; use another --out, or the same recipe to go on")
@@ -111,6 +115,44 @@ def _commit() -> str | None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a small JSON file in one go. Raises StorageError."""
     replace_file(path, json.dumps(content, indent=1) + "\n")
+
+
+def circumstances(machine: Machine, device: torch.device, precision: str, world: World) -> dict[str, Any]:
+    """What must not change if a resumed run is to be equal to the bit."""
+    return {
+        "torch": torch.__version__, "device": device.type, "precision": precision, "ranks": world.size,
+        "accumulate": machine.accumulate, "threads": torch.get_num_threads(), "compile": machine.compile,
+    }  # fmt: skip
+
+
+def other_circumstances(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each that did change."""
+    return [f"note: {k} was {v}, is {now[k]}: the run goes on, but not to the same bit" for k, v in then.items() if v != now[k]]
+
+
+CONNECTION = ("Connection", "connection", "gloo", "NCCL")
+"Words by which a plain RuntimeError tells that another rank is gone."
+
+
+@contextmanager
+def plain_failures(device: torch.device, world: World) -> Iterator[None]:
+    """Within it, lost processes and a lack of memory are ProcessError and OutOfMemoryError, in one line; in the end the world is left."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        advice = "try --accumulate 2, --checkpointing or a smaller --batch-size"
+        raise OutOfMemoryError(f"{device} ran out of memory at {memory_gib(device):.1f} GiB; {advice}") from e
+    except RuntimeError as e:
+        text = str(e)
+        if "DataLoader worker" in text:
+            raise ProcessError(f"a loader process was lost ({first_line(e)}); run the same command again") from e
+        if isinstance(e, torch.distributed.DistError) or (world.size > 1 and any(word in text for word in CONNECTION)):
+            raise ProcessError(f"another process of the run was lost ({first_line(e)}); run the same command again") from e
+        if "can't allocate memory" in text:  # what torch says of the host's
+            raise OutOfMemoryError("the host ran out of memory; try --accumulate 2, a smaller --batch-size or fewer --workers") from e
+        raise
+    finally:
+        distributed.stop()
 
 
 class StopSignals:

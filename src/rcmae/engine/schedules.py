@@ -33,3 +33,13 @@ def warmup_cosine(peak: float, end: float, warmup: float, t: Progress) -> float:
     if t.fraction < warmup:
         return peak * t.fraction / warmup
     return cosine(peak, end, (t.fraction - warmup) / (1 - warmup))
+
+
+def usual_log_every(total: int) -> int:
+    """Steps between log lines: a hundred lines in a short run, in a long one a line every 50 steps."""
+    return min(max(1, total // 100), 50)
+
+
+def spread(total: int, count: int) -> set[int]:
+    """`count` steps evenly over the run, the last one at its end."""
+    return {round(total * (i + 1) / count) for i in range(count)} - {0}

@@ -1,0 +1,38 @@
+"""From samples to batches on the device."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import RcmaeError
+from .dataset import Bad, collate, quiet_worker
+
+
+def batches_of(
+    dataset: Dataset, keys: Iterable[list], kind: str, workers: int | None, device: torch.device, note: Callable[[list[Bad]], None]
+) -> Iterator[dict[str, Any]]:
+    """The samples of `dataset` by lists of keys, each a batch on the device; unreadable images are told to `note`.
+
+    `kind` is the source's; without `workers` there are as many loader processes as its images and the cores ask for.
+    """
+    if workers is None:
+        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = 0 if kind == "embedded" else min(8, max(1, share - 1))
+    loader = DataLoader(
+        dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers, worker_init_fn=quiet_worker,
+        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+    )  # fmt: skip
+    for batch in _plain_errors(loader):
+        note(batch.pop("bad", []))
+        yield {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def _plain_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The loader's batches; our own errors come back from its processes with a traceback for a text: only their line is kept."""
+    try:
+        yield from loader
+    except RcmaeError as e:
+        raise type(e)(str(e).strip().splitlines()[-1].removeprefix(f"{type(e).__module__}.{type(e).__name__}: ")) from e

@@ -1,0 +1,536 @@
+"""End-to-end fine-tuning: a backbone with a head learns labels, all of its weights move.
+
+The protocol is MAE's (He et al. 2022, appendix A.2): mean of the patches, layer decay, RandAugment, mixup, cutmix, erasing, drop path.
+"""
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import save
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..config import Machine, check_machine, load_settings, parse_settings, parse_time, recipe_hash, shipped_recipes
+from ..data.dataset import Bad, BadFiles, Images, read_image
+from ..data.decode import BadImage
+from ..data.loader import batches_of
+from ..data.sampler import BatchSampler, check_parts
+from ..data.sources import Source
+from ..data.supervised import Mixing, SupervisedView, path_seed
+from ..data.views import center
+from ..engine import distributed
+from ..engine.checkpoint import load_checkpoint, newest, replace_file, save_checkpoint
+from ..engine.console import Screen, clock
+from ..engine.distributed import World
+from ..engine.metrics import Metrics
+from ..engine.run import (
+    StopSignals,
+    circumstances,
+    describe_machine,
+    keep_freed_memory,
+    memory_gib,
+    other_circumstances,
+    owned,
+    plain_failures,
+    record_recipe,
+    write_json,
+)
+from ..engine.schedules import Progress, spread, usual_log_every, warmup_cosine
+from ..engine.step import Skips, Window, optimizer_step, set_lr
+from ..errors import CheckpointError, ConfigError, DataError, Preempted
+from ..interop.timm_export import architecture_of, export
+from ..models.backbone import Backbone
+from ..models.classifier import Classifier, classifier
+from .layer_decay import layer_decay_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune:
+    """All that changes the result of fine-tuning a backbone on given images."""
+
+    seed: int = 0
+    "every crop, mixture, dropped path and the head's initial weights are functions of it"
+    epochs: float | None = None
+    "length of the run in passes over the training images"
+    steps: int | None = None
+    "length of the run in optimizer steps"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    "share of the image's area that a random crop covers (lowest, highest); 1 1 takes the whole image"
+    flip: bool = True
+    "flip left and right at random"
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    "RandAugment as timm writes it; empty for none"
+    erasing: float = 0.25
+    "share of the images in which a box is replaced by noise"
+    mixup: float = 0.8
+    "alpha of mixup; 0 for none"
+    cutmix: float = 1.0
+    "alpha of cutmix; 0 for none"
+    mix_prob: float = 1.0
+    "share of the groups that are mixed"
+    switch_prob: float = 0.5
+    "share of the mixtures that are cutmix, where both are on"
+    mix_group: int = 128
+    "consecutive images that share one draw of mixup or cutmix; even, a divisor of the micro-batch"
+    smoothing: float = 0.1
+    "share of a target that is spread over all classes"
+    drop_path: float = 0.1
+    "share of the last block's paths that are dropped; it grows linearly over the blocks, from 0"
+    layer_decay: float = 0.65
+    "factor of the learning rate from a block to the one before it"
+    batch_size: int = 1024
+    "images an optimizer step, over all devices and micro-batches"
+    base_lr: float = 5e-4
+    "learning rate of the head for a batch of 256; the linear rule gives base_lr * batch_size / 256"
+    min_lr: float = 1e-6
+    "learning rate of the head at the end of the cosine"
+    warmup_epochs: float = 5.0
+    "passes over the training images in which the learning rate rises linearly"
+    weight_decay: float = 0.05
+    "decoupled weight decay, on matrices only (not on positions and tokens)"
+    betas: tuple[float, float] = (0.9, 0.999)
+    "AdamW's decay rates"
+    clip: float | None = None
+    "largest norm of the gradient; default: no clipping"
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up."""
+        return self.base_lr * self.batch_size / 256
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps on so many training images."""
+        return self.steps or max(1, round((self.epochs or 0) * (images // self.batch_size)))
+
+
+def load_finetune(name: str) -> FineTune:
+    """Settings by the name of a shipped recipe or by the path of a TOML file. Raises ConfigError in one line."""
+    return load_settings(name, shipped_recipes("finetune"), lambda text, source: check_finetune(parse_settings(FineTune, text, source)))
+
+
+def check_finetune(s: FineTune) -> FineTune:
+    """Refuse impossible values, all problems in one message. Returns the settings."""
+    lo, hi = s.crop_scale
+    rules = [
+        ((s.epochs is None) != (s.steps is None), "give one of epochs and steps"),
+        (s.epochs is None or s.epochs > 0, f"epochs must be above 0, not {s.epochs}"),
+        (s.steps is None or s.steps > 0, f"steps must be above 0, not {s.steps}"),
+        (0 <= s.seed < 2**63, f"seed must be 0 or more and below 2**63, not {s.seed}"),
+        (0 < lo <= hi <= 1, f"crop_scale must satisfy 0 < low <= high <= 1, not {lo} {hi}"),
+        (s.mixup >= 0 and s.cutmix >= 0, f"mixup and cutmix must be 0 or more, not {s.mixup} and {s.cutmix}"),
+        (not s.mixes or (s.mix_group > 0 and s.mix_group % 2 == 0), f"mix_group must be even and above 0, not {s.mix_group}"),
+        (0 <= s.drop_path < 1, f"drop_path must lie in 0 to below 1, not {s.drop_path}"),
+        (0 <= s.smoothing < 1, f"smoothing must lie in 0 to below 1, not {s.smoothing}"),
+        (0 < s.layer_decay <= 1, f"layer_decay must be above 0 and at most 1, not {s.layer_decay}"),
+        (s.batch_size > 0, f"batch_size must be above 0, not {s.batch_size}"),
+        (s.base_lr > 0, f"base_lr must be above 0, not {s.base_lr}"),
+        (s.min_lr >= 0, f"min_lr must be 0 or more, not {s.min_lr}"),
+        (s.warmup_epochs >= 0, f"warmup_epochs must be 0 or more, not {s.warmup_epochs}"),
+        (s.weight_decay >= 0, f"weight_decay must be 0 or more, not {s.weight_decay}"),
+        (all(0 <= b < 1 for b in s.betas), f"betas must lie in 0 to below 1, not {s.betas}"),
+        (s.clip is None or s.clip > 0, f"clip must be above 0, not {s.clip}"),
+        (_is_randaugment(s.randaugment), f"randaugment must be written like rand-m9-mstd0.5-inc1, not {s.randaugment!r}"),
+    ]
+    rules += [
+        (0 <= getattr(s, k) <= 1, f"{k} is a share, from 0 to 1, not {getattr(s, k)}") for k in ("erasing", "mix_prob", "switch_prob")
+    ]
+    values = [(f.name, x) for f in fields(s) for x in np.ravel(getattr(s, f.name)) if isinstance(x, float)]
+    rules += [(math.isfinite(v), f"{k} must be a finite number, not {v}") for k, v in values]
+    if problems := [message for fine, message in rules if not fine]:
+        raise ConfigError("; ".join(problems))
+    return s
+
+
+def _is_randaugment(text: str) -> bool:
+    try:
+        return not text or rand_augment_transform(text) is not None
+    except (AssertionError, ValueError, KeyError):
+        return False
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+class Scored(NamedTuple):
+    """Of each test image: was it right, and how probable did the network hold its answer (0 to 1; 0 for an unreadable image)?"""
+
+    right: Bool[np.ndarray, " m"]
+    confidence: Float[np.ndarray, " m"]
+
+
+class TestImages(Dataset):
+    """Image `i` as evaluation sees it. One that cannot be read has no substitute: it is black, and "fine" is false."""
+
+    def __init__(self, source: Source, shape: tuple[int, int], channels: int):
+        self.source, self.shape, self.channels = source, shape, channels
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        try:
+            return {"image": center(read_image(self.source, i, self.channels), self.shape), "index": i, "fine": True, "bad": []}
+        except BadImage as e:
+            black = torch.zeros(self.channels, *self.shape, dtype=torch.uint8)
+            return {"image": black, "index": i, "fine": False, "bad": [(i, self.source.where(i), str(e))]}
+
+
+@torch.no_grad()
+def score(
+    model: Classifier,
+    test: Source,
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+    batch: int = 256,
+    workers: int | None = 0,
+    world: World = World(),
+    note: Callable[[list[Bad]], None] = lambda bad: None,
+) -> Scored:
+    """What a classifier makes of labelled images, each rank of a part of them; unreadable ones are wrong and told to `note`."""
+    training = model.training
+    model.to(device).eval()
+    vit, n = model.vit, len(test)
+    labels = torch.from_numpy(test.labels).to(device)
+    found = torch.zeros(2, n, device=device)
+    own = range(world.rank, n, world.size)
+    keys = [list(own[i : i + batch]) for i in range(0, len(own), batch)]
+    dataset = TestImages(test, vit.patch_embed.img_size, vit.in_chans)
+    for part in batches_of(dataset, keys, test.kind, workers, device, note):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            best = model(part["image"].float() / 255).softmax(1).max(1)
+        fine = part["fine"].float()
+        found[0, part["index"]] = (best.indices == labels[part["index"]]).float() * fine
+        found[1, part["index"]] = best.values * fine
+    model.train(training)
+    right, confidence = (distributed.average(found) * world.size).cpu().numpy()
+    return Scored(right > 0.5, confidence)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class FineTuned(NamedTuple):
+    """What fine-tuning leaves: the classifier of the last step, what it makes of the test images, and accuracy over the run."""
+
+    model: Classifier
+    right: Bool[np.ndarray, " m"]
+    confidence: Float[np.ndarray, " m"]
+    step: int
+    history: list[dict[str, float]]
+    "step, epoch and accuracy (percent of the test images) each time these were scored; the last one is the result"
+
+
+def finetune(
+    backbone: Backbone,
+    train: Source,
+    test: Source,
+    classes: list[str],
+    settings: FineTune,
+    machine: Machine,
+    about: dict[str, Any] | None = None,
+) -> FineTuned:
+    """Train a classifier of `classes` in `machine.out`; a run that is already there goes on, and a finished one is scored again.
+
+    Both sources are labelled throughout, with numbers of `classes`. `about` goes into machine.json and into the exported config.json.
+    Of the machine, `monitor` and `on_alarm` mean nothing here. Raises the errors of `rcmae.errors`, Preempted when a signal asked it to
+    stop and the state is saved.
+    """
+    check_finetune(settings)
+    check_machine(machine)
+    if machine.out is None:
+        raise ConfigError("fine-tuning needs a directory: give --out")
+    if len(classes) < 2:
+        raise DataError(f"{train.name} has {len(classes)} classes; two or more are needed")
+    for source in (train, test):
+        check_labels(source, len(classes))
+    if settings.randaugment and backbone.vit.in_chans != 3:
+        raise ConfigError(f"RandAugment is for images of 3 channels, not {backbone.vit.in_chans}; give --randaugment ''")
+    device = distributed.pick_device(machine.device)
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    world = distributed.start(device)
+    out = Path(machine.out)
+    # Dropped paths are drawn from torch's own generators: whoever calls us gets them back as they were.
+    with plain_failures(device, world), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with owned(out) if world.first else contextlib.nullcontext(), Screen(world.first) as screen, StopSignals() as stop:
+            run = Run(backbone, train, test, classes, settings, replace(machine, out=out), about or {}, device, world, screen, stop)
+            with contextlib.closing(run):
+                return run.train()
+
+
+def check_labels(source: Source, classes: int) -> None:
+    """Every image has the number of a class. Raises DataError that names the first one without."""
+    if not len(source):
+        raise DataError(f"{source.name} has no images with labels")
+    if source.labels is None:
+        raise DataError(f"{source.name} has no labels; give class folders, a list with labels, or shards with .cls files")
+    if (odd := np.flatnonzero((source.labels < 0) | (source.labels >= classes))).size:
+        raise DataError(f"{source.where(int(odd[0]))} has no label among the {classes} classes ({odd.size} such images)")
+
+
+def fitted(settings: FineTune, images: int) -> FineTune:
+    """The settings with a batch (and groups) of at most so many images, a power of two where it must be lowered."""
+    if images >= settings.batch_size:
+        return settings
+    batch = 2 ** (images.bit_length() - 1)
+    return replace(settings, batch_size=batch, mix_group=min(settings.mix_group, batch))
+
+
+class Run:
+    """One run: everything that is built before the first step, then `train`."""
+
+    def __init__(
+        self, backbone: Backbone, train: Source, test: Source, classes: list[str], settings: FineTune, machine: Machine,
+        about: dict[str, Any], device: torch.device, world: World, screen: Screen, stop: StopSignals,
+    ):  # fmt: skip
+        self.train_set, self.test_set, self.classes, self.machine, self.about = train, test, classes, machine, about
+        self.device, self.world, self.screen, self.stop, self.out = device, world, screen, stop, machine.out
+        self.began = time.monotonic()
+        self.settings = s = fitted(settings, len(train))
+        if s.batch_size < settings.batch_size:
+            screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
+        check_parts(s.batch_size, world.size, machine.accumulate)
+        self.part = s.batch_size // (world.size * machine.accumulate)
+        if s.mixes and self.part % s.mix_group:
+            raise ConfigError(
+                f"mix_group {s.mix_group} does not divide a micro-batch of {self.part}; lower --accumulate, or give "
+                f"--mix-group {math.gcd(s.mix_group, self.part)}"
+            )
+        self.steps_per_epoch = len(train) // s.batch_size
+        self.total = s.total_steps(len(train))
+        self.warmup = s.warmup_epochs * self.steps_per_epoch / self.total
+        if self.warmup >= 1:
+            epochs = self.total / self.steps_per_epoch
+            raise ConfigError(f"warmup_epochs {s.warmup_epochs:g} is not below the length of the run, {epochs:.2f} epochs")
+        self.precision = distributed.pick_precision(machine.precision, device)
+        vit = classifier(backbone, len(classes), drop_path=s.drop_path, seed=s.seed)
+        self.statistics = tuple(tuple(getattr(backbone, k).flatten().tolist()) for k in ("mean", "std"))
+        self.model = Classifier(vit, *self.statistics).to(device).train()
+        vit.set_grad_checkpointing(machine.checkpointing)
+        if machine.compile:
+            for block in vit.blocks:
+                block.compile()
+        groups = layer_decay_groups(vit, s.weight_decay, s.layer_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=s.peak_lr, betas=s.betas, fused=True)
+        self.net = distributed.wrap(self.model, world)
+        self.mixing = Mixing(
+            len(classes),
+            seed=s.seed,
+            **{k: getattr(s, k) for k in ("mixup", "cutmix", "mix_prob", "switch_prob", "smoothing", "mix_group")},
+        )
+        self.bad = BadFiles(self.out, len(train), machine.bad_share, machine.strict)
+        self.bad_test = BadFiles(self.out, len(test), machine.bad_share, machine.strict, "bad_test_files.jsonl")
+        self.origin = {
+            "train": train.fingerprint(), "train_labels": _hash(train.labels), "test": test.fingerprint(),
+            "test_labels": _hash(test.labels), "classes": classes,
+        }  # fmt: skip
+        self.backbone = _hash(*(v.detach().cpu().float().numpy() for v in backbone.vit.state_dict().values()))
+        if world.first:
+            record_recipe(self.out, s, load_finetune)
+        self.step, self.skipped, self.seconds = 0, 0, 0.0
+        self.history: list[dict[str, float]] = []
+        self.scored: Scored | None = None
+        self.resume()
+
+    # --- what is built ------------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint, or begin."""
+        path = newest(self.out / "checkpoints", warn=self.screen.say)
+        if path is not None:
+            state = load_checkpoint(path, self.model, self.optimizer)
+            if state["data"] != self.origin:
+                what = next(k for k, v in self.origin.items() if state["data"].get(k) != v).replace("_", " ")
+                raise DataError(f"the data ({what}) has changed since {path} was written; use another --out to start anew")
+            if state["backbone"] != self.backbone:
+                raise CheckpointError(f"{path} was begun from another backbone; use another --out to start anew")
+            self.step, self.skipped, self.seconds, self.history = (state[k] for k in ("step", "skipped", "seconds", "history"))
+            self.screen.say(f"resumed from {path.name} of {self.total:,} steps in {self.out}")
+            for note in other_circumstances(state["circumstances"], self.circumstances()):
+                self.screen.say(note)
+        m = self.machine
+        self.metrics = Metrics(self.out, None if path is None else self.step, m.tensorboard, m.wandb) if self.world.first else None
+        if path is not None:
+            self.write("event", text=f"resumed from step {self.step}")
+
+    def circumstances(self) -> dict[str, Any]:
+        return circumstances(self.machine, self.device, self.precision, self.world)
+
+    def sampler(self, start: int, stop: int) -> BatchSampler:
+        return BatchSampler(
+            len(self.train_set), self.settings.batch_size, rank=self.world.rank, world=self.world.size, micro=self.machine.accumulate,
+            start=start, stop=stop, seed=self.settings.seed,
+        )  # fmt: skip
+
+    def loader(self, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
+        """Micro-batches of the steps from `start` to before `stop`, on the device: "image" and "label"."""
+        s, vit = self.settings, self.model.vit
+        view = SupervisedView(
+            vit.patch_embed.img_size, *self.statistics, scale=s.crop_scale, flip=s.flip, randaugment=s.randaugment, erasing=s.erasing
+        )
+        dataset = Images(self.train_set, view, s.seed, vit.in_chans, labelled=True)
+        return batches_of(dataset, self.sampler(start, stop), self.train_set.kind, self.machine.workers, self.device, self.bad.note)
+
+    def begin(self) -> None:
+        """Say what will be done, and write a first checkpoint that also proves the disk."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        if self.world.first:
+            about = describe_machine(self.device, self.precision) | {
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "parameters": parameters, "ranks": self.world.size,
+                "train_images": len(self.train_set), "test_images": len(self.test_set), "classes": len(self.classes),
+                "recipe_hash": recipe_hash(self.settings), "backbone": self.backbone, "steps": self.total,
+                "steps_per_epoch": self.steps_per_epoch, "data": self.origin, "about": self.about,
+            }  # fmt: skip
+            write_json(self.out / "machine.json", about)
+        self.save()
+        images = f"{len(self.train_set):,} images of {len(self.classes)} classes, {len(self.test_set):,} to test on"
+        self.screen.say(f"fine-tuning in {self.out}: {parameters / 1e6:.1f} M parameters, {images}")
+        epochs = self.total / self.steps_per_epoch
+        self.screen.say(f"{self.total:,} steps ({epochs:.1f} epochs) on {self.device} in {self.precision}")
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> FineTuned:
+        """From wherever the run stands to its end."""
+        if not self.step:
+            self.begin()
+        scoring = spread(self.total, self.scorings())
+        log_every = self.machine.log_every or usual_log_every(self.total)
+        save_seconds = parse_time(self.machine.save_every)
+        self.window, self.skips = Window(self.device), Skips(self.out / "checkpoints")
+        saved = time.monotonic()
+        offset = self.seconds - (saved - self.began)
+        batches = self.loader(self.step, self.total)
+        self.screen.start(self.total, self.step)
+        while self.step < self.total:
+            t = Progress(self.step, self.total, self.steps_per_epoch)
+            self.skips.note(self.update(batches, t))
+            self.step += 1
+            self.screen.step(self.step)
+            self.seconds = offset + time.monotonic() - self.began
+            if self.step % log_every == 0 or self.step == self.total:
+                self.name_skipped()
+                self.log(replace(t, step=self.step))
+            asked, due = self.world.agree(self.stop.asked is not None, time.monotonic() - saved > save_seconds)
+            if asked or due or self.step in scoring:
+                paused = time.monotonic()
+                self.name_skipped()
+                if self.step in scoring:
+                    self.evaluate(t.epoch + 1 / self.steps_per_epoch)
+                self.save()
+                saved = time.monotonic()
+                self.window.pause(saved - paused)
+            if asked:
+                raise Preempted(f"stopped by {self.stop.asked or 'another rank'}; saved at step {self.step}, run the same command again")
+        return self.finish()
+
+    def scorings(self) -> int:
+        """How often the test images are scored: once an epoch, but on no more images than half of those that are trained on."""
+        affordable = self.total * self.settings.batch_size // (2 * len(self.test_set))
+        return max(1, min(round(self.total / self.steps_per_epoch), affordable))
+
+    def update(self, batches: Iterator[dict[str, Tensor]], t: Progress) -> Tensor:
+        """One optimizer step. 1 or 0, on the device."""
+        s, micro = self.settings, self.machine.accumulate
+        set_lr(self.optimizer, warmup_cosine(s.peak_lr, s.min_lr, self.warmup, t))
+        return optimizer_step(
+            self.net, self.optimizer, batches, lambda batch, i: self.losses(batch, t.step, self.world.rank * micro + i), self.window,
+            images=s.batch_size, micro=micro, clip=s.clip, precision=self.precision, device=self.device, world=self.world,
+        )  # fmt: skip
+
+    def losses(self, batch: dict[str, Tensor], step: int, part: int) -> dict[str, Tensor]:
+        """Cross-entropy with the mixed targets, of the `part`-th micro-batch of the step."""
+        pixels = batch["image"]
+        images, targets = self.mixing(pixels if pixels.is_floating_point() else pixels.float() / 255, batch["label"], step, part)
+        torch.manual_seed(path_seed(self.settings.seed, step, part))
+        return {"loss": F.cross_entropy(self.net(images), targets)}
+
+    def evaluate(self, epoch: float) -> None:
+        """Score the test images, and keep the accuracy."""
+        self.scored = self.score()
+        self.history.append({"step": self.step, "epoch": epoch, "accuracy": 100 * float(self.scored.right.mean())})
+        self.write("val", **{k: v for k, v in self.history[-1].items() if k != "step"})
+        self.screen.say(f"step {self.step:,}: {self.history[-1]['accuracy']:.1f} % of the test images are right")
+
+    def score(self) -> Scored:
+        return score(
+            self.model, self.test_set, device=self.device, precision=self.precision, batch=self.part, workers=self.machine.workers,
+            world=self.world, note=self.bad_test.note,
+        )  # fmt: skip
+
+    def name_skipped(self) -> None:
+        """Name the batches that were skipped since the last look. Raises DivergedError."""
+        for step in self.skips.look(self.step):
+            self.skipped += 1
+            keys = self.sampler(0, 0).keys(step)
+            where = f"images {self.train_set.where(keys[0][1])} to {self.train_set.where(keys[-1][1])}"
+            text = f"step {step} was not finite and was skipped: epoch {keys[0][0]}, {where}"
+            self.write("event", text=text, images=[k[1] for k in keys])
+            self.screen.say(text)
+
+    # --- what one sees ------------------------------------------------------------------------------------------------
+
+    def write(self, kind: str, **values: Any) -> None:
+        if self.metrics:
+            self.metrics.write(kind, self.step, **values)
+
+    def log(self, t: Progress) -> None:
+        line = self.window.read() | {"memory_gib": memory_gib(self.device), "seconds": self.seconds, "skipped": self.skipped}
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        line |= {"lr": lr, "epoch": t.epoch, "images": self.step * self.settings.batch_size}
+        self.write("train", **line)
+        left = (self.total - self.step) * self.settings.batch_size / max(line["images_per_s"], 1e-9)
+        self.screen.report(self.step, self.total, line, left)
+
+    def save(self) -> None:
+        if self.world.first:
+            state = {
+                "step": self.step, "total_steps": self.total, "skipped": self.skipped, "seconds": self.seconds, "history": self.history,
+                "data": self.origin, "backbone": self.backbone, "recipe_hash": recipe_hash(self.settings),
+                "circumstances": self.circumstances(),
+            }  # fmt: skip
+            save_checkpoint(self.out / "checkpoints", self.model, self.optimizer, state, self.machine.keep)
+
+    def finish(self) -> FineTuned:
+        """Keep what the last weights make of every test image, and export them."""
+        right, confidence = self.scored or self.score()
+        self.model.eval()
+        if self.world.first:
+            kept = {"right": torch.from_numpy(right), "confidence": torch.from_numpy(confidence)}
+            replace_file(self.out / "test.safetensors", save(kept))
+            about = self.about | {"task": "finetune", "step": self.step, "recipe_hash": recipe_hash(self.settings)}
+            folder = self.out / "export" / "classifier"
+            export(self.model, folder, about, architecture_of(self.model.vit), self.classes)
+            best, last = max(h["accuracy"] for h in self.history), self.history[-1]["accuracy"]
+            chosen = f" (best of {len(self.history)}, chosen on the test images: {best:.1f} %)" if best > last else ""
+            self.screen.say(f"{last:.1f} % right after {self.step:,} steps{chosen}, {clock(self.seconds)}")
+            self.screen.say(f'Load the classifier: timm.create_model("local-dir:{folder}", pretrained=True)')
+        return FineTuned(self.model, right, confidence, self.step, self.history)
+
+    def close(self) -> None:
+        self.screen.stop()
+        if self.metrics:
+            self.metrics.close()
+            self.metrics = None
+
+
+def _hash(*arrays: Int[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
