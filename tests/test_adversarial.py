@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
-import adversarial
 import pytest
 import torch
-from adversarial import Attack, attacked, fgsm, pgd, robust_right, sanity
 from torch import nn
+
+from rcmae.tasks.robustness import adversarial
+from rcmae.tasks.robustness.adversarial import Attack, attacked, fgsm, pgd, sanity
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
 
@@ -92,10 +93,10 @@ def test_restarts_only_lose_images_and_batches_may_be_cut_anywhere(network):
     one, all_three = (attacked(model, x, labels, attack)[1] for attack in (replace(three, restarts=1), three))
     assert (all_three <= one).all() and all_three.sum() < one.sum()
     whole, right = attacked(model, x, labels, three, seed=5)
-    part, _ = attacked(model, x[23:40], labels[23:40], three, seed=5, first=23)
+    part, _ = attacked(model, x[23:40], labels[23:40], three, seed=5, indices=range(23, 40))
     torch.testing.assert_close(part, whole[23:40], rtol=0, atol=1e-6)
-    cut = robust_right(model, zip(x.split(7), labels.split(7), strict=True), three, seed=5)
-    assert (cut == right.numpy()).all()
+    parts = zip(*(v.split(70) for v in (x, labels, torch.arange(300))), strict=True)
+    assert torch.equal(torch.cat([attacked(model, *two, three, 5, i.tolist())[1] for *two, i in parts]), right)
     assert not torch.equal(attacked(model, x, labels, three, seed=6)[0], whole)
 
 

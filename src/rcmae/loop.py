@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .config import Machine, Recipe, check, check_machine, parse_time, recipe_hash
-from .data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker
+from .data.dataset import BadFiles, Images, collate, measure_statistics, plain_errors, quiet_worker
 from .data.sampler import BatchSampler, check_parts
 from .data.sources import open_source
 from .engine import distributed
@@ -29,7 +29,7 @@ from .engine.metrics import Metrics, read_metrics
 from .engine.optim import adamw, linear_rule
 from .engine.run import StopSignals, describe_machine, keep_freed_memory, memory_gib, owned, record_recipe, write_json
 from .engine.schedules import Progress, cosine, warmup_cosine
-from .errors import AlarmError, ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError, RcmaeError, first_line
+from .errors import AlarmError, ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError, first_line
 from .interop.timm_export import PLAIN, export
 from .lab.alarms import Alarm, Alarms, called_before
 from .lab.monitor import Monitor
@@ -182,7 +182,7 @@ class Run:
             dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, worker_init_fn=quiet_worker,
             pin_memory=self.device.type == "cuda", prefetch_factor=4 if workers else None,
         )  # fmt: skip
-        for batch in _plain_errors(loader):
+        for batch in plain_errors(loader):
             self.bad.note(batch.pop("bad", []))
             yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
@@ -512,14 +512,6 @@ class Run:
         if self.metrics:
             self.metrics.close()
             self.metrics = None
-
-
-def _plain_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The loader's batches; our own errors come back from its processes with a traceback for a text: only their line is kept."""
-    try:
-        yield from loader
-    except RcmaeError as e:
-        raise type(e)(str(e).strip().splitlines()[-1].removeprefix(f"{type(e).__module__}.{type(e).__name__}: ")) from e
 
 
 def summarise(run: Path, screen: Screen) -> None:

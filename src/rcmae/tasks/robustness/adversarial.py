@@ -5,7 +5,7 @@ They must be in evaluation mode, without autocast. What PGD does not break may s
 """
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,23 +15,37 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ...errors import ConfigError
+
 Images = Float[Tensor, "b c h w"]
 Model = Callable[[Tensor], Tensor]
 "Pixels in 0 to 1 [b, c, h, w] to logits [b, classes]."
-Batch = tuple[Images, Int[Tensor, " b"]]
 
 
 @dataclass(frozen=True)
 class Attack:
     """`steps` along the sign of the gradient, each of `size`, at most `eps` away (both in 1/255).
 
-    `restarts` counts the random points in the box that it starts from; 0: once, from the image itself.
+    `restarts` counts the random points in the box that it starts from; 0: once, from the image itself. Raises ConfigError.
     """
 
     eps: float
     steps: int
     size: float
     restarts: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eps <= 255:
+            raise ConfigError(f"eps is in 1/255 and lies in 0 to 255, not {self.eps:g}")
+        if self.steps < 1 or self.restarts < 0:
+            raise ConfigError(f"an attack makes at least one step and no negative number of restarts, not {self.steps} and {self.restarts}")
+
+    @property
+    def name(self) -> str:
+        """As it is called in tables: "FGSM 1/255", "PGD-20 1/255"."""
+        restarts = f" x{self.restarts}" if self.restarts > 1 else ""
+        kind = f"PGD-{self.steps}" if self.steps > 1 or self.restarts else "FGSM"
+        return f"{kind}{restarts} {self.eps:g}/255"
 
 
 def fgsm(eps: float) -> Attack:
@@ -45,12 +59,12 @@ def pgd(eps: float, steps: int = 20, size: float | None = None, restarts: int = 
 
 
 def attacked(
-    model: Model, images: Images, labels: Int[Tensor, " b"], attack: Attack, seed: int = 0, first: int = 0
+    model: Model, images: Images, labels: Int[Tensor, " b"], attack: Attack, seed: int = 0, indices: Sequence[int] | None = None
 ) -> tuple[Images, Bool[Tensor, " b"]]:
     """The images after the attack, and which of them the model still gets right.
 
     An image is moved no further once the model errs: one that is wrong from the start stays as it is, and over restarts the worst counts.
-    Random starts are drawn from (seed, image's index, restart), so batches may be cut anywhere; `first` is the index of the first image.
+    Random starts are drawn from (seed, image's index, restart), so batches may be cut anywhere; without `indices` they count from 0.
     """
     eps, key = attack.eps / 255, [seed, zlib.crc32(b"attack")]
     low, high = (images - eps).clamp(0, 1), (images + eps).clamp(0, 1)
@@ -64,7 +78,7 @@ def attacked(
         x = images[left]
         if attack.restarts:
             shape = images.shape[1:]
-            draws = [np.random.Philox(key=key, counter=[0, 0, first + i, restart]) for i in left.tolist()]
+            draws = [np.random.Philox(key=key, counter=[0, 0, i if indices is None else indices[i], restart]) for i in left.tolist()]
             shares = np.array([np.random.Generator(draw).uniform(-1, 1, shape) for draw in draws], np.float32).reshape(-1, *shape)
             x = (x + eps * torch.from_numpy(shares).to(x)).clamp(low[left], high[left])
         for step in range(attack.steps + 1):  # the last round only looks
@@ -80,15 +94,6 @@ def attacked(
             left, x, gradient = left[held], x.detach()[held], gradient[held]
             x = (x + attack.size / 255 * gradient.sign()).clamp(low[left], high[left])
     return result, right
-
-
-def robust_right(model: Model, batches: Iterable[Batch], attack: Attack, seed: int = 0) -> Bool[np.ndarray, " n"]:
-    """Which images of all batches, in their order, the model gets right under the attack."""
-    right, first = [], 0
-    for images, labels in batches:
-        right.append(attacked(model, images, labels, attack, seed, first)[1].cpu().numpy())
-        first += len(images)
-    return np.concatenate(right)
 
 
 class Check(NamedTuple):

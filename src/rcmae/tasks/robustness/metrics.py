@@ -1,4 +1,4 @@
-"""Numbers of robustness: corruption errors, with and without AlexNet; calibration; accuracy where a set has part of the classes."""
+"""Numbers of robustness: corruption errors, with and without AlexNet; calibration; which logit stands for which class."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -89,13 +89,3 @@ def columns(classes: Sequence[str], folders: Sequence[str]) -> Int[np.ndarray, "
     if unknown := [name for name in folders if name not in place]:
         raise DataError(f"{len(unknown)} of {len(folders)} folders are no class of the model: {', '.join(unknown[:5])}")
     return np.array([place[name] for name in folders])
-
-
-def subset_right(
-    logits: Float[np.ndarray, "n c"], classes: Sequence[str], labels: Int[np.ndarray, " n"], folders: Sequence[str]
-) -> Bool[np.ndarray, " n"]:
-    """ImageNet-A's and -R's accuracy: the argmax among the logits of the set's own classes alone. Labels count the `folders`.
-
-    So the authors evaluate (natural-adv-examples' eval.py; ImageNet-R: pytorch-image-models/issues/176). Among all classes it is lower.
-    """
-    return logits[:, columns(classes, folders)].argmax(1) == labels
