@@ -476,7 +476,10 @@ def c_style_has_an_mce(old):
 
 def the_traceback_stays(old):
     def plain(loader):
-        yield from loader
+        try:
+            yield from loader
+        except Exception as e:
+            raise type(e)(str(e).strip().splitlines()[-1]) from e
 
     return plain
 
