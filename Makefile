@@ -14,8 +14,9 @@ check:  ## what CI runs before the tests
 test:  ## the whole suite
 	$(PYTHON) -m pytest
 
-golden:  ## rewrite tests/golden/steps.json and show what changed
+golden:  ## rewrite the golden steps and corruptions, and show what changed
 	$(PYTHON) -m tests.golden_steps --write
+	$(PYTHON) -m tests.golden_corruptions --write
 	git --no-pager diff --stat -- tests/golden
 
 mutants:  ## break the code on purpose, one break at a time: each must turn a test red

@@ -245,6 +245,9 @@ def paper() -> str:
         parts += [f"| {row.name} | " + " | ".join(str(row.paper[c] or "not known") for c in columns) + " |" for row in experiment.rows]
         parts += ["", "```sh", *(row.command for row in experiment.rows), "```", ""]
         file = ROOT / "results" / f"paper_{name}.json"
+        if not experiment.small:
+            parts += ["It has no small form here.", ""]
+            continue
         if not file.exists():
             parts += [f"Small form: `python -m benchmarks.paper {name} --run`. It has not been run yet.", ""]
             continue
@@ -255,6 +258,18 @@ def paper() -> str:
         if "races" not in r:
             parts += [_resources(r), ""]
     return "\n".join(parts).rstrip()
+
+
+def corruptions() -> str:
+    """benchmarks/corruptions.py."""
+    r = json.loads((ROOT / "results" / "corruptions.json").read_text())
+    rows = ["| milliseconds an image | 32 px | 224 px |", "| --- | ---: | ---: |"]
+    rows += [f"| {row['name']}{'' if row['standard'] else ' (extra)'} | {row['32']:.2f} | {row['224']:.1f} |" for row in r["rows"]]
+    rows.append(f"| mean of the 15 | {r['mean']['32']:.2f} | {r['mean']['224']:.1f} |")
+    m = r["machine"]
+    hours = 15 * 5 * 50_000 * r["mean"]["224"] / 3.6e6
+    note = f"One core ({m['cpu']}), processor time, mean of the five severities. ImageNet's 50,000 validation images under all 15: "
+    return "\n".join([*rows, "", f"{note}{hours:.1f} hours of one core, beside reading them."])
 
 
 def _resources(r: dict) -> str:
@@ -277,10 +292,10 @@ TABLES = {
     f.__name__: f
     for f in (
         embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify, alarms, monitor_cost, cost, peaks,
-        race, race_verdict, learns, paper,
+        race, race_verdict, learns, paper, corruptions,
     )
 }  # fmt: skip
-PAGES = ("README.md", "docs/embedded.md", "docs/lab.md", "docs/compare.md", "docs/paper.md")
+PAGES = ("README.md", "docs/embedded.md", "docs/lab.md", "docs/compare.md", "docs/paper.md", "docs/robustness.md")
 
 
 def filled(text: str) -> str:

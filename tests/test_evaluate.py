@@ -21,6 +21,7 @@ from rcmae.interop.timm_export import export
 from rcmae.models.backbone import IMAGENET, Backbone
 from rcmae.tasks import features as features_module
 from rcmae.tasks.features import extract, identity
+from rcmae.tasks.score import Centers
 from tests.conftest import method_for, small
 
 
@@ -145,7 +146,7 @@ def test_features_are_made_once_and_go_on_where_they_stopped(tmp_path, data, mon
     assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True)) and torch.equal(first.tokens, again.tokens)
     assert calls[-1] == 36
     with torch.no_grad():
-        whole = backbone.eval()(torch.stack([features_module.Centers(part, (16, 16), 3)[i]["image"] for i in range(36)]).float() / 255)
+        whole = backbone.eval()(torch.stack([Centers(part, (16, 16), 3)[i]["image"] for i in range(36)]).float() / 255)
     torch.testing.assert_close(first.mean, whole.mean)
     torch.testing.assert_close(first.tokens.float(), whole.tokens, atol=2e-3, rtol=2e-3)
     other = method_for(small(seed=1)).backbone()

@@ -235,7 +235,7 @@ def test_a_classifier_goes_out_and_comes_in_with_equal_logits(tmp_path, register
 def test_the_exported_classifier_is_the_result(tmp_path, sets):
     found = run(tmp_path / "run", sets)
     model, classes = import_classifier(tmp_path / "run" / "export" / "classifier")
-    again = ft.score(model, sets[1], device=torch.device("cpu"), batch=7)
+    again = ft.score(model, sets[1], shape=(16, 16), channels=3, device=torch.device("cpu"), batch=7)
     assert (again.right == found.right).all()
     assert again.confidence == pytest.approx(found.confidence, abs=1e-6)
     assert classes == ["dark", "bright"]
@@ -261,7 +261,7 @@ def test_an_unreadable_test_image_is_wrong_and_named(tmp_path, sets):
     vit = classifier(backbone(), 2)
     with torch.no_grad():
         vit.head.bias[1] = 9.0  # every image is said to be bright, a black one too
-    found = ft.score(Classifier(vit, *STATISTICS), test, device=torch.device("cpu"), batch=8)
+    found = ft.score(Classifier(vit, *STATISTICS), test, shape=(16, 16), channels=3, device=torch.device("cpu"), batch=8)
     assert found.right.sum() == 9
     assert not found.right[place] and found.confidence[place] == 0
     run(tmp_path / "run", (sets[0], test), dataclasses.replace(PLAIN, steps=2, warmup_epochs=0.0))

@@ -6,16 +6,16 @@ import fcntl
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..errors import DataError, StorageError
+from ..errors import DataError, RcmaeError, StorageError
 from .decode import BadImage, decode
 from .sampler import Key
 from .sources import Source
@@ -136,6 +136,16 @@ def measure_statistics(source: Source, channels: int, samples: int = 1000) -> tu
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 1e-8))
     return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def plain_errors(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches; our own errors come back from its processes with a traceback for a text: only their line is kept."""
+    try:
+        yield from loader
+    except RcmaeError as e:
+        text = str(e).strip().splitlines()[-1].removeprefix(f"{type(e).__module__}.{type(e).__name__}: ")
+        # Frames of the traceback hold the loader, and with it its processes, for which the interpreter would wait for ever at its end.
+        raise type(e)(text) from e.with_traceback(None)
 
 
 def quiet_worker(worker: int) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import RcmaeError
-from .dataset import Bad, collate, quiet_worker
+from .dataset import Bad, collate, plain_errors, quiet_worker
 
 
 def batches_of(
@@ -25,14 +24,6 @@ def batches_of(
         dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers, worker_init_fn=quiet_worker,
         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
     )  # fmt: skip
-    for batch in _plain_errors(loader):
+    for batch in plain_errors(loader):
         note(batch.pop("bad", []))
         yield {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-def _plain_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The loader's batches; our own errors come back from its processes with a traceback for a text: only their line is kept."""
-    try:
-        yield from loader
-    except RcmaeError as e:
-        raise type(e)(str(e).strip().splitlines()[-1].removeprefix(f"{type(e).__module__}.{type(e).__name__}: ")) from e

@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..data.dataset import collate, quiet_worker, read_image
+from ..data.dataset import Bad, read_image
 from ..data.decode import BadImage
 from ..data.labelled import Labelled, Subset, open_labelled
+from ..data.loader import batches_of
 from ..data.sampler import BatchSampler
 from ..data.views import center, flip, random_resized_crop, rng
 from ..engine import distributed
@@ -33,8 +34,9 @@ from ..errors import ConfigError, DataError
 from ..interop.load import load
 from ..models.backbone import Backbone, Features, Pixels
 from . import attentive, linear
-from .features import Centers, Seen, extract, identity
+from .features import Seen, extract, identity
 from .knn import Knn, check_k
+from .score import Scored, score
 from .settings import KNN, Attentive, Evaluation, Linear, Pool
 from .splits import PERCENTS, read_split, write_splits
 
@@ -84,13 +86,6 @@ class Subject:
     def cache(self) -> Path:
         return self.how.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rcmae"
 
-    @property
-    def workers(self) -> int:
-        if self.how.workers is not None:
-            return self.how.workers
-        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return 0 if self.set.train.kind == "embedded" else min(8, max(1, share - 1))
-
     def part(self, part: Literal["train", "test"]) -> Subset:
         """The test part, or of the training part the images whose labels are used."""
         if part == "test":
@@ -113,9 +108,14 @@ class Subject:
             with self.screen.progress(f"features of {images.name}", len(images)) as tick:
                 self.seen[part, tokens] = extract(
                     self.backbone, images, cache=self.cache / "features", tokens=tokens, device=self.device, precision=self.precision,
-                    world=self.world, workers=self.workers, tick=tick, say=self.screen.say,
+                    world=self.world, workers=self.how.workers, tick=tick, note=self.note,
                 )  # fmt: skip
         return self.seen[part, tokens]
+
+    def note(self, bad: list[Bad]) -> None:
+        """Name images that cannot be read."""
+        for _, where, reason in bad:
+            self.screen.say(f"note: {where} cannot be read ({reason})")
 
     def fitted_on(self, tokens: bool = False) -> tuple[Seen, Int[np.ndarray, " n"]]:
         """Features of the readable training images, and their labels."""
@@ -131,20 +131,26 @@ class Subject:
         """Which test images are right; one that cannot be read is wrong."""
         return (said == seen.labels) & seen.readable
 
+    def score(self, model: nn.Module) -> Scored:
+        """What a model of pixels makes of the test images."""
+        test = self.set.test
+        with self.screen.progress(f"scoring on {test.name}", len(test)) as tick:
+            return score(
+                model, test, shape=tuple(self.backbone.shape), channels=self.backbone.channels, device=self.device,
+                precision=self.precision, workers=self.how.workers, note=self.note, tick=tick,
+            )  # fmt: skip
+
     def crops(self, steps: int, batch: int, augment: bool) -> Iterator[tuple[Features, Int[Tensor, " b"]]]:
         """Batches of `steps`: what the backbone makes of new crops and flips in every pass (or of the same views), and labels."""
         part = self.part("train")
         sampler = BatchSampler(len(part), batch, start=0, stop=steps, seed=self.how.seed)
-        loader = DataLoader(
-            Crops(part, tuple(self.backbone.shape), self.backbone.channels, augment, self.how.seed), batch_sampler=sampler,
-            num_workers=self.workers, collate_fn=collate, worker_init_fn=quiet_worker,
-        )  # fmt: skip
+        crops = Crops(part, tuple(self.backbone.shape), self.backbone.channels, augment, self.how.seed)
         backbone = self.backbone.to(self.device).eval()
         with self.screen.progress("fit", steps) as tick:
-            for step, images in enumerate(loader):
+            for step, images in enumerate(batches_of(crops, sampler, part.kind, self.how.workers, self.device, self.note)):
                 with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    seen = backbone(images["image"].to(self.device).float() / 255)
-                yield seen, images["label"].to(self.device)
+                    seen = backbone(images["image"].float() / 255)
+                yield seen, images["label"]
                 tick(step + 1)
 
 
@@ -170,25 +176,6 @@ class Crops(Dataset):
             view = flip(random_resized_crop(image, self.shape, (0.2, 1.0), draws), draws) if self.augment else center(image, self.shape)
             return {"image": view.contiguous(), "label": int(self.part.labels[i]), "bad": []}
         raise DataError(f"no image of {self.part.name} can be read; look with `rcmae check`")
-
-
-@torch.no_grad()
-def predict(model: nn.Module, part: Subset, subject: Subject, batch: int = 256) -> tuple[Int[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
-    """The class that a model of pixels names for each image, and which images could be read."""
-    loader = DataLoader(
-        Centers(part, tuple(subject.backbone.shape), subject.backbone.channels), batch, num_workers=subject.workers, collate_fn=collate,
-        worker_init_fn=quiet_worker,
-    )  # fmt: skip
-    found, readable = [], np.ones(len(part), dtype=bool)
-    with subject.screen.progress(f"predictions for {part.name}", len(part)) as tick:
-        for images in loader:
-            for index, where, reason in images["bad"]:
-                readable[index] = False
-                subject.screen.say(f"note: {where} cannot be read ({reason})")
-            with torch.autocast(subject.device.type, torch.bfloat16, enabled=subject.precision == "bf16"):
-                found.append(model(images["image"].to(subject.device).float() / 255).argmax(1).cpu().numpy())
-            tick(sum(map(len, found)))
-    return np.concatenate(found), readable
 
 
 # --- probes of frozen features ----------------------------------------------------------------------------------------
@@ -247,8 +234,8 @@ def fit_attentive(subject: Subject, task: Attentive) -> Found:
     """An attentive probe; tokens that do not fit into memory are computed anew in every pass."""
     part, device = subject.part("train"), subject.device
     with torch.no_grad():
-        first = Centers(part, tuple(subject.backbone.shape), subject.backbone.channels)[0]["image"]
-        example = subject.backbone.to(device).eval()(first[None].to(device).float() / 255).tokens
+        grey = torch.full((1, subject.backbone.channels, *subject.backbone.shape), 0.5, device=device)
+        example = subject.backbone.to(device).eval()(grey).tokens
     size = 2 * example[0].numel() * (len(part) + len(subject.set.test))
     if size <= TOKENS_IN_MEMORY:
         train, labels = subject.fitted_on(tokens=True)
@@ -269,8 +256,7 @@ def fit_attentive(subject: Subject, task: Attentive) -> Found:
             probe = attentive.PROBES[task.kind](examples, heads, len(subject.set.classes)).to(device)
         batches = ((seen.tokens, answers) for seen, answers in subject.crops(task.fit_steps, min(task.batch, len(part)), augment=True))
         probe, chose = attentive.fit(probe, batches, task.fit_steps, rate), {"rate": rate}
-        said, readable = predict(Probed(subject.backbone, "tokens", probe), subject.set.test, subject)
-        hits = (said == subject.set.test.labels) & readable
+        hits = subject.score(Probed(subject.backbone, "tokens", probe)).right
     return Found({"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, "tokens", probe), asdict(task) | chose)
 
 

@@ -11,16 +11,15 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from ..data.dataset import collate, quiet_worker, read_image
-from ..data.decode import BadImage
+from ..data.dataset import Bad
 from ..data.labelled import Subset
-from ..data.views import center
+from ..data.loader import batches_of
 from ..engine.checkpoint import replace_file
 from ..engine.distributed import World
 from ..errors import DataError
 from ..models.backbone import Backbone, Features, Pixels
+from .score import Centers
 
 PART = 8192
 "Images whose features are one file of the cache: what an interruption can cost."
@@ -53,30 +52,12 @@ class Seen(NamedTuple):
     mean: Float[Tensor, "n d"]
     labels: Int[np.ndarray, " n"]
     readable: Bool[np.ndarray, " n"]
-    "whether the image could be read; what cannot is a grey image here, and counts as wrong where it is scored on"
+    "whether the image could be read; what cannot is a black image here, and counts as wrong where it is scored on"
     tokens: Float[Tensor, "n t d"] | None
 
     def pooled(self, pool: str) -> Float[Tensor, "n d"]:
         """By name: "mean" or "cls"."""
         return self.mean if pool == "mean" else self.cls
-
-
-class Centers(Dataset):
-    """The images of a source as evaluation sees them, uint8 "c h w"; an unreadable one is grey and named under "bad"."""
-
-    def __init__(self, source: Subset, shape: tuple[int, int], channels: int):
-        self.source, self.shape, self.channels = source, shape, channels
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict:
-        try:
-            image = center(read_image(self.source, index, self.channels), self.shape)
-            return {"image": image.contiguous(), "bad": []}
-        except BadImage as e:
-            grey = torch.full((self.channels, *self.shape), 128, dtype=torch.uint8)
-            return {"image": grey, "bad": [(index, self.source.where(index), str(e))]}
 
 
 def identity(backbone: Backbone | Pixels) -> str:
@@ -90,39 +71,36 @@ def identity(backbone: Backbone | Pixels) -> str:
 @torch.no_grad()
 def extract(
     backbone: Backbone | Pixels, part: Subset, *, cache: Path, tokens: bool, device: torch.device, precision: str, world: World,
-    workers: int = 0, batch: int = 256, tick: Callable[[int], None] = lambda done: None, say: Callable[[str], None] = print,
+    workers: int | None = 0, batch: int = 256, tick: Callable[[int], None] = lambda done: None,
+    note: Callable[[list[Bad]], None] = lambda bad: None,
 ) -> Seen:  # fmt: skip
     """Features of a set, from the cache as far as it has them.
 
     A file holds `PART` images; ranks make files in turn, and an interrupted extraction goes on at the first file that is missing.
-    `tick` is told how many images are done. An unreadable image is named to `say`. Raises DataError when none can be read.
+    `tick` is told how many images are done, `note` which cannot be read. Raises DataError when none can.
     """
-    shape, channels = tuple(backbone.shape), backbone.channels
-    key = hashlib.sha256(json.dumps([identity(backbone), part.fingerprint(), list(shape), precision, 1]).encode()).hexdigest()[:16]
+    shape = tuple(backbone.shape)
+    key = hashlib.sha256(json.dumps([identity(backbone), part.fingerprint(), shape, precision, 1]).encode()).hexdigest()[:16]
     folder = cache / key
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{'tokens' if tokens else 'pooled'}-{i:06d}.safetensors" for i in range(-(-len(part) // PART))]
-    backbone = backbone.to(device).eval()
+    backbone, centers = backbone.to(device).eval(), Centers(part, shape, backbone.channels)
     for number, file in enumerate(files):
-        if number % world.size != world.rank or file.exists():
-            tick(min((number + 1) * PART, len(part)))
-            continue
         rows = range(number * PART, min((number + 1) * PART, len(part)))
-        data = torch.utils.data.Subset(Centers(part, shape, channels), rows)
-        loader = DataLoader(data, batch, num_workers=workers, collate_fn=collate, worker_init_fn=quiet_worker)
-        found: dict[str, list[Tensor]] = {"cls": [], "mean": []} | ({"tokens": []} if tokens else {})
-        readable, done = torch.ones(len(rows), dtype=torch.uint8), rows.start
-        for images in loader:
-            for index, where, reason in images["bad"]:
-                readable[index - rows.start] = 0
-                say(f"note: {where} cannot be read ({reason})")
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                seen: Features = backbone(images["image"].to(device).float() / 255)
-            for name, values in found.items():
-                value = getattr(seen, name).float()
-                values.append((value.half() if name == "tokens" else value).cpu())
-            tick(done := done + len(images["image"]))
-        replace_file(file, save({"readable": readable} | {name: torch.cat(values) for name, values in found.items()}))
+        if number % world.size == world.rank and not file.exists():
+            found: dict[str, list[Tensor]] = {"cls": [], "mean": []} | ({"tokens": []} if tokens else {})
+            readable, done = [], rows.start
+            keys = [list(rows[i : i + batch]) for i in range(0, len(rows), batch)]
+            for images in batches_of(centers, keys, part.kind, workers, device, note):
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    seen: Features = backbone(images["image"].float() / 255)
+                for name, values in found.items():
+                    values.append(getattr(seen, name).to(torch.float16 if name == "tokens" else torch.float32).cpu())
+                readable.append(images["fine"].cpu())
+                tick(done := done + len(images["fine"]))
+            whole = {name: torch.cat(values) for name, values in found.items()}
+            replace_file(file, save(whole | {"readable": torch.cat(readable).to(torch.uint8)}))
+        tick(rows.stop)
     world.agree(True)  # all files are there
     parts = [load_file(file) for file in files]
     whole = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}

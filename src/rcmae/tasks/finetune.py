@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +19,13 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..config import Machine, check_machine, load_settings, parse_settings, parse_time, recipe_hash, shipped_recipes
-from ..data.dataset import Bad, BadFiles, Images, read_image
-from ..data.decode import BadImage
+from ..data.dataset import BadFiles, Images
 from ..data.loader import batches_of
 from ..data.sampler import BatchSampler, check_parts
 from ..data.sources import Source
 from ..data.supervised import Mixing, SupervisedView, path_seed
-from ..data.views import center
 from ..engine import distributed
 from ..engine.checkpoint import load_checkpoint, newest, replace_file, save_checkpoint
 from ..engine.console import Screen, clock
@@ -53,6 +50,7 @@ from ..interop.timm_export import architecture_of, export
 from ..models.backbone import Backbone
 from ..models.classifier import Classifier, classifier
 from .layer_decay import layer_decay_groups
+from .score import Scored, score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,62 +159,6 @@ def _is_randaugment(text: str) -> bool:
         return not text or rand_augment_transform(text) is not None
     except (AssertionError, ValueError, KeyError):
         return False
-
-
-# --- scoring ----------------------------------------------------------------------------------------------------------
-
-
-class Scored(NamedTuple):
-    """Of each test image: was it right, and how probable did the network hold its answer (0 to 1; 0 for an unreadable image)?"""
-
-    right: Bool[np.ndarray, " m"]
-    confidence: Float[np.ndarray, " m"]
-
-
-class TestImages(Dataset):
-    """Image `i` as evaluation sees it. One that cannot be read has no substitute: it is black, and "fine" is false."""
-
-    def __init__(self, source: Source, shape: tuple[int, int], channels: int):
-        self.source, self.shape, self.channels = source, shape, channels
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        try:
-            return {"image": center(read_image(self.source, i, self.channels), self.shape), "index": i, "fine": True, "bad": []}
-        except BadImage as e:
-            black = torch.zeros(self.channels, *self.shape, dtype=torch.uint8)
-            return {"image": black, "index": i, "fine": False, "bad": [(i, self.source.where(i), str(e))]}
-
-
-@torch.no_grad()
-def score(
-    model: Classifier,
-    test: Source,
-    *,
-    device: torch.device,
-    precision: str = "fp32",
-    batch: int = 256,
-    workers: int | None = 0,
-    world: World = World(),
-    note: Callable[[list[Bad]], None] = lambda bad: None,
-) -> Scored:
-    """What a classifier makes of labelled images, each rank of a part of them; unreadable ones are wrong and told to `note`."""
-    training = model.training
-    model.to(device).eval()
-    vit, n = model.vit, len(test)
-    labels = torch.from_numpy(test.labels).to(device)
-    found = torch.zeros(2, n, device=device)
-    own = range(world.rank, n, world.size)
-    keys = [list(own[i : i + batch]) for i in range(0, len(own), batch)]
-    dataset = TestImages(test, vit.patch_embed.img_size, vit.in_chans)
-    for part in batches_of(dataset, keys, test.kind, workers, device, note):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            best = model(part["image"].float() / 255).softmax(1).max(1)
-        fine = part["fine"].float()
-        found[0, part["index"]] = (best.indices == labels[part["index"]]).float() * fine
-        found[1, part["index"]] = best.values * fine
-    model.train(training)
-    right, confidence = (distributed.average(found) * world.size).cpu().numpy()
-    return Scored(right > 0.5, confidence)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -468,9 +410,10 @@ class Run:
         self.screen.say(f"step {self.step:,}: {self.history[-1]['accuracy']:.1f} % of the test images are right")
 
     def score(self) -> Scored:
+        vit = self.model.vit
         return score(
-            self.model, self.test_set, device=self.device, precision=self.precision, batch=self.part, workers=self.machine.workers,
-            world=self.world, note=self.bad_test.note,
+            self.model, self.test_set, shape=vit.patch_embed.img_size, channels=vit.in_chans, device=self.device, precision=self.precision,
+            batch=self.part, workers=self.machine.workers, world=self.world, note=self.bad_test.note,
         )  # fmt: skip
 
     def name_skipped(self) -> None:

@@ -1,0 +1,139 @@
+"""Attacks: their closed form on a linear model, the worst over restarts, batches cut anywhere; their checks hold, and can fail."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from rcmae.tasks.robustness import adversarial
+from rcmae.tasks.robustness.adversarial import Attack, attacked, fgsm, pgd, sanity
+
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
+
+
+class Standardised(nn.Module):
+    """A classifier of pixels in 0 to 1 that standardises them inside."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), *layers)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net((images - MEAN) / STD)
+
+
+def linear(classes: int = 2) -> Standardised:
+    return Standardised(nn.Linear(3 * 8 * 8, classes)).eval()
+
+
+def images(n: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    return low + (high - low) * torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def said(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x).argmax(1)
+
+
+@pytest.fixture
+def network() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """Random weights, bent enough that a restart matters; its own answers are the truth, but for every tenth image."""
+    torch.manual_seed(0)
+    model, x = Standardised(nn.Linear(192, 64), nn.GELU(), nn.Linear(64, 5)).eval(), images(300)
+    with torch.no_grad():
+        model.net[1].weight *= 2
+    labels = said(model, x)
+    labels[::10] = (labels[::10] + 1) % 5
+    return model, x, labels
+
+
+@pytest.mark.parametrize("attack", [fgsm(2.0), pgd(2.0), pgd(2.0, steps=7, restarts=3)], ids=["fgsm", "pgd", "restarts"])
+@pytest.mark.parametrize("span", [(0.1, 0.9), (0.0, 1.0)], ids=["inside", "at the border"])
+def test_a_linear_model_has_a_closed_form(attack, span):
+    """The worst margin is margin - sum |w| * (eps, or the room that 0 and 1 leave), w per pixel: the weights over the deviations."""
+    torch.manual_seed(0)
+    model, x = linear(), images(300, *span)
+    if span[0] == 0:
+        x = x.round(decimals=1)  # many pixels at 0 and at 1
+    labels, eps = said(model, x), attack.eps / 255
+    weight = model.net[1].weight
+    w = ((weight[1] - weight[0]).view(3, 8, 8) / STD).detach() * (2 * labels - 1).view(-1, 1, 1, 1)
+    room = torch.where(w > 0, x, 1 - x).clamp(max=eps)
+
+    def margin(x):
+        with torch.no_grad():
+            logits = model(x)
+        return (logits[:, 1] - logits[:, 0]) * (2 * labels - 1)
+
+    worst = margin(x) - (w.abs() * room).sum((1, 2, 3))
+    assert (worst.abs() > 1e-5).all() and 30 < (worst > 0).sum() < 270, "the test needs both kinds, none on the brink"
+    moved, right = attacked(model, x, labels, attack)
+    assert torch.equal(right, worst > 0)
+    torch.testing.assert_close(margin(moved)[right], worst[right], rtol=0, atol=2e-6)
+    if span[0] > 0:
+        torch.testing.assert_close(worst, margin(x) - eps * w[0].abs().sum(), rtol=0, atol=2e-6)
+
+
+def test_what_is_wrong_stays_wrong_and_as_it_is(network):
+    model, x, labels = network
+    wrong = said(model, x) != labels
+    assert wrong.sum() == 30
+    for attack in (fgsm(4.0), pgd(4.0, restarts=2)):
+        moved, right = attacked(model, x, labels, attack)
+        assert not right[wrong].any() and torch.equal(moved[wrong], x[wrong])
+        assert torch.equal(said(model, moved) == labels, right), "what it returns is what it says"
+    nothing_left = attacked(model, x[wrong], labels[wrong], pgd(4.0, restarts=2))
+    assert torch.equal(nothing_left[0], x[wrong]) and not nothing_left[1].any()
+
+
+def test_restarts_only_lose_images_and_batches_may_be_cut_anywhere(network):
+    model, x, labels = network
+    three = pgd(3.0, steps=3, restarts=3)
+    one, all_three = (attacked(model, x, labels, attack)[1] for attack in (replace(three, restarts=1), three))
+    assert (all_three <= one).all() and all_three.sum() < one.sum()
+    whole, right = attacked(model, x, labels, three, seed=5)
+    part, _ = attacked(model, x[23:40], labels[23:40], three, seed=5, indices=range(23, 40))
+    torch.testing.assert_close(part, whole[23:40], rtol=0, atol=1e-6)
+    parts = zip(*(v.split(70) for v in (x, labels, torch.arange(300))), strict=True)
+    assert torch.equal(torch.cat([attacked(model, *two, three, 5, i.tolist())[1] for *two, i in parts]), right)
+    assert not torch.equal(attacked(model, x, labels, three, seed=6)[0], whole)
+
+
+def test_the_weights_get_no_gradient(network):
+    model, x, labels = network
+    attacked(model, x, labels, pgd(2.0))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("attack", [fgsm(1.0), pgd(1.0), pgd(4.0, steps=30, restarts=2)])
+def test_sanity_checks_hold(network, attack):
+    found = sanity(*network, attack)
+    assert len(found) == 6 and all(check.holds for check in found.values()), found
+
+
+def fails(name: str, model, x, labels, attack: Attack) -> None:
+    found = sanity(model, x, labels, attack)
+    assert not found[name].holds, found
+
+
+def test_each_sanity_check_can_fail(network, monkeypatch):
+    model, x, labels = network
+    torch.manual_seed(0)
+    fails("eps 0 equals clean", nn.Sequential(model, nn.Dropout(0.5)).train(), x, labels, pgd(1.0))
+    fails("PGD is not above FGSM", model, x, labels, Attack(1.0, 1, 0.0, 0))
+    fails("without a bound nothing stays right", nn.Sequential(Quantised(), model), x, labels, pgd(1.0, steps=20))
+    fails("twice the steps find no more", model, x, labels, Attack(2.0, 2, 0.1, 0))
+    honest = attacked
+    # eps in deviations instead of pixels, the classic mistake; an attack that loses its way with more steps
+    monkeypatch.setattr(adversarial, "attacked", lambda m, x, y, a, s: honest(m, x, y, replace(a, eps=a.eps / 0.225), s))
+    fails("distance is never above eps", model, x, labels, pgd(1.0))
+    monkeypatch.setattr(adversarial, "attacked", lambda m, x, y, a, s: honest(m, x, y, replace(a, steps=max(1, 20 - a.steps)), s))
+    fails("more steps are not weaker", model, x, labels, Attack(2.0, 8, 0.1, 0))
+
+
+class Quantised(nn.Module):
+    """Masks gradients: eight levels of grey, whose slope is 0."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (7 * images).round() / 7
