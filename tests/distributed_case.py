@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 import rcmae.loop as loop
+from rcmae.data.sources import open_source
 from rcmae.errors import Preempted, ProcessError
 from rcmae.methods.rcmae import RCMAE
+from tests import test_finetune
 from tests.test_loop import run
 
 METHODS: dict[str, dict] = {name: {"method": name, "steps": 4, "base_lr": 0.003} for name in ("dino", "ibot", "msn", "mocov3")}
@@ -37,6 +39,10 @@ if __name__ == "__main__":
             return update(self, batches, t, window)
 
         loop.Run.update = stopping
+    if case == "finetune":
+        sets = tuple(open_source(str(Path(data) / name)) for name in ("train", "test"))
+        test_finetune.run(out, sets, test_finetune.FULL)
+        sys.exit()
     try:
         run(out, data, **METHODS.get(case, {"steps": 6}))
     except Preempted as e:

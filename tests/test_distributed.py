@@ -9,10 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rcmae.data.sources import open_source
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.metrics import read_metrics
+from tests import test_finetune
 from tests.distributed_case import METHODS
+from tests.test_finetune import fill
 from tests.test_loop import folder, run  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).parent.parent
 
 
 def together(out: Path, data: Path, case: str = "plain", fine: bool = True) -> None:
@@ -26,7 +31,7 @@ def together(out: Path, data: Path, case: str = "plain", fine: bool = True) -> N
         "-m",
         "tests.distributed_case",
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "src")))}  # this checkout
     done = subprocess.run([*command, str(out), str(data), case], env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode == 0) == fine, done.stdout[-2000:] + done.stderr[-3000:]
     assert not fine or "Warning" not in done.stderr, done.stderr
@@ -75,6 +80,22 @@ def test_a_signal_to_one_rank_stops_both(tmp_path, folder):  # noqa: F811
     assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000004"
     together(tmp_path / "run", folder)
     assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000006"
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_as_two_micro_batches_do(tmp_path):
+    """Mixtures, dropped paths and what is right on the test images are the same; the sums are made in another order."""
+    sets = tuple(open_source(str(fill(tmp_path / name, count))) for name, count in (("train", 32), ("test", 21)))
+    one = test_finetune.run(tmp_path / "one", sets, test_finetune.FULL, accumulate=2)
+    together(tmp_path / "two", tmp_path, "finetune")
+    for name, value in weights(tmp_path / "one").items():
+        if not name.endswith("qkv.bias"):
+            assert torch.allclose(value, weights(tmp_path / "two")[name], rtol=1e-3, atol=2e-5), name
+    found = load_file(tmp_path / "two" / "test.safetensors")
+    assert torch.allclose(found["confidence"], torch.from_numpy(one.confidence), atol=1e-4)
+    assert (found["right"].numpy() == one.right).all()
+    vals = [[line["accuracy"] for line in read_metrics(tmp_path / k) if line["kind"] == "val"] for k in ("one", "two")]
+    assert vals[0] == pytest.approx(vals[1])
 
 
 @pytest.mark.slow

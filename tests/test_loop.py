@@ -120,7 +120,8 @@ def test_kill_9_at_any_moment(tmp_path, folder, straight):
         "run(pathlib.Path(sys.argv[1]), sys.argv[2], steps=12, machine={'save_every': '0.000001s', 'log_every': 1})"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run"), str(folder)]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONUNBUFFERED": "1"}
+    root = Path(__file__).parent.parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "src"))), "PYTHONUNBUFFERED": "1"}  # this checkout
     kills = 0
     for line in range(5, 30, 8):
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
