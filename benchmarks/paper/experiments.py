@@ -1,7 +1,8 @@
 """What the paper compares, the ImageNet commands that repeat it, the paper's numbers, and a small form on the embedded set.
 
 Every number here is the paper's (Lee et al., ICLR 2023), read from its tables and its Fig. 1(c); we have reproduced none of them. None:
-the number is not known to us. Commands pre-train or evaluate; the fine-tuning and detection that the numbers come from are not a part of rcmae yet.
+the number is not known to us. Commands pre-train or evaluate; the fine-tuning and detection that the numbers come from are not a part of
+rcmae yet.
 """
 
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ EXPERIMENTS = {
         cost=True,
     ),
     "robustness": Experiment(
-        "ViT-B of 1,600 epochs, fine-tuned on ImageNet, tested as it is on ImageNet-C, -A, -R and -Sketch; the table's numbers are not known to us",
+        "ViT-B of 1,600 epochs, fine-tuned on ImageNet and only tested on ImageNet-C, -A, -R and -Sketch; its numbers are not known to us",
         tuple(
             Row(name, ROBUSTNESS.format(run=run), dict.fromkeys(("ImageNet-C, mCE", "ImageNet-A", "ImageNet-R", "ImageNet-Sketch")))
             for name, run in (("MAE", "mae-1600"), ("RC-MAE", "rcmae-1600"))
