@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from rcmae.errors import ConfigError
 from rcmae.tasks.robustness import adversarial
 from rcmae.tasks.robustness.adversarial import Attack, attacked, fgsm, pgd, sanity
 
@@ -126,7 +127,7 @@ def test_each_sanity_check_can_fail(network, monkeypatch):
     fails("twice the steps find no more", model, x, labels, Attack(2.0, 2, 0.1, 0))
     honest = attacked
     # eps in deviations instead of pixels, the classic mistake; an attack that loses its way with more steps
-    monkeypatch.setattr(adversarial, "attacked", lambda m, x, y, a, s: honest(m, x, y, replace(a, eps=a.eps / 0.225), s))
+    monkeypatch.setattr(adversarial, "attacked", lambda m, x, y, a, s: honest(m, x, y, replace(a, eps=min(255, a.eps / 0.225)), s))
     fails("distance is never above eps", model, x, labels, pgd(1.0))
     monkeypatch.setattr(adversarial, "attacked", lambda m, x, y, a, s: honest(m, x, y, replace(a, steps=max(1, 20 - a.steps)), s))
     fails("more steps are not weaker", model, x, labels, Attack(2.0, 8, 0.1, 0))
@@ -137,3 +138,12 @@ class Quantised(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return (7 * images).round() / 7
+
+
+def test_attacks_have_names_and_refuse_what_makes_no_sense():
+    attacks = [fgsm(0.5), pgd(8.0), pgd(4.0, steps=5, restarts=3), Attack(1, 10, 0.25, 0)]
+    assert [attack.name for attack in attacks] == ["FGSM 0.5/255", "PGD-20 8/255", "PGD-5 x3 4/255", "PGD-10 1/255"]
+    with pytest.raises(ConfigError, match="eps is in 1/255 and lies in 0 to 255, not -1"):
+        fgsm(-1.0)
+    with pytest.raises(ConfigError, match="at least one step and no negative number of restarts, not 0 and 1"):
+        pgd(1.0, steps=0, size=1.0)

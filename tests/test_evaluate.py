@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from rcmae.cli import main
 from rcmae.data.labelled import open_labelled
 from rcmae.engine.distributed import World
 from rcmae.errors import DataError
-from rcmae.interop.load import load
+from rcmae.interop.load import load, load_classifier
 from rcmae.interop.timm_export import export
 from rcmae.models.backbone import IMAGENET, Backbone
 from rcmae.tasks import features as features_module
 from rcmae.tasks.features import extract, identity
+from rcmae.tasks.robustness.corruptions import STANDARD
+from rcmae.tasks.robustness.metrics import imagenet_classes
 from rcmae.tasks.score import Centers
 from tests.conftest import method_for, small
 
@@ -181,7 +184,7 @@ def shard(path: Path, images: list[tuple[int, int]], names: str = "abc") -> None
 def test_layouts(tmp_path, data):
     whole = open_labelled(str(class_folders(tmp_path / "flat", count=10)))
     assert (len(whole.train), len(whole.test)) == (24, 6) and "every 5th image of a class is scored on" in whole.notes[0]
-    assert not set(whole.train.indices) & set(whole.test.indices) and np.bincount(whole.test.labels).tolist() == [2, 2, 2]
+    assert not set(whole.train.chosen) & set(whole.test.chosen) and np.bincount(whole.test.labels).tolist() == [2, 2, 2]
     (tmp_path / "tars").mkdir()
     shard(tmp_path / "tars" / "train-000.tar", [(k, i) for i in range(4) for k in range(3)])
     shard(tmp_path / "tars" / "val-000.tar", [(k, 9) for k in (1, 2)])
@@ -218,6 +221,90 @@ def test_data_that_cannot_be_used(tmp_path):
         from rcmae.data.labelled import _parts
 
         _parts(far, far)
+
+
+def record(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def wnids(tmp_path_factory):
+    """ImageNet's layout with an image a class and part, of 16 px; -A, -R and -Sketch are made of the same files."""
+    names, root = imagenet_classes(), tmp_path_factory.mktemp("imagenet")
+    for i, name in enumerate(names):
+        (root / "train" / name).mkdir(parents=True)
+        picture(i % 4, i).resize((16, 16)).save(root / "train" / name / "0.png")
+    (root / "val").symlink_to(root / "train")
+    for which in "ar":
+        (root / which).mkdir()
+        for name in files("timm.data").joinpath("_info", f"imagenet_{which}_synsets.txt").read_text().split():
+            (root / which / name).symlink_to(root / "train" / name)
+    (root / "real").mkdir()
+    for number in (1, 2, 3):
+        picture(0, number).save(root / "real" / f"ILSVRC2012_val_{number:08d}.JPEG")
+    return root
+
+
+def test_the_papers_protocol_runs_on_small_sets_laid_out_like_imagenet(tmp_path, wnids, backbone, capsys):
+    """benchmarks/paper's commands: fine-tune, then the tuned classifier on -A, -R, -Sketch and ReaL, and one of three classes on -C."""
+    common = ["--device", "cpu", "--workers", "0", "--cache", str(tmp_path / "cache"), "--out"]
+    tune = ["--recipe", "vitb16-in1k", "--settings", "steps=1", "warmup_epochs=0", "batch_size=8", "mix_group=8"]
+    assert main(["evaluate", "finetune", str(backbone), "--data", str(wnids), *tune, *common, str(tmp_path / "t")]) == 0
+    tuned = tmp_path / "t" / "finetune-backbone"
+    sets = [x for w in ("a", "r") for x in (f"--imagenet-{w}", str(wnids / w))]
+    sets += ["--imagenet-sketch", str(wnids / "train"), "--real", str(wnids / "real"), "--no-corruptions", "--no-attacks"]
+    assert main(["evaluate", "robustness", str(tuned), "--data", str(wnids), *sets, *common, str(tmp_path / "r")]) == 0
+    found = record(tmp_path / "r", "robustness-classifier")["metrics"]
+    assert list(found) == [
+        "top1", "ECE", "ImageNet-A", "ImageNet-A, among all 1,000 classes", "ImageNet-R", "ImageNet-R, among all 1,000 classes",
+        "ImageNet-Sketch", "ReaL",
+    ]  # fmt: skip
+    assert found["ImageNet-Sketch"] == found["top1"] and found["ImageNet-A"] >= found["ImageNet-A, among all 1,000 classes"]
+
+
+def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, backbone, capsys):
+    published = tmp_path / "c"
+    for corruption in STANDARD:
+        (published / corruption).mkdir(parents=True)
+        for severity in range(1, 6):
+            (published / corruption / str(severity)).symlink_to(tmp_path / "stored")
+    for kind, name in enumerate("abc"):
+        (tmp_path / "stored" / name).mkdir(parents=True)
+        picture(kind, 77).resize((16, 16)).save(tmp_path / "stored" / name / "1.png")
+    options = ["--imagenet-c", published, "--corrupted-images", "6", "--eps", "0.5", "64", "--pgd-steps", "3", "--probe", "knn"]
+    code, _ = run(tmp_path, "robustness", backbone, "--data", data, "--attacked-images", "18", *options, "--workers", "0")
+    assert code == 2, "k of the probe is larger than the set"
+    assert "k must lie in" in capsys.readouterr().err
+    options[-1] = "linear"
+    code, found = run(tmp_path, "robustness", backbone, "--data", data, "--attacked-images", "18", *options, "--workers", "0")
+    assert code == 0
+    metrics, said = found["metrics"], capsys.readouterr().out
+    assert metrics["top1"] == metrics["clean, of the attacked images"] > 60
+    assert metrics["PGD-3 0.5/255"] <= metrics["FGSM 0.5/255"] <= metrics["top1"] and metrics["PGD-3 64/255"] < 20
+    assert "mean error, C-style, not ImageNet-C" in metrics and "mean error, ImageNet-C" in metrics
+    assert "mCE, ImageNet-C" not in metrics, "three classes are not all of ImageNet-C"
+    assert found["details"]["checks"]["PGD-3 0.5/255"]["eps 0 equals clean"]["holds"] is True
+    assert "PGD is not above FGSM: yes" in said
+    right = load_file(tmp_path / "out" / "robustness-backbone.safetensors")
+    assert right["gaussian_noise (C-style)"].shape == (5, 6) and right["attack: FGSM 64/255"].shape == (18,)
+
+
+def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys):
+    settings = ["--recipe", "embedded", "--settings", "steps=12", "batch_size=16", "warmup_epochs=0"]
+    code, found = run(tmp_path, "finetune", backbone, "--data", data, *settings, "--workers", "0")
+    assert code == 0 and found["task"] == "finetune" and found["settings"]["layer_decay"] == 0.75
+    again = run(tmp_path, "finetune", backbone, "--data", data, *settings, "--workers", "0")[1]
+    assert again["metrics"] == found["metrics"] and "resumed from step_00000012" in capsys.readouterr().out
+    model, classes = load_classifier(tmp_path / "out" / "finetune-backbone")
+    assert classes == ["a", "b", "c"]
+    torch.save({"model": model.vit.state_dict()}, tmp_path / "tuned.pth")
+    images = torch.rand(2, 3, 16, 16)
+    other, names = load_classifier(tmp_path / "tuned.pth", heads=2)
+    assert names == ["0", "1", "2"]
+    with torch.no_grad():
+        here = torch.nn.Module.eval(model).vit((images - other.mean) / other.std)
+        torch.testing.assert_close(other.eval()(images), here, rtol=1e-5, atol=1e-6)
+    assert load_classifier(backbone) is None
 
 
 FAILURES = [

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 IMAGENET = "torchrun --nproc-per-node 8 -m rcmae pretrain {recipe} --data IMAGENET/train --out runs/{out} --accumulate 2 {flags}"
 ROBUSTNESS = (
-    "rcmae evaluate robustness runs/{run} --data IMAGENET --imagenet-c IMAGENET-C --imagenet-a IMAGENET-A --imagenet-r IMAGENET-R "
-    "--imagenet-sketch IMAGENET-SKETCH"
+    "rcmae evaluate finetune runs/{run} --data IMAGENET --recipe vitb16-in1k && "
+    "rcmae evaluate robustness runs/{run}/evaluate/finetune-{network} --data IMAGENET --imagenet-c IMAGENET-C --imagenet-a IMAGENET-A "
+    "--imagenet-r IMAGENET-R --imagenet-sketch IMAGENET-SKETCH"
 )
 FINE_TUNED = "top-1 after fine-tuning"
 
@@ -109,8 +110,12 @@ EXPERIMENTS = {
     "robustness": Experiment(
         "ViT-B of 1,600 epochs, fine-tuned on ImageNet, tested on ImageNet-C, -A, -R and -Sketch; the table's numbers are not known to us",
         tuple(
-            Row(name, ROBUSTNESS.format(run=run), dict.fromkeys(("ImageNet-C, mCE", "ImageNet-A", "ImageNet-R", "ImageNet-Sketch")))
-            for name, run in (("MAE", "mae-1600"), ("RC-MAE", "rcmae-1600"))
+            Row(
+                name,
+                ROBUSTNESS.format(run=run, network=network),
+                dict.fromkeys(("ImageNet-C, mCE", "ImageNet-A", "ImageNet-R", "ImageNet-Sketch")),
+            )
+            for name, run, network in (("MAE", "mae-1600", "student"), ("RC-MAE", "rcmae-1600", "teacher"))
         ),
     ),
 }

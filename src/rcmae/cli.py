@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, get_args, get_origin
 
 from cyclopts import App, CycloptsError, Parameter, Token
 from cyclopts.config import Dict
@@ -14,7 +14,7 @@ from cyclopts.config import Dict
 from . import __version__
 from .config import Machine, MethodName, Recipe, check, check_machine, flat, load_recipe, parse_recipe, sections, shipped_recipes
 from .errors import ConfigError, RcmaeError, first_line
-from .tasks.settings import KNN, Attentive, Evaluation, Linear
+from .tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning
 
 app = App(
     name="rcmae",
@@ -36,11 +36,13 @@ def _whole(kind: type, tokens: Sequence[Token]) -> int:
 Whole = Annotated[int, Parameter(converter=_whole)]
 Many = Parameter(consume_multiple=True, negative_iterable=())
 Flat = Parameter(name="*", negative_iterable=())
-for section in (*sections().values(), Recipe, Machine, Evaluation, KNN, Linear, Attentive):
+for section in (*sections().values(), Recipe, Machine, Evaluation, KNN, Linear, Attentive, Tuning, Robustness):
     Flat(section)  # `--size`, not `--images.size`
     for field in fields(section):
         if field.type in (int, int | None):
             section.__annotations__[field.name] = Whole if field.type is int else Whole | None
+        elif get_origin(field.type) is tuple and Ellipsis in get_args(field.type):
+            section.__annotations__[field.name] = Annotated[field.type, Many]
 
 
 @app.command
@@ -447,7 +449,35 @@ def evaluate_attentive(
     _evaluate(backbone, task, how)
 
 
-def _evaluate(backbone: str, task: KNN | Linear | Attentive, how: Evaluation) -> None:
+@evaluate.command(name="finetune")
+def evaluate_finetune(
+    backbone: str, /, *, task: Annotated[Tuning, Flat] = Tuning(), how: Annotated[Evaluation, Flat] = Evaluation()
+) -> None:
+    """Train all of a backbone with a new head; the same command goes on where it stopped.
+
+    Parameters
+    ----------
+    backbone
+        As for knn.
+    """
+    _evaluate(backbone, task, how)
+
+
+@evaluate.command(name="robustness")
+def evaluate_robustness(
+    backbone: str, /, *, task: Annotated[Robustness, Flat] = Robustness(), how: Annotated[Evaluation, Flat] = Evaluation()
+) -> None:
+    """What is left of accuracy on corrupted, shifted and attacked images, and is it sure where it may be.
+
+    Parameters
+    ----------
+    backbone
+        A classifier (a fine-tuning run, its export, timm:NAME, a fine-tuned official .pth), or a backbone, on which a probe is fitted.
+    """
+    _evaluate(backbone, task, how)
+
+
+def _evaluate(backbone: str, task: KNN | Linear | Attentive | Tuning | Robustness, how: Evaluation) -> None:
     from rich.table import Table
 
     from .tasks.evaluate import evaluate, place
@@ -457,9 +487,10 @@ def _evaluate(backbone: str, task: KNN | Linear | Attentive, how: Evaluation) ->
     records = evaluate(backbone, task, how)
     if not records:  # not the first rank
         return
-    table = Table("", *records[0]["metrics"], title=f"{backbone}: {records[0]['task']}, % right", title_justify="left")
-    for record in records:
-        table.add_row(record["network"], *(f"{value:.2f}" for value in record["metrics"].values()))
+    title = f"{records[0]['task']}, %, {records[0]['test_images']:,} test images"
+    table = Table("", *(record["network"] for record in records), title=title, title_justify="left")
+    for name in dict.fromkeys(name for record in records for name in record["metrics"]):
+        table.add_row(name, *(f"{record['metrics'][name]:.2f}" if name in record["metrics"] else "" for record in records))
     _console().print(table)
     where = place(backbone, how)
     if (where.parent / "recipe.toml").exists():
@@ -481,6 +512,10 @@ def list_all() -> None:
     for name, file in shipped_recipes().items():
         text = file.read_text(encoding="utf-8")
         table.add_row(name, parse_recipe(text, name).method, text.splitlines()[0].lstrip("# "))
+    _console().print(table)
+    table = Table("recipe", "what for", title="Recipes of fine-tuning (rcmae evaluate finetune --recipe)", title_justify="left")
+    for name, file in shipped_recipes("finetune").items():
+        table.add_row(name, file.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
     _console().print(table)
     table = Table("model", "patch", "encoder", "decoder", title="Models (width x depth, heads)", title_justify="left")
     for name, s in SIZES.items():

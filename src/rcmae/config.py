@@ -378,9 +378,14 @@ def changed(recipe: Recipe, **settings: Any) -> Recipe:
 
 def with_settings(recipe: Recipe, settings: Sequence[str], source: str) -> Recipe:
     """The recipe with settings of any section replaced, each given as "key=value". Raises ConfigError that names `source`."""
-    tree = tomllib.loads(to_toml(recipe))
-    homes = {f.name: tree for f in fields(Recipe) if f.name not in sections()}
-    homes |= {f.name: tree[name] for name, section in sections().items() for f in fields(section)}
+    return check(replaced(recipe, settings, source))
+
+
+def replaced(recipe: T, settings: Sequence[str], source: str) -> T:
+    """The same for any frozen dataclass of settings, unchecked."""
+    tree, own = tomllib.loads(to_toml(recipe)), sections(type(recipe))
+    homes = {f.name: tree for f in fields(recipe) if f.name not in own}
+    homes |= {f.name: tree[name] for name, section in own.items() for f in fields(section)}
     for text in settings:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or key not in homes:
@@ -389,7 +394,7 @@ def with_settings(recipe: Recipe, settings: Sequence[str], source: str) -> Recip
             homes[key][key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             homes[key][key] = value
-    return check(_build(Recipe, tree, source))
+    return _build(type(recipe), tree, source)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """A labelled set for evaluation: a part to fit on and a part to score on, whose classes are the same by name."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from jaxtyping import Int
 
 from ..errors import DataError
 from .digits import DigitsSource
-from .sources import Source, open_source
+from .sources import Source, Subset, open_source
 
 HELD = 5
 "Without a validation part, every fifth image of a class is one."
@@ -20,33 +19,6 @@ EMBEDDED_TEST = 4000
 
 TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test")
 "What the two parts are called, as folders, as shards (`train-000.tar`) or as splits of a hub data set."
-
-
-class Subset:
-    """Some images of a source, each with a label from 0; a source itself."""
-
-    def __init__(self, source: Source, indices: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], classes: list[str]):
-        self.source, self.indices, self.labels, self.classes = source, indices, labels, classes
-        self.name, self.kind = source.name, source.kind
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> bytes | np.ndarray:
-        return self.source.read(int(self.indices[index]))
-
-    def where(self, index: int) -> str:
-        return self.source.where(int(self.indices[index]))
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.source.fingerprint().encode())
-        for values in (self.indices, self.labels):
-            digest.update(values.astype("<i8").tobytes())
-        return digest.hexdigest()
-
-    def take(self, chosen: Int[np.ndarray, " k"]) -> "Subset":
-        """Some of these images."""
-        return Subset(self.source, self.indices[chosen], self.labels[chosen], self.classes)
 
 
 @dataclass(frozen=True)
@@ -77,7 +49,7 @@ def open_labelled(data: str, val: str | None = None, *, channels: int = 3, size:
     for label in range(len(whole.classes)):
         held[np.flatnonzero(labels == label)[HELD - 1 :: HELD]] = True
     known = labels >= 0
-    parts = (Subset(whole, i := np.flatnonzero(chosen & known), labels[i], whole.classes) for chosen in (~held, held))
+    parts = (Subset(whole, np.flatnonzero(chosen & known)) for chosen in (~held, held))
     note = f"{data} has no validation part: every {HELD}th image of a class is scored on"
     return _checked(*parts, (note, *_unlabelled(whole, labels)))
 

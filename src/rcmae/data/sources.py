@@ -167,11 +167,13 @@ class Hub:
 
 
 class Subset:
-    """Some images of a source, in the order of `chosen`, optionally under other labels."""
+    """Some images of a source, in the order of `chosen`, under its labels or others. Its fingerprint is that of the images alone."""
 
-    def __init__(self, source: Source, chosen: Int[np.ndarray, " k"], labels: Int[np.ndarray, " k"] | None = None):
+    def __init__(
+        self, source: Source, chosen: Int[np.ndarray, " k"], labels: Int[np.ndarray, " k"] | None = None, classes: list[str] | None = None
+    ):
         self.source, self.chosen = source, chosen
-        self.name, self.kind, self.classes = source.name, source.kind, source.classes
+        self.name, self.kind, self.classes = source.name, source.kind, classes or source.classes
         self.labels = labels if labels is not None or source.labels is None else source.labels[chosen]
 
     def __len__(self) -> int:

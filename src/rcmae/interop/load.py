@@ -8,14 +8,16 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import ImageNetInfo
 from timm.models.vision_transformer import VisionTransformer
 
 from ..config import load_recipe
 from ..errors import CheckpointError, ConfigError, first_line
 from ..methods import METHODS
 from ..models.backbone import Backbone
-from .official import official_backbone, plain_backbone
-from .timm_export import import_backbone
+from ..models.classifier import Classifier
+from .official import official_backbone, plain_backbone, plain_classifier, read_pth
+from .timm_export import import_backbone, import_classifier
 
 NAMES = "a run directory, an exported folder, a .safetensors, an official .pth or timm:NAME"
 
@@ -65,14 +67,47 @@ def scratch(name: str, which: str = "teacher", seed: int = 0, heads: int | None 
     return new
 
 
+def load_classifier(path: str | Path, heads: int | None = None) -> tuple[Classifier, list[str]] | None:
+    """A classifier by path or name, and its classes by column: a fine-tuning run, an exported folder, an official `.pth`, timm:NAME.
+
+    Of 1,000 classes without names, these are ImageNet's wnids. None for what has no head. Raises CheckpointError or ConfigError.
+    """
+    name, path = str(path), Path(path)
+    if name == "pixels" or name.startswith("scratch:"):
+        return None
+    if name.startswith("timm:"):
+        vit = _timm_vit(name)
+        model = Classifier(vit, *_statistics(vit)) if vit.num_classes else None
+    elif path.suffix in (".pth", ".pt") and path.exists():
+        model = plain_classifier({k: v for k, v in read_pth(path).student.items() if not k.startswith("decoder_")}, path, heads)
+    else:
+        folder = next((f for f in (path, path / "export" / "classifier") if (f / "config.json").exists()), None)
+        if folder is None or not json.loads((folder / "config.json").read_bytes()).get("num_classes"):
+            return None
+        return import_classifier(folder)
+    if model is None:
+        return None
+    count = model.vit.num_classes
+    return model, ImageNetInfo("imagenet-1k").label_names() if count == 1000 else [str(i) for i in range(count)]
+
+
 def _timm(name: str) -> Backbone:
+    vit = _timm_vit(name, num_classes=0)
+    return Backbone(vit, *_statistics(vit))
+
+
+def _statistics(vit: VisionTransformer) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"])
+
+
+def _timm_vit(name: str, **options: int) -> VisionTransformer:
     try:
-        vit = timm.create_model(name.removeprefix("timm:"), pretrained=True, num_classes=0)
+        vit = timm.create_model(name.removeprefix("timm:"), pretrained=True, **options)
     except Exception as e:  # an unknown name, no network, a hub that refuses
         raise ConfigError(f"timm cannot load {name.removeprefix('timm:')!r}: {first_line(e)}") from e
     if not isinstance(vit, VisionTransformer):
         raise ConfigError(f"{name} is no Vision Transformer")
-    return Backbone(vit, tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"]))
+    return vit
 
 
 def _folder(path: Path, which: str) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..config import Images, Network, Recipe, Teacher, to_toml
@@ -20,6 +21,7 @@ from ..engine.checkpoint import write_folder
 from ..errors import CheckpointError, ConfigError, first_line
 from ..models.autoencoder import SIZES, Autoencoder, build
 from ..models.backbone import IMAGENET, Backbone
+from ..models.classifier import Classifier
 from .timm_export import PLAIN, export
 
 State = dict[str, Tensor]
@@ -155,6 +157,19 @@ def plain_backbone(state: State, source: Path, heads: int | None = None) -> Back
     Weights do not tell their attention heads: without `heads`, those of the named size of this width are taken, else one for 64 channels.
     Nor do they tell the statistics of their images: ImageNet's are taken.
     """
+    state = {k: v for k, v in state.items() if not k.startswith(("head.", "fc_norm."))}
+    return Backbone(_plain_vit(state, source, heads, num_classes=0, global_pool=""), *IMAGENET)
+
+
+def plain_classifier(state: State, source: Path, heads: int | None = None) -> Classifier | None:
+    """Likewise a classifier, as MAE's fine-tuned checkpoints are; None for weights without a head."""
+    if "head.weight" not in state or state["head.weight"].ndim != 2:
+        return None
+    pool = {"global_pool": "avg", "fc_norm": True} if "fc_norm.weight" in state else {"global_pool": "token"}
+    return Classifier(_plain_vit(state, source, heads, num_classes=len(state["head.weight"]), **pool), *IMAGENET)
+
+
+def _plain_vit(state: State, source: Path, heads: int | None, **head: Any) -> VisionTransformer:
     try:
         width, channels, patch, _ = state["patch_embed.proj.weight"].shape
         front = sum(state[k].shape[1] for k in ("cls_token", "reg_token") if k in state)
@@ -168,18 +183,17 @@ def plain_backbone(state: State, source: Path, heads: int | None = None) -> Back
     if not heads or width % heads:
         raise CheckpointError(f"{source} has width {width}; its attention heads cannot be read off the weights: give --heads")
     vit = timm.create_model(
-        PLAIN, num_classes=0, global_pool="", img_size=patch * grid, patch_size=patch, embed_dim=width, depth=depth,
-        num_heads=heads, class_token="cls_token" in state,
-        reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0, final_norm="norm.weight" in state,
+        PLAIN, img_size=patch * grid, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, class_token="cls_token" in state,
+        reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0,
+        final_norm="norm.weight" in state or "fc_norm.weight" in state, **head,
     )  # fmt: skip
     own = vit.state_dict()
-    state = {k: v for k, v in state.items() if not k.startswith(("head.", "fc_norm."))}
     problems = [f"lacks {k}" for k in own.keys() - state.keys()] + [f"has unknown {k}" for k in state.keys() - own.keys()]
     problems += [f"{k} is {tuple(v.shape)}, not {tuple(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape]
     if problems:
         raise CheckpointError(f"{source} is not a plain Vision Transformer: {'; '.join(sorted(problems)[:4])}")
     vit.load_state_dict({k: v.float() for k, v in state.items()})
-    return Backbone(vit, *IMAGENET)
+    return vit
 
 
 def import_pth(file: Path, out: Path, heads: tuple[int, int] | None = None) -> list[str]:

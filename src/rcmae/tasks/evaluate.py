@@ -7,8 +7,8 @@ metric, by class, the settings, hashes of backbone and data) and, beside it, whi
 import os
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,11 +19,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..config import Machine
+from ..config import replaced as replaced_settings
 from ..data.dataset import Bad, read_image
 from ..data.decode import BadImage
-from ..data.labelled import Labelled, Subset, open_labelled
+from ..data.labelled import Labelled, open_labelled
 from ..data.loader import batches_of
 from ..data.sampler import BatchSampler
+from ..data.sources import Subset
 from ..data.views import center, flip, random_resized_crop, rng
 from ..engine import distributed
 from ..engine.checkpoint import replace_file
@@ -31,13 +34,19 @@ from ..engine.console import Screen
 from ..engine.distributed import World
 from ..engine.run import describe_machine, write_json
 from ..errors import ConfigError, DataError
-from ..interop.load import load
+from ..interop.load import load, load_classifier
 from ..models.backbone import Backbone, Features, Pixels
+from ..models.classifier import Classifier
 from . import attentive, linear
 from .features import Seen, extract, identity
+from .finetune import check_finetune, finetune, load_finetune
 from .knn import Knn, check_k
+from .robustness.metrics import ece
+from .robustness.sets import Loading
+from .robustness.study import settings as task_settings
+from .robustness.study import study
 from .score import Scored, score
-from .settings import KNN, Attentive, Evaluation, Linear, Pool
+from .settings import KNN, Attentive, Evaluation, Linear, Pool, Robustness, Tuning
 from .splits import PERCENTS, read_split, write_splits
 
 TOKENS_IN_MEMORY = 16 * 2**30
@@ -54,6 +63,8 @@ class Found(NamedTuple):
     right: Bool[np.ndarray, " m"]
     model: nn.Module
     settings: dict[str, Any]
+    details: dict[str, Any] | None = None
+    more: dict[str, Bool[np.ndarray, "..."]] | None = None
 
 
 class Probed(nn.Module):
@@ -80,6 +91,8 @@ class Subject:
     world: World
     screen: Screen
     precision: str
+    classifier: tuple[Classifier, list[str]] | None = None
+    "where the backbone came with a head: the whole, and its classes"
     seen: dict[tuple[str, bool], Seen] = field(default_factory=dict)
 
     @property
@@ -90,7 +103,7 @@ class Subject:
         """The test part, or of the training part the images whose labels are used."""
         if part == "test":
             return self.set.test
-        return self.set.train if self.how.labels == 100 else self.set.train.take(self.split())
+        return self.set.train if self.how.labels == 100 else Subset(self.set.train, self.split())
 
     def split(self) -> Int[np.ndarray, " k"]:
         """The images whose labels are used, from a file that all backbones share."""
@@ -208,9 +221,9 @@ def fit_linear(subject: Subject, task: Linear) -> Found:
     size = len(subject.part("train"))
     if task.protocol == "rates":
         train, labels = subject.fitted_on()
-        found = linear.fit_rates(
-            train.pooled(pool).to(subject.device), labels, classes, steps=task.fit_steps, batch=task.batch or 1024, seed=subject.how.seed
-        )
+        batch = min(task.batch or 1024, len(labels))
+        steps = task.fit_steps or min(max(500, 100 * (len(labels) // batch)), 12_500)
+        found = linear.fit_rates(train.pooled(pool).to(subject.device), labels, classes, steps=steps, batch=batch, seed=subject.how.seed)
         layer, chose = found.layer, {"rate": found.rate, "held_out": {f"{k:g}": v for k, v in found.held_out.items()}}
     else:
         batch = min(task.batch or 16384, size)
@@ -233,6 +246,8 @@ def fit_linear(subject: Subject, task: Linear) -> Found:
 def fit_attentive(subject: Subject, task: Attentive) -> Found:
     """An attentive probe; tokens that do not fit into memory are computed anew in every pass."""
     part, device = subject.part("train"), subject.device
+    batch = min(task.batch, len(part))
+    steps = task.fit_steps or min(max(500, 40 * (len(part) // batch)), 50_000)
     with torch.no_grad():
         grey = torch.full((1, subject.backbone.channels, *subject.backbone.shape), 0.5, device=device)
         example = subject.backbone.to(device).eval()(grey).tokens
@@ -240,7 +255,7 @@ def fit_attentive(subject: Subject, task: Attentive) -> Found:
     if size <= TOKENS_IN_MEMORY:
         train, labels = subject.fitted_on(tokens=True)
         found = attentive.fit_rates(
-            task.kind, train.tokens, labels, len(subject.set.classes), steps=task.fit_steps, batch=task.batch, heads=task.queries,
+            task.kind, train.tokens, labels, len(subject.set.classes), steps=steps, batch=batch, heads=task.queries,
             seed=subject.how.seed, device=device,
         )  # fmt: skip
         test = subject.features("test", tokens=True)
@@ -254,35 +269,91 @@ def fit_attentive(subject: Subject, task: Attentive) -> Found:
             torch.manual_seed(subject.how.seed)
             heads = attentive.heads_for(examples.shape[2], task.queries)
             probe = attentive.PROBES[task.kind](examples, heads, len(subject.set.classes)).to(device)
-        batches = ((seen.tokens, answers) for seen, answers in subject.crops(task.fit_steps, min(task.batch, len(part)), augment=True))
-        probe, chose = attentive.fit(probe, batches, task.fit_steps, rate), {"rate": rate}
+        batches = ((seen.tokens, answers) for seen, answers in subject.crops(steps, batch, augment=True))
+        probe, chose = attentive.fit(probe, batches, steps, rate), {"rate": rate}
         hits = subject.score(Probed(subject.backbone, "tokens", probe)).right
-    return Found({"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, "tokens", probe), asdict(task) | chose)
+    return Found(
+        {"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, "tokens", probe), asdict(task) | {"fit_steps": steps} | chose
+    )
 
 
-PROBES = {KNN: ("knn", knn), Linear: ("linear", fit_linear), Attentive: ("attentive", fit_attentive)}
+def fine_tune(subject: Subject, task: Tuning) -> Found:
+    """All weights move; the run lies beside the results, and the same command goes on with it. The last step is the result."""
+    how, world = subject.how, subject.world
+    if isinstance(subject.backbone, Pixels):
+        raise ConfigError("pixels have no weights to fine-tune; give a backbone, or scratch:BACKBONE for new weights")
+    name = task.recipe or ("embedded" if how.data.startswith("embedded:") else "folder")
+    recipe = load_finetune(name)
+    if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in task.settings):
+        recipe = replace(recipe, steps=None, epochs=None)
+    recipe = check_finetune(replace(replaced_settings(recipe, task.settings, name), seed=how.seed))
+    out = place(subject.name, how) / stem("finetune", subject.which, how)
+    machine = Machine(
+        out=out, device=how.device, precision=how.precision, workers=how.workers, accumulate=task.accumulate, compile=task.compile,
+        checkpointing=task.checkpointing, bad_share=task.bad_share,
+    )  # fmt: skip
+    about = {"backbone": subject.name, "network": subject.which}
+    tuned = finetune(subject.backbone, subject.part("train"), subject.set.test, subject.set.classes, recipe, machine, about)
+    best = max(line["accuracy"] for line in tuned.history)
+    metrics = {"top1": 100 * float(tuned.right.mean()), "ECE": ece(tuned.confidence, tuned.right)}
+    if world.first and best > metrics["top1"]:
+        metrics |= {"best epoch, chosen on the test images": best}
+    return Found(metrics, tuned.right, tuned.model, asdict(task) | asdict(recipe) | {"recipe": name, "run": str(out)})
+
+
+def robustness(subject: Subject, task: Robustness) -> Found:
+    """A classifier as it is, or a probe that is fitted first, on shifted, corrupted and attacked images."""
+    fitted: dict[str, Any] = {}
+    model: nn.Module
+    if subject.classifier is not None:
+        model, classes = subject.classifier
+    else:
+        probe = {"linear": (fit_linear, Linear()), "knn": (knn, KNN()), "attentive": (fit_attentive, Attentive())}[task.probe]
+        found = probe[0](subject, probe[1])  # type: ignore[operator]
+        model, classes, fitted = found.model, subject.set.classes, {"probe_settings": found.settings}
+        subject.screen.say(f"fitted: {task.probe} probe, on {len(subject.part('train')):,} images: {found.metrics['top1']:.1f} % right")
+    loading = Loading(tuple(subject.backbone.shape), subject.device, workers=subject.how.workers or 0)
+    of = study(model, classes, subject.set.test, task, loading, subject.how.seed, subject.screen.say)
+    return Found(
+        of.metrics, of.right["clean"], model, task_settings(task) | fitted, of.details, {k: v for k, v in of.right.items() if k != "clean"}
+    )
+
+
+RUNS: dict[type, tuple[str, Callable[[Subject, Any], Found]]] = {
+    KNN: ("knn", knn), Linear: ("linear", fit_linear), Attentive: ("attentive", fit_attentive), Tuning: ("finetune", fine_tune),
+    Robustness: ("robustness", robustness),
+}  # fmt: skip
+Task = KNN | Linear | Attentive | Tuning | Robustness
 
 
 # --- carrying a task out ----------------------------------------------------------------------------------------------
 
 
-def subjects(name: str, how: Evaluation, world: World, screen: Screen) -> Iterator[Subject]:
-    """The backbone, or both networks of a run, before its data. Raises errors of one line before any work is done."""
+def subjects(name: str, how: Evaluation, world: World, screen: Screen, headed: bool = False) -> Iterator[Subject]:
+    """The backbone, or both networks of a run, before its data; with `headed`, a classifier as it is. Raises before any work is done."""
     if not 0 < how.labels <= 100:
         raise ConfigError(f"labels is a percentage above 0 and up to 100, not {how.labels:g}")
     device = distributed.pick_device(how.device)
     precision = distributed.pick_precision(how.precision, device)
-    found = [
-        (which, Pixels() if name == "pixels" else load(name, "teacher" if which == ALONE else which, how.heads))
-        for which in networks(name, how.which)
-    ]
+    whole = load_classifier(name, how.heads) if headed else None
+    if whole:
+        found: list[tuple[str, Any]] = [("classifier", Backbone(whole[0].vit, *_statistics(whole[0])))]
+    else:
+        found = [
+            (which, Pixels() if name == "pixels" else load(name, "teacher" if which == ALONE else which, how.heads))
+            for which in networks(name, how.which)
+        ]
     opened: Labelled | None = None
     for which, backbone in found:
         if opened is None:
             opened = open_labelled(how.data, how.val, channels=backbone.channels, size=backbone.shape[1])
             for note in opened.notes:
                 screen.say(f"note: {note}")
-        yield Subject(name, which, backbone, opened, how, device, world, screen, precision)
+        yield Subject(name, which, backbone, opened, how, device, world, screen, precision, whole)
+
+
+def _statistics(model: Classifier) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(x.flatten().tolist()) for x in (model.mean, model.std))
 
 
 def networks(name: str, which: str) -> list[str]:
@@ -300,23 +371,25 @@ def networks(name: str, which: str) -> list[str]:
     return ["student", "teacher"] if which == "both" else [which]
 
 
-def evaluate(name: str, task: KNN | Linear | Attentive, how: Evaluation = Evaluation()) -> list[dict[str, Any]]:
+def evaluate(name: str, task: Task, how: Evaluation = Evaluation()) -> list[dict[str, Any]]:
     """Carry a task out on a backbone, write its files, and return what they say: one record a network.
 
     Works under `torchrun`: ranks share the work of the backbone, the first one fits and writes. Raises the errors of `rcmae.errors`.
     """
-    kind, run = PROBES[type(task)]
+    kind, run = RUNS[type(task)]
     world = distributed.start(distributed.pick_device(how.device))
     records = []
     try:
         with Screen(world.first) as screen:
-            for subject in subjects(name, how, world, screen):
+            for subject in subjects(name, how, world, screen, isinstance(task, Robustness)):
                 began = time.monotonic()
-                if world.size > 1:  # all ranks make features; then the first one goes on alone
+                tunes = isinstance(task, Tuning)
+                if world.size > 1 and not tunes and subject.classifier is None:  # all make features; then the first one goes on alone
                     for part in ("train", "test"):
-                        subject.features(part, tokens=isinstance(task, Attentive))
-                if world.first:
+                        subject.features(part, tokens=isinstance(task, Attentive) or getattr(task, "probe", "") == "attentive")
+                if world.first or tunes:
                     found = run(subject, task)
+                if world.first:
                     records.append(record(kind, subject, found, time.monotonic() - began))
     finally:
         distributed.stop()
@@ -353,9 +426,11 @@ def record(kind: str, subject: Subject, found: Found, seconds: float) -> dict[st
         },
         "seconds": round(seconds, 1), "machine": describe_machine(subject.device, subject.precision), "per_class": by_class,
     }  # fmt: skip
+    content |= {"details": found.details} if found.details else {}
     folder = place(subject.name, how)
     folder.mkdir(parents=True, exist_ok=True)
     name = stem(kind, subject.which, how)
-    replace_file(folder / f"{name}.safetensors", save({"right": torch.from_numpy(found.right)}))
+    hits = {"right": found.right} | (found.more or {})
+    replace_file(folder / f"{name}.safetensors", save({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in hits.items()}))
     write_json(folder / f"{name}.json", content)
     return content

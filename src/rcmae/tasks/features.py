@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..data.dataset import Bad
-from ..data.labelled import Subset
 from ..data.loader import batches_of
+from ..data.sources import Subset
 from ..engine.checkpoint import replace_file
 from ..engine.distributed import World
 from ..errors import DataError

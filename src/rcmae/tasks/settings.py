@@ -61,8 +61,8 @@ class Linear:
     "what it reads; default: mean for rates, cls for mae"
     batch: int | None = None
     "images a step; default: 1,024 for rates, 16,384 for mae"
-    fit_steps: int = 12_500
-    "steps of rates"
+    fit_steps: int | None = None
+    "steps of rates; default: 100 passes, but not below 500 nor above DINOv2's 12,500"
     fit_epochs: int = 90
     "passes of mae (50 for ViT-L there)"
     fit_lr: float = 0.1
@@ -79,7 +79,57 @@ class Attentive:
     "efficient: several queries, no key projection (Efficient Probing); latent: one query in a full attention layer with an MLP"
     queries: int = 12
     "queries, or heads of the one query; lowered to what divides the width"
-    fit_steps: int = 10_000
-    "steps"
+    fit_steps: int | None = None
+    "steps; default: 40 passes, but not below 500 nor above 50,000"
     batch: int = 1024
     "images a step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """End-to-end fine-tuning."""
+
+    recipe: str | None = None
+    "a fine-tuning recipe (`rcmae list`) or TOML file; default: embedded for that set, else folder"
+    settings: tuple[str, ...] = ()
+    "settings of the recipe that are replaced: --settings epochs=20 batch_size=256"
+    accumulate: int = 1
+    "micro-batches an optimizer step and device"
+    compile: bool = False
+    "compile the blocks"
+    checkpointing: bool = False
+    "recompute activations in the backward pass: less memory, about a third more time"
+    bad_share: float = 0.01
+    "end when more than this share of the images (and more than ten files) is unreadable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Robustness:
+    """Shifted, corrupted and attacked images."""
+
+    probe: Literal["linear", "knn", "attentive"] = "linear"
+    "what is fitted on a backbone that has no head; a classifier is taken as it is"
+    corruptions: bool = True
+    "corrupt the test images on the fly: C-style, not ImageNet-C"
+    corrupted_images: int | None = 5000
+    "test images that are corrupted, each 75 times"
+    attacks: bool = True
+    "attack the test images by FGSM and PGD"
+    eps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    "sizes of the attacks in 1/255"
+    pgd_steps: int = 20
+    "gradient steps of PGD"
+    restarts: int = 1
+    "random starts of PGD"
+    attacked_images: int | None = 1000
+    "test images that are attacked"
+    imagenet_c: Path | None = None
+    "the published set: a folder with CORRUPTION/SEVERITY/WNID"
+    imagenet_a: Path | None = None
+    "a folder with 200 wnid folders"
+    imagenet_r: Path | None = None
+    "a folder with 200 wnid folders"
+    imagenet_sketch: Path | None = None
+    "a folder with 1,000 wnid folders"
+    real: Path | None = None
+    "ImageNet's validation images, to be scored by their reassessed labels (ReaL)"
