@@ -25,6 +25,7 @@ from rcmae.tasks.features import extract, identity
 from rcmae.tasks.robustness.corruptions import STANDARD
 from rcmae.tasks.robustness.metrics import imagenet_classes
 from rcmae.tasks.score import Centers
+from rcmae.tasks.worth import verdict
 from tests.conftest import method_for, small
 
 
@@ -305,6 +306,44 @@ def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys)
         here = torch.nn.Module.eval(model).vit((images - other.mean) / other.std)
         torch.testing.assert_close(other.eval()(images), here, rtol=1e-5, atol=1e-6)
     assert load_classifier(backbone) is None
+
+
+def test_worth_it_compares_with_scratch_within_seeds_and_says_so(tmp_path, data, backbone, capsys):
+    options = [
+        "--data",
+        data,
+        "--recipe",
+        "embedded",
+        "--settings",
+        "steps=2",
+        "batch_size=8",
+        "warmup_epochs=0",
+        "--percents",
+        "50",
+        "100",
+    ]
+    argv = ["evaluate", "worth-it", backbone, *options, "--seeds", "2", "--workers", "0", "--device", "cpu", "--against", "pixels"]
+    folders = ["--out", tmp_path / "o", "--cache", tmp_path / "c"]
+    assert main([str(a) for a in [*argv, *folders]]) == 2, "pixels cannot be fine-tuned"
+    assert main([str(a) for a in [*argv[:-2], *folders]]) == 0
+    found = json.loads((tmp_path / "o" / "worth-it" / "worth-it.json").read_text())
+    assert [(r["arm"], r["percent"], r["images"]) for r in found["rows"]] == [
+        ("from scratch", 50, 18), ("backbone", 50, 18), ("from scratch", 100, 36), ("backbone", 100, 36)
+    ]  # fmt: skip
+    assert all(len(r["seeds"]) == 2 for r in found["rows"]) and len(found["said"]) == 2
+    start = load(f"scratch:{backbone}", seed=1).vit.blocks[0].attn.qkv.weight
+    assert not torch.equal(start, load(f"scratch:{backbone}", seed=2).vit.blocks[0].attn.qkv.weight)
+    assert "With 50 % of the labels (18 images), backbone: " in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_the_verdict_follows_from_the_interval():
+    def row(arm, percent, mean, gain=None):
+        return {"arm": arm, "percent": percent, "images": 7, "seeds": [mean]} | ({"gain": gain} if gain else {})
+
+    rows = [row("from scratch", 1, 10.0), *(row("t", 1, 30.0, [20.0, low, high]) for low, high in ((5, 35), (-5, 45)))]
+    paid, unclear, worse = verdict([*rows, row("t", 1, 5.0, [-5.0, -9, -1])])
+    assert "pre-training paid (30.0 % right, 10.0 % from scratch; +20.0 points, +5.0 to +35.0)" in paid
+    assert "can't tell" in unclear and "did not pay" in worse
 
 
 FAILURES = [

@@ -14,7 +14,7 @@ from cyclopts.config import Dict
 from . import __version__
 from .config import Machine, MethodName, Recipe, check, check_machine, flat, load_recipe, parse_recipe, sections, shipped_recipes
 from .errors import ConfigError, RcmaeError, first_line
-from .tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning
+from .tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Worth
 
 app = App(
     name="rcmae",
@@ -36,7 +36,7 @@ def _whole(kind: type, tokens: Sequence[Token]) -> int:
 Whole = Annotated[int, Parameter(converter=_whole)]
 Many = Parameter(consume_multiple=True, negative_iterable=())
 Flat = Parameter(name="*", negative_iterable=())
-for section in (*sections().values(), Recipe, Machine, Evaluation, KNN, Linear, Attentive, Tuning, Robustness):
+for section in (*sections().values(), Recipe, Machine, Evaluation, KNN, Linear, Attentive, Tuning, Robustness, Worth):
     Flat(section)  # `--size`, not `--images.size`
     for field in fields(section):
         if field.type in (int, int | None):
@@ -475,6 +475,37 @@ def evaluate_robustness(
         A classifier (a fine-tuning run, its export, timm:NAME, a fine-tuned official .pth), or a backbone, on which a probe is fitted.
     """
     _evaluate(backbone, task, how)
+
+
+@evaluate.command(name="worth-it")
+def evaluate_worth_it(
+    backbone: str, /, *, task: Annotated[Worth, Flat] = Worth(), tuning: Annotated[Tuning, Flat] = Tuning(),
+    how: Annotated[Evaluation, Flat] = Evaluation(),
+) -> None:  # fmt: skip
+    """Did pre-training pay? Fine-tuning from it and from scratch, at several shares of the labels, with intervals and a plain verdict.
+
+    Parameters
+    ----------
+    backbone
+        As for knn.
+    """
+    from rich.table import Table
+
+    from .tasks.worth import worth_it
+
+    if how.out:
+        _check_folder(how.out)
+    if how.labels != 100 or how.seed:
+        raise ConfigError("worth-it takes --percents and --seeds, not --labels and --seed")
+    found = worth_it(backbone, task, tuning, how, _console().print)
+    table = Table("% right", "labels", "mean", "seeds", "against scratch", title_justify="left")
+    for row in found["rows"]:
+        gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row["gain"]) if "gain" in row else ""
+        seeds = " ".join(f"{value:.1f}" for value in row["seeds"])
+        table.add_row(row["arm"], f"{row['percent']:g} %", f"{sum(row['seeds']) / len(row['seeds']):.1f}", seeds, gain)
+    _console().print(table)
+    for text in found["said"]:
+        _console().print(text)
 
 
 def _evaluate(backbone: str, task: KNN | Linear | Attentive | Tuning | Robustness, how: Evaluation) -> None:

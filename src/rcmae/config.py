@@ -384,7 +384,7 @@ def with_settings(recipe: Recipe, settings: Sequence[str], source: str) -> Recip
 def replaced(recipe: T, settings: Sequence[str], source: str) -> T:
     """The same for any frozen dataclass of settings, unchecked."""
     tree, own = tomllib.loads(to_toml(recipe)), sections(type(recipe))
-    homes = {f.name: tree for f in fields(recipe) if f.name not in own}
+    homes = {f.name: tree for f in fields(type(recipe)) if f.name not in own}  # type: ignore[arg-type]
     homes |= {f.name: tree[name] for name, section in own.items() for f in fields(section)}
     for text in settings:
         key, equals, value = (part.strip() for part in text.partition("="))

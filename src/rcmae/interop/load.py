@@ -22,18 +22,18 @@ from .timm_export import import_backbone, import_classifier
 NAMES = "a run directory, an exported folder, a .safetensors, an official .pth or timm:NAME"
 
 
-def load(path: str | Path, which: str = "teacher", heads: int | None = None) -> Backbone:
+def load(path: str | Path, which: str = "teacher", heads: int | None = None, seed: int = 0) -> Backbone:
     """A backbone by path or name: a run, an export folder or its file, weights alone, an official `.pth`, or "timm:NAME".
 
     `which` chooses between the teacher (default) and the student of a run or an official checkpoint; a method without a teacher has the
     student only. `heads` is for weights alone, which do not tell their attention heads. "scratch:..." is the same network with new weights,
-    those of seed 0. Raises CheckpointError or ConfigError in one line.
+    those of `seed`. Raises CheckpointError or ConfigError in one line.
     """
     if which not in ("student", "teacher"):
         raise ConfigError(f"which must be student or teacher, not {which!r}")
     name = str(path)
     if name.startswith("scratch:"):
-        return scratch(name.removeprefix("scratch:"), which, heads=heads)
+        return scratch(name.removeprefix("scratch:"), which, seed, heads)
     if name.startswith("timm:"):
         return _timm(name)
     path = Path(path)

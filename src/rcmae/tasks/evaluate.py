@@ -340,7 +340,7 @@ def subjects(name: str, how: Evaluation, world: World, screen: Screen, headed: b
         found: list[tuple[str, Any]] = [("classifier", Backbone(whole[0].vit, *_statistics(whole[0])))]
     else:
         found = [
-            (which, Pixels() if name == "pixels" else load(name, "teacher" if which == ALONE else which, how.heads))
+            (which, Pixels() if name == "pixels" else load(name, "teacher" if which == ALONE else which, how.heads, how.seed))
             for which in networks(name, how.which)
         ]
     opened: Labelled | None = None

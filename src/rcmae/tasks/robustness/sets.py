@@ -334,11 +334,12 @@ class Attacked:
 
 def adversarial(
     models: dict[str, Model], source: Source, labels: Labels, attacks: Sequence[Attack], loading: Loading, limit: int | None = None,
-    seed: int = 0, say: Say = lambda text: None,
+    seed: int = 0, say: Say = lambda text: None, checked: int = CHECKED,
 ) -> dict[str, Attacked]:  # fmt: skip
     """Accuracy under attacks, on `limit` images drawn by the seed from all (the same for all models), or on all.
 
-    `say` gets a line for each sanity check and each attack. Models are attacked each by itself, in evaluation mode and without autocast.
+    `say` gets a line for each sanity check, on the first `checked` images, and each attack. Models are attacked each by itself, in
+    evaluation mode and without autocast.
     """
     if len({attack.name for attack in attacks}) < len(attacks):
         raise ConfigError("two attacks have the same name; leave one out")
@@ -353,8 +354,8 @@ def adversarial(
         images, part = pixels[:, 0], slice(first, first + len(pixels))
         truth = torch.from_numpy(labels[indices[part]]).to(loading.device)
         for name, model in models.items():
-            if first == 0:
-                some = [x[: min(CHECKED, loading.batch)] for x in (images, truth)]
+            if first == 0 and checked:
+                some = [x[: min(checked, loading.batch)] for x in (images, truth)]
                 found[name].checks.update({a.name: sanity(model, *some, a, seed) for a in attacks if a.steps > 1})
                 for attack, checks in found[name].checks.items():
                     for what, check in checks.items():
