@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from importlib.resources import files
 from pathlib import Path
@@ -306,6 +309,27 @@ def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys)
         here = torch.nn.Module.eval(model).vit((images - other.mean) / other.std)
         torch.testing.assert_close(other.eval()(images), here, rtol=1e-5, atol=1e-6)
     assert load_classifier(backbone) is None
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_agree_with_one(tmp_path, data):
+    """Features by both, then fine-tuning by both of two networks one after the other: the world is joined once and left once."""
+    method = method_for(small())
+    for which in ("student", "teacher"):
+        export(method.backbone(which), tmp_path / "run" / "export" / which, {"method": "rcmae"})
+    options = ["--data", data, "--which", "both", "--device", "cpu", "--workers", "0", "--out"]
+    tune = ["--recipe", "embedded", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rcmae", "evaluate"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(rcmae.__file__).parent.parent)}
+    for task in (["knn", "--k", "3"], ["finetune", *tune]):
+        argv = [task[0], tmp_path / "run", *task[1:], *options]
+        two = [*start, *map(str, argv), str(tmp_path / "two"), "--cache", str(tmp_path / "c2")]
+        done = subprocess.run(two, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert main(["evaluate", *map(str, argv), str(tmp_path / "one"), "--cache", str(tmp_path / "c1")]) == 0
+        for which in ("student", "teacher"):
+            one, both = (record(tmp_path / where, f"{task[0]}-{which}")["metrics"] for where in ("one", "two"))
+            assert one == pytest.approx(both, abs=1e-3), task
 
 
 def test_worth_it_compares_with_scratch_within_seeds_and_says_so(tmp_path, data, backbone, capsys):

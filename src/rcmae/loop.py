@@ -73,9 +73,8 @@ def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
         torch.set_num_threads(machine.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    world = distributed.start(device)
     out = Path(machine.out) if machine.out else Path("runs") / f"{recipe.method}-{Path(recipe.data.replace(':', '-')).name}"
-    with plain_failures(device, world), owned(out) if world.first else contextlib.nullcontext():
+    with distributed.joined(device) as world, plain_failures(device, world), owned(out) if world.first else contextlib.nullcontext():
         with Screen(world.first) as screen, StopSignals() as stop:
             with contextlib.closing(Run(recipe, replace(machine, out=out), device, world, screen, stop)) as run:
                 return run.train()

@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -59,6 +60,17 @@ def start(device: torch.device) -> World:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     control = dist.new_group(backend="gloo") if device.type == "cuda" else None
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The world, left in the end by whoever joined it first."""
+    before = dist.is_initialized()
+    try:
+        yield start(device)
+    finally:
+        if not before:
+            stop()
 
 
 def stop() -> None:

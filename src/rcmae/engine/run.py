@@ -20,7 +20,6 @@ import torch
 from .. import __version__
 from ..config import Machine, flat, load_recipe, to_toml
 from ..errors import ConfigError, OutOfMemoryError, ProcessError, StorageError, first_line
-from . import distributed
 from .checkpoint import checkpoints, replace_file
 from .distributed import World
 
@@ -136,7 +135,7 @@ CONNECTION = ("Connection", "connection", "gloo", "NCCL")
 
 @contextmanager
 def plain_failures(device: torch.device, world: World) -> Iterator[None]:
-    """Within it, lost processes and a lack of memory are ProcessError and OutOfMemoryError, in one line; in the end the world is left."""
+    """Within it, lost processes and a lack of memory are ProcessError and OutOfMemoryError, in one line."""
     try:
         yield
     except torch.OutOfMemoryError as e:
@@ -151,8 +150,6 @@ def plain_failures(device: torch.device, world: World) -> Iterator[None]:
         if "can't allocate memory" in text:  # what torch says of the host's
             raise OutOfMemoryError("the host ran out of memory; try --accumulate 2, a smaller --batch-size or fewer --workers") from e
         raise
-    finally:
-        distributed.stop()
 
 
 class StopSignals:

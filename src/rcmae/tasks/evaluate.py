@@ -32,7 +32,7 @@ from ..engine import distributed
 from ..engine.checkpoint import replace_file
 from ..engine.console import Screen
 from ..engine.distributed import World
-from ..engine.run import describe_machine, write_json
+from ..engine.run import describe_machine, plain_failures, write_json
 from ..errors import ConfigError, DataError
 from ..interop.load import load, load_classifier
 from ..models.backbone import Backbone, Features, Pixels
@@ -377,22 +377,19 @@ def evaluate(name: str, task: Task, how: Evaluation = Evaluation()) -> list[dict
     Works under `torchrun`: ranks share the work of the backbone, the first one fits and writes. Raises the errors of `rcmae.errors`.
     """
     kind, run = RUNS[type(task)]
-    world = distributed.start(distributed.pick_device(how.device))
-    records = []
-    try:
-        with Screen(world.first) as screen:
-            for subject in subjects(name, how, world, screen, isinstance(task, Robustness)):
-                began = time.monotonic()
-                tunes = isinstance(task, Tuning)
-                if world.size > 1 and not tunes and subject.classifier is None:  # all make features; then the first one goes on alone
-                    for part in ("train", "test"):
-                        subject.features(part, tokens=isinstance(task, Attentive) or getattr(task, "probe", "") == "attentive")
-                if world.first or tunes:
-                    found = run(subject, task)
-                if world.first:
-                    records.append(record(kind, subject, found, time.monotonic() - began))
-    finally:
-        distributed.stop()
+    device, records, tunes = distributed.pick_device(how.device), [], isinstance(task, Tuning)
+    with distributed.joined(device) as world, plain_failures(device, world), Screen(world.first) as screen:
+        found = subjects(name, how, world, screen, isinstance(task, Robustness))
+        if world.size > 1 and not tunes:  # all make the features of all, so that none has to wait for the fits of the first
+            found = list(found)
+            for subject in found:
+                for part in ("train", "test") if subject.classifier is None else ():
+                    subject.features(part, tokens=isinstance(task, Attentive) or getattr(task, "probe", "") == "attentive")
+        for subject in found if world.first or tunes else ():
+            began = time.monotonic()
+            result = run(subject, task)
+            if world.first:
+                records.append(record(kind, subject, result, time.monotonic() - began))
     return records
 
 

@@ -205,10 +205,10 @@ def finetune(
         torch.set_num_threads(machine.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    world = distributed.start(device)
     out = Path(machine.out)
     # Dropped paths are drawn from torch's own generators: whoever calls us gets them back as they were.
-    with plain_failures(device, world), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with distributed.joined(device) as world, plain_failures(device, world), forked:
         with owned(out) if world.first else contextlib.nullcontext(), Screen(world.first) as screen, StopSignals() as stop:
             run = Run(backbone, train, test, classes, settings, replace(machine, out=out), about or {}, device, world, screen, stop)
             with contextlib.closing(run):

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 from safetensors.numpy import load_file
 
+from ..engine import distributed
 from ..engine.run import write_json
 from ..errors import ConfigError
 from .evaluate import evaluate, networks, place, stem
@@ -36,6 +37,11 @@ def worth_it(name: str, task: Worth, tuning: Tuning, how: Evaluation, say: Calla
         raise ConfigError(f"seeds must be 2 or more for an interval, not {task.seeds}")
     if wrong := [p for p in task.percents if not 0 < p <= 100]:
         raise ConfigError(f"percents are shares of the labels, above 0 and up to 100, not {wrong[0]:g}")
+    with distributed.joined(distributed.pick_device(how.device)):
+        return _worth_it(name, task, tuning, how, say)
+
+
+def _worth_it(name: str, task: Worth, tuning: Tuning, how: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
     out = (how.out or place(name, how)) / "worth-it"
     chosen, rows = arms(name, task.against), []
     for percent in task.percents:
