@@ -272,6 +272,55 @@ def corruptions() -> str:
     return "\n".join([*rows, "", f"{note}{hours:.1f} hours of one core, beside reading them."])
 
 
+WHAT = {"knn": "k-NN", "linear": "linear probe", "attentive": "attentive probe", "finetune": "fine-tuning"}
+NOT_YET = "`python -m benchmarks.evaluation` has not been run yet."
+
+
+def evaluation() -> str:
+    """benchmarks/evaluation.py: accuracy by backbone, task and share of the labels; clean, corrupted and attacked."""
+    file = ROOT / "results" / "evaluation.json"
+    if not file.exists():
+        return NOT_YET
+    r = json.loads(file.read_text())
+    measures = {
+        "clean": "clean",
+        "corrupted": "corrupted",
+        "FGSM": f"FGSM {r['eps']:g}/255",
+        "PGD": f"PGD-{r['pgd_steps']} {r['eps']:g}/255",
+    }
+    rows = [
+        "| task | labels | backbone | " + " | ".join(measures.values()) + " | corrupted, against MAE |",
+        "| --- | ---: | --- |" + 5 * " ---: |",
+    ]
+    for task, name in WHAT.items():
+        for row in (row for percent in (1, 10, 100) for row in r["rows"] if (row["task"], row["percent"]) == (task, percent)):
+            cells = [f"{_mean(row[m]['seeds']):.1f}" for m in measures]
+            against = row["corrupted"].get("against MAE")
+            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*against) if against else "")
+            rows.append(f"| {name} | {row['percent']} % | {row['backbone']} | " + " | ".join(cells) + " |")
+    m = r["machine"]
+    note = f"Percent right, means of {len(r['seeds'])} paired seeds; corrupted: mean of 15 corruptions at 5 severities (not ImageNet-C) "
+    note += f"of {r['corrupted']} images a seed; attacks: {r['attacked']} images a seed. In brackets 95 % intervals. "
+    return "\n".join([*rows, "", f"{note}{m['cpu']}, {m['precision']}, torch {m['torch']}."])
+
+
+def evaluation_verdict() -> str:
+    """Is RC-MAE more robust than MAE, and better at all, on the embedded set?"""
+    file = ROOT / "results" / "evaluation.json"
+    if not file.exists():
+        return NOT_YET
+    said = []
+    for row in json.loads(file.read_text())["rows"]:
+        if row["backbone"] == "RC-MAE, teacher" and row["percent"] == 100:
+            found = []
+            for measure in ("clean", "corrupted", "FGSM", "PGD"):
+                gain, low, high = row[measure]["against MAE"]
+                word = "better" if low > 0 else "worse" if high < 0 else "can't tell"
+                found.append(f"{measure} {word} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})")
+            said.append(f"- RC-MAE's teacher against MAE, {WHAT[row['task']]} on all labels: {', '.join(found)}.")
+    return "\n".join(said)
+
+
 def _resources(r: dict) -> str:
     rows = ["| | GFLOP an image | kept, MB an image | worst memory, GiB | images/s |", "| --- | ---: | ---: | ---: | ---: |"]
     for row in r["rows"]:
@@ -292,10 +341,10 @@ TABLES = {
     f.__name__: f
     for f in (
         embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify, alarms, monitor_cost, cost, peaks,
-        race, race_verdict, learns, paper, corruptions,
+        race, race_verdict, learns, paper, corruptions, evaluation, evaluation_verdict,
     )
 }  # fmt: skip
-PAGES = ("README.md", "docs/embedded.md", "docs/lab.md", "docs/compare.md", "docs/paper.md", "docs/robustness.md")
+PAGES = ("README.md", "docs/embedded.md", "docs/lab.md", "docs/compare.md", "docs/paper.md", "docs/robustness.md", "docs/evaluation.md")
 
 
 def filled(text: str) -> str:
