@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
@@ -150,7 +151,21 @@ def judge(out: Path, seeds: list[int]) -> dict[str, Any]:
                         row[measure]["against MAE"] = interval(own, mae)
                 if len(row) > 3:
                     rows.append(row)
-    return {"rows": rows, "seeds": seeds, "eps": EPS, "pgd_steps": PGD_STEPS, "corrupted": CORRUPTED, "attacked": ATTACKED, "steps": STEPS}
+    failed = []
+    for seed in seeds:
+        for name in BACKBONES:
+            with safe_open(out / "units" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors", "np") as f:
+                failed += [f"{name}, seed {seed}, {text}" for text in json.loads(f.metadata()["failed checks"])]
+    return {
+        "failed_checks": failed,
+        "rows": rows,
+        "seeds": seeds,
+        "eps": EPS,
+        "pgd_steps": PGD_STEPS,
+        "corrupted": CORRUPTED,
+        "attacked": ATTACKED,
+        "steps": STEPS,
+    }
 
 
 def main() -> None:

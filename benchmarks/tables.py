@@ -301,6 +301,8 @@ def evaluation() -> str:
     m = r["machine"]
     note = f"Percent right, means of {len(r['seeds'])} paired seeds; corrupted: mean of 15 corruptions at 5 severities (not ImageNet-C) "
     note += f"of {r['corrupted']} images a seed; attacks: {r['attacked']} images a seed. In brackets 95 % intervals. "
+    if r["failed_checks"]:
+        note += f"{len(r['failed_checks'])} sanity checks of attacks failed (results/evaluation.json names them). "
     return "\n".join([*rows, "", f"{note}{m['cpu']}, {m['precision']}, torch {m['torch']}."])
 
 

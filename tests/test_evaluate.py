@@ -29,7 +29,7 @@ from rcmae.tasks.robustness.corruptions import STANDARD
 from rcmae.tasks.robustness.metrics import imagenet_classes
 from rcmae.tasks.score import Centers
 from rcmae.tasks.worth import verdict
-from tests.conftest import method_for, small
+from tests.conftest import GOLDEN, method_for, small
 
 
 def picture(kind: int, seed: int) -> Image.Image:
@@ -119,6 +119,12 @@ def test_every_way_in_is_the_same_network(tmp_path, capsys):
         with torch.no_grad():
             seen = rcmae.load(name).eval()(images)
         assert torch.equal(seen.cls, expected.cls) and torch.equal(seen.patches, expected.patches), name
+
+
+def test_weights_alone_with_other_heads_are_another_backbone(tmp_path):
+    file = GOLDEN / "mae_official_layout.pth"
+    assert identity(load(file, heads=3)) != identity(load(file, heads=2))
+    assert identity(load(file, heads=3)) == identity(load(file, heads=3))
 
 
 def test_labels_are_shares_that_all_backbones_have_in_common(tmp_path, data, backbone):
@@ -276,12 +282,15 @@ def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, b
         (tmp_path / "stored" / name).mkdir(parents=True)
         picture(kind, 77).resize((16, 16)).save(tmp_path / "stored" / name / "1.png")
     options = ["--imagenet-c", published, "--corrupted-images", "6", "--eps", "0.5", "64", "--pgd-steps", "3", "--probe", "knn"]
-    code, _ = run(tmp_path, "robustness", backbone, "--data", data, "--attacked-images", "18", *options, "--workers", "0")
-    assert code == 2, "k of the probe is larger than the set"
-    assert "k must lie in" in capsys.readouterr().err
-    options[-1] = "linear"
     code, found = run(tmp_path, "robustness", backbone, "--data", data, "--attacked-images", "18", *options, "--workers", "0")
+    assert code == 0 and found["task"] == "robustness"
+    assert found["metrics"]["PGD-3 64/255"] < found["metrics"]["clean, of the attacked images"], "votes can be attacked"
+    assert (tmp_path / "out" / "robustness-backbone-knn.json").exists()
+    capsys.readouterr()
+    options[-1] = "linear"
+    code, _ = run(tmp_path, "robustness", backbone, "--data", data, "--attacked-images", "18", *options, "--workers", "0")
     assert code == 0
+    found = record(tmp_path / "out", "robustness-backbone")
     metrics, said = found["metrics"], capsys.readouterr().out
     assert metrics["top1"] == metrics["clean, of the attacked images"] > 60
     assert metrics["PGD-3 0.5/255"] <= metrics["FGSM 0.5/255"] <= metrics["top1"] and metrics["PGD-3 64/255"] < 20
@@ -304,7 +313,7 @@ def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys)
     torch.save({"model": model.vit.state_dict()}, tmp_path / "tuned.pth")
     images = torch.rand(2, 3, 16, 16)
     other, names = load_classifier(tmp_path / "tuned.pth", heads=2)
-    assert names == ["0", "1", "2"]
+    assert names == [], "weights alone name no classes"
     with torch.no_grad():
         here = torch.nn.Module.eval(model).vit((images - other.mean) / other.std)
         torch.testing.assert_close(other.eval()(images), here, rtol=1e-5, atol=1e-6)

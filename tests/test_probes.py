@@ -69,15 +69,18 @@ def test_similarity_is_that_of_directions():
     torch.testing.assert_close(long, near(train, labels, 20)(test), rtol=1e-3, atol=1e-3)
 
 
-def test_the_votes_gradient_is_that_of_the_similarities():
-    """Toward the neighbours of a class its share grows."""
+def test_what_wants_a_gradient_gets_one_and_the_same_answer():
+    """Also where all neighbours are of one class and votes have none."""
     train, labels, test = random_set()
-    x = test[:1].clone().requires_grad_()
-    votes = near(train, labels, 20)(x)[0]
-    votes[votes.argmin()].backward()
-    with torch.no_grad():
-        moved = near(train, labels, 20)(x + 1e-3 * x.grad / x.grad.norm())[0]
-    assert moved[votes.argmin()] > votes.min()
+    labels = np.where(train[:, 0] > 0, 0, 1)
+    model = near(train, labels, 5)
+    x = test.clone().requires_grad_()
+    logits = model(x)
+    assert (logits.argmax(1) == model(test).argmax(1)).all()
+    torch.nn.functional.cross_entropy(logits, model(test).argmax(1)).backward()
+    assert (x.grad.abs().sum(1) > 1e-6).all()
+    away = test + 0.5 * torch.nn.functional.normalize(x.grad, dim=1) * test.norm(dim=1, keepdim=True)
+    assert (model(away).argmax(1) != model(test).argmax(1)).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("ks", [(10, 301), (0,), ()])
@@ -242,11 +245,18 @@ def test_a_layer_learns_as_sgd_of_its_rate_does():
     torch.testing.assert_close(heads.weight, start.weight - 0.5 * start.weight.grad)
 
 
-def test_more_than_one_image_a_class_is_needed_to_choose():
+def test_with_one_image_a_class_the_middle_rate_is_taken():
     train, labels, *_ = gaussians(distance=8.0, n=CLASSES)
-    with pytest.raises(ConfigError, match="every class has one training image"):
-        fit_rates(train, labels, CLASSES, steps=10)
-    assert fit_rates(train, labels, CLASSES, rates=[0.01], steps=100).rate == 0.01
+    found = fit_rates(train, labels, CLASSES, steps=10)
+    assert found.rate == RATES[len(RATES) // 2] and found.held_out == {}
+
+
+def test_a_feature_that_never_changes_is_not_blown_up():
+    """Zero in training; a last digit in testing must not decide."""
+    train, labels, test, truth = gaussians(distance=2.0, n=300)
+    train[:, 0], test[:, 0] = 0, 1 / 255
+    layer = fit_rates(train, labels, CLASSES, steps=300).layer
+    assert (said(layer, test) == truth).mean() > 0.9
 
 
 # --- attentive --------------------------------------------------------------------------------------------------------

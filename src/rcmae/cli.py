@@ -524,7 +524,8 @@ def _evaluate(backbone: str, task: KNN | Linear | Attentive | Tuning | Robustnes
         table.add_row(name, *(f"{record['metrics'][name]:.2f}" if name in record["metrics"] else "" for record in records))
     _console().print(table)
     where = place(backbone, how)
-    if (where.parent / "recipe.toml").exists():
+    recipe = where.parent / "recipe.toml"
+    if recipe.exists() and "\nmethod = " in f"\n{recipe.read_text(encoding='utf-8')}":  # not one of fine-tuning
         from .report import write_report
 
         print(f"Open {write_report(where.parent)}")

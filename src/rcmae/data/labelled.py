@@ -31,10 +31,11 @@ class Labelled:
     notes: tuple[str, ...] = ()
 
 
-def open_labelled(data: str, val: str | None = None, *, channels: int = 3, size: int = 32) -> Labelled:
+def open_labelled(data: str, val: str | None = None, *, channels: int = 3, size: int = 32, divide: bool = True) -> Labelled:
     """`data` is a folder with train/ and val/ in it, a pair of shards, hub:NAME, embedded:digits, or one labelled set.
 
-    One set without `val` is divided: every fifth image of a class is scored on. `size` is for the embedded set, which has 16,384 and 4,000
+    One set without `val` is divided: every fifth image of a class is scored on; or both parts are all of it, where nothing is to be fitted
+    (`divide` False). `size` is for the embedded set, which has 16,384 and 4,000
     images. Raises DataError when there are no labels, fewer than two classes, or classes to score on that the training part lacks.
     """
     if data.startswith("embedded:") and val is None:
@@ -45,6 +46,9 @@ def open_labelled(data: str, val: str | None = None, *, channels: int = 3, size:
         return _parts(*(open_source(name, channels, size) for name in names))
     whole = open_source(data, channels, size)
     labels = _labels(whole)
+    if not divide:
+        part = Subset(whole, np.flatnonzero(labels >= 0))
+        return _checked(part, part, _unlabelled(whole, labels))
     held = np.zeros(len(labels), dtype=bool)
     for label in range(len(whole.classes)):
         held[np.flatnonzero(labels == label)[HELD - 1 :: HELD]] = True

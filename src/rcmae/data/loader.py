@@ -10,6 +10,14 @@ from torch.utils.data import DataLoader, Dataset
 from .dataset import Bad, collate, plain_errors, quiet_worker
 
 
+def processes(kind: str, workers: int | None) -> int:
+    """Loader processes for a source of a `kind`, where `workers` does not say: by its images and the cores."""
+    if workers is not None:
+        return workers
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0 if kind == "embedded" else min(8, max(1, share - 1))
+
+
 def batches_of(
     dataset: Dataset, keys: Iterable[list], kind: str, workers: int | None, device: torch.device, note: Callable[[list[Bad]], None]
 ) -> Iterator[dict[str, Any]]:
@@ -17,9 +25,7 @@ def batches_of(
 
     `kind` is the source's; without `workers` there are as many loader processes as its images and the cores ask for.
     """
-    if workers is None:
-        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = 0 if kind == "embedded" else min(8, max(1, share - 1))
+    workers = processes(kind, workers)
     loader = DataLoader(
         dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers, worker_init_fn=quiet_worker,
         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,

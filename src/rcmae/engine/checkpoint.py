@@ -141,7 +141,7 @@ def _fill(method: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
 
 def replace_file(path: Path, content: str | bytes) -> None:
     """Replace a small file in one go: it is the old one or the new one, whenever one looks. Raises StorageError."""
-    temporary = path.with_name(f".tmp_{path.name}")
+    temporary = path.with_name(f".tmp_{os.getpid()}_{path.name}")  # ranks and neighbours may write the same file
     try:
         _write(temporary, content.encode() if isinstance(content, str) else content)
         temporary.replace(path)

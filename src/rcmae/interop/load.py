@@ -70,9 +70,11 @@ def scratch(name: str, which: str = "teacher", seed: int = 0, heads: int | None 
 def load_classifier(path: str | Path, heads: int | None = None) -> tuple[Classifier, list[str]] | None:
     """A classifier by path or name, and its classes by column: a fine-tuning run, an exported folder, an official `.pth`, timm:NAME.
 
-    Of 1,000 classes without names, these are ImageNet's wnids. None for what has no head. Raises CheckpointError or ConfigError.
+    Of 1,000 classes without names, these are ImageNet's wnids; of another number there are none. None for what has no head. Raises
+    CheckpointError or ConfigError.
     """
-    name, path = str(path), Path(path)
+    name = str(path).removeprefix("timm:local-dir:")
+    path = Path(name)
     if name == "pixels" or name.startswith("scratch:"):
         return None
     if name.startswith("timm:"):
@@ -88,7 +90,7 @@ def load_classifier(path: str | Path, heads: int | None = None) -> tuple[Classif
     if model is None:
         return None
     count = model.vit.num_classes
-    return model, ImageNetInfo("imagenet-1k").label_names() if count == 1000 else [str(i) for i in range(count)]
+    return model, ImageNetInfo("imagenet-1k").label_names() if count == 1000 else []
 
 
 def _timm(name: str) -> Backbone:

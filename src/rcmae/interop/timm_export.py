@@ -36,6 +36,10 @@ def export(
             "patch_size": list(patch), "embed_dim": vit.embed_dim, "depth": len(vit.blocks),
             "num_heads": vit.blocks[0].attn.num_heads, "reg_tokens": vit.num_reg_tokens,
         }  # fmt: skip
+    unusual = {"class_token": vit.has_class_token, "no_embed_class": vit.no_embed_class}
+    args |= {key: value for key, value in unusual.items() if value != (key == "class_token")}
+    if hasattr(vit.blocks[0].ls1, "gamma"):
+        args["init_values"] = 1e-5  # that there is a layer scale; its values are weights
     config = {
         "architecture": architecture,
         "num_classes": vit.num_classes,

@@ -33,6 +33,8 @@ def classifier(backbone: Backbone, classes: int, *, drop_path: float = 0.0, seed
     rates that grow linearly over the blocks from 0 to `drop_path`. Loads into `timm.create_model(..., global_pool="avg")`.
     Raises ConfigError when the blocks have no paths to drop.
     """
+    if type(backbone.vit) is not VisionTransformer:
+        raise ConfigError(f"a {type(backbone.vit).__name__} is no plain VisionTransformer, which fine-tuning needs")
     vit = copy.deepcopy(backbone.vit).requires_grad_(True)
     width, eps = vit.embed_dim, getattr(vit.norm, "eps", 1e-6)
     vit.norm, vit.fc_norm, vit.attn_pool = nn.Identity(), nn.LayerNorm(width, eps=eps), None

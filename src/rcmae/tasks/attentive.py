@@ -62,11 +62,11 @@ class Standard(nn.Module):
     def __init__(self, examples: Float[Tensor, "n t d"]):
         super().__init__()
         std, mean = torch.std_mean(examples.float(), (0, 1))
-        self.register_buffer("std", std)
+        self.register_buffer("std", torch.where(std > 1e-6, std, 1.0))
         self.register_buffer("mean", mean)
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return (tokens.float() - self.mean) / (self.std + 1e-6)
+        return (tokens.float() - self.mean) / self.std
 
 
 PROBES: dict[str, Callable[..., nn.Module]] = {

@@ -4,11 +4,12 @@ A task fits something on the training part, on frozen features or end to end, an
 metric, by class, the settings, hashes of backbone and data) and, beside it, which test images were right, for paired comparisons.
 """
 
+import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from ..config import replaced as replaced_settings
 from ..data.dataset import Bad, read_image
 from ..data.decode import BadImage
 from ..data.labelled import Labelled, open_labelled
-from ..data.loader import batches_of
+from ..data.loader import batches_of, processes
 from ..data.sampler import BatchSampler
 from ..data.sources import Subset
 from ..data.views import center, flip, random_resized_crop, rng
@@ -35,6 +36,7 @@ from ..engine.distributed import World
 from ..engine.run import describe_machine, plain_failures, write_json
 from ..errors import ConfigError, DataError
 from ..interop.load import load, load_classifier
+from ..interop.official import read_pth
 from ..models.backbone import Backbone, Features, Pixels
 from ..models.classifier import Classifier
 from . import attentive, linear
@@ -43,10 +45,11 @@ from .finetune import check_finetune, finetune, load_finetune
 from .knn import Knn, check_k
 from .robustness.metrics import ece
 from .robustness.sets import Loading
+from .robustness.study import check as check_study
 from .robustness.study import settings as task_settings
 from .robustness.study import study
 from .score import Scored, score
-from .settings import KNN, Attentive, Evaluation, Linear, Pool, Robustness, Tuning
+from .settings import KNN, KS, Attentive, Evaluation, Linear, Pool, Robustness, Tuning, check_task
 from .splits import PERCENTS, read_split, write_splits
 
 TOKENS_IN_MEMORY = 16 * 2**30
@@ -196,7 +199,11 @@ class Crops(Dataset):
 
 def knn(subject: Subject, task: KNN) -> Found:
     """k-NN at every k; raises ConfigError when one is larger than the training set."""
-    check_k(task.k, len(subject.part("train")))
+    images = len(subject.part("train"))
+    if task.k == KS and min(KS) <= images < max(KS):
+        task = replace(task, k=tuple(k for k in KS if k <= images))
+        subject.screen.say(f"note: {images} training images: k of {', '.join(map(str, task.k))} only")
+    check_k(task.k, images)
     train, labels = subject.fitted_on()
     check_k(task.k, len(labels))
     test = subject.features("test")
@@ -243,15 +250,19 @@ def fit_linear(subject: Subject, task: Linear) -> Found:
     return Found({"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, pool, layer), asdict(task) | {"pool": pool} | chose)
 
 
+@torch.no_grad()
+def token_bytes(subject: Subject) -> int:
+    """What all tokens of both parts take in half precision."""
+    grey = torch.full((1, subject.backbone.channels, *subject.backbone.shape), 0.5, device=subject.device)
+    return 2 * subject.backbone.to(subject.device).eval()(grey).tokens.numel() * (len(subject.part("train")) + len(subject.set.test))
+
+
 def fit_attentive(subject: Subject, task: Attentive) -> Found:
     """An attentive probe; tokens that do not fit into memory are computed anew in every pass."""
     part, device = subject.part("train"), subject.device
     batch = min(task.batch, len(part))
     steps = task.fit_steps or min(max(500, 40 * (len(part) // batch)), 50_000)
-    with torch.no_grad():
-        grey = torch.full((1, subject.backbone.channels, *subject.backbone.shape), 0.5, device=device)
-        example = subject.backbone.to(device).eval()(grey).tokens
-    size = 2 * example[0].numel() * (len(part) + len(subject.set.test))
+    size = token_bytes(subject)
     if size <= TOKENS_IN_MEMORY:
         train, labels = subject.fitted_on(tokens=True)
         found = attentive.fit_rates(
@@ -263,7 +274,7 @@ def fit_attentive(subject: Subject, task: Attentive) -> Found:
         probe, chose = found.probe, {"rate": found.rate, "held_out": {f"{k:g}": v for k, v in found.held_out.items()}}
     else:
         subject.screen.say(f"note: {size / 2**30:.0f} GiB of tokens are not kept: features are computed anew in every pass")
-        rate = attentive.RATES[len(attentive.RATES) // 2 - 1]
+        rate = attentive.RATES[len(attentive.RATES) // 2]
         examples = next(subject.crops(1, min(512, len(part)), augment=False))[0].tokens
         with torch.random.fork_rng():
             torch.manual_seed(subject.how.seed)
@@ -305,14 +316,22 @@ def robustness(subject: Subject, task: Robustness) -> Found:
     """A classifier as it is, or a probe that is fitted first, on shifted, corrupted and attacked images."""
     fitted: dict[str, Any] = {}
     model: nn.Module
+    check_study(task)
+    if subject.backbone.channels != 3:
+        raise ConfigError(f"corruptions and published sets are of 3 channels; {subject.name} takes {subject.backbone.channels}")
     if subject.classifier is not None:
         model, classes = subject.classifier
+        count = subject.classifier[0].vit.num_classes
+        if not classes and count != len(subject.set.classes):
+            raise ConfigError(f"{subject.name} has {count} classes without names, and the data {len(subject.set.classes)}")
+        classes = classes or subject.set.classes
     else:
-        probe = {"linear": (fit_linear, Linear()), "knn": (knn, KNN()), "attentive": (fit_attentive, Attentive())}[task.probe]
+        probe = {"linear": (fit_linear, Linear()), "knn": (knn, KNN(k=(20,))), "attentive": (fit_attentive, Attentive())}[task.probe]
         found = probe[0](subject, probe[1])  # type: ignore[operator]
         model, classes, fitted = found.model, subject.set.classes, {"probe_settings": found.settings}
         subject.screen.say(f"fitted: {task.probe} probe, on {len(subject.part('train')):,} images: {found.metrics['top1']:.1f} % right")
-    loading = Loading(tuple(subject.backbone.shape), subject.device, workers=subject.how.workers or 0)
+    workers = processes(subject.set.test.kind, subject.how.workers)
+    loading = Loading(tuple(subject.backbone.shape), subject.device, workers=workers)
     of = study(model, classes, subject.set.test, task, loading, subject.how.seed, subject.screen.say)
     return Found(
         of.metrics, of.right["clean"], model, task_settings(task) | fitted, of.details, {k: v for k, v in of.right.items() if k != "clean"}
@@ -346,7 +365,7 @@ def subjects(name: str, how: Evaluation, world: World, screen: Screen, headed: b
     opened: Labelled | None = None
     for which, backbone in found:
         if opened is None:
-            opened = open_labelled(how.data, how.val, channels=backbone.channels, size=backbone.shape[1])
+            opened = open_labelled(how.data, how.val, channels=backbone.channels, size=backbone.shape[1], divide=not whole)
             for note in opened.notes:
                 screen.say(f"note: {note}")
         yield Subject(name, which, backbone, opened, how, device, world, screen, precision, whole)
@@ -368,6 +387,8 @@ def networks(name: str, which: str) -> list[str]:
             return ["student"]
     elif path.suffix not in (".pth", ".pt"):
         return [ALONE]
+    elif read_pth(path).teacher is None:
+        return ["student"]
     return ["student", "teacher"] if which == "both" else [which]
 
 
@@ -376,6 +397,7 @@ def evaluate(name: str, task: Task, how: Evaluation = Evaluation()) -> list[dict
 
     Works under `torchrun`: ranks share the work of the backbone, the first one fits and writes. Raises the errors of `rcmae.errors`.
     """
+    check_task(task)
     kind, run = RUNS[type(task)]
     device, records, tunes = distributed.pick_device(how.device), [], isinstance(task, Tuning)
     with distributed.joined(device) as world, plain_failures(device, world), Screen(world.first) as screen:
@@ -383,13 +405,15 @@ def evaluate(name: str, task: Task, how: Evaluation = Evaluation()) -> list[dict
         if world.size > 1 and not tunes:  # all make the features of all, so that none has to wait for the fits of the first
             found = list(found)
             for subject in found:
-                for part in ("train", "test") if subject.classifier is None else ():
-                    subject.features(part, tokens=isinstance(task, Attentive) or getattr(task, "probe", "") == "attentive")
+                tokens = isinstance(task, Attentive) or getattr(task, "probe", "") == "attentive"
+                if subject.classifier is None and not (tokens and token_bytes(subject) > TOKENS_IN_MEMORY):
+                    for part in ("train", "test"):
+                        subject.features(part, tokens)
         for subject in found if world.first or tunes else ():
             began = time.monotonic()
             result = run(subject, task)
             if world.first:
-                records.append(record(kind, subject, result, time.monotonic() - began))
+                records.append(record(kind, subject, result, time.monotonic() - began, varied(task)))
     return records
 
 
@@ -409,7 +433,16 @@ def stem(kind: str, which: str, how: Evaluation) -> str:
     return f"{kind}-{which}{share}{f'-seed-{how.seed}' if how.seed else ''}"
 
 
-def record(kind: str, subject: Subject, found: Found, seconds: float) -> dict[str, Any]:
+def varied(task: Task) -> str:
+    """What a task's choices add to the name of its files: "-mae", "-cls", "-latent". Fine-tuning has one place whatever its recipe."""
+    if isinstance(task, Tuning):
+        return ""
+    chosen = [getattr(task, f.name) for f in fields(task) if isinstance(getattr(task, f.name), str)]
+    usual = [getattr(type(task)(), f.name) for f in fields(task) if isinstance(getattr(task, f.name), str)]
+    return "".join(f"-{value}" for value, default in zip(chosen, usual, strict=True) if value != default)
+
+
+def record(kind: str, subject: Subject, found: Found, seconds: float, variant: str = "") -> dict[str, Any]:
     """Write a result's JSON and hits; returns the JSON's content."""
     how, test = subject.how, subject.set.test
     classes = subject.set.classes
@@ -426,7 +459,11 @@ def record(kind: str, subject: Subject, found: Found, seconds: float) -> dict[st
     content |= {"details": found.details} if found.details else {}
     folder = place(subject.name, how)
     folder.mkdir(parents=True, exist_ok=True)
-    name = stem(kind, subject.which, how)
+    name = stem(kind, subject.which, how) + variant
+    if (there := folder / f"{name}.json").exists() and json.loads(there.read_bytes()).get("hashes", {}).get("test") != content["hashes"][
+        "test"
+    ]:
+        name += f"-{content['hashes']['test'][:6]}"  # of other images: both are kept
     hits = {"right": found.right} | (found.more or {})
     replace_file(folder / f"{name}.safetensors", save({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in hits.items()}))
     write_json(folder / f"{name}.json", content)

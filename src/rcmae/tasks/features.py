@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -62,10 +63,19 @@ class Seen(NamedTuple):
 
 def identity(backbone: Backbone | Pixels) -> str:
     """Sixteen hex digits that name a backbone: its weights, its statistics and how it computes."""
-    digest = hashlib.sha256(f"{type(backbone).__name__} {tuple(backbone.shape)} {getattr(backbone, 'patch', '')}".encode())
+    heads = [block.attn.num_heads for block in backbone.vit.blocks] if isinstance(backbone, Backbone) else backbone.patch
+    digest = hashlib.sha256(f"{backbone!r} {tuple(backbone.shape)} {heads}".encode())
     for name, value in sorted([*backbone.state_dict().items(), *backbone.named_buffers()], key=lambda pair: pair[0]):
         digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _whole(file: Path) -> bool:
+    """Whether a file is there, and of images that could all be read: what could not may have been mended since."""
+    if not file.exists():
+        return False
+    with safe_open(file, "pt") as f:
+        return bool(f.get_tensor("readable").all())
 
 
 @torch.no_grad()
@@ -87,7 +97,7 @@ def extract(
     backbone, centers = backbone.to(device).eval(), Centers(part, shape, backbone.channels)
     for number, file in enumerate(files):
         rows = range(number * PART, min((number + 1) * PART, len(part)))
-        if number % world.size == world.rank and not file.exists():
+        if number % world.size == world.rank and not _whole(file):
             found: dict[str, list[Tensor]] = {"cls": [], "mean": []} | ({"tokens": []} if tokens else {})
             readable, done = [], rows.start
             keys = [list(rows[i : i + batch]) for i in range(0, len(rows), batch)]

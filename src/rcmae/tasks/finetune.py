@@ -49,6 +49,7 @@ from ..errors import CheckpointError, ConfigError, DataError, Preempted
 from ..interop.timm_export import architecture_of, export
 from ..models.backbone import Backbone
 from ..models.classifier import Classifier, classifier
+from .features import identity
 from .layer_decay import layer_decay_groups
 from .score import Scored, score
 
@@ -199,7 +200,7 @@ def finetune(
     for source in (train, test):
         check_labels(source, len(classes))
     if settings.randaugment and backbone.vit.in_chans != 3:
-        raise ConfigError(f"RandAugment is for images of 3 channels, not {backbone.vit.in_chans}; give --randaugment ''")
+        raise ConfigError(f"RandAugment is for images of 3 channels, not {backbone.vit.in_chans}; give --settings 'randaugment='")
     device = distributed.pick_device(machine.device)
     if machine.threads:
         torch.set_num_threads(machine.threads)
@@ -281,7 +282,7 @@ class Run:
             "train": train.fingerprint(), "train_labels": _hash(train.labels), "test": test.fingerprint(),
             "test_labels": _hash(test.labels), "classes": classes,
         }  # fmt: skip
-        self.backbone = _hash(*(v.detach().cpu().float().numpy() for v in backbone.vit.state_dict().values()))
+        self.backbone = identity(backbone)
         if world.first:
             record_recipe(self.out, s, load_finetune)
         self.step, self.skipped, self.seconds = 0, 0, 0.0

@@ -17,7 +17,10 @@ class Knn(nn.Module):
     """Features "m d" to the shares of the votes "m c" that each class gets from the `k` nearest training features, as logarithms.
 
     At most `COLUMNS` training features at a time are compared, some 40 bytes a pair, whatever their number. Equal votes go to the lower
-    class. Gradients flow through the similarities to the neighbours. Raises ConfigError when k is below 1 or above the training set.
+    class. Raises ConfigError when k is below 1 or above the training set.
+
+    Where all neighbours are of one class, votes have no gradient. So what wants one (an attack) gets the votes of all training features
+    instead, k = n, with the class that the k nearest name lifted to the top.
     """
 
     def __init__(self, train: Float[Tensor, "n d"], labels: Int[Tensor, " n"], classes: int, k: int, temperature: float = 0.07):
@@ -28,13 +31,20 @@ class Knn(nn.Module):
         self.classes, self.k, self.temperature = classes, k, temperature
 
     def forward(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "m c"]:
-        return self.votes(x, [self.k])[self.k]
+        votes = self.votes(x, [self.k])[self.k]
+        if not x.requires_grad:
+            return votes
+        weight = ((F.normalize(x.float(), dim=1) @ self.train_set.T - 1) / self.temperature).exp()
+        of_all = (weight @ F.one_hot(self.labels, self.classes).float() + 1e-12).log()
+        named = votes.argmax(1, keepdim=True)
+        lift = (of_all.amax(1, keepdim=True) - of_all.gather(1, named) + 1e-3).detach()
+        return of_all.scatter_add(1, named, lift)
 
+    @torch.no_grad()
     def votes(self, x: Float[Tensor, "m d"], ks: Sequence[int]) -> dict[int, Float[Tensor, "m c"]]:
         """The same for several k at most `self.k`, from one search."""
         x = F.normalize(x.float(), dim=1)
-        with torch.no_grad():
-            near = nearest(x, self.train_set, self.k)
+        near = nearest(x, self.train_set, self.k)
         similar = (x.unsqueeze(1) @ self.train_set[near].transpose(1, 2)).squeeze(1)
         weight = ((similar - 1) / self.temperature).exp()
         found = {}

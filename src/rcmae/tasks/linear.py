@@ -18,7 +18,6 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from ..engine.schedules import Progress, cosine, warmup_cosine
-from ..errors import ConfigError
 from .lars import lars
 from .splits import held_out
 
@@ -100,21 +99,21 @@ def fit_rates(
     """A linear layer by SGD, its learning rate the one that does best on a fifth of the training set that the others did not see.
 
     Layers of all rates are fitted together on four fifths; then one of the chosen rate on the whole set. Equally many right: the lower
-    loss decides, then the lower rate. Steps, batch and rates are DINOv2's. Raises ConfigError when there is nothing to choose on.
+    loss decides, then the lower rate. Steps, batch and rates are DINOv2's. Where every class has one image, the middle rate is taken.
     """
     scores: dict[float, float] = {}
     rate = rates[0]
     if len(rates) > 1:
         held = held_out(labels, seed)
         if not held.any():
-            raise ConfigError("every class has one training image, so none can be held out to choose a learning rate on; give one rate")
+            return fit_rates(train, labels, classes, rates=[rates[len(rates) // 2]], steps=steps, batch=batch, seed=seed)
         inside, outside = (torch.from_numpy(np.flatnonzero(part)).to(train.device) for part in (~held, held))
         heads = fit(train[inside], labels[~held], classes, rates, steps, batch, seed)
         found = heads.score(train[outside], labels[held])
         best = max(range(len(rates)), key=lambda i: (found[i][0], -found[i][1], -rates[i]))
         rate, scores = rates[best], {r: 100 * share for r, (share, _) in zip(rates, found, strict=True)}
     only = fit(train, labels, classes, [rate], steps, batch, seed)
-    return Rated(folded(only.mean, only.std + 1e-6, only.weight[..., 0].T, only.bias[:, 0]), rate, scores)
+    return Rated(folded(only.mean, only.std, only.weight[..., 0].T, only.bias[:, 0]), rate, scores)
 
 
 class Heads(nn.Module):
@@ -122,13 +121,14 @@ class Heads(nn.Module):
 
     def __init__(self, examples: Float[Tensor, "n d"], classes: int, count: int, draws: torch.Generator):
         super().__init__()
-        self.std, self.mean = torch.std_mean(examples.float(), 0)
+        std, self.mean = torch.std_mean(examples.float(), 0)
+        self.std = torch.where(std > 1e-6, std, 1.0)  # what never changes is left as it is
         start = 0.01 * torch.randn(examples.shape[1], classes, 1, generator=draws)
         self.weight = nn.Parameter(start.expand(-1, -1, count).clone())
         self.bias = nn.Parameter(torch.zeros(classes, count))
 
     def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b c r"]:
-        x = (x.float() - self.mean) / (self.std + 1e-6)
+        x = (x.float() - self.mean) / self.std
         return (x @ self.weight.flatten(1)).unflatten(1, self.bias.shape) + self.bias
 
     @torch.no_grad()

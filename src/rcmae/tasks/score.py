@@ -75,5 +75,6 @@ def score(
         found[1, part["index"]] = best.values * fine
         tick(done := done + len(fine))
     model.train(training)
-    right, confidence = (distributed.average(found) * world.size).cpu().numpy()
+    found = distributed.average(found) * world.size if world.size > 1 else found  # the first rank may be on its own
+    right, confidence = found.cpu().numpy()
     return Scored(right > 0.5, confidence)

@@ -1,8 +1,10 @@
 """What `rcmae evaluate` is told. Without torch, so that --help is quick."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from ..errors import ConfigError
 
 KS = (10, 20, 100, 200)
 "Neighbours that vote, as DINO reports them (its tables use 20)."
@@ -145,3 +147,11 @@ class Worth:
     "runs of each; backbones are compared within a seed"
     against: tuple[str, ...] = ()
     "other backbones, as timm:vit_small_patch16_224"
+
+
+def check_task(task: Any) -> None:
+    """Numbers of a task are above 0, all that are not in one ConfigError."""
+    values = [(f.name, x) for f in fields(task) for v in [getattr(task, f.name)] for x in (v if isinstance(v, tuple) else [v])]
+    wrong = [f"{k} must be above 0, not {x:g}" for k, x in values if type(x) in (int, float) and not x > 0 and k != "bad_share"]
+    if wrong:
+        raise ConfigError("; ".join(wrong))

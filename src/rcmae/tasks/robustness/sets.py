@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ...data import sources
 from ...data.dataset import plain_errors, quiet_worker, read_image
 from ...data.decode import BadImage
 from ...data.sources import Files, Source, open_source
@@ -70,7 +71,8 @@ class _Views(Dataset):
     def __getitem__(self, place: int) -> Tensor:
         index = int(self.indices[place])
         try:
-            return self.view(read_image(self.source, index, 3), index)
+            origin = int(self.source.chosen[index]) if isinstance(self.source, sources.Subset) else index
+            return self.view(read_image(self.source, index, 3), origin)
         except BadImage as e:
             raise DataError(f"{self.source.where(index)} cannot be read ({e}); mend it, or remove it and say so beside the score") from e
 

@@ -10,10 +10,10 @@ from jaxtyping import Bool
 from torch import nn
 
 from ...data.sources import Source, Subset
-from ...errors import ConfigError
+from ...errors import ConfigError, DataError
 from ..settings import Robustness
 from . import metrics, sets
-from .adversarial import fgsm, pgd
+from .adversarial import Attack, fgsm, pgd
 from .sets import Loading
 
 
@@ -26,13 +26,25 @@ class Study(NamedTuple):
     errors: dict[str, metrics.Errors]
 
 
+def attacks_of(task: Robustness) -> list[Attack]:
+    """FGSM and PGD at each size. Raises ConfigError."""
+    if len(set(task.eps)) < len(task.eps):
+        raise ConfigError(f"eps has a size twice: {', '.join(f'{eps:g}' for eps in task.eps)}")
+    return [attack for eps in task.eps for attack in (fgsm(eps), pgd(eps, task.pgd_steps, restarts=task.restarts))]
+
+
+def check(task: Robustness) -> None:
+    """What can be refused before anything is fitted. Raises ConfigError or DataError."""
+    attacks_of(task)
+    for root in (task.imagenet_c, task.imagenet_a, task.imagenet_r, task.imagenet_sketch, task.real):
+        if root and not root.is_dir():
+            raise DataError(f"{root} is no folder")
+
+
 def study(
     model: nn.Module, classes: list[str], test: Source, task: Robustness, loading: Loading, seed: int, say: Callable[[str], None]
 ) -> Study:
     """The clean images with calibration first; then corruptions, attacks and published sets, as `task` asks. Raises DataError."""
-    if task.pgd_steps < 1 or task.restarts < 1:
-        raise ConfigError(f"pgd_steps and restarts must be 1 or more, not {task.pgd_steps} and {task.restarts}")
-    attacks = [attack for eps in task.eps for attack in (fgsm(eps), pgd(eps, task.pgd_steps, restarts=task.restarts))]
     model = model.to(loading.device).eval()
     models, labels = {"model": model}, sets.labels_for(test, classes)
     said = sets.clean(models, test, labels, loading)["model"]
@@ -63,6 +75,7 @@ def study(
             right[name] = run(models, root, classes, loading)["model"]
             found[name] = 100 * float(right[name].mean())
     if task.attacks:
+        attacks = attacks_of(task)
         of = sets.adversarial(models, test, labels, attacks, loading, task.attacked_images, seed, say)["model"]
         found |= {name if name != "clean" else "clean, of the attacked images": 100 * float(h.mean()) for name, h in of.right.items()}
         right |= {f"attack: {name}": hits for name, hits in of.right.items()}
