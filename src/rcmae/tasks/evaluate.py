@@ -4,6 +4,7 @@ A task fits something on the training part, on frozen features or end to end, an
 metric, by class, the settings, hashes of backbone and data) and, beside it, which test images were right, for paired comparisons.
 """
 
+import functools
 import json
 import os
 import re
@@ -18,23 +19,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ..config import Machine
 from ..config import replaced as replaced_settings
-from ..data.dataset import Bad, read_image
-from ..data.decode import BadImage
+from ..data.dataset import Bad, Images
 from ..data.labelled import Labelled, open_labelled
 from ..data.loader import batches_of, processes
 from ..data.sampler import BatchSampler
 from ..data.sources import Subset
-from ..data.views import center, flip, random_resized_crop, rng
+from ..data.views import Image, center, flip, random_resized_crop
 from ..engine import distributed
 from ..engine.checkpoint import replace_file
 from ..engine.console import Screen
 from ..engine.distributed import World
 from ..engine.run import describe_machine, plain_failures, write_json
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..interop.load import load, load_classifier
 from ..interop.official import read_pth
 from ..models.backbone import Backbone, Features, Pixels
@@ -136,12 +135,9 @@ class Subject:
     def fitted_on(self, tokens: bool = False) -> tuple[Seen, Int[np.ndarray, " n"]]:
         """Features of the readable training images, and their labels."""
         seen = self.features("train", tokens)
-        if seen.readable.all():
-            return seen, seen.labels
-        kept = torch.from_numpy(np.flatnonzero(seen.readable))
-        rest = (x[kept] if x is not None else None for x in (seen.cls, seen.mean, seen.tokens))
-        cls, mean, of = rest
-        return Seen(cls, mean, seen.labels[seen.readable], seen.readable[seen.readable], of), seen.labels[seen.readable]
+        if not seen.readable.all():
+            seen = Seen(*(x[seen.readable] if x is not None else None for x in seen))
+        return seen, seen.labels
 
     def hits(self, said: Int[np.ndarray, " m"], seen: Seen) -> Bool[np.ndarray, " m"]:
         """Which test images are right; one that cannot be read is wrong."""
@@ -160,7 +156,8 @@ class Subject:
         """Batches of `steps`: what the backbone makes of new crops and flips in every pass (or of the same views), and labels."""
         part = self.part("train")
         sampler = BatchSampler(len(part), batch, start=0, stop=steps, seed=self.how.seed)
-        crops = Crops(part, tuple(self.backbone.shape), self.backbone.channels, augment, self.how.seed)
+        view = functools.partial(_crop, shape=tuple(self.backbone.shape), augment=augment)
+        crops = Images(part, view, self.how.seed, self.backbone.channels, labelled=True)
         backbone = self.backbone.to(self.device).eval()
         with self.screen.progress("fit", steps) as tick:
             for step, images in enumerate(batches_of(crops, sampler, part.kind, self.how.workers, self.device, self.note)):
@@ -170,28 +167,10 @@ class Subject:
                 tick(step + 1)
 
 
-class Crops(Dataset):
-    """Sample (epoch, index) of a labelled set, for a probe of a frozen backbone: a random crop (0.2 to 1 of the area) and flip, or the view
-    of evaluation. An unreadable image gives way to the next readable one, with that one's label."""
-
-    def __init__(self, part: Subset, shape: tuple[int, int], channels: int, augment: bool, seed: int):
-        self.part, self.shape, self.channels, self.augment, self.seed = part, shape, channels, augment, seed
-
-    def __len__(self) -> int:
-        return len(self.part)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        for other in range(index, index + len(self)):
-            i = other % len(self)
-            try:
-                image = read_image(self.part, i, self.channels)
-            except BadImage:
-                continue
-            draws = rng(self.seed, epoch, index)
-            view = flip(random_resized_crop(image, self.shape, (0.2, 1.0), draws), draws) if self.augment else center(image, self.shape)
-            return {"image": view.contiguous(), "label": int(self.part.labels[i]), "bad": []}
-        raise DataError(f"no image of {self.part.name} can be read; look with `rcmae check`")
+def _crop(image: Image, draws: np.random.Generator, shape: tuple[int, int], augment: bool) -> dict[str, Tensor]:
+    """A random crop (0.2 to 1 of the area) and flip, as MAE's linear probe is trained on, or the view of evaluation."""
+    view = flip(random_resized_crop(image, shape, (0.2, 1.0), draws), draws) if augment else center(image, shape)
+    return {"image": view.contiguous()}
 
 
 # --- probes of frozen features ----------------------------------------------------------------------------------------
