@@ -78,9 +78,14 @@ def pretrained(out: Path, name: str, seed: int) -> Path:
     return place
 
 
+def file_of(out: Path, name: str, seed: int) -> Path:
+    """Where it stands which test images were right, by task, percent and measure."""
+    return out / "units" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors"
+
+
 def unit(out: Path, seed: int, name: str) -> str:
     """All tasks on one backbone of one seed; returns how long it took."""
-    file = out / "units" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors"
+    file = file_of(out, name, seed)
     if file.exists():
         return f"{file.stem}: there"
     began = time.monotonic()
@@ -96,7 +101,7 @@ def unit(out: Path, seed: int, name: str) -> str:
     draws = np.random.Generator(np.random.Philox(key=seed)).permutation(len(data.test))
     some, few = Subset(data.test, draws[:CORRUPTED]), Subset(data.test, draws[:ATTACKED])
     loading = sets.Loading(tuple(backbone.shape), device)
-    with contextlib.redirect_stdout(io.StringIO()) as said, Screen(False) as screen:
+    with contextlib.redirect_stdout(io.StringIO()), Screen(False) as screen:
         models = {}
         for percent in PERCENTS:
             place = out / "tuned" / f"{file.stem}"
@@ -126,16 +131,12 @@ def unit(out: Path, seed: int, name: str) -> str:
     metadata = {"failed checks": json.dumps(failed), "seconds": f"{time.monotonic() - began:.0f}"}
     save_file({k: np.ascontiguousarray(v).astype(np.uint8) for k, v in found.items()}, temporary, metadata)
     temporary.replace(file)
-    del said
     return f"{file.stem}: {clock(time.monotonic() - began)}"
 
 
 def judge(out: Path, seeds: list[int]) -> dict[str, Any]:
     """Means over the seeds, and paired differences to MAE with intervals."""
-    hits = {
-        name: [load_file(out / "units" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors") for seed in seeds]
-        for name in BACKBONES
-    }
+    hits = {name: [load_file(file_of(out, name, seed)) for seed in seeds] for name in BACKBONES}
     rows = []
     for name, of in hits.items():
         for task in TASKS:
@@ -154,7 +155,7 @@ def judge(out: Path, seeds: list[int]) -> dict[str, Any]:
     failed = []
     for seed in seeds:
         for name in BACKBONES:
-            with safe_open(out / "units" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors", "np") as f:
+            with safe_open(file_of(out, name, seed), "np") as f:
                 failed += [f"{name}, seed {seed}, {text}" for text in json.loads(f.metadata()["failed checks"])]
     return {
         "failed_checks": failed,

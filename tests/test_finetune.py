@@ -325,7 +325,10 @@ def test_few_images_lower_the_batch(tmp_path, sets, capsys):
         ({"base_lr": float("inf")}, "base_lr must be a finite number"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale must satisfy"),
         ({"warmup_epochs": 2.0}, "warmup_epochs 2 is not below the length of the run, 2.00 epochs"),
-        ({"mixup": 0.8, "mix_group": 6}, "mix_group 6 does not divide a micro-batch of 8; lower --accumulate, or give --mix-group 2"),
+        (
+            {"mixup": 0.8, "mix_group": 6},
+            "mix_group 6 does not divide a micro-batch of 8; lower --accumulate, or give --settings mix_group=2",
+        ),
     ],
 )
 def test_wrong_settings_are_one_line(tmp_path, sets, changes, says):

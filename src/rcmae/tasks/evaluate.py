@@ -226,7 +226,8 @@ def fit_linear(subject: Subject, task: Linear) -> Found:
         )  # fmt: skip
     test = subject.features("test")
     hits = subject.hits(linear.said(layer, test.pooled(pool).to(subject.device)), test)
-    return Found({"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, pool, layer), asdict(task) | {"pool": pool} | chose)
+    settings = asdict(task) | {"pool": pool, "batch": batch, "fit_steps": steps} | chose
+    return Found({"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, pool, layer), settings)
 
 
 @torch.no_grad()
@@ -263,7 +264,10 @@ def fit_attentive(subject: Subject, task: Attentive) -> Found:
         probe, chose = attentive.fit(probe, batches, steps, rate), {"rate": rate}
         hits = subject.score(Probed(subject.backbone, "tokens", probe)).right
     return Found(
-        {"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, "tokens", probe), asdict(task) | {"fit_steps": steps} | chose
+        {"top1": 100 * float(hits.mean())},
+        hits,
+        Probed(subject.backbone, "tokens", probe),
+        asdict(task) | {"batch": batch, "fit_steps": steps} | chose,
     )
 
 
@@ -439,10 +443,9 @@ def record(kind: str, subject: Subject, found: Found, seconds: float, variant: s
     folder = place(subject.name, how)
     folder.mkdir(parents=True, exist_ok=True)
     name = stem(kind, subject.which, how) + variant
-    if (there := folder / f"{name}.json").exists() and json.loads(there.read_bytes()).get("hashes", {}).get("test") != content["hashes"][
-        "test"
-    ]:
-        name += f"-{content['hashes']['test'][:6]}"  # of other images: both are kept
+    there, images = folder / f"{name}.json", content["hashes"]["test"]
+    if there.exists() and json.loads(there.read_bytes())["hashes"]["test"] != images:
+        name += f"-{images[:6]}"  # of other images: both are kept
     hits = {"right": found.right} | (found.more or {})
     replace_file(folder / f"{name}.safetensors", save({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in hits.items()}))
     write_json(folder / f"{name}.json", content)

@@ -252,7 +252,7 @@ class Run:
         if s.mixes and self.part % s.mix_group:
             raise ConfigError(
                 f"mix_group {s.mix_group} does not divide a micro-batch of {self.part}; lower --accumulate, or give "
-                f"--mix-group {math.gcd(s.mix_group, self.part)}"
+                f"--settings mix_group={math.gcd(s.mix_group, self.part)}"
             )
         self.steps_per_epoch = len(train) // s.batch_size
         self.total = s.total_steps(len(train))
@@ -473,8 +473,5 @@ class Run:
             self.metrics = None
 
 
-def _hash(*arrays: Int[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+def _hash(labels: Int[np.ndarray, " n"]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()
