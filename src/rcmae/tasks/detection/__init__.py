@@ -1,0 +1,1 @@
+"""Mask R-CNN on a Vision Transformer: boxes and masks of objects, in COCO's layout."""

@@ -1,0 +1,102 @@
+"""What changes a detector, and what changes only how it is made. Without torch, so that --help is quick."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+
+from ...config import load_settings, parse_settings, shipped_recipes
+from ...errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detect:
+    """All that changes the result of training a detector on a backbone and given images."""
+
+    preset: Literal["vitdet", "benchmarking"] = "vitdet"
+    "vitdet: pyramid from the last map, LayerNorm (Li et al. 2022); benchmarking: maps of four depths, FPN, BatchNorm (Li et al. 2021)"
+    seed: int = 0
+    "every crop, proposal, dropped path and new weight is a function of it"
+    epochs: float | None = None
+    "length of the run in passes over the training images"
+    steps: int | None = None
+    "length of the run in optimizer steps"
+    size: int = 1024
+    "height and width of the square that images are cut or padded to, in pixels"
+    jitter: tuple[float, float] = (0.1, 2.0)
+    "large-scale jitter: an image is resized to this share of the square (lowest, highest) before it is cut"
+    flip: bool = True
+    "flip left and right at random"
+    max_instances: int = 100
+    "objects of an image that are trained on; of more, a random choice: each costs a mask of the whole square"
+    window: int = 14
+    "side of the attention windows in tokens; 0: every block attends everywhere"
+    rel_pos: bool = True
+    "learn relative positions in attention (they start at zero)"
+    scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
+    "maps of the pyramid, as multiples of the patch grid; one more is pooled for the proposals"
+    width: int = 256
+    "channels of the pyramid and the heads"
+    box_width: int = 1024
+    "of the box head's linear layer"
+    box_convs: int = 4
+    "3 x 3 convolutions of the box head"
+    mask_convs: int = 4
+    "3 x 3 convolutions of the mask head"
+    proposals: int = 1000
+    "proposals an image that the heads see, in training and after"
+    drop_path: float = 0.1
+    "share of the last block's paths that are dropped; it grows linearly over the blocks, from 0"
+    layer_decay: float = 0.7
+    "factor of the backbone's learning rate from a block to the one before it; 1 for none"
+    batch_size: int = 64
+    "images an optimizer step, over all devices and micro-batches"
+    lr: float = 1e-4
+    "learning rate after the warm-up, of pyramid and heads"
+    schedule: Literal["steps", "cosine"] = "steps"
+    "steps: a tenth of it from 8/9, a hundredth from 26/27 of the run; cosine: to 0"
+    warmup_steps: int = 250
+    "steps in which the learning rate rises linearly"
+    weight_decay: float = 0.1
+    "decoupled weight decay, on matrices only (not on positions and tokens)"
+    betas: tuple[float, float] = (0.9, 0.999)
+    "AdamW's decay rates"
+    clip: float | None = None
+    "largest norm of the gradient; default: no clipping"
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps on so many training images."""
+        return self.steps or max(1, round((self.epochs or 0) * (images // self.batch_size)))
+
+
+def load_detect(name: str) -> Detect:
+    """Settings by the name of a shipped recipe or by the path of a TOML file. Raises ConfigError in one line."""
+    return load_settings(name, shipped_recipes("detection"), lambda text, source: check_detect(parse_settings(Detect, text, source)))
+
+
+def check_detect(s: Detect) -> Detect:
+    """Refuse impossible values, all problems in one message. Returns the settings."""
+    lo, hi = s.jitter
+    above = ("size", "max_instances", "width", "box_width", "proposals", "batch_size", "lr")
+    whole = ("window", "box_convs", "mask_convs", "warmup_steps", "weight_decay")
+    rules = [
+        ((s.epochs is None) != (s.steps is None), "give one of epochs and steps"),
+        (s.epochs is None or s.epochs > 0, f"epochs must be above 0, not {s.epochs}"),
+        (s.steps is None or s.steps > 0, f"steps must be above 0, not {s.steps}"),
+        (0 <= s.seed < 2**63, f"seed must be 0 or more and below 2**63, not {s.seed}"),
+        (0 < lo <= hi, f"jitter must satisfy 0 < low <= high, not {lo} {hi}"),
+        (bool(s.scales) and all(x in (4, 2, 1, 0.5) for x in s.scales), f"scales are some of 4, 2, 1 and 0.5, not {s.scales}"),
+        (sorted(s.scales, reverse=True) == list(s.scales), f"scales go from fine to coarse, unlike {s.scales}"),
+        (0 <= s.drop_path < 1, f"drop_path must lie in 0 to below 1, not {s.drop_path}"),
+        (0 < s.layer_decay <= 1, f"layer_decay must be above 0 and at most 1, not {s.layer_decay}"),
+        (all(0 <= b < 1 for b in s.betas), f"betas must lie in 0 to below 1, not {s.betas}"),
+        (s.clip is None or s.clip > 0, f"clip must be above 0, not {s.clip}"),
+    ]
+    rules += [(getattr(s, k) > 0, f"{k} must be above 0, not {getattr(s, k)}") for k in above]
+    rules += [(getattr(s, k) >= 0, f"{k} must be 0 or more, not {getattr(s, k)}") for k in whole]
+    values = [(f.name, x) for f in fields(s) for x in np.ravel(getattr(s, f.name)) if isinstance(x, float)]
+    rules += [(math.isfinite(v), f"{k} must be a finite number, not {v}") for k, v in values]
+    if problems := [message for fine, message in rules if not fine]:
+        raise ConfigError("; ".join(problems))
+    return s
