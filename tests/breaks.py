@@ -921,7 +921,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_finetune.py::test_a_stopped_run_goes_on_to_the_same_bit",
     ),
     "fine-tuning: the optimizer is not restored": (
-        "rcmae.tasks.finetune:load_checkpoint",
+        "rcmae.tasks.training:load_checkpoint",
         optimizer_not_restored,
         "test_finetune.py::test_a_stopped_run_goes_on_to_the_same_bit",
     ),

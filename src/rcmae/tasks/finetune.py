@@ -6,10 +6,8 @@ The protocol is MAE's (He et al. 2022, appendix A.2): mean of the patches, layer
 import contextlib
 import hashlib
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,38 +18,22 @@ from safetensors.torch import save
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
-from ..config import Machine, check_machine, load_settings, parse_settings, parse_time, recipe_hash, shipped_recipes
-from ..data.dataset import BadFiles, Images
+from ..config import Machine, load_settings, parse_settings, recipe_hash, shipped_recipes
+from ..data.dataset import Images
 from ..data.loader import batches_of
-from ..data.sampler import BatchSampler, check_parts
 from ..data.sources import Source
 from ..data.supervised import Mixing, SupervisedView, path_seed
-from ..engine import distributed
-from ..engine.checkpoint import load_checkpoint, newest, replace_file, save_checkpoint
-from ..engine.console import Screen, clock
-from ..engine.distributed import World
-from ..engine.metrics import Metrics
-from ..engine.run import (
-    StopSignals,
-    circumstances,
-    describe_machine,
-    keep_freed_memory,
-    memory_gib,
-    other_circumstances,
-    owned,
-    plain_failures,
-    record_recipe,
-    write_json,
-)
-from ..engine.schedules import Progress, spread, usual_log_every, warmup_cosine
-from ..engine.step import Skips, Window, optimizer_step, set_lr
-from ..errors import CheckpointError, ConfigError, DataError, Preempted
+from ..engine.checkpoint import replace_file
+from ..engine.console import clock
+from ..engine.schedules import Progress, warmup_cosine
+from ..errors import ConfigError, DataError
 from ..interop.timm_export import architecture_of, export
 from ..models.backbone import Backbone
 from ..models.classifier import Classifier, classifier
 from .features import identity
 from .layer_decay import layer_decay_groups
 from .score import Scored, score
+from .training import Place, Training, taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,28 +174,15 @@ def finetune(
     stop and the state is saved.
     """
     check_finetune(settings)
-    check_machine(machine)
-    if machine.out is None:
-        raise ConfigError("fine-tuning needs a directory: give --out")
     if len(classes) < 2:
         raise DataError(f"{train.name} has {len(classes)} classes; two or more are needed")
     for source in (train, test):
         check_labels(source, len(classes))
     if settings.randaugment and backbone.vit.in_chans != 3:
         raise ConfigError(f"RandAugment is for images of 3 channels, not {backbone.vit.in_chans}; give --settings 'randaugment='")
-    device = distributed.pick_device(machine.device)
-    if machine.threads:
-        torch.set_num_threads(machine.threads)
-    if device.type == "cpu":
-        keep_freed_memory()
-    out = Path(machine.out)
-    # Dropped paths are drawn from torch's own generators: whoever calls us gets them back as they were.
-    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with distributed.joined(device) as world, plain_failures(device, world), forked:
-        with owned(out) if world.first else contextlib.nullcontext(), Screen(world.first) as screen, StopSignals() as stop:
-            run = Run(backbone, train, test, classes, settings, replace(machine, out=out), about or {}, device, world, screen, stop)
-            with contextlib.closing(run):
-                return run.train()
+    with taken(machine, "fine-tuning") as place:
+        with contextlib.closing(Run(backbone, train, test, classes, settings, place, about or {})) as run:
+            return run.train()
 
 
 def check_labels(source: Source, classes: int) -> None:
@@ -234,91 +203,51 @@ def fitted(settings: FineTune, images: int) -> FineTune:
     return replace(settings, batch_size=batch, mix_group=min(settings.mix_group, batch))
 
 
-class Run:
+class Run(Training):
     """One run: everything that is built before the first step, then `train`."""
 
+    what = "fine-tuning"
+
     def __init__(
-        self, backbone: Backbone, train: Source, test: Source, classes: list[str], settings: FineTune, machine: Machine,
-        about: dict[str, Any], device: torch.device, world: World, screen: Screen, stop: StopSignals,
+        self, backbone: Backbone, train: Source, test: Source, classes: list[str], settings: FineTune, place: Place, about: dict[str, Any]
     ):  # fmt: skip
-        self.train_set, self.test_set, self.classes, self.machine, self.about = train, test, classes, machine, about
-        self.device, self.world, self.screen, self.stop, self.out = device, world, screen, stop, machine.out
-        self.began = time.monotonic()
-        self.settings = s = fitted(settings, len(train))
+        s = fitted(settings, len(train))
         if s.batch_size < settings.batch_size:
-            screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
-        check_parts(s.batch_size, world.size, machine.accumulate)
-        self.part = s.batch_size // (world.size * machine.accumulate)
+            place.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
+        super().__init__(s, place, train, load_finetune, about)
+        self.test_set, self.classes = test, classes
         if s.mixes and self.part % s.mix_group:
             raise ConfigError(
                 f"mix_group {s.mix_group} does not divide a micro-batch of {self.part}; lower --accumulate, or give "
                 f"--settings mix_group={math.gcd(s.mix_group, self.part)}"
             )
-        self.steps_per_epoch = len(train) // s.batch_size
-        self.total = s.total_steps(len(train))
         self.warmup = s.warmup_epochs * self.steps_per_epoch / self.total
         if self.warmup >= 1:
             epochs = self.total / self.steps_per_epoch
             raise ConfigError(f"warmup_epochs {s.warmup_epochs:g} is not below the length of the run, {epochs:.2f} epochs")
-        self.precision = distributed.pick_precision(machine.precision, device)
         vit = classifier(backbone, len(classes), drop_path=s.drop_path, seed=s.seed)
         self.statistics = tuple(tuple(getattr(backbone, k).flatten().tolist()) for k in ("mean", "std"))
-        self.model = Classifier(vit, *self.statistics).to(device).train()
-        vit.set_grad_checkpointing(machine.checkpointing)
-        if machine.compile:
+        model = Classifier(vit, *self.statistics).to(self.device).train()
+        vit.set_grad_checkpointing(self.machine.checkpointing)
+        if self.machine.compile:
             for block in vit.blocks:
                 block.compile()
         groups = layer_decay_groups(vit, s.weight_decay, s.layer_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=s.peak_lr, betas=s.betas, fused=True)
-        self.net = distributed.wrap(self.model, world)
         self.mixing = Mixing(
             len(classes),
             seed=s.seed,
             **{k: getattr(s, k) for k in ("mixup", "cutmix", "mix_prob", "switch_prob", "smoothing", "mix_group")},
         )
-        self.bad = BadFiles(self.out, len(train), machine.bad_share, machine.strict)
-        self.bad_test = BadFiles(self.out, len(test), machine.bad_share, machine.strict, "bad_test_files.jsonl")
-        self.origin = {
+        self.bad_test = self.bad_files(len(test), "bad_test_files.jsonl")
+        self.scored: Scored | None = None
+        origin = {
             "train": train.fingerprint(), "train_labels": _hash(train.labels), "test": test.fingerprint(),
             "test_labels": _hash(test.labels), "classes": classes,
         }  # fmt: skip
-        self.backbone = identity(backbone)
-        if world.first:
-            record_recipe(self.out, s, load_finetune)
-        self.step, self.skipped, self.seconds = 0, 0, 0.0
-        self.history: list[dict[str, float]] = []
-        self.scored: Scored | None = None
-        self.resume()
-
-    # --- what is built ------------------------------------------------------------------------------------------------
-
-    def resume(self) -> None:
-        """Continue from the newest whole checkpoint, or begin."""
-        path = newest(self.out / "checkpoints", warn=self.screen.say)
-        if path is not None:
-            state = load_checkpoint(path, self.model, self.optimizer)
-            if state["data"] != self.origin:
-                what = next(k for k, v in self.origin.items() if state["data"].get(k) != v).replace("_", " ")
-                raise DataError(f"the data ({what}) has changed since {path} was written; use another --out to start anew")
-            if state["backbone"] != self.backbone:
-                raise CheckpointError(f"{path} was begun from another backbone; use another --out to start anew")
-            self.step, self.skipped, self.seconds, self.history = (state[k] for k in ("step", "skipped", "seconds", "history"))
-            self.screen.say(f"resumed from {path.name} of {self.total:,} steps in {self.out}")
-            for note in other_circumstances(state["circumstances"], self.circumstances()):
-                self.screen.say(note)
-        m = self.machine
-        self.metrics = Metrics(self.out, None if path is None else self.step, m.tensorboard, m.wandb) if self.world.first else None
-        if path is not None:
-            self.write("event", text=f"resumed from step {self.step}")
-
-    def circumstances(self) -> dict[str, Any]:
-        return circumstances(self.machine, self.device, self.precision, self.world)
-
-    def sampler(self, start: int, stop: int) -> BatchSampler:
-        return BatchSampler(
-            len(self.train_set), self.settings.batch_size, rank=self.world.rank, world=self.world.size, micro=self.machine.accumulate,
-            start=start, stop=stop, seed=self.settings.seed,
-        )  # fmt: skip
+        self.learn(model, torch.optim.AdamW(groups, lr=s.peak_lr, betas=s.betas, fused=True), origin, identity(backbone))
+        if not self.step:
+            images = f"{len(train):,} images of {len(classes)} classes, {len(test):,} to test on"
+            self.begin(images, train_images=len(train), test_images=len(test), classes=len(classes))
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches of the steps from `start` to before `stop`, on the device: "image" and "label"."""
@@ -329,72 +258,8 @@ class Run:
         dataset = Images(self.train_set, view, s.seed, vit.in_chans, labelled=True)
         return batches_of(dataset, self.sampler(start, stop), self.train_set.kind, self.machine.workers, self.device, self.bad.note)
 
-    def begin(self) -> None:
-        """Say what will be done, and write a first checkpoint that also proves the disk."""
-        parameters = sum(p.numel() for p in self.model.parameters())
-        if self.world.first:
-            about = describe_machine(self.device, self.precision) | {
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "parameters": parameters, "ranks": self.world.size,
-                "train_images": len(self.train_set), "test_images": len(self.test_set), "classes": len(self.classes),
-                "recipe_hash": recipe_hash(self.settings), "backbone": self.backbone, "steps": self.total,
-                "steps_per_epoch": self.steps_per_epoch, "data": self.origin, "about": self.about,
-            }  # fmt: skip
-            write_json(self.out / "machine.json", about)
-        self.save()
-        images = f"{len(self.train_set):,} images of {len(self.classes)} classes, {len(self.test_set):,} to test on"
-        self.screen.say(f"fine-tuning in {self.out}: {parameters / 1e6:.1f} M parameters, {images}")
-        epochs = self.total / self.steps_per_epoch
-        self.screen.say(f"{self.total:,} steps ({epochs:.1f} epochs) on {self.device} in {self.precision}")
-
-    # --- the loop -----------------------------------------------------------------------------------------------------
-
-    def train(self) -> FineTuned:
-        """From wherever the run stands to its end."""
-        if not self.step:
-            self.begin()
-        scoring = spread(self.total, self.scorings())
-        log_every = self.machine.log_every or usual_log_every(self.total)
-        save_seconds = parse_time(self.machine.save_every)
-        self.window, self.skips = Window(self.device), Skips(self.out / "checkpoints")
-        saved = time.monotonic()
-        offset = self.seconds - (saved - self.began)
-        batches = self.loader(self.step, self.total)
-        self.screen.start(self.total, self.step)
-        while self.step < self.total:
-            t = Progress(self.step, self.total, self.steps_per_epoch)
-            self.skips.note(self.update(batches, t))
-            self.step += 1
-            self.screen.step(self.step)
-            self.seconds = offset + time.monotonic() - self.began
-            if self.step % log_every == 0 or self.step == self.total:
-                self.name_skipped()
-                self.log(replace(t, step=self.step))
-            asked, due = self.world.agree(self.stop.asked is not None, time.monotonic() - saved > save_seconds)
-            if asked or due or self.step in scoring:
-                paused = time.monotonic()
-                self.name_skipped()
-                if self.step in scoring:
-                    self.evaluate(t.epoch + 1 / self.steps_per_epoch)
-                self.save()
-                saved = time.monotonic()
-                self.window.pause(saved - paused)
-            if asked:
-                raise Preempted(f"stopped by {self.stop.asked or 'another rank'}; saved at step {self.step}, run the same command again")
-        return self.finish()
-
-    def scorings(self) -> int:
-        """How often the test images are scored: once an epoch, but on no more images than half of those that are trained on."""
-        affordable = self.total * self.settings.batch_size // (2 * len(self.test_set))
-        return max(1, min(round(self.total / self.steps_per_epoch), affordable))
-
-    def update(self, batches: Iterator[dict[str, Tensor]], t: Progress) -> Tensor:
-        """One optimizer step. 1 or 0, on the device."""
-        s, micro = self.settings, self.machine.accumulate
-        set_lr(self.optimizer, warmup_cosine(s.peak_lr, s.min_lr, self.warmup, t))
-        return optimizer_step(
-            self.net, self.optimizer, batches, lambda batch, i: self.losses(batch, t.step, self.world.rank * micro + i), self.window,
-            images=s.batch_size, micro=micro, clip=s.clip, precision=self.precision, device=self.device, world=self.world,
-        )  # fmt: skip
+    def rate(self, t: Progress) -> float:
+        return warmup_cosine(self.settings.peak_lr, self.settings.min_lr, self.warmup, t)
 
     def losses(self, batch: dict[str, Tensor], step: int, part: int) -> dict[str, Tensor]:
         """Cross-entropy with the mixed targets, of the `part`-th micro-batch of the step."""
@@ -403,56 +268,28 @@ class Run:
         torch.manual_seed(path_seed(self.settings.seed, step, part))
         return {"loss": F.cross_entropy(self.net(images), targets)}
 
-    def evaluate(self, epoch: float) -> None:
-        """Score the test images, and keep the accuracy."""
-        self.scored = self.score()
-        self.history.append({"step": self.step, "epoch": epoch, "accuracy": 100 * float(self.scored.right.mean())})
-        self.write("val", **{k: v for k, v in self.history[-1].items() if k != "step"})
-        self.screen.say(f"step {self.step:,}: {self.history[-1]['accuracy']:.1f} % of the test images are right")
+    def scorings(self) -> int:
+        """How often the test images are scored: once an epoch, but on no more images than half of those that are trained on."""
+        affordable = self.total * self.settings.batch_size // (2 * len(self.test_set))
+        return max(1, min(round(self.total / self.steps_per_epoch), affordable))
 
-    def score(self) -> Scored:
+    def score(self) -> dict[str, float]:
+        """Accuracy on the test images in percent; which were right is kept."""
         vit = self.model.vit
-        return score(
+        self.scored = score(
             self.model, self.test_set, shape=vit.patch_embed.img_size, channels=vit.in_chans, device=self.device, precision=self.precision,
             batch=self.part, workers=self.machine.workers, world=self.world, note=self.bad_test.note,
         )  # fmt: skip
+        return {"accuracy": 100 * float(self.scored.right.mean())}
 
-    def name_skipped(self) -> None:
-        """Name the batches that were skipped since the last look. Raises DivergedError."""
-        for step in self.skips.look(self.step):
-            self.skipped += 1
-            keys = self.sampler(0, 0).keys(step)
-            where = f"images {self.train_set.where(keys[0][1])} to {self.train_set.where(keys[-1][1])}"
-            text = f"step {step} was not finite and was skipped: epoch {keys[0][0]}, {where}"
-            self.write("event", text=text, images=[k[1] for k in keys])
-            self.screen.say(text)
-
-    # --- what one sees ------------------------------------------------------------------------------------------------
-
-    def write(self, kind: str, **values: Any) -> None:
-        if self.metrics:
-            self.metrics.write(kind, self.step, **values)
-
-    def log(self, t: Progress) -> None:
-        line = self.window.read() | {"memory_gib": memory_gib(self.device), "seconds": self.seconds, "skipped": self.skipped}
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        line |= {"lr": lr, "epoch": t.epoch, "images": self.step * self.settings.batch_size}
-        self.write("train", **line)
-        left = (self.total - self.step) * self.settings.batch_size / max(line["images_per_s"], 1e-9)
-        self.screen.report(self.step, self.total, line, left)
-
-    def save(self) -> None:
-        if self.world.first:
-            state = {
-                "step": self.step, "total_steps": self.total, "skipped": self.skipped, "seconds": self.seconds, "history": self.history,
-                "data": self.origin, "backbone": self.backbone, "recipe_hash": recipe_hash(self.settings),
-                "circumstances": self.circumstances(),
-            }  # fmt: skip
-            save_checkpoint(self.out / "checkpoints", self.model, self.optimizer, state, self.machine.keep)
+    def said(self, scores: dict[str, float]) -> str:
+        return f"{scores['accuracy']:.1f} % of the test images are right"
 
     def finish(self) -> FineTuned:
         """Keep what the last weights make of every test image, and export them."""
-        right, confidence = self.scored or self.score()
+        if self.scored is None:
+            self.score()
+        right, confidence = self.scored
         self.model.eval()
         if self.world.first:
             kept = {"right": torch.from_numpy(right), "confidence": torch.from_numpy(confidence)}
@@ -465,12 +302,6 @@ class Run:
             self.screen.say(f"{last:.1f} % right after {self.step:,} steps{chosen}, {clock(self.seconds)}")
             self.screen.say(f'Load the classifier: timm.create_model("local-dir:{folder}", pretrained=True)')
         return FineTuned(self.model, right, confidence, self.step, self.history)
-
-    def close(self) -> None:
-        self.screen.stop()
-        if self.metrics:
-            self.metrics.close()
-            self.metrics = None
 
 
 def _hash(labels: Int[np.ndarray, " n"]) -> str:
