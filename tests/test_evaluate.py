@@ -298,6 +298,9 @@ def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, b
     assert "mCE, ImageNet-C" not in metrics, "three classes are not all of ImageNet-C"
     assert found["details"]["checks"]["PGD-3 0.5/255"]["eps 0 equals clean"]["holds"] is True
     assert "PGD is not above FGSM: yes" in said
+    for kind in ("C-style", "ImageNet-C"):
+        assert f"Open {tmp_path / 'out' / f'severity-{kind}.svg'}" in said.replace("\n", "")
+        assert "severity" in (tmp_path / "out" / f"severity-{kind}.svg").read_text()
     right = load_file(tmp_path / "out" / "robustness-backbone.safetensors")
     assert right["gaussian_noise (C-style)"].shape == (5, 6) and right["attack: FGSM 64/255"].shape == (18,)
 

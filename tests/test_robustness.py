@@ -16,7 +16,7 @@ from rcmae.data.digits import DigitsSource
 from rcmae.data.sources import open_source
 from rcmae.errors import ConfigError, DataError
 from rcmae.report.curves import standalone
-from rcmae.report.severity import by_severity
+from rcmae.report.severity import by_severity, figures
 from rcmae.tasks.robustness.adversarial import fgsm, pgd
 from rcmae.tasks.robustness.corruptions import STANDARD, corrupt
 from rcmae.tasks.robustness.metrics import ALEXNET, ece, imagenet_classes
@@ -305,3 +305,10 @@ def test_the_figure_has_a_curve_a_model_from_the_clean_accuracy_on():
     svg = by_severity({"student": 95.0, "teacher": 96.0}, errors)
     assert svg.startswith("<svg") and "severity" in svg and "clean" in svg and svg.count("var(--teacher)") > 1
     assert standalone(by_severity({"student": 95.0, "teacher": 96.0}, errors, "fog")).count("accuracy, %: fog") == 1
+    record = {"network": "teacher", "labels_percent": 100, "settings": {"probe": "linear"}, "metrics": {"top1": 96.0}}
+    first = record | {"details": {"errors": {"C-style": errors["teacher"]}}}
+    unusual = {"labels_percent": 10, "settings": {"probe": "knn"}}
+    second = record | unusual | {"details": {"errors": {"C-style": errors["student"], "ImageNet-C": {"fog": [9] * 5}}}}
+    found = figures([first, second])
+    assert found.keys() == {"C-style", "ImageNet-C"}
+    assert "teacher, knn probe, 10 % of labels" in found["C-style"]

@@ -524,6 +524,11 @@ def _evaluate(backbone: str, task: KNN | Linear | Attentive | Tuning | Robustnes
         table.add_row(name, *(f"{record['metrics'][name]:.2f}" if name in record["metrics"] else "" for record in records))
     _console().print(table)
     where = place(backbone, how)
+    if isinstance(task, Robustness):
+        from .report.severity import write_figures
+
+        for file in write_figures(records, where):
+            print(f"Open {file}")
     recipe = where.parent / "recipe.toml"
     if recipe.exists() and "\nmethod = " in f"\n{recipe.read_text(encoding='utf-8')}":  # not one of fine-tuning
         from .report import write_report

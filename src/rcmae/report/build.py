@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from ..config import Recipe, flat, parse_recipe, recipe_hash
 from ..engine.metrics import read_metrics
-from . import pictures
+from . import pictures, severity
 from .curves import Line, column, plot
 from .panels import health_panel, teacher_panel
 
@@ -52,7 +52,7 @@ def render(run: Path) -> str:
         shots=reconstructions(run), strip=strip(run),
         recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad[:50], bad_count=len(bad),
         events=sorted(by_kind["event"][-20:] + told, key=lambda line: line["step"]), export=exports(run),
-        evaluations=evaluations(run),
+        evaluations=evaluations(run), severity=severity_figures(run),
         labelled=floor is not None, reference=reference,
     )  # fmt: skip
 
@@ -267,6 +267,14 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
             own = {key: content[key] for key in ("task", "network", "data", "train_images")}
             found.append(own | {"top1": content["metrics"]["top1"], "hardest": hardest, "hardest_right": content["per_class"][hardest]})
     return found
+
+
+def severity_figures(run: Path) -> dict[str, str]:
+    """Accuracy by severity of the networks whose robustness was evaluated on the same images, by kind of corruption."""
+    records = [_json(file) for file in sorted((run / "evaluate").glob("robustness-*.json"))]
+    records = [r for r in records if r.get("details", {}).get("errors")]
+    last = records[-1]["hashes"]["test"] if records else ""
+    return severity.figures([r for r in records if r["hashes"]["test"] == last])
 
 
 def exports(run: Path) -> list[str]:

@@ -1,10 +1,12 @@
 """The figure of robustness: accuracy over the severity of corruption."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .curves import Line, plot
+from .curves import Line, plot, standalone
 
 COLOURS = ("student", "teacher", "both", "gold", "good", "memory1", "memory3", "floor")
 
@@ -23,3 +25,28 @@ def by_severity(clean: Mapping[str, float], errors: Mapping[str, Mapping[str, Se
     ticks = {0: "clean"} | {s: str(s) for s in range(1, max(len(line.x) for line in lines))}
     label = f"accuracy, %: {only}" if only else "accuracy, %, mean of corruptions"
     return plot(lines, ylabel=label, markers=True, xlabel="severity", ticks=ticks, span=5.0)
+
+
+def figures(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Of what `rcmae evaluate robustness` recorded: a figure for each kind of corruption, in it a curve for each network."""
+    found = {}
+    for kind in dict.fromkeys(kind for r in records for kind in r["details"]["errors"]):
+        own = {_name(r): r for r in records if kind in r["details"]["errors"]}
+        errors = {name: r["details"]["errors"][kind] for name, r in own.items()}
+        found[kind] = by_severity({name: r["metrics"]["top1"] for name, r in own.items()}, errors)
+    return found
+
+
+def write_figures(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """The same as files of their own."""
+    places = {folder / f"severity-{kind.split(',')[0]}.svg": figure for kind, figure in figures(records).items()}
+    for place, figure in places.items():
+        place.write_text(standalone(figure), encoding="utf-8")
+    return list(places)
+
+
+def _name(record: dict[str, Any]) -> str:
+    """The network, and what is unusual: the probe, the share of the labels."""
+    share, probe = record["labels_percent"], record["settings"]["probe"]
+    unusual = [f"{probe} probe"] * (probe != "linear") + [f"{share:g} % of labels"] * (share != 100)
+    return ", ".join([record["network"], *unusual])
