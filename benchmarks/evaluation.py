@@ -69,10 +69,10 @@ class Once(nn.Module):
         return self.seen
 
 
-def pretrained(out: Path, name: str, seed: int) -> Path:
+def pretrained(out: Path, name: str, seed: int, recipe_name: str = "embedded") -> Path:
     """The run of a method and a seed, on one thread."""
     place = out / "pretrain" / f"{name}-{seed}"
-    recipe = changed(load_recipe("embedded"), seed=seed, probes=0, **PRETRAINED[name])
+    recipe = changed(load_recipe(recipe_name), seed=seed, probes=0, **PRETRAINED[name])
     with contextlib.redirect_stdout(io.StringIO()):
         pretrain(recipe, Machine(out=place, device="cpu", threads=1, monitor=False))
     return place

@@ -14,6 +14,7 @@ from cyclopts.config import Dict
 from . import __version__
 from .config import Machine, MethodName, Recipe, check, check_machine, flat, load_recipe, parse_recipe, sections, shipped_recipes
 from .errors import ConfigError, RcmaeError, first_line
+from .tasks.detection.settings import Scoring, Training
 from .tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Worth
 
 app = App(
@@ -36,7 +37,7 @@ def _whole(kind: type, tokens: Sequence[Token]) -> int:
 Whole = Annotated[int, Parameter(converter=_whole)]
 Many = Parameter(consume_multiple=True, negative_iterable=())
 Flat = Parameter(name="*", negative_iterable=())
-for section in (*sections().values(), Recipe, Machine, Evaluation, KNN, Linear, Attentive, Tuning, Robustness, Worth):
+for section in (*sections().values(), Recipe, Machine, Evaluation, KNN, Linear, Attentive, Tuning, Robustness, Worth, Training, Scoring):
     Flat(section)  # `--size`, not `--images.size`
     for field in fields(section):
         if field.type in (int, int | None):
@@ -537,6 +538,103 @@ def _evaluate(backbone: str, task: KNN | Linear | Attentive | Tuning | Robustnes
     print(f"wrote {where}")
 
 
+detect = App(name="detect", help="Objects: Mask R-CNN on a backbone, boxes and masks in COCO's layout.")
+app.command(detect)
+
+
+@detect.command(name="train")
+def detect_train(
+    backbone: str, /, *, how: Annotated[Training, Flat] = Training(), machine: Annotated[Machine, Flat] = Machine()
+) -> None:
+    """Train a detector on a backbone; a run that is already in --out goes on.
+
+    Parameters
+    ----------
+    backbone
+        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME, or scratch:BACKBONE for new weights.
+    """
+    from .report.detections import write_report
+    from .tasks.detection.commands import place, train_detector
+
+    if machine.out:
+        _check_folder(machine.out)
+    train_detector(backbone, how, machine, _console().print)
+    print(f"Open {write_report(machine.out or place(backbone))}")
+
+
+@detect.command(name="eval")
+def detect_eval(checkpoint: Path, /, *, how: Annotated[Scoring, Flat] = Scoring()) -> None:
+    """COCO's average precision of boxes and masks, by class and size.
+
+    Parameters
+    ----------
+    checkpoint
+        A run of `rcmae detect train`, or its export/detector.
+    """
+    from rich.table import Table
+
+    from .tasks.detection.commands import percent, score_detector
+
+    if how.out:
+        _check_folder(how.out)
+    found = score_detector(checkpoint, how, _console().print)
+    if found is None:  # not the first rank
+        return
+    box, mask = percent(found["box"]), percent(found["mask"])
+    table = Table("%", "box", "mask", title=f"{how.data}, {found['test_images']:,} images, {found['preset']}", title_justify="left")
+    for name in box:
+        table.add_row(name, box[name], mask[name])
+    _console().print(table)
+    rule = found["box"]["areas"]
+    bounds = " and ".join(f"{bound:,.0f}" for bound in found["box"]["bounds"])
+    print(f"small, medium, large: below and above {bounds} px of area, {'as COCO' if rule == 'coco' else 'scaled to these images'}")
+    print(f"wrote {how.out or checkpoint / 'eval'}")
+
+
+@detect.command(name="show")
+def detect_show(
+    checkpoint: Path, /, *images: Path, out: Path = Path("runs/detect-show"), threshold: float = 0.5, device: str = "auto"
+) -> None:
+    """Pictures with boxes, masks, classes and scores.
+
+    Parameters
+    ----------
+    checkpoint
+        A run of `rcmae detect train`, or its export/detector.
+    images
+        Image files.
+    out
+        The folder that the pictures go to.
+    threshold
+        Objects of a lower score are left out.
+    device
+        auto, cpu, cuda, cuda:1 or mps.
+    """
+    from .tasks.detection.commands import show_detections
+
+    if not images:
+        raise ConfigError("name the images: rcmae detect show CHECKPOINT IMAGE...")
+    _check_folder(out)
+    for written in show_detections(checkpoint, images, out, threshold, device):
+        print(f"Open {written}")
+
+
+@detect.command(name="export")
+def detect_export(checkpoint: Path, /, *, out: Path = Path("pyramid.pt2")) -> None:
+    """Backbone and pyramid of a detector as a program that torch alone runs (torch.export.load).
+
+    Parameters
+    ----------
+    checkpoint
+        A run of `rcmae detect train`, or its export/detector.
+    out
+        The .pt2 file to write.
+    """
+    from .tasks.detection.commands import write_program
+
+    print(f"wrote {write_program(checkpoint, out)}")
+
+
 @app.command(name="list")
 def list_all() -> None:
     """Show methods, models and recipes."""
@@ -552,6 +650,10 @@ def list_all() -> None:
     _console().print(table)
     table = Table("recipe", "what for", title="Recipes of fine-tuning (rcmae evaluate finetune --recipe)", title_justify="left")
     for name, file in shipped_recipes("finetune").items():
+        table.add_row(name, file.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
+    _console().print(table)
+    table = Table("recipe", "what for", title="Recipes of detection (rcmae detect train --recipe)", title_justify="left")
+    for name, file in shipped_recipes("detection").items():
         table.add_row(name, file.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
     _console().print(table)
     table = Table("model", "patch", "encoder", "decoder", title="Models (width x depth, heads)", title_justify="left")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,14 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def all_of(self, value: Any) -> list[Any]:
+        """What every rank has, by rank, on all of them."""
+        if self.size == 1:
+            return [value]
+        box = [None] * self.size
+        dist.all_gather_object(box, value, group=self.control)
+        return box
 
 
 def start(device: torch.device) -> World:

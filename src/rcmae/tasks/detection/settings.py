@@ -100,3 +100,45 @@ def check_detect(s: Detect) -> Detect:
     if problems := [message for fine, message in rules if not fine]:
         raise ConfigError("; ".join(problems))
     return s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What `rcmae detect train` is told beside the machine."""
+
+    data: str = "embedded:scenes"
+    "a folder with annotations/*.json and images, a JSON file, or embedded:scenes"
+    val: str | None = None
+    "the folder or JSON file to score on, where data does not hold it"
+    which: Literal["teacher", "student"] = "teacher"
+    "network of a run or an official checkpoint"
+    images: int | None = None
+    "train on so many images only; fewer are among more, the same for every backbone"
+    heads: int | None = None
+    "attention heads, for weights that come without a configuration"
+    recipe: str | None = None
+    "a detection recipe (`rcmae list`) or TOML file; default: embedded for the scenes, else vitdet-base"
+    settings: tuple[str, ...] = ()
+    "settings of the recipe that are replaced: --settings epochs=25 size=512"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What `rcmae detect eval` is told."""
+
+    data: str = "embedded:scenes"
+    "a folder with annotations/*.json and images, a JSON file, or embedded:scenes; its test part is scored"
+    results: Path | None = None
+    "score this file of COCO results instead of running the detector"
+    areas: Literal["auto", "coco", "relative"] = "auto"
+    "bounds between small, medium and large objects: COCO's, or scaled by the area of the images; auto: scaled below 320 x 240 px"
+    batch: int = 8
+    "images at a time"
+    device: str = "auto"
+    "auto, cpu, cuda, cuda:1 or mps"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    "of the matrix products"
+    workers: int | None = None
+    "loader processes; default: by the data and the cores"
+    out: Path | None = None
+    "where results go; default: the checkpoint's folder"

@@ -1,0 +1,138 @@
+"""Does pre-training on unlabelled scenes help to detect and to segment? `python -m benchmarks.detection`.
+
+Four backbones, two numbers of labelled scenes, three paired seeds, one budget. Within a seed all backbones have the same initial weights
+(and so have the detectors' heads), images, crops and labels. MAE is the student of RC-MAE with gamma 0, to the bit. What is there already is
+never made twice: the same command goes on where it stopped. Then `--longer` trains the best backbone on all scenes, on all cores. Writes
+results/detection.json. Every number is of embedded scenes, and none of COCO.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing as mp
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from benchmarks.evaluation import PRETRAINED, ROOT, pretrained
+from rcmae.config import Machine, changed, load_recipe, recipe_hash
+from rcmae.engine.console import clock
+from rcmae.engine.distributed import pick_precision
+from rcmae.engine.run import describe_machine, write_json
+from rcmae.interop.load import load, scratch
+from rcmae.tasks.detection.coco import SCENES, few, open_coco
+from rcmae.tasks.detection.settings import load_detect
+from rcmae.tasks.detection.train import train
+
+BACKBONES = {"untrained": None, "MAE": ("mae", "student"), "RC-MAE, student": ("rcmae", "student"), "RC-MAE, teacher": ("rcmae", "teacher")}
+COUNTS = (64, 1024)
+"Labelled scenes."
+NUMBERS = {"box AP": ("box", "AP"), "box AP50": ("box", "AP50"), "mask AP": ("mask", "AP"), "mask AP50": ("mask", "AP50")}
+LONGER = 20.0
+"Times the steps of a run of the table."
+
+
+def place(out: Path, name: str, count: int, seed: int) -> Path:
+    return out / "detectors" / f"{name.replace(', ', '-').replace(' ', '-')}-{count}-{seed}"
+
+
+def run(out: Path, name: str, count: int, seed: int, steps: int | None = None, threads: int = 1) -> str:
+    """One detector; returns how long it took. A finished one is not touched."""
+    began, where = time.monotonic(), place(out, name, count, seed)
+    if (where / "scores.json").exists():
+        return f"{where.name}: there"
+    torch.set_num_threads(threads)
+    source, runs = BACKBONES[name], out / "pretrain"
+    backbone = load(runs / f"{source[0]}-{seed}", source[1]) if source else scratch(str(runs / f"rcmae-{seed}"), seed=seed)
+    images, test = open_coco(SCENES)
+    settings = replace(load_detect("embedded"), seed=seed)
+    settings = settings if steps is None else replace(settings, steps=steps)
+    machine = Machine(out=where, device="cpu", workers=0, threads=threads)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(backbone, few(images, count, seed), test, settings, machine, {"backbone_name": name})
+    return f"{where.name}: {clock(time.monotonic() - began)}"
+
+
+def scores(where: Path) -> dict[str, float]:
+    """The four numbers of a finished run, in percent."""
+    found = json.loads((where / "scores.json").read_bytes())
+    return {name: 100 * found[part]["stats"][key] for name, (part, key) in NUMBERS.items()}
+
+
+def paired(own: list[float], other: list[float]) -> list[float]:
+    """Mean difference over paired seeds and the 95 % interval of Student's t; test images are the same throughout, and not resampled."""
+    gaps = np.subtract(own, other)
+    half = float(stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps)))
+    return [float(gaps.mean()), float(gaps.mean()) - half, float(gaps.mean()) + half]
+
+
+def judge(out: Path, seeds: list[int]) -> list[dict[str, Any]]:
+    """By number of scenes and backbone: every seed, and differences to the untrained backbone and to MAE."""
+    rows = []
+    for count in COUNTS:
+        of = {name: [scores(place(out, name, count, seed)) for seed in seeds] for name in BACKBONES}
+        for name, own in of.items():
+            row: dict[str, Any] = {"backbone": name, "scenes": count}
+            for number in NUMBERS:
+                values = {who: [one[number] for one in of[who]] for who in {name, "untrained", "MAE"}}
+                row[number] = {"seeds": values[name]}
+                row[number] |= {f"against {who}": paired(values[name], values[who]) for who in ("untrained", "MAE") if who != name}
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Make what is missing, and write what it tells."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--longer", action="store_true", help="also train the best backbone for long, on all cores")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "detection")
+    args = parser.parse_args()
+    seeds, began = list(range(1, args.seeds + 1)), time.monotonic()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(args.jobs, mp.get_context("spawn")) as pool:
+        runs = [(args.out, name, seed, "scenes") for seed in seeds for name in PRETRAINED]
+        for where in pool.map(pretrained, *zip(*runs, strict=True)):
+            print(f"{where.name}: pre-trained, {clock(time.monotonic() - began)}", flush=True)
+        units = [(args.out, name, count, seed) for seed in seeds for count in COUNTS for name in BACKBONES]
+        for number, text in enumerate(pool.map(run, *zip(*units, strict=True)), 1):
+            print(f"{number} of {len(units)}: {text}, {clock(time.monotonic() - began)}", flush=True)
+    rows, settings = judge(args.out, seeds), load_detect("embedded")
+    images, test = open_coco(SCENES)
+    found: dict[str, Any] = {
+        "rows": rows, "seeds": seeds, "preset": settings.preset, "steps": settings.steps, "batch_size": settings.batch_size,
+        "test_scenes": len(test), "minutes": (time.monotonic() - began) / 60,
+        "recipe_hash": {"detection": recipe_hash(settings)}
+        | {name: recipe_hash(changed(load_recipe("scenes"), **own)) for name, own in PRETRAINED.items()},
+    }  # fmt: skip
+    if args.longer:
+        best = max((row for row in rows if row["scenes"] == max(COUNTS)), key=lambda row: np.mean(row["mask AP"]["seeds"]))["backbone"]
+        long = args.out / "longer"
+        (long / "pretrain").parent.mkdir(parents=True, exist_ok=True)
+        if not (long / "pretrain").exists():
+            (long / "pretrain").symlink_to((args.out / "pretrain").resolve())
+        steps = round(LONGER * (settings.steps or 0))
+        print(run(long, best, len(images), 1, steps, os.cpu_count() or 1), flush=True)
+        where = place(long, best, len(images), 1)
+        last = json.loads((where / "metrics.jsonl").read_text().splitlines()[-1])
+        found["longer"] = {"backbone": best, "scenes": len(images), "steps": steps, "seconds": last.get("seconds"), **scores(where)}
+    found["machine"] = describe_machine(torch.device("cpu"), pick_precision("auto", torch.device("cpu")))
+    write_json(ROOT / "results" / "detection.json", found)
+    for row in rows:
+        cells = "  ".join(f"{name} {np.mean(row[name]['seeds']):.1f}" for name in NUMBERS)
+        print(f"embedded scenes, {row['scenes']:5} labelled  {row['backbone']:16} {cells}")
+    if "longer" in found:
+        print({k: v for k, v in found["longer"].items()})
+
+
+if __name__ == "__main__":
+    main()

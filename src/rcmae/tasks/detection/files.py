@@ -1,0 +1,54 @@
+"""A detector as a folder: `model.safetensors`, and `config.json` with what it takes to build it again."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from ...engine.checkpoint import write_folder
+from ...errors import CheckpointError, RcmaeError, first_line
+from .coco import CocoSet
+from .model import Detector, rebuild
+from .settings import Detect
+
+
+class Loaded(NamedTuple):
+    """A detector with the names and COCO ids of its classes: label k is the (k - 1)-th of both."""
+
+    model: Detector
+    classes: list[str]
+    category_ids: list[int]
+    settings: Detect
+
+
+def export(model: Detector, folder: Path, data: CocoSet, settings: Detect, architecture: dict[str, Any], about: dict[str, Any]) -> None:
+    """Write a detector of the classes of `data`; `architecture` is the `blueprint` of the ViT it was made from."""
+    config = {
+        "detector": architecture, "classes": data.classes, "category_ids": data.category_ids, "settings": asdict(settings),
+        "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(), "rcmae": about,
+    }  # fmt: skip
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_folder(folder, {"model.safetensors": save(weights), "config.json": json.dumps(config, indent=1).encode()})
+
+
+def load_detector(path: Path) -> Loaded:
+    """Read what `export` wrote: the folder, or the run that it lies in. Raises CheckpointError when it is missing, damaged or other."""
+    folder = next((f for f in (path / "export" / "detector", path) if (f / "config.json").exists()), None)
+    if folder is None:
+        raise CheckpointError(f"{path} holds no detector; give a run of `rcmae detect train` that has ended, or its export/detector")
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        if "detector" not in config:
+            raise CheckpointError(f"{folder} is no detector; `rcmae detect train {path}` makes one of a backbone")
+        told = {f.name: config["settings"][f.name] for f in fields(Detect)}
+        settings = Detect(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+        model = rebuild(config["detector"], len(config["classes"]), settings, config["mean"], config["std"])
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return Loaded(model.eval(), config["classes"], config["category_ids"], settings)
+    except RcmaeError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, OSError) as e:
+        raise CheckpointError(f"{folder} is damaged or not ours: {first_line(e)}") from e

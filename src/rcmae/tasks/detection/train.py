@@ -1,0 +1,150 @@
+"""Training Mask R-CNN on a backbone: boxes and masks of objects, all weights move."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...config import Machine, recipe_hash
+from ...data.loader import batches_of
+from ...data.supervised import path_seed
+from ...engine.checkpoint import replace_file
+from ...engine.console import clock
+from ...engine.run import write_json
+from ...engine.schedules import Progress, warmup_cosine
+from ...errors import ConfigError, DataError
+from ...models.backbone import Backbone
+from ..features import identity
+from ..training import Place, Training, taken
+from .average_precision import Precision, evaluate, usable_backend
+from .coco import CocoSet
+from .files import export
+from .model import Detector, detector, groups
+from .predict import predict
+from .settings import Detect, check_detect, load_detect
+from .views import Detections, Jitter, collate
+
+SCORED = 10
+"Test images are looked at no more often than once for so many training images."
+
+
+class Detected(NamedTuple):
+    """What training leaves: the detector of the last step, what it finds on the test images, and its scores over the run."""
+
+    model: Detector
+    results: list[dict[str, Any]]
+    box: Precision
+    mask: Precision
+    history: list[dict[str, float]]
+    "step, epoch and scores (percent), each time these were taken; the last one is the result"
+
+
+def train(
+    backbone: Backbone, train: CocoSet, test: CocoSet, settings: Detect, machine: Machine, about: dict[str, Any] | None = None
+) -> Detected:
+    """Train a detector of `train`'s classes in `machine.out`; a run that is already there goes on, a finished one is scored again.
+
+    Test images are scored by COCO's average precision. `about` goes into machine.json and into the exported config.json. Of the machine,
+    `monitor` and `on_alarm` mean nothing here. Raises the errors of `rcmae.errors`, Preempted when a signal asked it to stop and the
+    state is saved.
+    """
+    check_detect(settings)
+    usable_backend()  # said before the work, not after it
+    if train.category_ids != test.category_ids:
+        raise DataError(f"{test.name} has other categories than {train.name}")
+    with taken(machine, "detection") as place:
+        with contextlib.closing(Run(backbone, train, test, settings, place, about or {})) as run:
+            return run.train()
+
+
+class Run(Training):
+    """One run: everything that is built before the first step, then `train`."""
+
+    what = "detection"
+
+    def __init__(self, backbone: Backbone, train: CocoSet, test: CocoSet, settings: Detect, place: Place, about: dict[str, Any]):
+        s = settings
+        if len(train) < s.batch_size:
+            s = replace(s, batch_size=2 ** (len(train).bit_length() - 1))
+            place.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
+        super().__init__(s, place, train, load_detect, about)
+        if s.warmup_steps >= self.total:
+            raise ConfigError(f"warmup_steps {s.warmup_steps} is not below the length of the run, {self.total} steps")
+        if s.preset == "benchmarking" and self.world.size > 1 and self.device.type != "cuda":
+            raise ConfigError("the statistics of benchmarking's BatchNorm are shared by CUDA devices only; use one process on a CPU")
+        self.test_set, self.channels = test, backbone.channels
+        self.mean = backbone.mean.flatten().tolist()
+        torch.manual_seed(s.seed)
+        model = detector(backbone, len(train.classes), s).to(self.device).train()
+        if s.preset == "benchmarking" and self.world.size > 1:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model.set_grad_checkpointing(self.machine.checkpointing)
+        if self.machine.compile:
+            model.compile_blocks()
+        optimizer = torch.optim.AdamW(groups(model, s), lr=s.lr, betas=s.betas, fused=True)
+        self.bad_test = self.bad_files(len(test), "bad_test_files.jsonl")
+        self.scored: tuple[list[dict[str, Any]], Precision, Precision] | None = None
+        origin = {"train": train.fingerprint(), "test": test.fingerprint(), "classes": train.classes}
+        self.learn(model, optimizer, origin, identity(backbone))
+        if not self.step:
+            images = f"{len(train):,} images of {len(train.classes)} classes, {len(test):,} to test on"
+            self.begin(images, train_images=len(train), test_images=len(test), classes=len(train.classes))
+
+    def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Micro-batches of the steps from `start` to before `stop`, on the device: "image", and "targets" by image."""
+        s = self.settings
+        dataset = Detections(self.train_set, Jitter(s.size, s.jitter, s.flip, s.max_instances, self.mean), s.seed, self.channels)
+        return batches_of(dataset, self.sampler(start, stop), self.train_set.kind, self.machine.workers, self.device, self.bad.note, collate)
+
+    def rate(self, t: Progress) -> float:
+        s = self.settings
+        warmup = s.warmup_steps / self.total
+        if s.schedule == "cosine":
+            return warmup_cosine(s.lr, 0.0, warmup, t)
+        risen = min(1.0, (t.step + 1) / (s.warmup_steps + 1))
+        return s.lr * risen * (0.1 if t.fraction >= 8 / 9 else 1) * (0.1 if t.fraction >= 26 / 27 else 1)
+
+    def losses(self, batch: dict[str, Any], step: int, part: int) -> dict[str, Tensor]:
+        """Those of the proposals and of the heads, and their sum; proposals are sampled by a function of the numbers."""
+        torch.manual_seed(path_seed(self.settings.seed, step, part))
+        losses = self.net(batch["image"], batch["targets"])
+        return {"loss": sum(losses.values()), **losses}
+
+    def scorings(self) -> int:
+        affordable = self.total * self.settings.batch_size // (SCORED * len(self.test_set))
+        return max(1, min(round(self.total / self.steps_per_epoch), affordable))
+
+    def score(self) -> dict[str, float]:
+        """Average precision of boxes and masks in percent."""
+        found: Any = None
+        results = predict(
+            self.model, self.test_set, size=self.settings.size, channels=self.channels, device=self.device, precision=self.precision,
+            batch=self.part, workers=self.machine.workers, world=self.world, note=self.bad_test.note,
+        )  # fmt: skip
+        if self.world.first:
+            found = tuple(evaluate(self.test_set.truth, results, kind) for kind in ("bbox", "segm"))
+        box, mask = self.world.from_first(found)
+        self.scored = results, box, mask
+        pairs = {"box AP": box.stats["AP"], "box AP50": box.stats["AP50"], "mask AP": mask.stats["AP"], "mask AP50": mask.stats["AP50"]}
+        return {name: 100 * value for name, value in pairs.items()}
+
+    def finish(self) -> Detected:
+        """Keep what the last weights find on the test images, and the detector."""
+        if self.scored is None:
+            self.score()
+        results, box, mask = self.scored
+        self.model.eval()
+        if self.world.first:
+            replace_file(self.out / "coco_results.json", json.dumps(results))
+            facts = {"train_images": len(self.train_set), "test_images": len(self.test_set), "preset": self.settings.preset}
+            facts |= {"step": self.step, "recipe_hash": recipe_hash(self.settings), "data": self.origin, "backbone": self.backbone}
+            write_json(self.out / "scores.json", self.about | facts | {"box": box._asdict(), "mask": mask._asdict()})
+            folder = self.out / "export" / "detector"
+            export(self.model, folder, self.test_set, self.about | {"step": self.step, "recipe_hash": recipe_hash(self.settings)})
+            self.screen.say(f"{self.said(self.history[-1])} after {self.step:,} steps, {clock(self.seconds)}; the detector is in {folder}")
+        return Detected(self.model, results, box, mask, self.history)
