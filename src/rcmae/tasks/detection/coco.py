@@ -5,6 +5,7 @@ turned as EXIF says only where it has the annotated height and width that way al
 """
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -187,6 +188,7 @@ def open_coco(
     return parts[0].set(), parts[1].set()
 
 
+@functools.cache
 def _api() -> Any:
     return optional("pycocotools.mask", "coco")
 

@@ -27,8 +27,8 @@ class Jitter:
     """Large-scale jitter: an image is flipped, resized to fit a random multiple of the square, and cut to the square at random.
 
     It is detectron2's ResizeScale and FixedSizeCrop. What the image does not fill, at the right and at the bottom, has the mean colour
-    (`mean`, in units of 0 to 1): to within half a step of 255 what is 0 once a model has subtracted its mean. At most `max_instances` objects
-    are kept, drawn at random among those that can be seen.
+    (`mean`, in units of 0 to 1): to within half a step of 255 what is 0 once a model has subtracted its mean. At most `max_instances`
+    objects are kept, drawn at random among those that can be seen.
     """
 
     def __init__(self, size: int, scale: tuple[float, float], flip: bool, max_instances: int, mean: tuple[float, ...]):
@@ -39,7 +39,7 @@ class Jitter:
         """ "image" uint8 [c s s], "boxes" float32 [n 4] around what is left of the masks, "labels" int64 [n], "masks" bool [n s s]."""
         s, masks = self.size, objects.masks
         if self.flip and rng.random() < 0.5:
-            image, masks = image[:, ::-1], masks[:, :, ::-1]
+            image, masks = image[:, ::-1].copy(), masks[:, :, ::-1]
         shape = fitted(image.shape[:2], s * rng.uniform(*self.scale))
         (top, h), (left, w) = ((int(rng.integers(max(side - s, 0) + 1)), min(side, s)) for side in shape)
         canvas = self.fill.repeat(1, s, s)
@@ -49,7 +49,7 @@ class Jitter:
         for k in rng.permutation(len(masks)).tolist():
             if len(kept) == self.max_instances:
                 break
-            part = masks[k][rows][:, columns]
+            part = masks[k][:, columns][rows]
             if np.count_nonzero(part) >= LEAST:
                 kept[k] = part
         order = sorted(kept)
@@ -74,7 +74,7 @@ def fitted(shape: tuple[int, ...], side: float) -> tuple[int, int]:
 
 def resized(image: UInt8[np.ndarray, "h w c"], shape: tuple[int, int]) -> UInt8[Tensor, "c gh gw"]:
     """Bilinear, antialiased."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
     return resize(pixels, list(shape), InterpolationMode.BILINEAR, antialias=True)
 
 
