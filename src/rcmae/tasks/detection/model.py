@@ -1,20 +1,20 @@
 """Mask R-CNN on a plain Vision Transformer, from torchvision's parts.
 
-Presets: `vitdet` (Li et al. 2022, arXiv:2203.16527) and `benchmarking` (Li et al. 2021, arXiv:2111.11429, as MIMDet has it, on which the
-RC-MAE paper builds). Facts were taken from detectron2 (configs/common/models/mask_rcnn_vitdet.py, modeling/backbone/vit.py, projects/ViTDet)
-and MIMDet (configs/benchmarking, models/benchmarking.py). What is ours instead of torchvision's, to agree with them:
+Presets: `vitdet` (Li et al. 2022, arXiv:2203.16527) and `benchmarking` (Li et al. 2021, arXiv:2111.11429, as in MIMDet, on which the RC-MAE
+paper builds). The facts are detectron2's (configs/common/models/mask_rcnn_vitdet.py, modeling/backbone/vit.py, projects/ViTDet) and
+MIMDet's (configs/benchmarking, models/benchmarking.py). What is not torchvision's, to agree with them:
 
-- Regions, mask targets and pasted masks keep to pixel centres at 0.5. torchvision's are half a pixel or more off, which alone holds the
-  masks of the embedded scenes (128 px) at a mean IoU of 0.85 with the truth; here it is 0.997.
-- Boxes, scores and losses are float32 under autocast; torchvision's anchors and decoded boxes take the type of the maps, and bf16 rounds
-  a coordinate of 1000 to 4 pixels.
-- Strides are the exact ones (a patch of 14 has 3.5), anchors are not rounded, 2 layers of convolutions in the proposals' head, and
-  predictors start at detectron2's scale.
+- Regions, mask targets and pasted masks keep to pixel centres. torchvision's are half a pixel or more off, which alone holds the masks of
+  the embedded scenes (128 px) at a mean IoU of 0.85 with the truth; here it is 0.997.
+- Boxes, scores and losses are float32 under autocast. torchvision's anchors and decoded boxes take the type of the maps, and bf16 rounds a
+  coordinate of 1000 to 4 pixels.
+- Strides are exact (those of a patch of 14 too), anchors not rounded, the proposals' head has two convolutions, and the last layers start
+  at detectron2's scale.
 
-What is left that differs: smooth L1 with beta 1/9 for boxes (detectron2: L1), mask targets between 0 and 1 (detectron2: cut at 0.5), no
-weight decay of biases and of decomposed relative positions (detectron2: decayed), the proposals' losses are averages over the anchors drawn
-(detectron2: over 256 an image, the same unless there are fewer), positions are resampled in their own orientation (MIMDet
-builds new ones, transposed). Soft-NMS, cascades and test-time augmentation are not here.
+What still differs from them: smooth L1 with beta 1/9 for boxes (theirs: L1); mask targets between 0 and 1 (theirs: cut at 0.5); the
+proposals' losses are means over the anchors drawn (theirs: over 256 an image, the same unless there are fewer); biases and decomposed
+relative positions have no weight decay; positions are the pre-trained ones (MIMDet: sines and cosines made anew, transposed); paths are
+dropped by image (MIMDet: by window). Soft-NMS, cascades and augmentation in testing are not here.
 """
 
 import io
@@ -151,9 +151,10 @@ def export_pyramid(model: Detector, path: Path) -> None:
 
     It takes pixels in 0 to 1, "b c s s", and returns the maps by name.
     """
+    training, images = model.training, model.mean.new_zeros(2, model.mean.shape[1], model.size, model.size)
     with torch.no_grad():
-        images = model.mean.new_zeros(2, model.mean.shape[1], model.size, model.size)
-        program = torch.export.export(_Standardised(model).eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(_Standardised(model.eval()), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    model.train(training)
     content = io.BytesIO()
     torch.export.save(program, content)
     replace_file(path, content.getvalue())
@@ -232,12 +233,13 @@ class Heads(RoIHeads):
         if targets is None:
             boxes, scores, labels = self.postprocess_detections(logits, predicted, proposals, image_shapes)
             masks = [m.squeeze(1) for m in maskrcnn_inference(self.masks(features, boxes, image_shapes), labels)]
-            return [dict(zip(("boxes", "labels", "scores", "masks"), one)) for one in zip(boxes, labels, scores, masks, strict=True)]
+            found = zip(boxes, labels, scores, masks, strict=True)
+            return [dict(zip(("boxes", "labels", "scores", "masks"), one, strict=True)) for one in found]
         loss_classifier, loss_box_reg = fastrcnn_loss(logits, predicted, labels, moves)
         chosen = [own > 0 for own in labels]
         boxes = [b[own] for b, own in zip(proposals, chosen, strict=True)]
         logits = self.masks(features, boxes, image_shapes)
-        logits = logits[torch.arange(len(logits)), torch.cat([own[own > 0] for own in labels])]
+        logits = logits[torch.arange(len(logits), device=logits.device), torch.cat([own[own > 0] for own in labels])]
         wanted = [cut(t["masks"], m[own], b) for t, m, own, b in zip(targets, matches, chosen, boxes, strict=True)]
         loss_mask = F.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="sum") / max(1, logits.numel())
         return {"loss_classifier": loss_classifier, "loss_box_reg": loss_box_reg, "loss_mask": loss_mask}

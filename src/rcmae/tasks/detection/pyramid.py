@@ -16,10 +16,10 @@ from .windows import ends, windowed
 
 
 class Pyramid(nn.Module):
-    """Standardised images to maps of `width` channels, from fine to coarse: "0", "1", ... with the given strides, and "pool" of twice the last.
+    """Standardised images to maps of `width` channels from fine to coarse: "0", "1", ... of `strides`, and "pool" of twice the last.
 
-    vitdet: each from the ViT's last map, by ViTDet's layers (Li et al. 2022; detectron2's SimpleFeaturePyramid, LayerNorm of eps 1e-6).
-    benchmarking: each from a depth of its own, the finest from the shallowest, then an ordinary FPN with BatchNorm (Li et al. 2021; MIMDet).
+    vitdet: each from the ViT's last map (Li et al. 2022; detectron2's SimpleFeaturePyramid, LayerNorm of eps 1e-6). benchmarking: each from
+    a depth of its own, the finest from the shallowest, then an ordinary FPN with BatchNorm (Li et al. 2021; MIMDet).
     """
 
     def __init__(self, plain: VisionTransformer, s: Detect):

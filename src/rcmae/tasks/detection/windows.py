@@ -66,16 +66,20 @@ def ends(depth: int, parts: int) -> list[int]:
 def windowed(plain: VisionTransformer, s: Detect) -> tuple[VisionTransformer, nn.ModuleDict]:
     """A trainable copy for images of `s.size`, and the tables of relative positions that its blocks share (preset benchmarking).
 
-    The last block of each quarter attends everywhere, the others within windows. Class and register tokens are left out, positions are
-    resampled (bicubic), the last norm and the head are removed. Raises ConfigError when the ViT is no plain one or `s.size` does not fit it.
+    The last block of each quarter attends everywhere, the others within windows. Class and register tokens are left out, positions
+    resampled (bicubic), the last norm and the head removed. Raises ConfigError when the ViT is no plain one or `s.size` does not fit it.
     """
     if type(plain) is not VisionTransformer:
         raise ConfigError(f"a {type(plain).__name__} is no plain VisionTransformer, which a detector needs")
-    if odd := [type(b).__name__ for b in plain.blocks if not (isinstance(b, Block) and isinstance(b.attn, Attention) and b.attn.gate is None)]:
+    if odd := [
+        type(b).__name__ for b in plain.blocks if not (isinstance(b, Block) and isinstance(b.attn, Attention) and b.attn.gate is None)
+    ]:
         raise ConfigError(f"a {odd[0]} is no plain block; a detector needs a plain VisionTransformer")
     patch = plain.patch_embed.patch_size
     if patch[0] != patch[1] or s.size % patch[0] or s.size * min(s.scales) < patch[0]:
-        raise ConfigError(f"size {s.size} is no multiple of the backbone's square patches (here {patch[0]} x {patch[1]} px) that fits scales")
+        raise ConfigError(
+            f"size {s.size} is no multiple of the backbone's square patches (here {patch[0]} x {patch[1]} px) that fits scales"
+        )
     vit, depth = copy.deepcopy(plain).requires_grad_(True), len(plain.blocks)
     vit.set_input_size((s.size, s.size))
     if vit.pos_embed is not None:
@@ -87,7 +91,7 @@ def windowed(plain: VisionTransformer, s: Detect) -> tuple[VisionTransformer, nn
     everywhere = ends(depth, 4) if s.window else range(depth)
     for i, (block, rate) in enumerate(zip(vit.blocks, torch.linspace(0, s.drop_path, depth).tolist(), strict=True)):
         block.drop_path1, block.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
-        name, window = ("global", grid) if i in everywhere else ("window", min(s.window, grid))
+        name, window = ("grid", grid) if i in everywhere else ("window", min(s.window, grid))
         shared = s.rel_pos and s.preset == "benchmarking"
         if shared and name not in tables:
             tables[name] = RelPosBias((window, window), block.attn.num_heads)
