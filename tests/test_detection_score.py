@@ -1,9 +1,12 @@
 """Scores of detection: COCO's own numbers to the digit by both libraries, errors that are named, pictures that show what they should."""
 
+import base64
 import contextlib
 import copy
 import io
 import json
+import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,8 +17,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rcmae.data.digits import scene, write_coco
-from rcmae.errors import ConfigError, DataError
-pictures = None
+from rcmae.errors import ConfigError, DataError, StorageError
+from rcmae.report import detections as pictures
 from rcmae.tasks.detection import average_precision as ap
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # pycocotools 2.0.11
@@ -136,7 +139,7 @@ def test_the_objects_themselves_are_perfect(random_set, digits, kind, backend):
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_the_farther_off_the_lower(digits, kind):
     values = [ap.evaluate(digits, as_results(digits, shift), kind).stats["AP"] for shift in (0, 0.05, 0.1, 0.2, 0.3, 0.6)]
-    assert all(a > b or a == b == 0 for a, b in zip(values, values[1:], strict=False)) and values[0] > 0.99 and values[-1] < 0.01
+    assert all(a > b or a == b == 0 for a, b in pairwise(values)) and values[0] > 0.99 and values[-1] < 0.01
 
 
 def test_classes_and_curves_agree_with_the_whole(random_set):
@@ -160,7 +163,11 @@ def test_masks_are_judged_by_masks_alone(random_set, backend):
     truth, results = random_set
     bare = [{k: v for k, v in r.items() if k != "bbox"} for r in results]
     wild = [r | {"bbox": [0.0, 0.0, 1.0, 1.0]} for r in results]
-    assert ap.evaluate(truth, results, "segm", backend) == ap.evaluate(truth, bare, "segm", backend) == ap.evaluate(truth, wild, "segm", backend)
+    assert (
+        ap.evaluate(truth, results, "segm", backend)
+        == ap.evaluate(truth, bare, "segm", backend)
+        == ap.evaluate(truth, wild, "segm", backend)
+    )
 
 
 @pytest.mark.parametrize("backend", ["faster", "pycocotools"])
@@ -178,7 +185,7 @@ def test_what_is_given_stays_as_it_was(random_set, digits, kind, backend):
 def test_nothing_found_and_nothing_to_find(random_set, kind, backend):
     truth, results = random_set
     nothing = ap.evaluate(truth, [], kind, backend)
-    assert {v for v in nothing.stats.values()} == {0.0} and nothing.curves["0.5"] == [0.0] * 101
+    assert set(nothing.stats.values()) == {0.0} and nothing.curves["0.5"] == [0.0] * 101
     empty = ap.evaluate(truth | {"annotations": []}, results, kind, backend)
     assert set(empty.stats.values()) == {None} == set(empty.per_class.values()) and empty.curves == {"0.5": [], "0.75": []}
     small = truth | {"annotations": [a for a in truth["annotations"] if a["area"] < 1000]}
@@ -330,20 +337,154 @@ def test_files_and_results_that_do_not_belong_are_refused(tmp_path):
             ap.load_results(path if text else tmp_path / "none.json")
     truth, fine = toy(), guess(1, 1, [0, 0, 10, 10], 0.5)
     cases = {
-        "of image 99": ("bbox", fine | {"image_id": 99}), "of category 9.*have .1, 2": ("bbox", fine | {"category_id": 9}),
+        "of image 99": ("bbox", fine | {"image_id": 99}), "of category 9; .* .1, 2": ("bbox", fine | {"category_id": 9}),
         "no segmentation": ("segm", {k: v for k, v in fine.items() if k != "segmentation"}),
-        "size .41, 40., image 1 has .40, 40": ("segm", fine | {"segmentation": encoded(np.zeros((41, 40)))}),
+        "is .41, 40. high and wide, its image 1 is .40, 40": ("segm", fine | {"segmentation": encoded(np.zeros((41, 40)))}),
     }  # fmt: skip
     for says, (kind, entry) in cases.items():
-        with pytest.raises(DataError, match=f"result 1.*{says}|{says}"):
+        with pytest.raises(DataError, match=f"result 1 .*{says}"):
             ap.evaluate(truth, [fine, entry], kind)
 
 
 def test_without_a_library_it_says_what_to_install(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     assert ap.library().name == "faster" and ap.evaluate(toy(), []).backend == "faster"
     monkeypatch.setattr(ap.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'rcmae\[coco\]'"):
         ap.evaluate(toy(), [])
+
+
+# --- pictures and figures ---------------------------------------------------------------------------------------------
+
+NAMES = ["cat", "fire hydrant", "dog"]
+
+
+def photo(h: int = 40, w: int = 60, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (h, w, channels), dtype=np.uint8)
+
+
+def bare(pixels: np.ndarray, **changes) -> np.ndarray:
+    return np.asarray(pictures.draw(pixels, np.zeros((0, 4), np.float32), [], [], **changes))
+
+
+@pytest.mark.parametrize(("size", "scale", "limits"), [((40, 60), 10, {}), ((600, 900), 1, {}), ((600, 900), 0.4, {"most": 360})])
+def test_a_picture_changes_at_boxes_masks_and_labels_alone(size, scale, limits, monkeypatch):
+    spots = {}
+    places = pictures.label_places
+    monkeypatch.setattr(pictures, "label_places", lambda *given: spots.update(places(*given)) or spots)
+    pixels, unit = photo(*size), size[0] / 40
+    boxes = np.array([[5, 3, 20, 22], [30, 10, 59, 39.5], [-4, 30, 12, 44]], np.float32) * unit
+    masks = np.zeros((3, *size), bool)
+    masks[1, round(12 * unit) : round(20 * unit), round(35 * unit) : round(50 * unit)] = True
+    colours = [pictures.colour_of(k) for k in (1, 2, 3)]
+    plain, drawn = bare(pixels, **limits), np.asarray(pictures.draw(pixels, boxes, [*NAMES[:2], ""], colours, masks, **limits))
+    assert drawn.shape == (round(size[0] * scale), round(size[1] * scale), 3) == plain.shape
+    assert sorted(spots) == [0, 1], "no label without a text"
+    allowed = np.zeros(drawn.shape[:2], bool)
+    for x0, y0, x1, y1 in spots.values():
+        assert 0 <= x0 < x1 < drawn.shape[1] and 0 <= y0 < y1 < drawn.shape[0]
+        allowed[y0 : y1 + 1, x0 : x1 + 1] = True
+        assert (drawn[y0 : y1 + 1, x0 : x1 + 1] != plain[y0 : y1 + 1, x0 : x1 + 1]).any(2).mean() > 0.95
+    for box in boxes * scale:
+        x0, y0, x1, y1 = (min(max(0, round(float(v))), side) for v, side in zip(box, [*drawn.shape[1::-1]] * 2, strict=True))
+        rim = np.zeros_like(allowed)
+        rim[max(0, y0 - 2) : y1 + 2, max(0, x0 - 2) : x1 + 2] = True
+        rim[y0 + 6 : y1 - 6, x0 + 6 : x1 - 6] = False
+        allowed |= rim
+    inside = np.asarray(Image.fromarray(masks[1]).resize(drawn.shape[1::-1], Image.Resampling.NEAREST))
+    changed = (drawn != plain).any(2)
+    assert not changed[~allowed & ~inside].any()
+    core = inside & ~allowed
+    assert core.sum() > 500 and changed[core].mean() > 0.95
+    x0, y0, x1, y1 = np.round(boxes[1] * scale).astype(int)
+    assert (drawn[y0 + 20 : y1 - 20, x0] == colours[1]).all() and (drawn[y0 + 20 : y1 - 20, x1 - 1] == colours[1]).all()
+
+
+def test_labels_stay_in_the_picture_and_off_each_other():
+    draws, size = np.random.default_rng(0), (640, 480)
+    for _ in range(30):
+        corners = draws.uniform(-20, 600, (6, 2))
+        boxes = [tuple(int(v) for v in (*c, *(c + draws.uniform(5, 200, 2)))) for c in corners]
+        spots = list(pictures.label_places(boxes, [(90, 16)] * 6, size).values())
+        assert all(min(x0, y0) >= 0 and x1 < 640 and y1 < 480 and (x1 - x0, y1 - y0) == (89, 15) for x0, y0, x1, y1 in spots)
+    same = list(pictures.label_places([(100, 100, 300, 300)] * 6, [(90, 16)] * 6, size).values())
+    seen = np.zeros((480, 640), int)
+    for x0, y0, x1, y1 in same:
+        seen[y0 : y1 + 1, x0 : x1 + 1] += 1
+    assert seen.max() == 1, "six labels at one box have room"
+    assert pictures.label_places([(100, 100, 300, 300)], [(90, 16)], size)[0] == (100, 84, 189, 99), "above, flush left"
+    assert pictures.label_places([(600, 0, 640, 90)], [(90, 16)], size)[0] == (550, 0, 639, 15), "in the corner"
+
+
+def test_the_most_certain_lies_on_top_and_the_uncertain_is_left_out():
+    pixels, box = photo(), torch.tensor([[10.0, 10, 50, 30]] * 3)
+    detection = {"boxes": box, "labels": torch.tensor([1, 2, 3]), "scores": torch.tensor([0.6, 0.9, 0.4])}
+    drawn = np.asarray(pictures.draw_objects(pixels, detection, NAMES))
+    assert tuple(drawn[200, 100]) == pictures.colour_of(2)
+    two = {k: v[:2] for k, v in detection.items()}
+    assert (np.asarray(pictures.draw_objects(pixels, two, NAMES)) == drawn).all()
+    assert (np.asarray(pictures.draw_objects(pixels, detection, NAMES, threshold=0.95)) == bare(pixels)).all()
+    truth = {k: v for k, v in detection.items() if k != "scores"}
+    assert tuple(np.asarray(pictures.draw_objects(pixels, truth, NAMES))[200, 100]) == pictures.colour_of(1), "the truth has no threshold"
+
+
+def test_classes_have_colours_of_their_own_that_black_letters_show_on():
+    colours = [pictures.colour_of(k) for k in range(1, 13)]
+    assert pictures.colour_of(13) == colours[0]
+    assert min(np.abs(np.subtract(a, b)).max() for i, a in enumerate(colours) for b in colours[:i]) >= 40
+
+    def light(colour):  # relative luminance of WCAG 2
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in np.array(colour) / 255]
+        return np.dot([0.2126, 0.7152, 0.0722], linear)
+
+    assert all((light(c) + 0.05) / 0.05 > 4.5 for c in colours), "4.5 : 1, the least for text"
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_pairs_stand_in_rows(channels):
+    pixels, objects = [], []
+    for index in range(3):
+        picture, instances = scene(0, "test", index, 64)
+        pixels.append(np.concatenate([picture] * 2, 2)[..., :channels])
+        boxes = torch.tensor([i.box for i in instances], dtype=torch.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        labels, masks = torch.tensor([i.label + 1 for i in instances]), torch.from_numpy(np.stack([i.mask for i in instances]))
+        objects.append({"boxes": boxes, "labels": labels, "masks": masks})
+    found = [o | {"scores": torch.full((len(o["labels"]),), 0.75)} for o in objects]
+    names = [str(d) for d in range(10)]
+    pair = pictures.side_by_side(pixels[1], objects[1], found[1], names)
+    assert list(pair) == ["truth", "detected"] and pair["truth"].size == (384, 384) and pair["truth"] != pair["detected"]
+    sheet = pictures.grid(pixels, objects, found, names)
+    assert sheet.size == (4 * 384 + 5 * 8, 32 + 2 * 384 + 8)
+    left = 2 * 384 + 4 * 8
+    for k, image in enumerate(pair.values()):
+        assert (np.asarray(sheet)[32:416, left + k * 392 : left + k * 392 + 384, :3] == np.asarray(image)).all()
+    assert np.asarray(sheet)[-1, -1, 3] == 0, "the ground is the page's"
+    uri = pictures.embedded(pair["truth"])
+    assert uri.startswith("data:image/webp;base64,") and len(uri) < 60_000
+    again = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+    assert np.abs(again - np.asarray(pair["truth"], float)).mean() < 12
+
+
+def test_a_picture_is_saved_or_the_reason_is_said(tmp_path):
+    source, target = tmp_path / "a.png", tmp_path / "b.png"
+    Image.fromarray(photo()).save(source)
+    pictures.save_picture(source, detection_of(), NAMES, target, threshold=0.1)
+    expected = pictures.draw_objects(photo(), detection_of(), NAMES, 0.1)
+    assert (np.asarray(Image.open(target)) == np.asarray(expected)).all() and expected.size == (600, 400)
+    target.write_text("no image")
+    cases = [(tmp_path / "none.png", target, DataError), (target, tmp_path / "c.png", DataError), (source, tmp_path / "c.txt", ConfigError)]
+    for path, to, kind in [*cases, (source, tmp_path / "none" / "c.png", StorageError)]:
+        with pytest.raises(kind, match=r"^cannot (read|write) [^\n]+$"):
+            pictures.save_picture(path, detection_of(), NAMES, to)
+
+
+def test_figures_show_boxes_and_masks(random_set):
+    truth, results = random_set
+    svg = pictures.curve_figure([ap.evaluate(truth, results, kind) for kind in ("bbox", "segm")])
+    assert all(f"{what}, IoU {iou}" in svg for what in ("boxes", "masks") for iou in ("0.5", "0.75")) and "recall" in svg
+    nothing = pictures.curve_figure([ap.evaluate(truth | {"annotations": []}, [])])
+    assert "precision" in nothing and "IoU" not in nothing
+    svg = pictures.progress_figure([{"step": 10, "bbox": 0.1, "segm": None}, {"step": 20, "bbox": 0.3, "segm": 0.2}])
+    assert "boxes" in svg and "masks" in svg and "AP, %" in svg and ">30<" in svg
+    assert "masks" not in pictures.progress_figure([{"step": 10, "bbox": 0.1}, {"step": 20, "bbox": 0.3}])

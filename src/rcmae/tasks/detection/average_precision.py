@@ -20,6 +20,8 @@ from ...errors import DataError
 Kind = Literal["bbox", "segm"]
 "What is compared: boxes or masks."
 
+Backend = Literal["auto", "faster", "pycocotools"]
+
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 "COCO's twelve numbers in its own order: precision and recall over IoU 0.5 to 0.95; of 1, 10 or 100 detections an image; by size."
 
@@ -30,7 +32,7 @@ TYPICAL = 640 * 480
 "Area of the images that BOUNDS were made for: most of COCO's are 640 x 480."
 
 SMALL = TYPICAL / 4
-"Images whose median area is below this (320 x 240) are judged by bounds that scale with it: of 128 x 128 pixels hardly an object is `large`."
+"Median area of images (320 x 240) below which the bounds scale with it: at 128 x 128 hardly an object is large by COCO's."
 
 
 class Precision(NamedTuple):
@@ -69,7 +71,7 @@ class Library(NamedTuple):
     mask: Any
 
 
-def library(backend: str = "auto") -> Library:
+def library(backend: Backend = "auto") -> Library:
     """faster-coco-eval ("faster"; the same numbers sooner) or pycocotools; "auto": the first that is installed. Raises ConfigError."""
     if backend == "auto":
         backend = "faster" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
@@ -165,8 +167,9 @@ def _finite(value: Any) -> bool:
 
 
 def evaluate(
-    truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Kind = "bbox", backend: str = "auto", areas: str = "auto"
-) -> Precision:
+    truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Kind = "bbox", backend: Backend = "auto",
+    areas: Literal["auto", "coco", "relative"] = "auto",
+) -> Precision:  # fmt: skip
     """COCO's average precision of `results` against the annotations `truth`, both as COCO has them; neither is changed.
 
     Masks are judged by masks alone: pycocotools takes a detection's size from its box if it has one, which moves AP by size.
@@ -240,14 +243,14 @@ def _opened(api: Library, truth: Mapping[str, Any], results: Sequence[Mapping[st
     """
     sizes = {image["id"]: [image["height"], image["width"]] for image in truth["images"]}
     categories, shape = {category["id"] for category in truth["categories"]}, _shape(kind)
-    for n, r in enumerate(results):
-        if r["image_id"] not in sizes:
-            raise DataError(f"result {n} is of image {r['image_id']}, which the annotations do not list; give those the results were made on")
-        if r["category_id"] not in categories:
-            raise DataError(f"result {n} is of category {r['category_id']}, which the annotations do not list; they have {sorted(categories)}")
     for name, entries in (("annotation", truth["annotations"]), ("result", results)):
-        if (bare := next((n for n, e in enumerate(entries) if shape not in e), None)) is not None:
-            raise DataError(f"{name} {bare} has no {shape}, so {kind} cannot be scored")
+        for n, e in enumerate(entries):
+            if e["image_id"] not in sizes:
+                raise DataError(f"{name} {n} is of image {e['image_id']}, which is not among the images that the annotations list")
+            if e["category_id"] not in categories:
+                raise DataError(f"{name} {n} is of category {e['category_id']}; the annotations list the categories {sorted(categories)}")
+            if e.get(shape) is None:
+                raise DataError(f"{name} {n} has no {shape}, so {kind} cannot be scored")
     keep = ("image_id", "category_id", shape)
     objects = [
         {key: a[key] for key in (*keep, "area")} | {"id": n, "iscrowd": a.get("iscrowd", 0)} for n, a in enumerate(truth["annotations"], 1)
@@ -258,10 +261,9 @@ def _opened(api: Library, truth: Mapping[str, Any], results: Sequence[Mapping[st
         for coco, name in ((gt, "annotation"), (dt, "result")):
             for e in coco.anns.values():
                 e[shape] = coco.annToRLE(e)
-                if list(e[shape]["size"]) != sizes[e["image_id"]]:
-                    raise DataError(
-                        f"the mask of {name} {e['id'] - 1} has the size {list(e[shape]['size'])}, image {e['image_id']} has {sizes[e['image_id']]}"
-                    )
+                size, own = list(e[shape]["size"]), sizes[e["image_id"]]
+                if size != own:
+                    raise DataError(f"the mask of {name} {e['id'] - 1} is {size} high and wide, its image {e['image_id']} is {own}")
     for r in found:
         r["area"] = float(api.mask.area(r[shape])) if kind == "segm" else r["bbox"][2] * r["bbox"][3]
     return gt, dt
