@@ -573,6 +573,90 @@ def heads_do_not_count(old):
     return digest
 
 
+# --- detection --------------------------------------------------------------------------------------------------------
+
+
+def rows_for_columns(old):
+    def positions(self, q):
+        found, side = old(self, q), self.window
+        return found if found is None else found.unflatten(3, (side, side)).transpose(3, 4).flatten(3)
+
+    return positions
+
+
+def changed_vit(change):
+    """What `windowed` returns, with something done to the ViT."""
+
+    def make(old):
+        def windowed(plain, s):
+            vit, tables = old(plain, s)
+            change(vit)
+            return vit, tables
+
+        return windowed
+
+    return make
+
+
+@changed_vit
+def positions_on_their_side(vit):
+    grid = vit.patch_embed.grid_size
+    vit.pos_embed = torch.nn.Parameter(vit.pos_embed.detach().unflatten(1, grid).transpose(1, 2).flatten(1, 2))
+
+
+@changed_vit
+def an_idle_norm(vit):
+    vit.fc_norm = torch.nn.LayerNorm(vit.embed_dim)
+
+
+@changed_vit
+def paths_dropped_alike(vit):
+    for block in vit.blocks:
+        block.drop_path1 = vit.blocks[-1].drop_path1
+
+
+@changed_vit
+def new_blocks(vit):
+    vit.blocks[3].attn.qkv.reset_parameters()
+
+
+def unaligned(old):
+    return lambda *args, aligned=False, **kwargs: old(*args, **kwargs)
+
+
+def rounded_anchors(old):
+    return lambda self, images, maps: [a.to(maps[0].dtype) for a in old(self, images, maps)]
+
+
+def rounded_proposals(old):
+    return lambda self, x: tuple([m.bfloat16() for m in part] for part in old(self, x))
+
+
+def pasted_beside(old):
+    return lambda masks, boxes, shape: old(masks, boxes + 0.5, shape)
+
+
+def detected_in_resized_pixels(old):
+    return lambda self, images, originals: old(self, images, [tuple(i.shape[1:]) for i in images])
+
+
+def black_padding(old):
+    def detect(self, images, originals):
+        full = [torch.nn.functional.pad(i, (0, self.size - i.shape[2], 0, self.size - i.shape[1])) for i in images]
+        return old(self, full, originals)
+
+    return detect
+
+
+def regrouped(change):
+    """Groups of a detector, each changed."""
+    return lambda old: lambda model, s: [g | change(g, s) for g in old(model, s)]
+
+
+def seedless(old):
+    return lambda backbone, classes, settings: old(backbone, classes, dataclasses.replace(settings, seed=0))
+
+
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the encoder sees hidden pixels": (
         "rcmae.models.autoencoder:Autoencoder.forward",
@@ -1037,6 +1121,96 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.tasks.features:identity",
         heads_do_not_count,
         "test_evaluate.py::test_weights_alone_with_other_heads_are_another_backbone",
+    ),
+    "every block attends everywhere": (
+        "rcmae.tasks.detection.windows:ends",
+        lambda old: lambda depth, parts: list(range(depth)),
+        "test_detection_model.py::test_a_window_sees_itself_until_a_block_that_sees_all",
+    ),
+    "rows are taken for columns in relative positions": (
+        "rcmae.tasks.detection.windows:WindowAttention.positions",
+        rows_for_columns,
+        "test_detection_model.py::test_decomposed_positions_know_rows_from_columns",
+    ),
+    "a detector's positions lie on their side": (
+        "rcmae.tasks.detection.pyramid:windowed",
+        positions_on_their_side,
+        "test_detection_model.py::test_positions_keep_their_places",
+    ),
+    "a detector keeps a norm that nobody uses": (
+        "rcmae.tasks.detection.pyramid:windowed",
+        an_idle_norm,
+        "test_detection_model.py::test_every_weight_gets_a_gradient",
+    ),
+    "a detector drops paths alike at all depths": (
+        "rcmae.tasks.detection.pyramid:windowed",
+        paths_dropped_alike,
+        "test_detection_model.py::test_paths_are_dropped_linearly",
+    ),
+    "a detector's attention starts anew": (
+        "rcmae.tasks.detection.pyramid:windowed",
+        new_blocks,
+        "test_detection_model.py::test_the_backbones_weights_arrive_and_it_stays_as_it_was",
+    ),
+    "regions are half a cell off": (
+        "rcmae.tasks.detection.model:roi_align",
+        unaligned,
+        "test_detection_model.py::test_a_region_is_sampled_where_it_is",
+    ),
+    "mask targets are half a pixel off": (
+        "rcmae.tasks.detection.model:roi_align",
+        unaligned,
+        "test_detection_model.py::test_masks_go_into_their_boxes_and_back",
+    ),
+    "masks are pasted half a pixel off": (
+        "rcmae.tasks.detection.model:paste",
+        pasted_beside,
+        "test_detection_model.py::test_a_mask_is_pasted_to_the_pixel_and_cut_at_the_border",
+    ),
+    "boxes are pooled from maps that are too fine": (
+        "rcmae.tasks.detection.model:CELLS",
+        lambda old: 2 * old,
+        "test_detection_model.py::test_a_box_is_pooled_from_the_map_of_its_size",
+    ),
+    "anchors take the type of the maps": (
+        "rcmae.tasks.detection.model:Anchors.forward",
+        rounded_anchors,
+        "test_detection_model.py::test_anchors_are_exact",
+    ),
+    "proposals are decoded in bf16": (
+        "rcmae.tasks.detection.model:ProposalHead.forward",
+        rounded_proposals,
+        "test_detection_model.py::test_bf16_autocast",
+    ),
+    "objects are in pixels of the resized image": (
+        "rcmae.tasks.detection.model:Detector.detect",
+        detected_in_resized_pixels,
+        "test_detection_model.py::test_objects_are_in_pixels_of_the_original",
+    ),
+    "the padding of a detector is black": (
+        "rcmae.tasks.detection.model:Detector.detect",
+        black_padding,
+        "test_detection_model.py::test_neighbours_and_padding_do_not_matter",
+    ),
+    "a detector's layers are one off": (
+        "rcmae.tasks.detection.model:groups",
+        regrouped(lambda g, s: {"lr_scale": min(1.0, g["lr_scale"] / s.layer_decay)}),
+        "test_detection_model.py::test_rates_fall_with_the_depth",
+    ),
+    "positions of a detector decay": (
+        "rcmae.tasks.detection.model:groups",
+        regrouped(lambda g, s: {"weight_decay": s.weight_decay}),
+        "test_detection_model.py::test_rates_fall_with_the_depth",
+    ),
+    "new weights of a detector know no seed": (
+        "rcmae.tasks.detection.model:detector",
+        seedless,
+        "test_detection_model.py::test_new_weights_are_a_function_of_the_seed_and_draws_are_left_alone",
+    ),
+    "an exported pyramid takes raw pixels": (
+        "rcmae.tasks.detection.model:_Standardised.forward",
+        lambda old: lambda self, images: self.pyramid(images),
+        "test_detection_model.py::test_the_exported_pyramid_says_the_same",
     ),
 }
 

@@ -547,6 +547,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is types.UnionType:
         return None if value is None else _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is tuple:
+        if args[-1] is ...:  # of any length
+            args = args[:1] * (len(value) if isinstance(value, (list, tuple)) else 1)
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(_convert(a, v, where) for a, v in zip(args, value, strict=True))
         raise ConfigError(f"{where} must be a list of {len(args)} values, not {value!r}")

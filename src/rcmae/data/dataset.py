@@ -52,6 +52,10 @@ class Images(Dataset):
             sample["label"] = int(self.source.labels[taken])
         return sample | {"bad": bad}
 
+    def pixels(self, index: int) -> np.ndarray:
+        """Image `index`, uint8 [h, w, channels]. Raises BadImage."""
+        return read_image(self.source, index, self.channels)
+
     def read(self, index: int) -> tuple[np.ndarray, int, list[Bad]]:
         """The image, or its substitute, with the index of what was taken, and each that could not be read.
 
@@ -61,21 +65,27 @@ class Images(Dataset):
         others = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 2, 0, index])).integers(len(self.source), size=ATTEMPTS)
         for i in (index, *map(int, others)):
             try:
-                return read_image(self.source, i, self.channels), i, bad
+                return self.pixels(i), i, bad
             except BadImage as e:
                 bad.append((i, self.source.where(i), str(e)))
         raise DataError(f"{bad[0][1]} cannot be read ({bad[0][2]}), nor can {ATTEMPTS} others; look with `rcmae check`")
 
 
-def read_image(source: Source, index: int, channels: int) -> np.ndarray:
-    """Image `index`, uint8 [h, w, channels]. Raises BadImage."""
+def read_image(source: Source, index: int, channels: int, shape: tuple[int, int] | None = None) -> np.ndarray:
+    """Image `index`, uint8 [h, w, channels]. Raises BadImage, also where it is not of the (height, width) `shape`.
+
+    With a shape, an image that has it as stored is taken as stored, whatever EXIF says, and else turned.
+    """
     try:
         raw = source.read(index)
     except OSError as e:
         if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # not the image's fault
             raise StorageError(f"{source.where(index)} cannot be opened: {e.strerror}; raise `ulimit -n` or use fewer --workers") from e
         raise BadImage(e.strerror or "cannot be read") from e
-    return raw if isinstance(raw, np.ndarray) else decode(raw, channels)
+    pixels = raw if isinstance(raw, np.ndarray) else decode(raw, channels, shape=shape)
+    if shape and pixels.shape[:2] != shape:
+        raise BadImage(f"is {pixels.shape[1]} x {pixels.shape[0]} pixels, not {shape[1]} x {shape[0]} as its annotations say")
+    return pixels
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

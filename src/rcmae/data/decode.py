@@ -25,8 +25,10 @@ class BadImage(ValueError):
     """An image that cannot be used; the message is the reason in a few words."""
 
 
-def decode(raw: bytes, channels: int = 3, pixel_limit: int = PIXEL_LIMIT) -> UInt8[np.ndarray, "h w {channels}"]:
-    """Pixels of the first frame, turned as EXIF says.
+def decode(
+    raw: bytes, channels: int = 3, pixel_limit: int = PIXEL_LIMIT, shape: tuple[int, int] | None = None
+) -> UInt8[np.ndarray, "h w {channels}"]:
+    """Pixels of the first frame, turned as EXIF says, but not where they are stored with the (height, width) `shape`.
 
     1 or 3 channels: grey or RGB of any image; transparency is laid on white; 16-bit values are divided by 257; float and
     32-bit images are scaled from 0..1 if they lie in it, else from their own minimum and maximum. Other numbers of channels
@@ -39,7 +41,7 @@ def decode(raw: bytes, channels: int = 3, pixel_limit: int = PIXEL_LIMIT) -> UIn
         try:
             if channels not in (1, 3):
                 return _bands(raw, channels, pixel_limit)
-            return _pillow(raw, channels, pixel_limit)
+            return _pillow(raw, channels, pixel_limit, shape)
         except (BadImage, RcmaeError, MemoryError):
             raise
         except UnidentifiedImageError as e:
@@ -63,7 +65,7 @@ def _hush() -> None:
 _hush()
 
 
-def _pillow(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
+def _pillow(raw: bytes, channels: int, pixel_limit: int, shape: tuple[int, int] | None) -> np.ndarray:
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
@@ -75,7 +77,8 @@ def _pillow(raw: bytes, channels: int, pixel_limit: int) -> np.ndarray:
     if form == "TIFF" and (len(image.getbands()) > 4 or signed):
         return _bands(raw, channels, pixel_limit)
     image.load()
-    image = ImageOps.exif_transpose(image)
+    if shape != (image.height, image.width):
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         return np.repeat(_deep_grey(image, form, tags)[..., None], channels, axis=2)
     if image.has_transparency_data:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -211,25 +212,63 @@ class DigitsSource:
         return hashlib.sha256(about.encode()).hexdigest()
 
 
+class ScenesSource:
+    """Scenes as a data source, each drawn when it is first needed (some 5 ms at 128 px) and kept. Without labels: an image has many."""
+
+    kind, labels = "embedded", None
+
+    def __init__(self, split: str = "train", count: int = 4096, size: int = 128, seed: int = 0):
+        self.name, self.classes = "embedded:scenes", []
+        self.split, self.size, self.seed = split, size, seed
+        self.images = np.zeros((count, size, size, 3), dtype=np.uint8)  # of which the system gives only what is drawn
+        self.drawn = np.zeros(count, dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def objects(self, index: int) -> list[Instance]:
+        """What is in a scene, which is drawn for it."""
+        self.images[index], found = scene(self.seed, self.split, index, self.size)
+        self.drawn[index] = True
+        return found
+
+    def read(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        if not self.drawn[index]:
+            self.objects(index)
+        return self.images[index]
+
+    def where(self, index: int) -> str:
+        return f"{self.name}/{self.split}/{index}"
+
+    def fingerprint(self) -> str:
+        about = f"{GENERATOR} scenes {self.split} {len(self)} {self.size} {self.seed} {set_hash()}"
+        return hashlib.sha256(about.encode()).hexdigest()
+
+    def coco(self) -> dict[str, Any]:
+        """All that is in the scenes, in COCO's layout: category d + 1 is digit d, image i + 1 is scene i, masks are run lengths."""
+        size, images, annotations = self.size, [], []
+        for index in range(len(self)):
+            images.append({"id": index + 1, "file_name": f"{index:06d}.png", "width": size, "height": size})
+            annotations += [
+                {"id": len(annotations) + k + 1, "image_id": index + 1, "category_id": i.label + 1, "bbox": list(i.box), "iscrowd": 0,
+                 "area": int(i.mask.sum()), "segmentation": {"size": [size, size], "counts": run_lengths(i.mask)}}
+                for k, i in enumerate(self.objects(index))
+            ]  # fmt: skip
+        info = {"description": "rcmae embedded scenes", "version": str(GENERATOR), "seed": self.seed, "hash": set_hash()}
+        categories = [{"id": d + 1, "name": str(d)} for d in range(10)]
+        return {"info": info, "images": images, "categories": categories, "annotations": annotations}
+
+
 def write_coco(folder: Path, split: str, count: int, size: int = 128, seed: int = 0) -> Path:
     """Write scenes in COCO's layout, `folder/images/<split>/*.png` and `annotations/instances_<split>.json`; return the latter."""
-    images, annotations = [], []
     (folder / "images" / split).mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
-    for index in range(count):
-        pixels, instances = scene(seed, split, index, size)
-        name = f"{index:06d}.png"
-        Image.fromarray(pixels).save(folder / "images" / split / name)
-        images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
-        annotations += [
-            {"id": len(annotations) + k + 1, "image_id": index + 1, "category_id": i.label + 1, "bbox": list(i.box), "iscrowd": 0,
-             "area": int(i.mask.sum()), "segmentation": {"size": [size, size], "counts": run_lengths(i.mask)}}
-            for k, i in enumerate(instances)
-        ]  # fmt: skip
-    info = {"description": "rcmae embedded scenes", "version": str(GENERATOR), "seed": seed, "hash": set_hash()}
-    categories = [{"id": d + 1, "name": str(d)} for d in range(10)]
+    source = ScenesSource(split, count, size, seed)
+    found = source.coco()
+    for index, image in enumerate(found["images"]):
+        Image.fromarray(source.read(index)).save(folder / "images" / split / image["file_name"])
     path = folder / "annotations" / f"instances_{split}.json"
-    path.write_text(json.dumps({"info": info, "images": images, "categories": categories, "annotations": annotations}), encoding="utf-8")
+    path.write_text(json.dumps(found), encoding="utf-8")
     return path
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .dataset import Bad, collate, plain_errors, quiet_worker
@@ -19,11 +20,13 @@ def processes(kind: str, workers: int | None) -> int:
 
 
 def batches_of(
-    dataset: Dataset, keys: Iterable[list], kind: str, workers: int | None, device: torch.device, note: Callable[[list[Bad]], None]
-) -> Iterator[dict[str, Any]]:
-    """The samples of `dataset` by lists of keys, each a batch on the device; unreadable images are told to `note`.
+    dataset: Dataset, keys: Iterable[list], kind: str, workers: int | None, device: torch.device, note: Callable[[list[Bad]], None],
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] = collate,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The samples of `dataset` by lists of keys, each a batch of tensors on the device; unreadable images are told to `note`.
 
-    `kind` is the source's; without `workers` there are as many loader processes as its images and the cores ask for.
+    What `collate` joins to anything but a tensor stays as it is. `kind` is the source's; without `workers` there are as many loader
+    processes as its images and the cores ask for.
     """
     workers = processes(kind, workers)
     loader = DataLoader(
@@ -32,4 +35,4 @@ def batches_of(
     )  # fmt: skip
     for batch in plain_errors(loader):
         note(batch.pop("bad", []))
-        yield {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+        yield {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

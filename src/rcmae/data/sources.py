@@ -1,10 +1,9 @@
-"""Where images are: a folder, a list, tar shards, a hub data set or the embedded set, all behind one small contract.
+"""Where images are: a folder, a list, tar shards, a hub data set or an embedded set, all behind one small contract.
 
 A source is an index: names and offsets in a few flat arrays, so that loader processes share them instead of copying.
 """
 
 import codecs
-import difflib
 import errno
 import fnmatch
 import glob
@@ -19,8 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int
 
+from ..config import hint
 from ..engine.metrics import optional
 from ..errors import ConfigError, DataError
+
+EMBEDDED = ("embedded:digits", "embedded:scenes")
+"Sets that are drawn: single digits with a label, and many digits in a picture."
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif")
 
@@ -31,7 +34,7 @@ class Source(Protocol):
     name: str
     "as the user gave it"
     kind: str
-    "folder, list, tar, hub or embedded"
+    "folder, list, tar, hub, coco or embedded"
     labels: np.ndarray | None
     "int64 [n], -1 where unknown; None without any"
     classes: list[str]
@@ -190,23 +193,22 @@ class Subset:
 
 
 def open_source(spec: str, channels: int = 3, size: int = 32, seed: int = 0) -> Source:
-    """A source by what the user wrote: folder, list file (.txt), tar shards, hub:NAME or embedded:digits.
+    """A source by what the user wrote: folder, list file (.txt), tar shards, hub:NAME, embedded:digits or embedded:scenes.
 
-    `size` and `seed` are for the embedded set. Raises DataError or ConfigError in one line.
+    `size` and `seed` are for the embedded sets. Raises DataError or ConfigError in one line.
     """
     if spec.startswith("embedded:"):
-        if spec != "embedded:digits":
-            close = difflib.get_close_matches(spec, ["embedded:digits"], cutoff=0.3)
-            raise ConfigError(f"there is no {spec}{'; did you mean embedded:digits?' if close else '; there is embedded:digits'}")
+        if spec not in EMBEDDED:
+            raise ConfigError(f"there is no {spec}{hint(spec, EMBEDDED) or '; there are ' + ' and '.join(EMBEDDED)}")
         if channels != 3:
-            raise ConfigError(f"embedded:digits is drawn in 3 channels, not {channels}; leave --channels out")
-        from .digits import DigitsSource  # only here: it reads scikit-learn's data
+            raise ConfigError(f"{spec} is drawn in 3 channels, not {channels}; leave --channels out")
+        from .digits import DigitsSource, ScenesSource  # only here: it reads scikit-learn's data
 
-        return DigitsSource("train", size=size, seed=seed)
+        return {"embedded:digits": DigitsSource, "embedded:scenes": ScenesSource}[spec]("train", size=size, seed=seed)
     if spec.startswith("hub:"):
         return Hub(spec.removeprefix("hub:"))
     if not spec.strip():
-        raise ConfigError("--data is empty; give a folder, a list file, tar shards, hub:NAME or embedded:digits")
+        raise ConfigError("--data is empty; give a folder, a list file, tar shards, hub:NAME, embedded:digits or embedded:scenes")
     path = Path(spec)
     try:
         if shards := _shards(spec):
@@ -222,7 +224,7 @@ def open_source(spec: str, channels: int = 3, size: int = 32, seed: int = 0) -> 
         raise DataError(f"{printable(os.fsencode(e.filename or spec))} cannot be read: {e.strerror}") from e
     if there:
         raise DataError(f"{spec} is neither a folder, nor a list (.txt), nor a tar; give the folder that holds the images")
-    raise DataError(f"{spec} does not exist; give --data a folder, a list file, tar shards, hub:NAME or embedded:digits")
+    raise DataError(f"{spec} does not exist; give --data a folder, a list file, tar shards, hub:NAME, embedded:digits or embedded:scenes")
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

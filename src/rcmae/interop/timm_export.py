@@ -29,23 +29,13 @@ def export(
     vit = network.vit
     pool = vit.global_pool if vit.num_classes else ""
     mean, std = (getattr(network, k).flatten().tolist() for k in ("mean", "std"))
-    size, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
-    args: dict[str, Any] = {"img_size": list(size), "in_chans": vit.in_chans}
-    if architecture == PLAIN:
-        args |= {
-            "patch_size": list(patch), "embed_dim": vit.embed_dim, "depth": len(vit.blocks),
-            "num_heads": vit.blocks[0].attn.num_heads, "reg_tokens": vit.num_reg_tokens,
-        }  # fmt: skip
-    unusual = {"class_token": vit.has_class_token, "no_embed_class": vit.no_embed_class}
-    args |= {key: value for key, value in unusual.items() if value != (key == "class_token")}
-    if hasattr(vit.blocks[0].ls1, "gamma"):
-        args["init_values"] = 1e-5  # that there is a layer scale; its values are weights
+    size, plan = vit.patch_embed.img_size, blueprint(vit, architecture)
     config = {
         "architecture": architecture,
         "num_classes": vit.num_classes,
         "num_features": vit.embed_dim,
         "global_pool": pool,
-        "model_args": args | {"global_pool": pool} | ({"fc_norm": True} if pool else {}),
+        "model_args": plan["model_args"] | {"global_pool": pool} | ({"fc_norm": True} if pool else {}),
         "pretrained_cfg": {
             "num_classes": vit.num_classes, "input_size": [vit.in_chans, *size], "fixed_input_size": True,
             "interpolation": "bicubic", "crop_pct": 224 / 256, "mean": mean, "std": std, "license": "your own",
@@ -73,6 +63,22 @@ def import_classifier(folder: Path) -> tuple[Classifier, list[str]]:
     if not vit.num_classes:
         raise CheckpointError(f"{folder} is a backbone without a head; give a folder that fine-tuning has written")
     return Classifier(vit, *_statistics(config)), config.get("label_names") or [str(i) for i in range(vit.num_classes)]
+
+
+def blueprint(vit: VisionTransformer, architecture: str) -> dict[str, Any]:
+    """What `timm.create_model` needs, in JSON, to make an untrained ViT of this shape: its `architecture` and `model_args`."""
+    size, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
+    args: dict[str, Any] = {"img_size": list(size), "in_chans": vit.in_chans}
+    if architecture == PLAIN:
+        args |= {
+            "patch_size": list(patch), "embed_dim": vit.embed_dim, "depth": len(vit.blocks),
+            "num_heads": vit.blocks[0].attn.num_heads, "reg_tokens": vit.num_reg_tokens,
+        }  # fmt: skip
+    unusual = {"class_token": vit.has_class_token, "no_embed_class": vit.no_embed_class}
+    args |= {key: value for key, value in unusual.items() if value != (key == "class_token")}
+    if hasattr(vit.blocks[0].ls1, "gamma"):
+        args["init_values"] = 1e-5  # that there is a layer scale; its values are weights
+    return {"architecture": architecture, "model_args": args}
 
 
 def architecture_of(vit: VisionTransformer) -> str:

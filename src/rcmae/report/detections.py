@@ -1,0 +1,219 @@
+"""Pictures of what a detector found beside what is there, and figures of its precision."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..data.decode import BadImage, decode
+from ..errors import ConfigError, DataError, StorageError
+from ..tasks.detection.average_precision import Precision
+from .curves import Line, column, plot
+
+Colour = tuple[int, int, int]
+Rectangle = tuple[int, int, int, int]
+
+PALETTE: tuple[Colour, ...] = (
+    (255, 92, 92), (72, 160, 255), (120, 220, 90), (255, 190, 40), (190, 120, 255), (40, 215, 205),
+    (255, 130, 200), (200, 225, 60), (255, 145, 50), (230, 230, 230), (60, 190, 130), (225, 185, 150),
+)  # fmt: skip
+"Colours of classes 1, 2, ... and again from the first: bright, as photographs are mostly dark, and neighbours far apart in hue."
+
+
+def colour_of(label: int) -> Colour:
+    """The colour of class `label`, counted from 1; always the same."""
+    return PALETTE[(label - 1) % len(PALETTE)]
+
+
+# --- one picture ------------------------------------------------------------------------------------------------------
+
+
+def draw(
+    pixels: UInt8[np.ndarray, "h w c"], boxes: Float[np.ndarray, "m 4"], texts: Sequence[str], colours: Sequence[Colour],
+    masks: Bool[np.ndarray, "m h w"] | None = None, least: int = 640, most: int | None = None,
+) -> Image.Image:  # fmt: skip
+    """An image with boxes (x0 y0 x1 y1 in its pixels), translucent masks, and a label at each box; the first lie on top.
+
+    Enlarged without smoothing by a whole factor if its longer side is below `least`, or shrunk to `most`: lines and letters are drawn
+    after that, so that they stay sharp. A text "" has no label. Of other than 3 channels the first is shown.
+    """
+    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert("RGB")
+    scale = most / max(image.size) if most and max(image.size) > most else max(1, least // max(image.size))
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    canvas = np.array(image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS))
+    line = max(2, round(max(size) / 400))
+    order = range(len(boxes))[::-1]
+    for i in order if masks is not None else ():
+        inside = np.asarray(Image.fromarray(masks[i]).resize(size, Image.Resampling.NEAREST))
+        canvas[inside] = 0.6 * canvas[inside] + 0.4 * np.array(colours[i])
+        canvas[inside & ~_shrunk(inside, line)] = colours[i]
+    image = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(image)
+    places = [tuple(round(x * scale) for x in box) for box in boxes.tolist()]
+    for i in order:
+        for grown, width, shade in ((1, line + 2, (0, 0, 0)), (0, line, colours[i])):  # a dark rim: seen on any ground
+            pen.rectangle(_around(places[i], grown, size), outline=shade, width=width)
+    font = ImageFont.load_default(max(12, max(size) / 45))
+    for i, spot in label_places(places, [_extent(font, text) if text else None for text in texts], size).items():
+        pen.rectangle(spot, fill=colours[i])
+        pen.text(((spot[0] + spot[2] + 1) / 2, (spot[1] + spot[3] + 1) / 2), texts[i], (0, 0, 0), font, anchor="mm")
+    return image
+
+
+def _shrunk(mask: Bool[np.ndarray, "h w"], by: int) -> Bool[np.ndarray, "h w"]:
+    """A mask without its outermost `by` pixels."""
+    for _ in range(by):
+        wide = np.pad(mask, 1)
+        mask = mask & wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
+    return mask
+
+
+def _around(box: Rectangle, grown: int, size: tuple[int, int]) -> Rectangle:
+    """A box grown and cut to the picture, as the corners that Pillow paints: the last pixel is in."""
+    x0, y0, x1, y1 = box
+    left, top = max(0, min(x0 - grown, size[0] - 1)), max(0, min(y0 - grown, size[1] - 1))
+    return left, top, max(left, min(x1 - 1 + grown, size[0] - 1)), max(top, min(y1 - 1 + grown, size[1] - 1))
+
+
+def _extent(font: ImageFont.FreeTypeFont, text: str) -> tuple[int, int]:
+    """Width and height of a label; the height is that of any text."""
+    return round(font.getlength(text) + font.size / 2), round(1.25 * font.size)
+
+
+def label_places(boxes: Sequence[Rectangle], extents: Sequence[tuple[int, int] | None], size: tuple[int, int]) -> dict[int, Rectangle]:
+    """Where the label of each box goes, as corners with the last pixel in: in the picture, and where it covers others least.
+
+    Tried in this order: above the box, below it, inside at its top, all flush left, then flush right. The first boxes choose first.
+    """
+    taken: dict[int, Rectangle] = {}
+    for i, (box, extent) in enumerate(zip(boxes, extents, strict=True)):
+        if extent is None:
+            continue
+        w, h = extent
+        x0, y0, x1, y1 = box
+        spots = []
+        for x in (x0, x1 - w):
+            for y in (y0 - h, y1, y0):
+                left, top = (max(0, min(at, side - long)) for at, side, long in ((x, size[0], w), (y, size[1], h)))
+                spots.append((left, top, min(left + w, size[0]) - 1, min(top + h, size[1]) - 1))
+        taken[i] = min(spots, key=lambda spot: sum(_common(spot, other) for other in taken.values()))
+    return taken
+
+
+def _common(a: Rectangle, b: Rectangle) -> int:
+    """Pixels that two rectangles share."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0]) + 1) * max(0, min(a[3], b[3]) - max(a[1], b[1]) + 1)
+
+
+def draw_objects(
+    pixels: UInt8[np.ndarray, "h w c"], objects: Mapping[str, Tensor], names: Sequence[str], threshold: float = 0.5,
+    least: int = 640, most: int | None = None,
+) -> Image.Image:  # fmt: skip
+    """A detection or the truth: boxes "m 4" in the image's pixels, labels "m" (1: the first name), perhaps masks "m h w" and scores "m".
+
+    Of what has scores, that which scores at least `threshold`, the most certain on top and labelled "name 0.97".
+    """
+    found = {name: value.detach().cpu() for name, value in objects.items()}
+    if "scores" in found:
+        chosen = found["scores"].argsort(descending=True, stable=True)
+        chosen = chosen[found["scores"][chosen] >= threshold]
+        found = {name: value[chosen] for name, value in found.items()}
+    labels = found["labels"].tolist()
+    texts = [names[label - 1] for label in labels]
+    if "scores" in found:
+        texts = [f"{text} {score:.2f}" for text, score in zip(texts, found["scores"].tolist(), strict=True)]
+    masks = found["masks"].numpy() if "masks" in found else None
+    return draw(pixels, found["boxes"].float().numpy(), texts, [colour_of(label) for label in labels], masks, least, most)
+
+
+def save_picture(source: Path, detection: Mapping[str, Tensor], names: Sequence[str], target: Path, threshold: float = 0.5) -> None:
+    """Write the image at `source` with what was detected on it. Raises DataError, ConfigError (the target's ending) and StorageError."""
+    try:
+        pixels = decode(source.read_bytes())
+    except (OSError, BadImage) as e:
+        raise DataError(f"cannot read the image {source}: {getattr(e, 'strerror', None) or e}") from e
+    try:
+        draw_objects(pixels, detection, names, threshold).save(target)
+    except OSError as e:
+        raise StorageError(f"cannot write {target}: {e.strerror or e}") from e
+    except ValueError as e:
+        raise ConfigError(f"cannot write {target}: its ending names no kind of picture; use .png or .jpg") from e
+
+
+# --- many pictures ----------------------------------------------------------------------------------------------------
+
+
+def side_by_side(
+    pixels: UInt8[np.ndarray, "h w c"], truth: Mapping[str, Tensor], detection: Mapping[str, Tensor], names: Sequence[str],
+    threshold: float = 0.5, side: int = 384,
+) -> dict[str, Image.Image]:  # fmt: skip
+    """What is there ("truth") and what was found ("detected") on one image, its longer side about `side` pixels."""
+    return {
+        name: draw_objects(pixels, objects, names, threshold, side, side) for name, objects in (("truth", truth), ("detected", detection))
+    }
+
+
+def grid(
+    images: Sequence[UInt8[np.ndarray, "_ _ _"]], truths: Sequence[Mapping[str, Tensor]], detections: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str], threshold: float = 0.5, columns: int = 2, side: int = 384,
+) -> Image.Image:  # fmt: skip
+    """Pairs of truth and detection in rows of `columns`, on a transparent ground that suits a light and a dark page. At least one image."""
+    pairs = [
+        side_by_side(pixels, truth, detection, names, threshold, side)
+        for pixels, truth, detection in zip(images, truths, detections, strict=True)
+    ]
+    columns = min(columns, len(pairs))
+    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
+    gap, head, cell = side // 48, side // 12, max(image.width for pair in pairs for image in pair.values())
+    heights = [max(image.height for pair in row for image in pair.values()) for row in rows]
+    step = 2 * cell + 4 * gap  # a pair is held together by a narrow gap, and parted from the next by a wide one
+    sheet = Image.new("RGBA", (columns * step - 3 * gap, head + sum(heights) + gap * (len(rows) - 1)))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(side / 22)
+    for column_ in range(columns):
+        for k, name in enumerate(pairs[0]):
+            pen.text((column_ * step + k * (cell + gap), head / 2), name, "#7b858f", font, anchor="lm")
+    top = head
+    for row, height in zip(rows, heights, strict=True):
+        for column_, pair in enumerate(row):
+            for k, image in enumerate(pair.values()):
+                sheet.paste(image, (column_ * step + k * (cell + gap), top))
+        top += height + gap
+    return sheet
+
+
+def embedded(image: Image.Image) -> str:
+    """A picture inside a URI, as WebP: a photograph with labels takes a fifth of what it takes as PNG."""
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+KINDS = {"bbox": ("boxes", "ink"), "segm": ("masks", "gold")}
+"Name and colour of what is compared; blue and orange are taken by teacher and student."
+
+
+def curve_figure(precisions: Sequence[Precision]) -> str:
+    """An SVG of precision over recall, the mean of the classes: of boxes and masks, at IoU 0.5 and (dashed) 0.75."""
+    lines = [
+        Line(f"{KINDS[p.kind][0]}, IoU {iou}", KINDS[p.kind][1], np.linspace(0, 1, len(curve)), curve, "-" if iou == "0.5" else "--")
+        for p in precisions
+        for iou, curve in p.curves.items()
+    ]
+    return plot(lines, ylabel="precision", xlabel="recall")
+
+
+def progress_figure(history: Sequence[Mapping[str, float | None]]) -> str:
+    """An SVG of the average precision over training. `history`: of each evaluation step, and AP 0 to 1 as bbox and segm if known."""
+    rows = list(history)
+    lines = [
+        Line(name, colour, column(rows, "step"), [None if v is None else 100 * v for v in column(rows, kind)])
+        for kind, (name, colour) in KINDS.items()
+    ]
+    return plot(lines, ylabel="AP, %", markers=True)
