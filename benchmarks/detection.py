@@ -1,7 +1,7 @@
 """Does pre-training on unlabelled scenes help to detect and to segment? `python -m benchmarks.detection`.
 
-Four backbones, two numbers of labelled scenes, three paired seeds, one budget. Within a seed all backbones have the same initial weights
-(and so have the detectors' heads), images, crops and labels. MAE is the student of RC-MAE with gamma 0, to the bit. What is there already is
+Four backbones, two numbers of labelled scenes, three paired seeds, one budget. Within a seed all backbones have the same
+initial weights (and so have the detectors' heads), images, crops and labels. MAE is the student of RC-MAE with gamma 0, to the bit. What is there already is
 never made twice: the same command goes on where it stopped. Then `--longer` trains the best backbone on all scenes, on all cores. Writes
 results/detection.json. Every number is of embedded scenes, and none of COCO.
 """
@@ -79,7 +79,7 @@ def judge(out: Path, seeds: list[int]) -> list[dict[str, Any]]:
     rows = []
     for count in COUNTS:
         of = {name: [scores(place(out, name, count, seed)) for seed in seeds] for name in BACKBONES}
-        for name, own in of.items():
+        for name in of:
             row: dict[str, Any] = {"backbone": name, "scenes": count}
             for number in NUMBERS:
                 values = {who: [one[number] for one in of[who]] for who in {name, "untrained", "MAE"}}
@@ -131,7 +131,7 @@ def main() -> None:
         cells = "  ".join(f"{name} {np.mean(row[name]['seeds']):.1f}" for name in NUMBERS)
         print(f"embedded scenes, {row['scenes']:5} labelled  {row['backbone']:16} {cells}")
     if "longer" in found:
-        print({k: v for k, v in found["longer"].items()})
+        print("longer", found["longer"])
 
 
 if __name__ == "__main__":

@@ -543,9 +543,7 @@ app.command(detect)
 
 
 @detect.command(name="train")
-def detect_train(
-    backbone: str, /, *, how: Annotated[Training, Flat] = Training(), machine: Annotated[Machine, Flat] = Machine()
-) -> None:
+def detect_train(backbone: str, /, *, how: Annotated[Training, Flat] = Training(), machine: Annotated[Machine, Flat] = Machine()) -> None:
     """Train a detector on a backbone; a run that is already in --out goes on.
 
     Parameters
@@ -553,7 +551,7 @@ def detect_train(
     backbone
         A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME, or scratch:BACKBONE for new weights.
     """
-    from .report.detections import write_report
+    from .report.detect import write_report
     from .tasks.detection.commands import place, train_detector
 
     if machine.out:

@@ -166,26 +166,41 @@ def open_coco(
     is instances_SPLIT.json. The numbers of images and their size in pixels are for the scenes. Raises ConfigError, or DataError with all
     that is wrong in both parts.
     """
-    parts: list[_Part] = []
-    for spec, split, words, images in ((data, "train", ("train",), train_images), (val or data, "test", ("val", "test"), test_images)):
-        if not spec.strip():
-            raise ConfigError(f"--data is empty; give a folder in COCO's layout, its JSON file or {SCENES}")
-        if spec.startswith("embedded:"):
-            if spec != SCENES:
-                raise ConfigError(f"{spec} has no objects{hint(spec, [SCENES]) or f'; there is {SCENES}'}")
-            scenes = ScenesSource(split, images, size)
-            parts.append(_Part(spec, scenes.coco(), scenes))
-        else:
-            path, root = _place(spec, words, alone=val is not None)
-            parts.append(_Part(str(path), _load(path), root=root))
+    train = _part(data, "train", train_images, size, alone=val is not None)
+    test = _part(val or data, "test", test_images, size, alone=val is not None)
+    train, test = _examined([train, test])
+    return train, test
+
+
+def open_test(data: str, *, images: int = 256, size: int = 128) -> CocoSet:
+    """What is scored, alone: a folder's file with "val" (or else "test") in its name, a JSON file, or embedded:scenes. Raises likewise."""
+    [test] = _examined([_part(data, "test", images, size, alone=True)])
+    return test
+
+
+def _part(spec: str, split: str, images: int, size: int, alone: bool) -> "_Part":
+    if not spec.strip():
+        raise ConfigError(f"--data is empty; give a folder in COCO's layout, its JSON file or {SCENES}")
+    if spec.startswith("embedded:"):
+        if spec != SCENES:
+            raise ConfigError(f"{spec} has no objects{hint(spec, [SCENES]) or f'; there is {SCENES}'}")
+        scenes = ScenesSource(split, images, size)
+        return _Part(spec, scenes.coco(), scenes)
+    path, root = _place(spec, ("train",) if split == "train" else ("val", "test"), alone)
+    return _Part(str(path), _load(path), root=root)
+
+
+def _examined(parts: list["_Part"]) -> list[CocoSet]:
+    """The sets, the first of which tells the categories. Raises DataError with all that is wrong in any of them."""
     for examine in (_Part.structure, _Part.content):
         for part in parts:
             examine(part)
         if examine is _Part.content:
-            parts[1].compare(parts[0])
+            for other in parts[1:]:
+                other.compare(parts[0])
         if problems := [part.problems for part in parts if part.wrong]:
             raise DataError("; ".join(problems) + "; mend the annotations")
-    return parts[0].set(), parts[1].set()
+    return [part.set() for part in parts]
 
 
 @functools.cache

@@ -114,7 +114,7 @@ def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, thresho
             raise DataError(f"cannot read the image {image}: {getattr(e, 'strerror', None) or e}") from e
         resized, _ = fit(pixels, loaded.settings.size)
         [found] = loaded.model.detect([resized.to(where)], [pixels.shape[:2]])
-        save_picture(pixels, found, loaded.classes, out / name, threshold)
+        save_picture(image, found, loaded.classes, out / name, threshold)
         written.append(out / name)
     return written
 

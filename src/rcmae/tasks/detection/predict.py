@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ...data.dataset import Bad, read_image
+from ...data.dataset import Bad
 from ...data.decode import BadImage
 from ...data.loader import batches_of
 from ...engine.distributed import World
@@ -24,8 +24,8 @@ class Whole(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         try:
-            pixels = read_image(self.images, i, self.channels)
-            return {"index": i, "image": fit(pixels, self.size), "original": pixels.shape[:2], "bad": []}
+            image, _ = fit(self.images.pixels(i, self.channels), self.size)
+            return {"index": i, "image": image, "original": self.images.size(i), "bad": []}
         except BadImage as e:
             return {"index": i, "image": None, "original": None, "bad": [(i, self.images.where(i), str(e))]}
 
@@ -63,7 +63,7 @@ def predict(
     for number, part in enumerate(batches_of(Whole(images, size, channels), keys, images.kind, workers, device, note, listed), 1):
         if part["image"]:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                detections = model.detect(part["image"], part["original"])
+                detections = model.detect([image.to(device) for image in part["image"]], part["original"])
             for i, one in zip(part["index"], detections, strict=True):
                 found[i] = results_of(one, images.image_id(i), images.category_ids)
         tick(min(number * batch, len(own)))

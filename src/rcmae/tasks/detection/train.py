@@ -3,31 +3,31 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...config import Machine, recipe_hash
-from ...data.loader import batches_of
 from ...data.supervised import path_seed
 from ...engine.checkpoint import replace_file
 from ...engine.console import clock
 from ...engine.run import write_json
 from ...engine.schedules import Progress, warmup_cosine
 from ...errors import ConfigError, DataError
+from ...interop.timm_export import architecture_of, blueprint
 from ...models.backbone import Backbone
 from ..features import identity
 from ..training import Place, Training, taken
-from .average_precision import Precision, evaluate, usable_backend
+from .average_precision import Precision, evaluate, library
 from .coco import CocoSet
+from .examples import write_examples
 from .files import export
 from .model import Detector, detector, groups
 from .predict import predict
 from .settings import Detect, check_detect, load_detect
-from .views import Detections, Jitter, collate
+from .views import Detections, Jitter, detection_batches
 
 SCORED = 10
 "Test images are looked at no more often than once for so many training images."
@@ -54,7 +54,7 @@ def train(
     state is saved.
     """
     check_detect(settings)
-    usable_backend()  # said before the work, not after it
+    library()  # said before the work, not after it
     if train.category_ids != test.category_ids:
         raise DataError(f"{test.name} has other categories than {train.name}")
     with taken(machine, "detection") as place:
@@ -79,13 +79,14 @@ class Run(Training):
             raise ConfigError("the statistics of benchmarking's BatchNorm are shared by CUDA devices only; use one process on a CPU")
         self.test_set, self.channels = test, backbone.channels
         self.mean = backbone.mean.flatten().tolist()
-        torch.manual_seed(s.seed)
+        self.architecture = blueprint(backbone.vit, architecture_of(backbone.vit))
         model = detector(backbone, len(train.classes), s).to(self.device).train()
         if s.preset == "benchmarking" and self.world.size > 1:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model.set_grad_checkpointing(self.machine.checkpointing)
         if self.machine.compile:
-            model.compile_blocks()
+            for block in model.pyramid.vit.blocks:
+                block.compile()
         optimizer = torch.optim.AdamW(groups(model, s), lr=s.lr, betas=s.betas, fused=True)
         self.bad_test = self.bad_files(len(test), "bad_test_files.jsonl")
         self.scored: tuple[list[dict[str, Any]], Precision, Precision] | None = None
@@ -99,7 +100,7 @@ class Run(Training):
         """Micro-batches of the steps from `start` to before `stop`, on the device: "image", and "targets" by image."""
         s = self.settings
         dataset = Detections(self.train_set, Jitter(s.size, s.jitter, s.flip, s.max_instances, self.mean), s.seed, self.channels)
-        return batches_of(dataset, self.sampler(start, stop), self.train_set.kind, self.machine.workers, self.device, self.bad.note, collate)
+        return detection_batches(dataset, self.sampler(start, stop), self.machine.workers, self.device, self.bad.note)
 
     def rate(self, t: Progress) -> float:
         s = self.settings
@@ -145,6 +146,8 @@ class Run(Training):
             facts |= {"step": self.step, "recipe_hash": recipe_hash(self.settings), "data": self.origin, "backbone": self.backbone}
             write_json(self.out / "scores.json", self.about | facts | {"box": box._asdict(), "mask": mask._asdict()})
             folder = self.out / "export" / "detector"
-            export(self.model, folder, self.test_set, self.about | {"step": self.step, "recipe_hash": recipe_hash(self.settings)})
+            about = self.about | {"step": self.step, "recipe_hash": recipe_hash(self.settings)}
+            export(self.model, folder, self.train_set, self.settings, self.architecture, about)
+            write_examples(self.out / "pictures", self.test_set, results, self.channels)
             self.screen.say(f"{self.said(self.history[-1])} after {self.step:,} steps, {clock(self.seconds)}; the detector is in {folder}")
         return Detected(self.model, results, box, mask, self.history)
