@@ -657,6 +657,98 @@ def seedless(old):
     return lambda backbone, classes, settings: old(backbone, classes, dataclasses.replace(settings, seed=0))
 
 
+# --- detection: data --------------------------------------------------------------------------------------------------
+
+
+def crowds_are_trained_on(old):
+    def init(self, *parts):
+        old(self, *parts)
+        self.trained[:] = True
+
+    return init
+
+
+def labels_are_ids(old):
+    def init(self, *parts):
+        old(self, *parts)
+        self.object_labels = np.array(self.category_ids)[self.object_labels - 1]
+
+    return init
+
+
+def half_of_the_polygons(old):
+    return lambda s, h, w: old(s[:1] if isinstance(s, list) else s, h, w)
+
+
+def rows_are_columns(old):
+    return lambda text: (old(text) or [])[::-1] or None
+
+
+def one_problem_at_a_time(old):
+    return property(lambda self: old.fget(self).split("; ")[0])
+
+
+def anew_for_each_count(old):
+    return lambda whole, count, seed=0: old(whole, count, seed + count)
+
+
+def training_scenes_are_scored(old):
+    return lambda self, split="train", *more: old(self, "train", *more)
+
+
+def always_turned_by_exif(old):
+    return lambda source, index, channels, shape: old(source, index, channels)
+
+
+def boxes_end_on_the_last_pixel(old):
+    return lambda masks: old(masks) - masks.new_tensor([0, 0, 1, 1], dtype=torch.float32)
+
+
+def masks_lag_by_a_pixel(old):
+    return lambda side, resized_side: (old(side, resized_side) + 1).clip(max=side - 1)
+
+
+def draws_of(method, found):
+    """Views whose generator answers `method` with `found`."""
+
+    class Fixed:
+        def __init__(self, rng):
+            self.rng = rng
+
+        def __getattr__(self, name):
+            return found if name == method else getattr(self.rng, name)
+
+    return lambda old: lambda self, image, objects, rng: old(self, image, objects, Fixed(rng))
+
+
+def a_view_of_its_own_draws(old):
+    return lambda self, image, objects, rng: old(self, image, objects, np.random.default_rng())
+
+
+def black_beyond_the_image(old):
+    return lambda self, size, scale, flip, count, mean: old(self, size, scale, flip, count, (0.0,) * len(mean))
+
+
+def plain_bilinear(old):
+    return lambda pixels, size, mode, antialias: old(pixels, size, mode, antialias=False)
+
+
+def objects_of_the_wanted_image(old):
+    def sample(self, key):
+        read = self.read
+        self.read = lambda index: (lambda image, _, bad: (image, index, bad))(*read(index))
+        try:
+            return old(self, key)
+        finally:
+            del self.read
+
+    return sample
+
+
+def objects_of_the_next_image(old):
+    return lambda samples: (lambda b: b | {"counts": b["counts"][::-1]})(old(samples))
+
+
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the encoder sees hidden pixels": (
         "rcmae.models.autoencoder:Autoencoder.forward",
@@ -1211,6 +1303,107 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.tasks.detection.model:_Standardised.forward",
         lambda old: lambda self, images: self.pyramid(images),
         "test_detection_model.py::test_the_exported_pyramid_says_the_same",
+    ),
+    # --- detection: data
+    "crowds are trained on": (
+        "rcmae.tasks.detection.coco:CocoSet.__init__",
+        crowds_are_trained_on,
+        "test_detection_data.py::test_crowds_are_scored_but_not_trained_on_and_empty_images_stay",
+    ),
+    "labels of objects are the ids of their categories": (
+        "rcmae.tasks.detection.coco:CocoSet.__init__",
+        labels_are_ids,
+        "test_detection_data.py::test_ids_with_gaps_are_labels_from_one_and_back",
+    ),
+    "only the first part of a mask is read": (
+        "rcmae.tasks.detection.coco:run_length_code",
+        half_of_the_polygons,
+        "test_detection_data.py::test_every_form_of_a_mask_is_what_pycocotools_makes_of_it",
+    ),
+    "run lengths are read from the end": (
+        "rcmae.tasks.detection.coco:_runs",
+        rows_are_columns,
+        "test_detection_data.py::test_run_lengths_are_read_as_they_are_written",
+    ),
+    "problems of annotations come one at a time": (
+        "rcmae.tasks.detection.coco:_Part.problems",
+        one_problem_at_a_time,
+        "test_detection_data.py::test_all_that_is_wrong_in_both_parts_is_in_one_message",
+    ),
+    "boxes without area are never too many": (
+        "rcmae.tasks.detection.coco:_Part.shares",
+        lambda old: lambda self: None,
+        "test_detection_data.py::test_what_is_wrong_is_named_and_counted_before_training",
+    ),
+    "the categories of two parts are not compared": (
+        "rcmae.tasks.detection.coco:_Part.compare",
+        lambda old: lambda self, other: None,
+        "test_detection_data.py::test_all_that_is_wrong_in_both_parts_is_in_one_message",
+    ),
+    "a smaller choice of images is another one": (
+        "rcmae.tasks.detection.coco:few",
+        anew_for_each_count,
+        "test_detection_data.py::test_fewer_images_lie_within_more",
+    ),
+    "scenes are scored that were trained on": (
+        "rcmae.data.digits:ScenesSource.__init__",
+        training_scenes_are_scored,
+        "test_detection_data.py::test_scenes_are_a_set_whose_objects_are_what_was_drawn",
+    ),
+    "annotated images are always turned": (
+        "rcmae.tasks.detection.coco:read_image",
+        always_turned_by_exif,
+        "test_detection_data.py::test_an_image_is_read_as_it_is_annotated",
+    ),
+    "boxes end on the last pixel": (
+        "rcmae.tasks.detection.views:masks_to_boxes",
+        boxes_end_on_the_last_pixel,
+        "test_detection_data.py::test_boxes_are_those_of_what_is_left_of_the_masks",
+    ),
+    "masks lag a pixel behind the image": (
+        "rcmae.tasks.detection.views:nearest",
+        masks_lag_by_a_pixel,
+        "test_detection_data.py::test_image_and_masks_move_as_one",
+    ),
+    "jitter draws from elsewhere": (
+        "rcmae.tasks.detection.views:Jitter.__call__",
+        a_view_of_its_own_draws,
+        "test_detection_data.py::test_a_view_is_a_function_of_the_generator",
+    ),
+    "crops begin at the corner": (
+        "rcmae.tasks.detection.views:Jitter.__call__",
+        draws_of("integers", lambda high: 0),
+        "test_detection_data.py::test_crops_reach_every_side",
+    ),
+    "the first objects are kept": (
+        "rcmae.tasks.detection.views:Jitter.__call__",
+        draws_of("permutation", np.arange),
+        "test_detection_data.py::test_of_many_objects_a_random_choice_is_kept",
+    ),
+    "jitter never flips": (
+        "rcmae.tasks.detection.views:Jitter.__call__",
+        draws_of("random", lambda: 1.0),
+        "test_detection_data.py::test_at_scale_one_a_square_stays_and_two_flips_are_none",
+    ),
+    "beyond the image it is black": (
+        "rcmae.tasks.detection.views:Jitter.__init__",
+        black_beyond_the_image,
+        "test_detection_data.py::test_scales_keep_their_bounds_and_what_is_not_filled_is_the_mean",
+    ),
+    "detection resizes without antialiasing": (
+        "rcmae.tasks.detection.views:resize",
+        plain_bilinear,
+        "test_detection_data.py::test_evaluation_sees_the_whole_image_and_knows_the_factor",
+    ),
+    "a substitute has the objects of the image it is for": (
+        "rcmae.tasks.detection.views:Detections.__getitem__",
+        objects_of_the_wanted_image,
+        "test_detection_data.py::test_a_substitute_brings_its_own_objects",
+    ),
+    "objects go to another image of the batch": (
+        "rcmae.tasks.detection.views:collate",
+        objects_of_the_next_image,
+        "test_detection_data.py::test_batches_are_the_same_for_every_number_of_workers",
     ),
 }
 
