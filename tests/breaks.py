@@ -749,6 +749,125 @@ def objects_of_the_next_image(old):
     return lambda samples: (lambda b: b | {"counts": b["counts"][::-1]})(old(samples))
 
 
+# --- scores and pictures of detection ---
+
+
+def sizes_of_masks_by_their_boxes(old):
+    def opened(api, truth, results, kind):
+        gt, dt = old(api, truth, results, kind)
+        for n, r in enumerate(results, 1):
+            dt.anns[n]["area"] = r["bbox"][2] * r["bbox"][3] if "bbox" in r else dt.anns[n]["area"]
+        return gt, dt
+
+    return opened
+
+
+def numbered_from_zero(old):
+    def opened(*given):
+        gt, dt = old(*given)
+        for entry in gt.dataset["annotations"]:
+            entry["id"] -= 1
+        gt.createIndex()
+        return gt, dt
+
+    return opened
+
+
+def crowds_are_objects(old):
+    def opened(api, truth, results, kind):
+        return old(api, {**truth, "annotations": [{**a, "iscrowd": 0} for a in truth["annotations"]]}, results, kind)
+
+    return opened
+
+
+def writes_into_what_it_is_given(old):
+    def opened(api, truth, results, kind):
+        for entry in truth["annotations"]:
+            entry["ignore"] = entry["iscrowd"]
+        return old(api, truth, results, kind)
+
+    return opened
+
+
+def bounds_are_always_cocos(old):
+    return lambda truth, results, kind="bbox", backend="auto", areas="auto": old(truth, results, kind, backend, "coco")
+
+
+def minus_one_for_nothing(old):
+    def evaluate(*given, **named):
+        found = old(*given, **named)
+        return found._replace(stats={name: -1.0 if value is None else value for name, value in found.stats.items()})
+
+    return evaluate
+
+
+def shifts_do_not_matter(old):
+    def evaluate(truth, results, kind="bbox", *given, **named):
+        rounded = [{**r, "bbox": [10 * round(x / 10) for x in r["bbox"]]} if "bbox" in r else r for r in results]
+        return old(truth, rounded, kind, *given, **named)
+
+    return evaluate
+
+
+def labels_pass_for_categories(old):
+    return lambda detection, image_id, category_ids: old(detection, image_id, range(1, 1 + len(category_ids)))
+
+
+def masks_upside_down(old):
+    return lambda detection, *given: old({**detection, "masks": detection["masks"].flip(1)}, *given)
+
+
+def the_best_images_first(old):
+    return lambda *given, **named: old(*given, **named)[::-1]
+
+
+def uncertain_detections_count(old):
+    return lambda truth, results, kind="bbox", threshold=0.5, iou=0.5: old(truth, results, kind, 0.0, iou)
+
+
+def every_entry_is_a_result(old):
+    return lambda entry: None
+
+
+def labels_leave_the_picture(old):
+    def places(boxes, extents, size):
+        return {
+            i: (box[0], box[1] - e[1], box[0] + e[0] - 1, box[1] - 1) for i, (box, e) in enumerate(zip(boxes, extents, strict=True)) if e
+        }
+
+    return places
+
+
+def labels_lie_on_labels(old):
+    def places(boxes, extents, size):
+        return {i: old([box], [e], size)[0] for i, (box, e) in enumerate(zip(boxes, extents, strict=True)) if e}
+
+    return places
+
+
+def boxes_are_drawn_larger(old):
+    return lambda box, grown, size: old(box, grown + 8, size)
+
+
+def the_most_certain_lies_below(old):
+    def draw(pixels, boxes, texts, colours, masks=None, *given):
+        return old(pixels, boxes[::-1], texts[::-1], colours[::-1], masks if masks is None else masks[::-1], *given)
+
+    return draw
+
+
+def no_threshold_in_pictures(old):
+    return lambda pixels, objects, names, threshold=0.5, *given: old(pixels, objects, names, 0.0, *given)
+
+
+def two_classes_of_one_colour(old):
+    return (*old[:-1], old[0])
+
+
+def truth_passes_for_the_detection(old):
+    return lambda *given: dict(zip(("truth", "detected"), list(old(*given).values())[::-1], strict=True))
+
+
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the encoder sees hidden pixels": (
         "rcmae.models.autoencoder:Autoencoder.forward",
@@ -1404,6 +1523,101 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.tasks.detection.views:collate",
         objects_of_the_next_image,
         "test_detection_data.py::test_batches_are_the_same_for_every_number_of_workers",
+    ),
+    "detection: masks are sized by their boxes": (
+        "rcmae.tasks.detection.average_precision:_opened",
+        sizes_of_masks_by_their_boxes,
+        "test_detection_score.py::test_masks_are_judged_by_masks_alone",
+    ),
+    "detection: objects are numbered from zero": (
+        "rcmae.tasks.detection.average_precision:_opened",
+        numbered_from_zero,
+        "test_detection_score.py::test_an_object_of_number_zero_can_be_found",
+    ),
+    "detection: crowds are objects": (
+        "rcmae.tasks.detection.average_precision:_opened",
+        crowds_are_objects,
+        "test_detection_score.py::test_all_twelve_numbers_are_those_of_pycocotools",
+    ),
+    "detection: the caller's annotations are changed": (
+        "rcmae.tasks.detection.average_precision:_opened",
+        writes_into_what_it_is_given,
+        "test_detection_score.py::test_what_is_given_stays_as_it_was",
+    ),
+    "detection: bounds of sizes are always COCO's": (
+        "rcmae.tasks.detection.average_precision:evaluate",
+        bounds_are_always_cocos,
+        "test_detection_score.py::test_relative_sizes_do_not_care_how_large_the_images_are",
+    ),
+    "detection: -1 stands where nothing is to find": (
+        "rcmae.tasks.detection.average_precision:evaluate",
+        minus_one_for_nothing,
+        "test_detection_score.py::test_nothing_found_and_nothing_to_find",
+    ),
+    "detection: small shifts do not matter": (
+        "rcmae.tasks.detection.average_precision:evaluate",
+        shifts_do_not_matter,
+        "test_detection_score.py::test_the_farther_off_the_lower",
+    ),
+    "detection: labels pass for categories": (
+        "rcmae.tasks.detection.average_precision:results_of",
+        labels_pass_for_categories,
+        "test_detection_score.py::test_results_say_what_was_detected",
+    ),
+    "detection: masks are upside down": (
+        "rcmae.tasks.detection.average_precision:results_of",
+        masks_upside_down,
+        "test_detection_score.py::test_results_say_what_was_detected",
+    ),
+    "detection: the best images come first": (
+        "rcmae.tasks.detection.average_precision:misses",
+        the_best_images_first,
+        "test_detection_score.py::test_the_worst_images_come_first",
+    ),
+    "detection: uncertain detections are errors": (
+        "rcmae.tasks.detection.average_precision:misses",
+        uncertain_detections_count,
+        "test_detection_score.py::test_the_worst_images_come_first",
+    ),
+    "detection: every entry is a result": (
+        "rcmae.tasks.detection.average_precision:_fault",
+        every_entry_is_a_result,
+        "test_detection_score.py::test_what_is_no_result_is_named",
+    ),
+    "detection: labels leave the picture": (
+        "rcmae.report.detections:label_places",
+        labels_leave_the_picture,
+        "test_detection_score.py::test_labels_stay_in_the_picture_and_off_each_other",
+    ),
+    "detection: labels lie on labels": (
+        "rcmae.report.detections:label_places",
+        labels_lie_on_labels,
+        "test_detection_score.py::test_labels_stay_in_the_picture_and_off_each_other",
+    ),
+    "detection: boxes are drawn larger": (
+        "rcmae.report.detections:_around",
+        boxes_are_drawn_larger,
+        "test_detection_score.py::test_a_picture_changes_at_boxes_masks_and_labels_alone",
+    ),
+    "detection: the most certain lies below": (
+        "rcmae.report.detections:draw",
+        the_most_certain_lies_below,
+        "test_detection_score.py::test_the_most_certain_lies_on_top_and_the_uncertain_is_left_out",
+    ),
+    "detection: pictures have no threshold": (
+        "rcmae.report.detections:draw_objects",
+        no_threshold_in_pictures,
+        "test_detection_score.py::test_the_most_certain_lies_on_top_and_the_uncertain_is_left_out",
+    ),
+    "detection: two classes have one colour": (
+        "rcmae.report.detections:PALETTE",
+        two_classes_of_one_colour,
+        "test_detection_score.py::test_classes_have_colours_of_their_own_that_black_letters_show_on",
+    ),
+    "detection: truth and detection are swapped": (
+        "rcmae.report.detections:side_by_side",
+        truth_passes_for_the_detection,
+        "test_detection_score.py::test_pairs_stand_in_rows",
     ),
 }
 

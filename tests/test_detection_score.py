@@ -73,8 +73,8 @@ def plain(truth: dict, results: list[dict], kind: str, bounds=None) -> list[floa
         gt = COCO()
         gt.dataset = copy.deepcopy(truth)
         gt.createIndex()
-        keep = {"bbox": "segmentation", "segm": "bbox"}[kind]
-        run = COCOeval(gt, gt.loadRes([{k: v for k, v in copy.deepcopy(r).items() if k != keep} for r in results]), kind)
+        drop = {"bbox": "segmentation", "segm": "bbox"}[kind]
+        run = COCOeval(gt, gt.loadRes([{k: v for k, v in copy.deepcopy(r).items() if k != drop} for r in results]), kind)
         if bounds:
             low, high = bounds
             run.params.areaRng = [[0, 1e10], [0, low], [low, high], [high, 1e10]]
@@ -188,6 +188,7 @@ def test_nothing_found_and_nothing_to_find(random_set, kind, backend):
     assert set(nothing.stats.values()) == {0.0} and nothing.curves["0.5"] == [0.0] * 101
     empty = ap.evaluate(truth | {"annotations": []}, results, kind, backend)
     assert set(empty.stats.values()) == {None} == set(empty.per_class.values()) and empty.curves == {"0.5": [], "0.75": []}
+    assert set(ap.evaluate({"images": [], "categories": [], "annotations": []}, [], kind, backend).stats.values()) == {None}
     small = truth | {"annotations": [a for a in truth["annotations"] if a["area"] < 1000]}
     found = ap.evaluate(small, results, kind, backend, areas="coco").stats
     assert found["AP_small"] is not None and found["AP_medium"] is None and found["AR_large"] is None
@@ -454,6 +455,7 @@ def test_pairs_stand_in_rows(channels):
     names = [str(d) for d in range(10)]
     pair = pictures.side_by_side(pixels[1], objects[1], found[1], names)
     assert list(pair) == ["truth", "detected"] and pair["truth"].size == (384, 384) and pair["truth"] != pair["detected"]
+    assert pair["truth"] == pictures.draw_objects(pixels[1], objects[1], names, least=384)
     sheet = pictures.grid(pixels, objects, found, names)
     assert sheet.size == (4 * 384 + 5 * 8, 32 + 2 * 384 + 8)
     left = 2 * 384 + 4 * 8

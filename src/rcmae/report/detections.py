@@ -174,20 +174,20 @@ def grid(
     step = 2 * cell + 4 * gap  # a pair is held together by a narrow gap, and parted from the next by a wide one
     sheet = Image.new("RGBA", (columns * step - 3 * gap, head + sum(heights) + gap * (len(rows) - 1)))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(side / 22)
-    for column_ in range(columns):
+    for across in range(columns):
         for k, name in enumerate(pairs[0]):
-            pen.text((column_ * step + k * (cell + gap), head / 2), name, "#7b858f", font, anchor="lm")
+            pen.text((across * step + k * (cell + gap), head / 2), name, "#7b858f", font, anchor="lm")
     top = head
     for row, height in zip(rows, heights, strict=True):
-        for column_, pair in enumerate(row):
+        for across, pair in enumerate(row):
             for k, image in enumerate(pair.values()):
-                sheet.paste(image, (column_ * step + k * (cell + gap), top))
+                sheet.paste(image, (across * step + k * (cell + gap), top))
         top += height + gap
     return sheet
 
 
 def embedded(image: Image.Image) -> str:
-    """A picture inside a URI, as WebP: a photograph with labels takes a fifth of what it takes as PNG."""
+    """A picture inside a URI, as WebP: a photograph takes a sixth of what it takes as PNG."""
     file = io.BytesIO()
     image.save(file, "WEBP", quality=85)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
