@@ -62,6 +62,14 @@ def train(
             return run.train()
 
 
+def rate(s: Detect, t: Progress) -> float:
+    """The learning rate of a step: after the warm-up a cosine to 0, or a tenth of it from 8/9 and a hundredth from 26/27 of the run."""
+    if s.schedule == "cosine":
+        return warmup_cosine(s.lr, 0.0, s.warmup_steps / t.total_steps, t)
+    risen = min(1.0, (t.step + 1) / (s.warmup_steps + 1))
+    return s.lr * risen * (0.1 if t.fraction >= 8 / 9 else 1.0) * (0.1 if t.fraction >= 26 / 27 else 1.0)
+
+
 class Run(Training):
     """One run: everything that is built before the first step, then `train`."""
 
@@ -103,12 +111,7 @@ class Run(Training):
         return detection_batches(dataset, self.sampler(start, stop), self.machine.workers, self.device, self.bad.note)
 
     def rate(self, t: Progress) -> float:
-        s = self.settings
-        warmup = s.warmup_steps / self.total
-        if s.schedule == "cosine":
-            return warmup_cosine(s.lr, 0.0, warmup, t)
-        risen = min(1.0, (t.step + 1) / (s.warmup_steps + 1))
-        return s.lr * risen * (0.1 if t.fraction >= 8 / 9 else 1) * (0.1 if t.fraction >= 26 / 27 else 1)
+        return rate(self.settings, t)
 
     def losses(self, batch: dict[str, Any], step: int, part: int) -> dict[str, Tensor]:
         """Those of the proposals and of the heads, and their sum; proposals are sampled by a function of the numbers."""

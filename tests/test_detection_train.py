@@ -1,0 +1,264 @@
+"""Training a detector: it learns, goes on to the same bit, and what it leaves can be used by others."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+
+import rcmae.tasks.detection.train as dt
+from rcmae.cli import main
+from rcmae.config import Machine
+from rcmae.data.digits import write_coco
+from rcmae.engine.checkpoint import checkpoints
+from rcmae.engine.metrics import read_metrics
+from rcmae.engine.schedules import Progress
+from rcmae.errors import CheckpointError, ConfigError, DataError, Preempted
+from rcmae.interop.timm_export import export
+from rcmae.models.backbone import Backbone
+from rcmae.models.encoder import build_vit
+from rcmae.tasks.detection.average_precision import evaluate, load_results
+from rcmae.tasks.detection.coco import SCENES, few, open_coco, open_test
+from rcmae.tasks.detection.files import load_detector
+from rcmae.tasks.detection.predict import predict
+from rcmae.tasks.detection.settings import Detect, check_detect, load_detect
+
+CPU = torch.device("cpu")
+TINY = Detect(
+    steps=6, size=64, jitter=(0.8, 1.25), flip=True, window=0, rel_pos=False, scales=(2.0, 1.0), width=16, box_width=32, box_convs=1,
+    mask_convs=1, proposals=20, drop_path=0.2, layer_decay=0.8, batch_size=4, lr=2e-3, warmup_steps=2, clip=1.0,
+)  # fmt: skip
+
+
+def backbone(seed: int = 0) -> Backbone:
+    torch.manual_seed(seed)
+    return Backbone(build_vit(size=32, channels=3, patch=8, width=24, depth=2, heads=2, registers=0), (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return open_coco(SCENES, train_images=8, test_images=4, size=64)
+
+
+def run(out: Path, sets, settings: Detect = TINY, of: Backbone | None = None, **machine) -> dt.Detected:
+    own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
+    return dt.train(of or backbone(), *sets, settings, Machine(out=out, **(own | machine)), {"backbone_name": "tiny"})
+
+
+def weights(out: Path) -> str:
+    """One hash of model and optimizer as they are on the disk."""
+    last = checkpoints(out / "checkpoints")[0]
+    return hashlib.sha256(b"".join((last / f"{n}.safetensors").read_bytes() for n in ("model", "optimizer"))).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, sets) -> tuple[Path, dt.Detected]:
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    return out, run(out, sets)
+
+
+@pytest.mark.parametrize("stops", [(1,), (3, 4)])
+def test_a_stopped_run_goes_on_to_the_same_bit(tmp_path, sets, straight, monkeypatch, stops):
+    update = dt.Run.update
+    for stop in stops:
+
+        def counted(self, batches, t, stop=stop):
+            if t.step + 1 == stop:
+                self.stop.asked = "SIGTERM"
+            return update(self, batches, t)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dt.Run, "update", counted)
+            with pytest.raises(Preempted, match=f"SIGTERM; saved at step {stop}, run the same command again"):
+                run(tmp_path / "run", sets)
+    found = run(tmp_path / "run", sets)
+    assert weights(tmp_path / "run") == weights(straight[0])
+    assert found.results == straight[1].results and found.history == straight[1].history
+
+
+def test_workers_change_nothing_and_seeds_do(tmp_path, sets, straight):
+    run(tmp_path / "workers", sets, workers=2)
+    assert weights(tmp_path / "workers") == weights(straight[0])
+    run(tmp_path / "seed", sets, dataclasses.replace(TINY, seed=1))
+    assert weights(tmp_path / "seed") != weights(straight[0])
+
+
+def test_what_a_run_leaves_says_the_same(sets, straight):
+    out, found = straight
+    scores, results = json.loads((out / "scores.json").read_text()), load_results(out / "coco_results.json")
+    assert results == found.results and scores["preset"] == "vitdet" and scores["backbone_name"] == "tiny"
+    for part, kind in (("box", "bbox"), ("mask", "segm")):
+        assert scores[part]["stats"] == evaluate(sets[1].truth, results, kind).stats
+    assert [line["mask AP"] for line in read_metrics(out) if line["kind"] == "val"] == [h["mask AP"] for h in found.history]
+    assert found.history[-1]["mask AP"] == 100 * scores["mask"]["stats"]["AP"]
+    loaded = load_detector(out)
+    assert loaded.classes == [str(d) for d in range(10)] and loaded.category_ids == list(range(1, 11)) and loaded.settings == TINY
+    assert predict(loaded.model, sets[1], size=64, channels=3, device=CPU, batch=3) == results, "the exported detector is the result"
+    assert {f.name for f in (out / "pictures").iterdir()} == {"examples.webp", "worst.webp"}
+    losses = [line for line in read_metrics(out) if line["kind"] == "train"]
+    parts = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
+    assert losses[-1]["loss"] == pytest.approx(sum(losses[-1][p] for p in parts), rel=1e-5)
+
+
+def test_it_learns_scenes_by_heart(tmp_path):
+    """Some steps on two scenes: what is found is not yet good, but it was nothing before."""
+    train, _ = open_coco(SCENES, train_images=2, test_images=1, size=64)
+    settings = dataclasses.replace(TINY, steps=60, batch_size=2, jitter=(1.0, 1.0), flip=False, drop_path=0.0, width=32, lr=4e-3)
+    found = run(tmp_path / "run", (train, train), settings)
+    lines = [line["loss"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert lines[-1] < 0.5 * lines[0]
+    assert found.box.stats["AP50"] > 0.2
+
+
+def test_rates_rise_and_fall_at_their_steps():
+    of = dataclasses.replace(TINY, steps=2700, lr=1.0, warmup_steps=9)
+    rates = [dt.rate(of, Progress(step, 2700, 10)) for step in (0, 4, 9, 2399, 2400, 2599, 2600, 2699)]
+    assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    falling = [dt.rate(dataclasses.replace(of, schedule="cosine"), Progress(step, 2700, 10)) for step in (0, 9, 2699)]
+    assert falling == pytest.approx([0, 1, 0], abs=1e-5)
+
+
+def test_benchmarking_trains_too_and_a_run_is_not_continued_as_another(tmp_path, sets, straight):
+    other = dataclasses.replace(TINY, preset="benchmarking", steps=3)
+    found = run(tmp_path / "run", sets, other)
+    assert found.history[-1]["step"] == 3 and load_detector(tmp_path / "run").settings.preset == "benchmarking"
+    with pytest.raises(ConfigError, match="was begun with preset benchmarking .now vitdet.*use another --out"):
+        run(tmp_path / "run", sets, dataclasses.replace(TINY, steps=3))
+    with pytest.raises(CheckpointError, match="was begun from another backbone"):
+        run(tmp_path / "run", sets, other, backbone(1))
+    with pytest.raises(DataError, match=r"the data \(train\) has changed since"):
+        run(tmp_path / "run", (few(sets[0], 7), sets[1]), other)
+
+
+def test_a_set_smaller_than_a_batch_lowers_it_and_a_long_warmup_is_refused(tmp_path, sets, capsys):
+    run(tmp_path / "run", (few(sets[0], 3), sets[1]), dataclasses.replace(TINY, steps=3))
+    assert "note: 3 training images: batches of 2 instead of 4" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="warmup_steps 6 is not below the length of the run, 6 steps"):
+        run(tmp_path / "other", sets, dataclasses.replace(TINY, warmup_steps=6))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"epochs": 3.0}, "give one of epochs and steps"),
+        ({"scales": (1.0, 2.0)}, "scales go from fine to coarse"),
+        ({"scales": (3.0,)}, "scales are some of 4, 2, 1 and 0.5"),
+        ({"jitter": (0.0, 1.0)}, "jitter must satisfy 0 < low <= high, not 0.0 1.0"),
+        ({"lr": 0.0, "size": -1}, "size must be above 0, not -1; lr must be above 0, not 0.0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
+    ],
+)
+def test_impossible_settings_are_named(change, said):
+    with pytest.raises(ConfigError) as e:
+        check_detect(dataclasses.replace(TINY, **change))
+    assert said in str(e.value)
+
+
+def test_an_unreadable_test_image_is_named_and_nothing_is_found_there(tmp_path, sets, straight):
+    write_coco(tmp_path, "test", 4, size=64)
+    (tmp_path / "images" / "test" / "000001.png").write_bytes(b"no image")
+    said = []
+    found = predict(load_detector(straight[0]).model, open_test(str(tmp_path)), size=64, channels=3, device=CPU, batch=2, note=said.extend)
+    assert [(bad[0], bad[1].endswith("000001.png")) for bad in said] == [(1, True)]
+    assert found == [r for r in straight[1].results if r["image_id"] != 2] and len(found) < len(straight[1].results)
+
+
+# --- somebody else's folder -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign(tmp_path) -> Path:
+    """As other tools write it: polygons and both kinds of run lengths, ids with gaps, an image without objects, a crowd."""
+    root = tmp_path / "set"
+    (root / "annotations").mkdir(parents=True)
+    draws = np.random.default_rng(0)
+    for split, count in (("train", 5), ("val", 3)):
+        (root / split).mkdir()
+        images, annotations = [], []
+        for k in range(1, count + 1):
+            h, w = 48 + 8 * (k % 3), 64
+            pixels = draws.integers(0, 60, (h, w, 3), dtype=np.uint8)
+            images.append({"id": 100 * k, "file_name": f"{k}.png", "height": h, "width": w, "license": 1, "flickr_url": "http://"})
+            for n in range(0 if k == 3 else 2):
+                x, y, side = 4 + 28 * n, 6, 20 + 2 * k
+                mask = np.zeros((h, w), np.uint8, order="F")
+                mask[y : y + side, x : x + side] = 1
+                pixels[mask > 0] = (250, 40, 40) if n else (40, 250, 40)
+                code = rle.encode(mask)
+                forms = [
+                    [[x, y, x + side, y, x + side, y + side, x, y + side]],
+                    {"size": [h, w], "counts": code["counts"].decode()},
+                    {"size": [h, w], "counts": np.diff([0, *np.flatnonzero(np.diff(mask.ravel("F"), prepend=0)), mask.size]).tolist()},
+                ]
+                entry = {"id": 7 + 10 * len(annotations), "image_id": 100 * k, "category_id": 90 if n else 3, "iscrowd": 0}
+                annotations.append(entry | {"bbox": [x, y, side, side], "area": side * side, "segmentation": forms[(k + n) % 3]})
+            Image.fromarray(pixels).save(root / split / f"{k}.png")
+        crowd = {"id": 5, "image_id": 100, "category_id": 3, "iscrowd": 1, "bbox": [0, 40, 10, 8], "area": 80}
+        annotations.append(crowd | {"segmentation": {"size": [56, 64], "counts": [40, 8, 48, 8, 56 * 64 - 104]}})
+        content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
+        content["categories"] = [{"id": 90, "name": "red", "supercategory": "x"}, {"id": 3, "name": "green", "supercategory": "x"}]
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        (root / "annotations" / f"captions_{split}.json").write_text("{}")
+    return root
+
+
+def test_a_foreign_folder_trains_evaluates_and_is_shown(tmp_path, foreign, capsys):
+    export(backbone(), tmp_path / "backbone", {})
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in dataclasses.asdict(TINY).items() if v is not None))
+    out, common = tmp_path / "run", ["--device", "cpu", "--workers", "0"]
+    command = ["detect", "train", str(tmp_path / "backbone"), "--data", str(foreign), "--recipe", str(recipe), "--out", str(out)]
+    assert main([*command, "--settings", "steps=4", "flip=false", *common]) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "5 images of 2 classes, 3 to test on" in said and "note: crowds, left out of training: 1 (5)" in said
+    assert "note: images without an object to train on: 1 (300)" in said and (out / "report.html").exists()
+    results = json.loads((out / "coco_results.json").read_text())
+    assert {r["category_id"] for r in results} <= {3, 90} and {r["image_id"] for r in results} <= {100, 200, 300}
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["box"]["per_class"].keys() == {"green", "red"}
+
+    assert main(["detect", "eval", str(out), "--data", str(foreign), "--batch", "2", "--precision", "fp32", *common]) == 0
+    again = json.loads((out / "eval" / "scores.json").read_text())
+    assert again["test_images"] == 3 and "small, medium, large" in capsys.readouterr().out
+    file = ["--results", str(out / "coco_results.json"), "--out", str(tmp_path / "scored")]
+    assert main(["detect", "eval", str(out), "--data", str(foreign), *file]) == 0
+    assert json.loads((tmp_path / "scored" / "scores.json").read_text())["mask"]["stats"] == scores["mask"]["stats"]
+
+    shown = [str(foreign / "val" / "1.png"), str(foreign / "train" / "1.png")]
+    assert main(["detect", "show", str(out), *shown, "--out", str(tmp_path / "shown"), "--device", "cpu", "--threshold", "0"]) == 0
+    assert sorted(f.name for f in (tmp_path / "shown").iterdir()) == ["000-1.png", "001-1.png"]
+    assert main(["detect", "export", str(out), "--out", str(tmp_path / "p.pt2")]) == 0
+    maps = torch.export.load(tmp_path / "p.pt2").module()(torch.rand(1, 3, 64, 64))
+    assert all(m.shape[1] == 16 for m in maps.values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["detect", "show", "RUN"], 2, "name the images: rcmae detect show CHECKPOINT IMAGE..."),
+        (["detect", "show", "RUN", "none.png"], 3, "cannot read the image none.png: No such file or directory"),
+        (["detect", "show", "RUN", "none.png", "--threshold", "2"], 2, "threshold must lie in 0 to 1, not 2"),
+        (["detect", "eval", "nowhere"], 4, "nowhere holds no detector; give a run of `rcmae detect train` that has ended"),
+        (["detect", "eval", "RUN", "--data", "FOREIGN"], 3, "has other categories than"),
+        (["detect", "train", "nowhere"], 4, "nowhere does not exist"),
+        (["detect", "train", "RUN", "--recipe", "vitdet-bas"], 2, "there is no recipe 'vitdet-bas'; did you mean vitdet-base?"),
+        (["detect", "train", "RUN", "--settings", "siez=3"], 2, "'siez=3' is no setting"),
+        (["detect", "export", "RUN", "--out", "x.onnx"], 2, "the name of an exported program ends in .pt2"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, straight, foreign, capsys, monkeypatch, argv, code, said):
+    monkeypatch.chdir(tmp_path)
+    assert main([{"RUN": str(straight[0]), "FOREIGN": str(foreign)}.get(a, a) for a in argv]) == code
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_every_shipped_recipe_is_whole():
+    for name in ("embedded", "vitdet-base", "vitdet-large", "benchmarking-base", "benchmarking-large"):
+        assert load_detect(name).preset == ("benchmarking" if name.startswith("bench") else "vitdet")
