@@ -136,8 +136,8 @@ def lightly(size: str, batch: int, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def contestants(precision: str) -> dict[str, tuple[Callable[..., Callable[[], None]], tuple[str, ...]]]:
-    """Name -> (maker, its first arguments); what is not installed is said and left out."""
+def contestants(precision: str) -> "Contestants":
+    """What is not installed is said and left out."""
     found: dict[str, Any] = {REFERENCE: (plain, ())}
     for method, label in (("rcmae", "RC-MAE"), ("mae", "MAE")):
         for p in ("fp32", "bf16") if precision == "bf16" else ("fp32",):
@@ -183,12 +183,15 @@ def serve(
     pipe.send(peak)
 
 
-def measure(size: str, rounds: int, device: torch.device, precision: str) -> list[dict[str, Any]]:
-    """A row an implementation."""
-    batch = SIZES[size][3 if device.type == "cuda" else 2]
+Contestants = dict[str, tuple[Callable[..., Callable[[], None]], tuple]]
+"Name -> (maker, its first arguments)."
+
+
+def measure(size: str, batch: int, makers: Contestants, reference: str, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """A row an implementation; a maker makes a step of (size, *its arguments, batch, device)."""
     context = mp.get_context("spawn")
     pipes = {}
-    for name, (maker, args) in contestants(precision).items():
+    for name, (maker, args) in makers.items():
         mine, theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, maker, size, args, batch, str(device), torch.get_num_threads()), daemon=True).start()
         theirs.close()
@@ -205,7 +208,7 @@ def measure(size: str, rounds: int, device: torch.device, precision: str) -> lis
     rows = []
     for name, pipe in pipes.items():
         pipe.send("done")
-        ratios = [a / b for a, b in zip(times[REFERENCE], times[name], strict=True)]
+        ratios = [a / b for a, b in zip(times[reference], times[name], strict=True)]
         rows.append({
             "size": size, "name": name, "batch": batch, "images_per_s": batch / statistics.median(times[name]),
             "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "peak_mib": pipe.recv(),
@@ -248,7 +251,9 @@ def main() -> None:
     if precision == "fp32":
         print(f"{device.type} has no fast bf16 here (no AMX, no such GPU): float32 only")
     load = os.getloadavg()[0]
-    rows = [row for size in options.sizes.split(",") for row in measure(size, options.rounds, device, precision)]
+    makers, batch = contestants(precision), 3 if device.type == "cuda" else 2
+    sizes = options.sizes.split(",")
+    rows = [row for size in sizes for row in measure(size, SIZES[size][batch], makers, REFERENCE, options.rounds, device)]
     conditions = describe_machine(device, precision) | {"rounds": options.rounds, "load_before": load}
     if device.type == "cuda":
         conditions["matrix_rate_tflops"] = utilisation(rows, device) / 1e12

@@ -323,6 +323,55 @@ def evaluation_verdict() -> str:
     return "\n".join(said)
 
 
+def detection() -> str:
+    """benchmarks/detection.py: average precision on embedded scenes by backbone and number of labelled scenes."""
+    file = ROOT / "results" / "detection.json"
+    if not file.exists():
+        return "`python -m benchmarks.detection` has not been run yet."
+    r = json.loads(file.read_text())
+    numbers = ("box AP", "box AP50", "mask AP", "mask AP50")
+    head = [*numbers, "mask AP, against untrained", "mask AP, against MAE"]
+    rows = ["| labelled scenes | backbone | " + " | ".join(head) + " |", "| ---: | --- |" + len(head) * " ---: |"]
+    for row in r["rows"]:
+        cells = [f"{_mean(row[n]['seeds']):.1f}" for n in numbers]
+        for other in ("untrained", "MAE"):
+            gain = row["mask AP"].get(f"against {other}")
+            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain) if gain else "")
+        rows.append(f"| {row['scenes']:,} | {row['backbone']} | " + " | ".join(cells) + " |")
+    m = r["machine"]
+    note = f"Embedded scenes, in percent: means of {len(r['seeds'])} paired seeds, {r['test_scenes']} test scenes, {r['steps']:,} steps of "
+    note += (
+        f"{r['batch_size']} scenes. In brackets 95 % intervals over seeds (Student's t). {m['cpu']}, {m['precision']}, torch {m['torch']}."
+    )
+    if "longer" in r:
+        long = r["longer"]
+        what = f"{long['backbone']}, {long['scenes']:,} labelled scenes, {long['steps']:,} steps"
+        note += (
+            f"\n\nOne longer run ({what}, {long['seconds'] / 60:.0f} minutes of {m['cores']} cores): "
+            + ", ".join(f"{n} {long[n]:.1f}" for n in numbers)
+            + "."
+        )
+    return "\n".join([*rows, "", note])
+
+
+def detection_step() -> str:
+    """benchmarks/detection_step.py, on a CPU and, if it was measured, on a GPU."""
+    tables = []
+    for file in (ROOT / "results" / f"detection_step{suffix}.json" for suffix in ("", "_cuda")):
+        if file.exists():
+            r = json.loads(file.read_text())
+            c = r["conditions"]
+            rows = ["| | images/s | speed against torchvision's | peak memory, MiB |", "| --- | ---: | ---: | ---: |"]
+            for row in r["rows"]:
+                ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+                rows.append(f"| {row['name']} | {row['images_per_s']:.2f} | {ratio} | {row['peak_mib']:,.0f} |")
+            where = c["cpu"] if c["device"] == "cpu" else c["device"]
+            note = f"{c['side']} px, {r['rows'][0]['batch']} images a step, {c['rounds']} rounds; {where}, {c['threads']} threads, "
+            note += f"torch {c['torch']}."
+            tables.append("\n".join([*rows, "", note]))
+    return "\n\n".join(tables) or "`python -m benchmarks.detection_step` has not been run yet."
+
+
 def _resources(r: dict) -> str:
     rows = ["| | GFLOP an image | kept, MB an image | worst memory, GiB | images/s |", "| --- | ---: | ---: | ---: | ---: |"]
     for row in r["rows"]:
@@ -343,10 +392,20 @@ TABLES = {
     f.__name__: f
     for f in (
         embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify, alarms, monitor_cost, cost, peaks,
-        race, race_verdict, learns, paper, corruptions, evaluation, evaluation_verdict,
+        race, race_verdict, learns, paper, corruptions, evaluation, evaluation_verdict, detection,
+        detection_step,
     )
 }  # fmt: skip
-PAGES = ("README.md", "docs/embedded.md", "docs/lab.md", "docs/compare.md", "docs/paper.md", "docs/robustness.md", "docs/evaluation.md")
+PAGES = (
+    "README.md",
+    "docs/embedded.md",
+    "docs/lab.md",
+    "docs/compare.md",
+    "docs/paper.md",
+    "docs/robustness.md",
+    "docs/evaluation.md",
+    "docs/detection.md",
+)
 
 
 def filled(text: str) -> str:
