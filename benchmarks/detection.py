@@ -1,9 +1,9 @@
 """Does pre-training on unlabelled scenes help to detect and to segment? `python -m benchmarks.detection`.
 
-Four backbones, two numbers of labelled scenes, three paired seeds, one budget. Within a seed all backbones have the same initial weights (and
-so have the detectors' heads), images, crops and labels. MAE is the student of RC-MAE with gamma 0, to the bit. What is there already is never
-made twice: the same command goes on where it stopped. `--longer` then trains the best backbone on all scenes, on all cores. Writes
-results/detection.json. Every number is of embedded scenes, and none of COCO.
+Four backbones, two numbers of labelled scenes, three paired seeds, one budget. Within a seed all backbones have the same initial weights
+(and so have the detectors' heads), images, crops and labels. MAE is the student of RC-MAE with gamma 0, to the bit. What is there already
+is never made twice: the same command goes on where it stopped. `--longer` then trains the best backbone on all scenes, on all cores.
+Writes results/detection.json. Every number is of embedded scenes, and none of COCO.
 """
 
 import argparse
