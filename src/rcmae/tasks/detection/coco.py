@@ -184,7 +184,7 @@ def open_coco(
         if examine is _Part.content:
             parts[1].compare(parts[0])
         if problems := [part.problems for part in parts if part.wrong]:
-            raise DataError("; ".join(problems) + "; mend the annotations")
+            raise DataError("; ".join(problems) + "; mend this first")
     return parts[0].set(), parts[1].set()
 
 
