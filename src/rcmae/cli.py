@@ -74,11 +74,11 @@ def check_data(
     Parameters
     ----------
     path
-        Folder, list file, tar shards, hub:NAME or embedded:digits.
+        Folder, list file, tar shards, hub:NAME, embedded:digits or embedded:scenes.
     val
         A validation set, to look for images that are in both.
     recipe
-        The recipe whose view of the data is told [default: folder, or embedded for that set].
+        The recipe whose view of the data is told [default: folder, or embedded for such a set].
     channels
         Bands of an image [default: the recipe's].
     batch_size

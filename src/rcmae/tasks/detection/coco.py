@@ -199,7 +199,7 @@ def _examined(parts: list["_Part"]) -> list[CocoSet]:
             for other in parts[1:]:
                 other.compare(parts[0])
         if problems := [part.problems for part in parts if part.wrong]:
-            raise DataError("; ".join(problems) + "; mend the annotations")
+            raise DataError("; ".join(problems) + "; mend this first")
     return [part.set() for part in parts]
 
 

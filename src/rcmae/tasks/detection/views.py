@@ -36,7 +36,7 @@ class Jitter:
         self.fill = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8)[:, None, None]
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"], objects: Objects, rng: np.random.Generator) -> dict[str, Tensor]:
-        """ "image" uint8 [c s s], "boxes" float32 [n 4] around what is left of the masks, "labels" int64 [n], "masks" bool [n s s]."""
+        """Gives "image" uint8 [c s s], "boxes" float32 [n 4] around what is left of masks, "labels" int64 [n], "masks" bool [n s s]."""
         s, masks = self.size, objects.masks
         if self.flip and rng.random() < 0.5:
             image, masks = image[:, ::-1].copy(), masks[:, :, ::-1]
