@@ -24,6 +24,7 @@ from rcmae.models.backbone import Backbone
 from rcmae.models.encoder import build_vit
 from rcmae.tasks.detection.average_precision import evaluate, load_results
 from rcmae.tasks.detection.coco import SCENES, few, open_coco, open_test
+from rcmae.tasks.detection.examples import read_examples
 from rcmae.tasks.detection.files import load_detector
 from rcmae.tasks.detection.predict import predict
 from rcmae.tasks.detection.settings import Detect, check_detect, load_detect
@@ -100,7 +101,11 @@ def test_what_a_run_leaves_says_the_same(sets, straight):
     loaded = load_detector(out)
     assert loaded.classes == [str(d) for d in range(10)] and loaded.category_ids == list(range(1, 11)) and loaded.settings == TINY
     assert predict(loaded.model, sets[1], size=64, channels=3, device=CPU, batch=3) == results, "the exported detector is the result"
-    assert {f.name for f in (out / "pictures").iterdir()} == {"examples.webp", "worst.webp"}
+    classes, examples = read_examples(out / "examples.safetensors")
+    assert classes == loaded.classes and [len(kept) for kept in examples.values()] == [4, 4]
+    for i, example in enumerate(examples["first"]):
+        assert (example.pixels == sets[1].read(i)).all() and (example.truth["masks"].numpy() == sets[1].objects(i).masks).all()
+        assert len(example.found["scores"]) == sum(r["image_id"] == sets[1].image_id(i) for r in results)
     losses = [line for line in read_metrics(out) if line["kind"] == "train"]
     parts = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
     assert losses[-1]["loss"] == pytest.approx(sum(losses[-1][p] for p in parts), rel=1e-5)

@@ -608,7 +608,7 @@ def detect_show(
     device
         auto, cpu, cuda, cuda:1 or mps.
     """
-    from .tasks.detection.commands import show_detections
+    from .report.detect import show_detections
 
     if not images:
         raise ConfigError("name the images: rcmae detect show CHECKPOINT IMAGE...")

@@ -1,17 +1,23 @@
-"""`report.html` of a detector: how well it finds, how that came, what it missed."""
+"""`report.html` of a detector: how well it finds, how that came, what it missed. And pictures of what it finds on any image."""
 
-import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import flat, recipe_hash
+from ..data.decode import BadImage, decode
+from ..engine import distributed
 from ..engine.metrics import read_metrics
+from ..errors import ConfigError, DataError
 from ..tasks.detection.average_precision import Precision
+from ..tasks.detection.examples import read_examples
+from ..tasks.detection.files import load_detector
 from ..tasks.detection.settings import load_detect
+from ..tasks.detection.views import fit
 from .build import rate_figures, template
 from .curves import Line, column, plot
-from .detections import curve_figure, progress_figure
+from .detections import curve_figure, embedded, grid, progress_figure, save_picture
 
 LOSSES = {
     "loss_objectness": "proposals: is it one", "loss_rpn_box_reg": "proposals: where", "loss_classifier": "class", "loss_box_reg": "box",
@@ -82,8 +88,11 @@ def _share(percent: float | None) -> float | None:
 
 
 def _pictures(run: Path) -> dict[str, str]:
-    files = {name: run / "pictures" / f"{name}.webp" for name in ("examples", "worst")}
-    return {name: "data:image/webp;base64," + base64.b64encode(f.read_bytes()).decode() for name, f in files.items() if f.exists()}
+    file = run / "examples.safetensors"
+    if not file.exists():
+        return {}
+    classes, examples = read_examples(file)
+    return {name: embedded(grid(*zip(*kept, strict=True), classes)) for name, kept in examples.items() if kept}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -91,3 +100,27 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, threshold: float = 0.5, device: str = "auto") -> list[Path]:
+    """Pictures with boxes, masks, classes and scores of at least `threshold`. Raises the errors of `rcmae.errors`."""
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold must lie in 0 to 1, not {threshold:g}")
+    loaded = load_detector(checkpoint)
+    where = distributed.pick_device(device)
+    loaded.model.to(where)
+    names = [f"{image.stem}.png" for image in images]
+    if double := {name for name in names if names.count(name) > 1}:
+        names = [f"{number:03d}-{name}" if name in double else name for number, name in enumerate(names)]
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for image, name in zip(images, names, strict=True):
+        try:
+            pixels = decode(image.read_bytes(), loaded.model.mean.shape[1])
+        except (OSError, BadImage) as e:
+            raise DataError(f"cannot read the image {image}: {getattr(e, 'strerror', None) or e}") from e
+        resized, _ = fit(pixels, loaded.settings.size)
+        [found] = loaded.model.detect([resized.to(where)], [pixels.shape[:2]])
+        save_picture(image, found, loaded.classes, out / name, threshold)
+        written.append(out / name)
+    return written

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,12 @@ import torch
 
 from ...config import Machine, replaced
 from ...data.dataset import Bad
-from ...data.decode import BadImage, decode
 from ...engine import distributed
 from ...engine.checkpoint import replace_file
 from ...engine.console import Screen
 from ...engine.run import describe_machine, plain_failures, write_json
 from ...errors import ConfigError, DataError
 from ...interop.load import load
-from ...report.detections import save_picture
 from .average_precision import Precision, evaluate, load_results
 from .coco import SCENES, few, open_coco, open_test
 from .files import load_detector
@@ -26,7 +24,6 @@ from .model import export_pyramid
 from .predict import predict
 from .settings import Scoring, Training, check_detect, load_detect
 from .train import Detected, train
-from .views import fit
 
 PARTS = {"box": "bbox", "mask": "segm"}
 
@@ -93,30 +90,6 @@ def score_detector(checkpoint: Path, how: Scoring, say: Callable[[str], None] = 
         replace_file(out / "coco_results.json", json.dumps(results))
         write_json(out / "scores.json", content)
         return content
-
-
-def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, threshold: float = 0.5, device: str = "auto") -> list[Path]:
-    """Pictures with boxes, masks, classes and scores of at least `threshold`. Raises the errors of `rcmae.errors`."""
-    if not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold must lie in 0 to 1, not {threshold:g}")
-    loaded = load_detector(checkpoint)
-    where = distributed.pick_device(device)
-    loaded.model.to(where)
-    names = [f"{image.stem}.png" for image in images]
-    if double := {name for name in names if names.count(name) > 1}:
-        names = [f"{number:03d}-{name}" if name in double else name for number, name in enumerate(names)]
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for image, name in zip(images, names, strict=True):
-        try:
-            pixels = decode(image.read_bytes(), loaded.model.mean.shape[1])
-        except (OSError, BadImage) as e:
-            raise DataError(f"cannot read the image {image}: {getattr(e, 'strerror', None) or e}") from e
-        resized, _ = fit(pixels, loaded.settings.size)
-        [found] = loaded.model.detect([resized.to(where)], [pixels.shape[:2]])
-        save_picture(image, found, loaded.classes, out / name, threshold)
-        written.append(out / name)
-    return written
 
 
 def write_program(checkpoint: Path, out: Path) -> Path:

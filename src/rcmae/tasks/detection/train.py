@@ -151,7 +151,7 @@ class Run(Training):
             folder = self.out / "export" / "detector"
             about = self.about | {"step": self.step, "recipe_hash": recipe_hash(self.settings)}
             export(self.model, folder, self.train_set, self.settings, self.architecture, about)
-            write_examples(self.out / "pictures", self.test_set, results, self.channels)
+            write_examples(self.out / "examples.safetensors", self.test_set, results, self.channels)
             last = {name: value for name, value in self.history[-1].items() if name not in ("step", "epoch")}
             self.screen.say(f"{self.said(last)} after {self.step:,} steps, {clock(self.seconds)}; the detector is in {folder}")
         return Detected(self.model, results, box, mask, self.history)
