@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from rcmae.config import shipped_recipes, to_toml
 from rcmae.data.digits import scene
@@ -40,10 +40,10 @@ def small(b: Backbone | None = None, **changes) -> Detector:
     return detector(b or backbone(), 10, dataclasses.replace(SMALL, **changes))
 
 
-def batch(count=2, size=32, empty=()):
+def batch(count=2, size=32, empty=(), first=0):
     """Scenes and their targets; those in `empty` show objects that nobody has marked."""
     images, targets = [], []
-    for i in range(count):
+    for i in range(first, first + count):
         pixels, found = scene(0, "train", i, size)
         found = [] if i in empty else found
         images.append(torch.from_numpy(pixels).permute(2, 0, 1))
@@ -380,6 +380,28 @@ def test_settings_are_honoured():
         assert all(m.eps == (1e-6 if preset == "vitdet" else 1e-5) for m in norms)
 
 
+@pytest.mark.slow
+def test_it_finds_what_it_was_shown():
+    """Through all of it: the boxes, classes and masks of one image, learned by heart."""
+    changes = {"scales": (2.0, 1.0), "width": 32, "box_width": 64, **PLAIN_ATTENTION}
+    model, (images, targets) = small(backbone(depth=2), size=64, **changes), batch(1, 64, first=161)
+    optimizer = torch.optim.AdamW(groups(model, dataclasses.replace(SMALL, layer_decay=1.0)))
+    for step in range(150):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / 150)
+        learn(model, images, targets)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    found, target = model.eval().detect(list(images), [(64, 64)])[0], targets[0]
+    overlap, nearest = box_iou(target["boxes"], found["boxes"]).max(1)
+    one, two = target["masks"], found["masks"][nearest]
+    assert len(overlap) == 3
+    assert overlap.min() > 0.9
+    assert torch.equal(found["labels"][nearest], target["labels"])
+    assert ((one & two).flatten(1).sum(1) / (one | two).flatten(1).sum(1)).min() > 0.85
+
+
 # --- detection --------------------------------------------------------------------------------------------------------
 
 
@@ -453,13 +475,9 @@ def test_what_cannot_be_is_refused_in_one_line():
     for vit, changes, says in (
         (Other(**options), {}, "a Other is no plain VisionTransformer"),
         (parallel, {}, "a ParallelScalingBlock is no plain block"),
-        (odd, {}, "size 32 is no multiple of the backbone's square patches (here 8 x 4 px)"),
-        (VisionTransformer(**options), {"size": 60}, "size 60 is no multiple"),
-        (
-            VisionTransformer(**options),
-            {"size": 8},
-            "size 8 is no multiple of the backbone's square patches (here 8 x 8 px) that fits scales",
-        ),
+        (odd, {}, "the backbone's patches of 8 x 4 px are not square"),
+        (VisionTransformer(**options), {"size": 60}, "size 60 is no multiple of the backbone's patches of 8 px"),
+        (VisionTransformer(**options), {"size": 8}, "size 8 is too small for a map of scale 0.5 of patches of 8 px; leave out the scale"),
     ):
         with pytest.raises(ConfigError, match=re.escape(says)) as e:
             small(Backbone(vit, MEAN, STD), **changes)

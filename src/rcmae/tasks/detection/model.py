@@ -98,25 +98,26 @@ def detector(backbone: Backbone, classes: int, settings: Detect) -> Detector:
 
     Raises ConfigError when the backbone is no plain ViT or does not fit `settings.size`.
     """
-    s, n = settings, settings.width
+    s, width = settings, settings.width
     with torch.random.fork_rng():
         torch.manual_seed(s.seed)
         pyramid = Pyramid(backbone.vit, s)
         norm = LayerNorm2d if s.preset == "vitdet" else nn.BatchNorm2d
-        box_predictor, mask_predictor = FastRCNNPredictor(s.box_width, classes + 1), MaskRCNNPredictor(n, n, classes + 1)
+        box_predictor, mask_predictor = FastRCNNPredictor(s.box_width, classes + 1), MaskRCNNPredictor(width, width, classes + 1)
         for layer, std in ((box_predictor.cls_score, 0.01), (box_predictor.bbox_pred, 0.001), (mask_predictor.mask_fcn_logits, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
         rpn = RegionProposalNetwork(
-            Anchors([*pyramid.strides, 2 * pyramid.strides[-1]]), ProposalHead(n, 3, conv_depth=2), fg_iou_thresh=0.7, bg_iou_thresh=0.3,
-            batch_size_per_image=256, positive_fraction=0.5, pre_nms_top_n={"training": 2 * s.proposals, "testing": s.proposals},
+            Anchors([*pyramid.strides, 2 * pyramid.strides[-1]]), ProposalHead(width, 3, conv_depth=2),
+            fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5,
+            pre_nms_top_n={"training": 2 * s.proposals, "testing": s.proposals},
             post_nms_top_n={"training": s.proposals, "testing": s.proposals}, nms_thresh=0.7,
         )  # fmt: skip
         heads = Heads(
-            Pooler(pyramid.strides, 7), FastRCNNConvFCHead((n, 7, 7), [n] * s.box_convs, [s.box_width], norm), box_predictor,
+            Pooler(pyramid.strides, 7), FastRCNNConvFCHead((width, 7, 7), [width] * s.box_convs, [s.box_width], norm), box_predictor,
             fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=512, positive_fraction=0.25, bbox_reg_weights=None,
             score_thresh=0.05, nms_thresh=0.5, detections_per_img=100, mask_roi_pool=Pooler(pyramid.strides, 14),
-            mask_head=MaskRCNNHeads(n, [n] * s.mask_convs, 1, norm), mask_predictor=mask_predictor,
+            mask_head=MaskRCNNHeads(width, [width] * s.mask_convs, 1, norm), mask_predictor=mask_predictor,
         )  # fmt: skip
     return Detector(pyramid, rpn, heads, s.size, backbone.mean, backbone.std)
 

@@ -71,15 +71,16 @@ def windowed(plain: VisionTransformer, s: Detect) -> tuple[VisionTransformer, nn
     """
     if type(plain) is not VisionTransformer:
         raise ConfigError(f"a {type(plain).__name__} is no plain VisionTransformer, which a detector needs")
-    if odd := [
-        type(b).__name__ for b in plain.blocks if not (isinstance(b, Block) and isinstance(b.attn, Attention) and b.attn.gate is None)
-    ]:
-        raise ConfigError(f"a {odd[0]} is no plain block; a detector needs a plain VisionTransformer")
-    patch = plain.patch_embed.patch_size
-    if patch[0] != patch[1] or s.size % patch[0] or s.size * min(s.scales) < patch[0]:
-        raise ConfigError(
-            f"size {s.size} is no multiple of the backbone's square patches (here {patch[0]} x {patch[1]} px) that fits scales"
-        )
+    for block in plain.blocks:
+        if not (isinstance(block, Block) and isinstance(block.attn, Attention) and block.attn.gate is None):
+            raise ConfigError(f"a {type(block).__name__} is no plain block; a detector needs a plain VisionTransformer")
+    patch, width = plain.patch_embed.patch_size
+    if patch != width:
+        raise ConfigError(f"the backbone's patches of {patch} x {width} px are not square, as a detector needs them")
+    if s.size % patch:
+        raise ConfigError(f"size {s.size} is no multiple of the backbone's patches of {patch} px")
+    if s.size * min(s.scales) < patch:
+        raise ConfigError(f"size {s.size} is too small for a map of scale {min(s.scales):g} of patches of {patch} px; leave out the scale")
     vit, depth = copy.deepcopy(plain).requires_grad_(True), len(plain.blocks)
     vit.set_input_size((s.size, s.size))
     if vit.pos_embed is not None:
