@@ -868,6 +868,21 @@ def truth_passes_for_the_detection(old):
     return lambda *given: dict(zip(("truth", "detected"), list(old(*given).values())[::-1], strict=True))
 
 
+# --- detection: training ----------------------------------------------------------------------------------------------
+
+
+def last_result_is_lost(old):
+    return lambda *args, **kwargs: old(*args, **kwargs)[:-1]
+
+
+def statistics_are_forgotten(old):
+    return lambda architecture, classes, settings, mean, std: old(architecture, classes, settings, [0.0] * len(mean), std)
+
+
+def labels_for_ids(old):
+    return lambda detection, image_id, category_ids: old(detection, image_id, range(1, len(category_ids) + 1))
+
+
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the encoder sees hidden pixels": (
         "rcmae.models.autoencoder:Autoencoder.forward",
@@ -1618,6 +1633,42 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.report.detections:side_by_side",
         truth_passes_for_the_detection,
         "test_detection_score.py::test_pairs_stand_in_rows",
+    ),
+    # --- detection: training
+    "detectors: proposals are drawn anew after a resume": (
+        "rcmae.tasks.detection.train:path_seed",
+        paths_drawn_anew,
+        "test_detection_train.py::test_a_stopped_run_goes_on_to_the_same_bit",
+    ),
+    "detectors: the optimizer is not restored": (
+        "rcmae.tasks.training:load_checkpoint",
+        optimizer_not_restored,
+        "test_detection_train.py::test_a_stopped_run_goes_on_to_the_same_bit",
+    ),
+    "detectors: the rate stays": (
+        "rcmae.tasks.detection.train:rate",
+        lambda old: lambda s, t: s.lr,
+        "test_detection_train.py::test_rates_rise_and_fall_at_their_steps",
+    ),
+    "detectors: nothing is learned": (
+        "rcmae.tasks.detection.train:rate",
+        lambda old: lambda s, t: 0.0,
+        "test_detection_train.py::test_it_learns_scenes_by_heart",
+    ),
+    "detectors: the last object is lost": (
+        "rcmae.tasks.detection.train:predict",
+        last_result_is_lost,
+        "test_detection_train.py::test_what_a_run_leaves_says_the_same",
+    ),
+    "detectors: read back without their statistics": (
+        "rcmae.tasks.detection.files:rebuild",
+        statistics_are_forgotten,
+        "test_detection_train.py::test_what_a_run_leaves_says_the_same",
+    ),
+    "detectors: labels pass for ids": (
+        "rcmae.tasks.detection.predict:results_of",
+        labels_for_ids,
+        "test_detection_train.py::test_a_foreign_folder_trains_evaluates_and_is_shown",
     ),
 }
 
