@@ -12,7 +12,7 @@ from cyclopts import App, CycloptsError, Parameter, Token
 from cyclopts.config import Dict
 
 from . import __version__
-from .config import Machine, MethodName, Recipe, check, check_machine, flat, load_recipe, parse_recipe, sections, shipped_recipes
+from .config import Machine, MethodName, Recipe, Workplace, check, check_machine, flat, load_recipe, parse_recipe, sections, shipped_recipes
 from .errors import ConfigError, RcmaeError, first_line
 from .tasks.detection.settings import Scoring, Training
 from .tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Worth
@@ -37,7 +37,21 @@ def _whole(kind: type, tokens: Sequence[Token]) -> int:
 Whole = Annotated[int, Parameter(converter=_whole)]
 Many = Parameter(consume_multiple=True, negative_iterable=())
 Flat = Parameter(name="*", negative_iterable=())
-for section in (*sections().values(), Recipe, Machine, Evaluation, KNN, Linear, Attentive, Tuning, Robustness, Worth, Training, Scoring):
+for section in (
+    *sections().values(),
+    Recipe,
+    Workplace,
+    Machine,
+    Evaluation,
+    KNN,
+    Linear,
+    Attentive,
+    Tuning,
+    Robustness,
+    Worth,
+    Training,
+    Scoring,
+):
     Flat(section)  # `--size`, not `--images.size`
     for field in fields(section):
         if field.type in (int, int | None):
@@ -543,7 +557,9 @@ app.command(detect)
 
 
 @detect.command(name="train")
-def detect_train(backbone: str, /, *, how: Annotated[Training, Flat] = Training(), machine: Annotated[Machine, Flat] = Machine()) -> None:
+def detect_train(
+    backbone: str, /, *, how: Annotated[Training, Flat] = Training(), machine: Annotated[Workplace, Flat] = Workplace()
+) -> None:
     """Train a detector on a backbone; a run that is already in --out goes on.
 
     Parameters

@@ -251,17 +251,17 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where and how a run is carried out. Nothing here changes what is computed, beyond rounding."""
+class Workplace:
+    """Where and how a run of any kind is carried out. Nothing here changes what is computed, beyond rounding."""
 
     out: Path | None = None
-    "run directory; default: runs/<recipe>. A run that is already there goes on"
+    "run directory; default: one below runs/ (of `detect train`, below the backbone's run). A run that is already there goes on"
     device: str = "auto"
     "auto, cpu, cuda, cuda:1 or mps"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     "auto: bf16 where the device multiplies it faster (CUDA, CPUs with AMX or AVX512-BF16), else fp32"
     accumulate: int = 1
-    "micro-batches an optimizer step and device: the same gradient with less memory"
+    "micro-batches an optimizer step and device: the same step with less memory (a detector's: nearly the same)"
     workers: int | None = None
     "loader processes a device; default: by the data and the cores"
     threads: int | None = None
@@ -280,14 +280,20 @@ class Machine:
     "end at the first unreadable image"
     bad_share: float = 0.01
     "end when more than this share of the images (and more than ten files) is unreadable"
-    monitor: bool = True
-    "carry the instruments of rcmae.lab: what the teacher does, whether features live (below 2 % of the time from 1,000 steps on)"
-    on_alarm: Literal["warn", "stop"] = "warn"
-    "what a named fault of the teacher or a collapse does: one line, or the end of the run, its checkpoint kept"
     tensorboard: bool = False
     "also write TensorBoard events (needs the [tensorboard] extra)"
     wandb: str | None = None
     "also log to this Weights & Biases project (needs the [wandb] extra)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Workplace):
+    """The same of pre-training, with its instruments."""
+
+    monitor: bool = True
+    "carry the instruments of rcmae.lab: what the teacher does, whether features live (below 2 % of the time from 1,000 steps on)"
+    on_alarm: Literal["warn", "stop"] = "warn"
+    "what a named fault of the teacher or a collapse does: one line, or the end of the run, its checkpoint kept"
 
 
 def sections(cls: type = Recipe) -> dict[str, type]:
@@ -474,7 +480,7 @@ def check(r: Recipe) -> Recipe:
     return r
 
 
-def check_machine(m: Machine) -> Machine:
+def check_machine(m: Workplace) -> Workplace:
     """Likewise for the machine."""
     rules = [
         (m.accumulate >= 1, f"accumulate must be 1 or more, not {m.accumulate}"),

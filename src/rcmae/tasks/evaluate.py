@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..config import Machine
+from ..config import Workplace
 from ..config import replaced as replaced_settings
 from ..data.dataset import Bad, Images
 from ..data.labelled import Labelled, open_labelled
@@ -282,7 +282,7 @@ def fine_tune(subject: Subject, task: Tuning) -> Found:
         recipe = replace(recipe, steps=None, epochs=None)
     recipe = check_finetune(replace(replaced_settings(recipe, task.settings, name), seed=how.seed))
     out = place(subject.name, how) / stem("finetune", subject.which, how)
-    machine = Machine(
+    machine = Workplace(
         out=out, device=how.device, precision=how.precision, workers=how.workers, accumulate=task.accumulate, compile=task.compile,
         checkpointing=task.checkpointing, bad_share=task.bad_share,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
-from ..config import Machine, load_settings, parse_settings, recipe_hash, shipped_recipes
+from ..config import Workplace, load_settings, parse_settings, recipe_hash, shipped_recipes
 from ..data.dataset import Images
 from ..data.loader import batches_of
 from ..data.sources import Source
@@ -164,14 +164,13 @@ def finetune(
     test: Source,
     classes: list[str],
     settings: FineTune,
-    machine: Machine,
+    machine: Workplace,
     about: dict[str, Any] | None = None,
 ) -> FineTuned:
     """Train a classifier of `classes` in `machine.out`; a run that is already there goes on, and a finished one is scored again.
 
     Both sources are labelled throughout, with numbers of `classes`. `about` goes into machine.json and into the exported config.json.
-    Of the machine, `monitor` and `on_alarm` mean nothing here. Raises the errors of `rcmae.errors`, Preempted when a signal asked it to
-    stop and the state is saved.
+    Raises the errors of `rcmae.errors`, Preempted when a signal asked it to stop and the state is saved.
     """
     check_finetune(settings)
     if len(classes) < 2:

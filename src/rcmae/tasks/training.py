@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import Machine, check_machine, parse_time, recipe_hash
+from ..config import Workplace, check_machine, parse_time, recipe_hash
 from ..data.dataset import BadFiles
 from ..data.sampler import BatchSampler, check_parts
 from ..data.sources import Source
@@ -42,7 +42,7 @@ class Place(NamedTuple):
     """Where a run happens."""
 
     out: Path
-    machine: Machine
+    machine: Workplace
     device: torch.device
     world: World
     screen: Screen
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
 
 @contextlib.contextmanager
-def taken(machine: Machine, what: str) -> Iterator[Place]:
+def taken(machine: Workplace, what: str) -> Iterator[Place]:
     """The run directory `machine.out` and the device, taken for a run of `what`; failures within come out in one line.
 
     torch's own generators are as they were before when it is left. Raises the errors of `rcmae.errors`.

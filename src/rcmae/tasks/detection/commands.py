@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...config import Machine, replaced
+from ...config import Workplace, replaced
 from ...data.dataset import Bad
 from ...engine import distributed
 from ...engine.checkpoint import replace_file
@@ -28,7 +28,7 @@ from .train import Detected, train
 PARTS = {"box": "bbox", "mask": "segm"}
 
 
-def train_detector(name: str, how: Training, machine: Machine, say: Callable[[str], None] = print) -> Detected:
+def train_detector(name: str, how: Training, machine: Workplace, say: Callable[[str], None] = print) -> Detected:
     """Train on the data that `how` names, from the backbone of that name; the same call goes on. Raises the errors of `rcmae.errors`."""
     recipe = how.recipe or ("embedded" if how.data == SCENES else "vitdet-base")
     settings = load_detect(recipe)

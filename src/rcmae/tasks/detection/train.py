@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import Machine, recipe_hash
+from ...config import Workplace, recipe_hash
 from ...data.supervised import path_seed
 from ...engine.checkpoint import replace_file
 from ...engine.console import clock
@@ -45,13 +45,12 @@ class Detected(NamedTuple):
 
 
 def train(
-    backbone: Backbone, train: CocoSet, test: CocoSet, settings: Detect, machine: Machine, about: dict[str, Any] | None = None
+    backbone: Backbone, train: CocoSet, test: CocoSet, settings: Detect, machine: Workplace, about: dict[str, Any] | None = None
 ) -> Detected:
     """Train a detector of `train`'s classes in `machine.out`; a run that is already there goes on, a finished one is scored again.
 
-    Test images are scored by COCO's average precision. `about` goes into machine.json and into the exported config.json. Of the machine,
-    `monitor` and `on_alarm` mean nothing here. Raises the errors of `rcmae.errors`, Preempted when a signal asked it to stop and the
-    state is saved.
+    Test images are scored by COCO's average precision. `about` goes into machine.json and into the exported config.json. Raises the errors
+    of `rcmae.errors`, Preempted when a signal asked it to stop and the state is saved.
     """
     check_detect(settings)
     library()  # said before the work, not after it
