@@ -146,10 +146,11 @@ def judge(out: Path, seeds: list[int]) -> dict[str, Any]:
                     key = f"{task}/{percent}/{measure}"
                     if key not in of[0]:
                         continue
-                    own, mae = ([h[key].astype(bool) for h in some] for some in (of, hits["MAE"]))
+                    own = [h[key].astype(bool) for h in of]
                     row[measure] = {"seeds": [100 * float(h.mean()) for h in own]}
-                    if name != "MAE":
-                        row[measure]["against MAE"] = interval(own, mae)
+                    for other in {"MAE", "MAE, averaged"} - {name}:
+                        if key in hits[other][0]:
+                            row[measure][f"against {other}"] = interval(own, [h[key].astype(bool) for h in hits[other]])
                 if len(row) > 3:
                     rows.append(row)
     failed = []

@@ -311,15 +311,21 @@ def evaluation_verdict() -> str:
     file = ROOT / "results" / "evaluation.json"
     if not file.exists():
         return NOT_YET
-    said = []
-    for row in json.loads(file.read_text())["rows"]:
-        if row["backbone"] == "RC-MAE, teacher" and row["percent"] == 100:
-            found = []
+    said, rows = [], json.loads(file.read_text())["rows"]
+    for other in ("MAE", "MAE, averaged"):
+        found = {"better": 0, "worse": 0, "can't tell": 0}
+        lines = []
+        for row in (r for r in rows if r["backbone"] == "RC-MAE, teacher" and r["percent"] == 100):
+            cells = []
             for measure in ("clean", "corrupted", "FGSM", "PGD"):
-                gain, low, high = row[measure]["against MAE"]
+                gain, low, high = row[measure][f"against {other}"]
                 word = "better" if low > 0 else "worse" if high < 0 else "can't tell"
-                found.append(f"{measure} {word} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})")
-            said.append(f"- RC-MAE's teacher against MAE, {WHAT[row['task']]} on all labels: {', '.join(found)}.")
+                found[word] += 1
+                cells.append(f"{measure} {word} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})")
+            lines.append(f"  - {WHAT[row['task']]}: {', '.join(cells)}.")
+        better, worse, open_ = found.values()
+        tally = f"better in {better}, worse in {worse}, and in {open_} it can't be told"
+        said += [f"- RC-MAE's teacher against {other}, all labels, of {sum(found.values())} comparisons: {tally}.", *lines]
     return "\n".join(said)
 
 
