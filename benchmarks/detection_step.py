@@ -101,6 +101,8 @@ def main() -> None:
         makers |= contestants(model, precision)
     rows = measure(str(options.side), options.batch, makers, f"{REFERENCE} {precision}", options.rounds, device)
     conditions = describe_machine(device, precision) | {"rounds": options.rounds, "load_before": load, "side": options.side}
+    if len(rows) < len(makers):
+        raise SystemExit("not all of them fit: nothing is written; try a smaller --batch")
     print(f"{'implementation':45s} {'images/s':>9s} {'speed against torchvision':>26s} {'peak MiB':>9s}")
     for row in rows:
         ratio = f"{row['ratio']:.2f}x [{row['lowest']:.2f}-{row['highest']:.2f}]"
