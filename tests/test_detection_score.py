@@ -469,16 +469,13 @@ def test_pairs_stand_in_rows(channels):
 
 
 def test_a_picture_is_saved_or_the_reason_is_said(tmp_path):
-    source, target = tmp_path / "a.png", tmp_path / "b.png"
-    Image.fromarray(photo()).save(source)
-    pictures.save_picture(source, detection_of(), NAMES, target, threshold=0.1)
+    target = tmp_path / "b.png"
+    pictures.save_picture(photo(), detection_of(), NAMES, target, threshold=0.1)
     expected = pictures.draw_objects(photo(), detection_of(), NAMES, 0.1)
     assert (np.asarray(Image.open(target)) == np.asarray(expected)).all() and expected.size == (600, 400)
-    target.write_text("no image")
-    cases = [(tmp_path / "none.png", target, DataError), (target, tmp_path / "c.png", DataError), (source, tmp_path / "c.txt", ConfigError)]
-    for path, to, kind in [*cases, (source, tmp_path / "none" / "c.png", StorageError)]:
-        with pytest.raises(kind, match=r"^cannot (read|write) [^\n]+$"):
-            pictures.save_picture(path, detection_of(), NAMES, to)
+    for to, kind in ((tmp_path / "c.txt", ConfigError), (tmp_path / "none" / "c.png", StorageError)):
+        with pytest.raises(kind, match=r"^cannot write [^\n]+$"):
+            pictures.save_picture(photo(), detection_of(), NAMES, to)
 
 
 def test_figures_show_boxes_and_masks(random_set):

@@ -24,6 +24,7 @@ from rcmae.models.backbone import Backbone
 from rcmae.models.encoder import build_vit
 from rcmae.tasks.detection.average_precision import evaluate, load_results
 from rcmae.tasks.detection.coco import SCENES, few, open_coco, open_test
+from rcmae.tasks.detection.commands import place
 from rcmae.tasks.detection.examples import read_examples
 from rcmae.tasks.detection.files import load_detector
 from rcmae.tasks.detection.predict import predict
@@ -228,12 +229,17 @@ def test_a_foreign_folder_trains_evaluates_and_is_shown(tmp_path, foreign, capsy
     scores = json.loads((out / "scores.json").read_text())
     assert scores["box"]["per_class"].keys() == {"green", "red"}
 
-    assert main(["detect", "eval", str(out), "--data", str(foreign), "--batch", "2", "--precision", "fp32", *common]) == 0
+    assert main(["detect", "eval", str(out), "--batch", "2", "--precision", "fp32", *common]) == 0
     again = json.loads((out / "eval" / "scores.json").read_text())
-    assert again["test_images"] == 3 and "small, medium, large" in capsys.readouterr().out
-    file = ["--results", str(out / "coco_results.json"), "--out", str(tmp_path / "scored")]
-    assert main(["detect", "eval", str(out), "--data", str(foreign), *file]) == 0
-    assert json.loads((tmp_path / "scored" / "scores.json").read_text())["mask"]["stats"] == scores["mask"]["stats"]
+    assert again["data"] == str(foreign) and again["test_images"] == 3 and again["detector"]["recipe"] == str(recipe)
+    said = capsys.readouterr().out
+    assert "small, medium, large" in said and "green" in said and "AP_small" in said
+    masks_only = tmp_path / "theirs.json"
+    masks_only.write_text(json.dumps([{k: v for k, v in r.items() if k != "bbox"} for r in results]))
+    assert main(["detect", "eval", str(out), "--data", str(foreign), "--results", str(masks_only)]) == 0
+    theirs = json.loads((out / "eval" / "scores-theirs.json").read_text())
+    assert theirs["mask"]["stats"] == scores["mask"]["stats"] and "box" not in theirs and theirs["results"] == str(masks_only)
+    assert json.loads((out / "eval" / "scores.json").read_text()) == again, "somebody else's results are not the detector's"
 
     shown = [str(foreign / "val" / "1.png"), str(foreign / "train" / "1.png")]
     assert main(["detect", "show", str(out), *shown, "--out", str(tmp_path / "shown"), "--device", "cpu", "--threshold", "0"]) == 0
@@ -241,6 +247,45 @@ def test_a_foreign_folder_trains_evaluates_and_is_shown(tmp_path, foreign, capsy
     assert main(["detect", "export", str(out), "--out", str(tmp_path / "p.pt2")]) == 0
     maps = torch.export.load(tmp_path / "p.pt2").module()(torch.rand(1, 3, 64, 64))
     assert all(m.shape[1] == 16 for m in maps.values())
+
+
+def test_the_names_of_the_classes_and_the_channels_must_be_the_detectors(tmp_path, straight, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write_coco(tmp_path / "set", "test", 2, size=64)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"categories": [c | {"name": f"letter {c['name']}"} for c in content["categories"]]}))
+    assert main(["detect", "eval", str(straight[0]), "--data", str(tmp_path / "set")]) == 3
+    assert "has other categories than" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    vit = build_vit(size=32, channels=1, patch=8, width=24, depth=2, heads=2, registers=0)
+    export(Backbone(vit, (0.5,), (0.25,)), tmp_path / "grey", {})
+    assert main(["detect", "train", str(tmp_path / "grey")]) == 2
+    assert "embedded:scenes are drawn in 3 channels, and the backbone takes 1" in capsys.readouterr().err
+
+
+def test_a_skipped_step_leaves_the_running_statistics(tmp_path, sets, monkeypatch):
+    seen = []
+    losses, update = dt.Run.losses, dt.Run.update
+
+    def broken(self, batch, step, part):
+        found = losses(self, batch, step, part)
+        return found | {"loss": found["loss"] * float("nan")} if step == 1 else found
+
+    def watched(self, batches, t):
+        applied = update(self, batches, t)
+        seen.append([b.clone() for b in self.running])
+        return applied
+
+    monkeypatch.setattr(dt.Run, "losses", broken)
+    monkeypatch.setattr(dt.Run, "update", watched)
+    run(tmp_path / "run", sets, dataclasses.replace(TINY, preset="benchmarking", steps=3))
+    assert seen[0] and all((a == b).all() for a, b in zip(seen[0], seen[1], strict=True)), "step 1 was skipped"
+    assert not all((a == b).all() for a, b in zip(seen[1], seen[2], strict=True))
+
+
+def test_the_student_has_a_place_of_its_own(tmp_path):
+    (tmp_path / "recipe.toml").touch()
+    assert place(str(tmp_path)) == tmp_path / "detect" and place(str(tmp_path), "student") == tmp_path / "detect-student"
+    assert place("timm:vit_base_patch16_224", "student") == Path("runs/detect-student/timm-vit_base_patch16_224")
 
 
 @pytest.mark.parametrize(
@@ -251,6 +296,7 @@ def test_a_foreign_folder_trains_evaluates_and_is_shown(tmp_path, foreign, capsy
         (["detect", "show", "RUN", "none.png", "--threshold", "2"], 2, "threshold must lie in 0 to 1, not 2"),
         (["detect", "eval", "nowhere"], 4, "nowhere holds no detector; give a run of `rcmae detect train` that has ended"),
         (["detect", "eval", "RUN", "--data", "FOREIGN"], 3, "has other categories than"),
+        (["detect", "eval", "RUN", "--batch", "0"], 2, "batch must be 1 or more and workers 0 or more, not 0 and None"),
         (["detect", "train", "nowhere"], 4, "nowhere does not exist"),
         (["detect", "train", "RUN", "--recipe", "vitdet-bas"], 2, "there is no recipe 'vitdet-bas'; did you mean vitdet-base?"),
         (["detect", "train", "RUN", "--settings", "siez=3"], 2, "'siez=3' is no setting"),

@@ -14,7 +14,7 @@ from cyclopts.config import Dict
 from . import __version__
 from .config import Machine, MethodName, Recipe, Workplace, check, check_machine, flat, load_recipe, parse_recipe, sections, shipped_recipes
 from .errors import ConfigError, RcmaeError, first_line
-from .tasks.detection.settings import Scoring, Training
+from .tasks.detection.settings import Detection, Scoring
 from .tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Worth
 
 app = App(
@@ -49,7 +49,7 @@ for section in (
     Tuning,
     Robustness,
     Worth,
-    Training,
+    Detection,
     Scoring,
 ):
     Flat(section)  # `--size`, not `--images.size`
@@ -558,7 +558,7 @@ app.command(detect)
 
 @detect.command(name="train")
 def detect_train(
-    backbone: str, /, *, how: Annotated[Training, Flat] = Training(), machine: Annotated[Workplace, Flat] = Workplace()
+    backbone: str, /, *, how: Annotated[Detection, Flat] = Detection(), machine: Annotated[Workplace, Flat] = Workplace()
 ) -> None:
     """Train a detector on a backbone; a run that is already in --out goes on.
 
@@ -573,7 +573,7 @@ def detect_train(
     if machine.out:
         _check_folder(machine.out)
     train_detector(backbone, how, machine, _console().print)
-    print(f"Open {write_report(machine.out or place(backbone))}")
+    print(f"Open {write_report(machine.out or place(backbone, how.which))}")
 
 
 @detect.command(name="eval")
@@ -591,16 +591,19 @@ def detect_eval(checkpoint: Path, /, *, how: Annotated[Scoring, Flat] = Scoring(
 
     if how.out:
         _check_folder(how.out)
-    found = score_detector(checkpoint, how, _console().print)
+    found = score_detector(checkpoint, how)
     if found is None:  # not the first rank
         return
-    box, mask = percent(found["box"]), percent(found["mask"])
-    table = Table("%", "box", "mask", title=f"{how.data}, {found['test_images']:,} images, {found['preset']}", title_justify="left")
-    for name in box:
-        table.add_row(name, box[name], mask[name])
-    _console().print(table)
-    rule = found["box"]["areas"]
-    bounds = " and ".join(f"{bound:,.0f}" for bound in found["box"]["bounds"])
+    parts = [part for part in ("box", "mask") if part in found]
+    title = f"{found['data']}, {found['test_images']:,} images, {found['preset']}"
+    for key, kind in (("stats", "%"), ("per_class", "AP of class, %")):
+        cells = [percent(found[part][key]) for part in parts]
+        table = Table(kind, *parts, title=title if key == "stats" else None, title_justify="left")
+        for name in cells[0]:
+            table.add_row(name, *(cell[name] for cell in cells))
+        _console().print(table)
+    rule = found[parts[0]]["areas"]
+    bounds = " and ".join(f"{bound:,.0f}" for bound in found[parts[0]]["bounds"])
     print(f"small, medium, large: below and above {bounds} px of area, {'as COCO' if rule == 'coco' else 'scaled to these images'}")
     print(f"wrote {how.out or checkpoint / 'eval'}")
 

@@ -51,13 +51,13 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def all_of(self, value: Any) -> list[Any]:
-        """What every rank has, by rank, on all of them."""
+    def to_first(self, value: Any) -> list[Any]:
+        """What every rank has, by rank, on rank 0; elsewhere nothing."""
         if self.size == 1:
             return [value]
-        box = [None] * self.size
-        dist.all_gather_object(box, value, group=self.control)
-        return box
+        box = [None] * self.size if self.first else None
+        dist.gather_object(value, box, group=self.control)
+        return box or []
 
 
 def start(device: torch.device) -> World:

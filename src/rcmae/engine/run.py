@@ -129,17 +129,19 @@ def other_circumstances(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"note: {k} was {v}, is {now[k]}: the run goes on, but not to the same bit" for k, v in then.items() if v != now[k]]
 
 
+ADVICE = "try --accumulate 2, --checkpointing or a smaller --batch-size"
+"What to do about a lack of memory."
+
 CONNECTION = ("Connection", "connection", "gloo", "NCCL")
 "Words by which a plain RuntimeError tells that another rank is gone."
 
 
 @contextmanager
-def plain_failures(device: torch.device, world: World) -> Iterator[None]:
-    """Within it, lost processes and a lack of memory are ProcessError and OutOfMemoryError, in one line."""
+def plain_failures(device: torch.device, world: World, advice: str = ADVICE) -> Iterator[None]:
+    """Within it, lost processes and a lack of memory are ProcessError and OutOfMemoryError, in one line that ends with the advice."""
     try:
         yield
     except torch.OutOfMemoryError as e:
-        advice = "try --accumulate 2, --checkpointing or a smaller --batch-size"
         raise OutOfMemoryError(f"{device} ran out of memory at {memory_gib(device):.1f} GiB; {advice}") from e
     except RuntimeError as e:
         text = str(e)
@@ -148,7 +150,7 @@ def plain_failures(device: torch.device, world: World) -> Iterator[None]:
         if isinstance(e, torch.distributed.DistError) or (world.size > 1 and any(word in text for word in CONNECTION)):
             raise ProcessError(f"another process of the run was lost ({first_line(e)}); run the same command again") from e
         if "can't allocate memory" in text:  # what torch says of the host's
-            raise OutOfMemoryError("the host ran out of memory; try --accumulate 2, a smaller --batch-size or fewer --workers") from e
+            raise OutOfMemoryError(f"the host ran out of memory; {advice}, or fewer --workers") from e
         raise
 
 

@@ -72,8 +72,8 @@ def optimizer_step(
 class Skips:
     """What the steps since the last look returned. Only looking waits for the device."""
 
-    def __init__(self, checkpoints: Path):
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: Path, remedy: str = "lower --base-lr, set --clip 1"):
+        self.checkpoints, self.remedy = checkpoints, remedy
         self.recent: list[Tensor] = []
         self.in_a_row = 0
 
@@ -89,7 +89,7 @@ class Skips:
                 yield step - len(recent) + i
             if self.in_a_row >= PATIENCE:
                 last = newest(self.checkpoints)
-                advice = "lower --base-lr, set --clip 1, or try --precision fp32"
+                advice = f"{self.remedy}, or try --precision fp32"
                 raise DivergedError(f"{PATIENCE} steps in a row were not finite, up to step {step}; {last} is kept; {advice}")
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from ..config import flat, recipe_hash
 from ..data.decode import BadImage, decode
 from ..engine import distributed
+from ..engine.distributed import World
 from ..engine.metrics import read_metrics
+from ..engine.run import plain_failures
 from ..errors import ConfigError, DataError
 from ..tasks.detection.average_precision import Precision
 from ..tasks.detection.examples import read_examples
@@ -108,7 +110,6 @@ def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, thresho
         raise ConfigError(f"threshold must lie in 0 to 1, not {threshold:g}")
     loaded = load_detector(checkpoint)
     where = distributed.pick_device(device)
-    loaded.model.to(where)
     names = [f"{image.stem}.png" for image in images]
     if double := {name for name in names if names.count(name) > 1}:
         names = [f"{number:03d}-{name}" if name in double else name for number, name in enumerate(names)]
@@ -119,8 +120,9 @@ def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, thresho
             pixels = decode(image.read_bytes(), loaded.model.mean.shape[1])
         except (OSError, BadImage) as e:
             raise DataError(f"cannot read the image {image}: {getattr(e, 'strerror', None) or e}") from e
-        resized, _ = fit(pixels, loaded.settings.size)
-        [found] = loaded.model.detect([resized.to(where)], [pixels.shape[:2]])
-        save_picture(image, found, loaded.classes, out / name, threshold)
+        with plain_failures(where, World(), "try --device cpu"):
+            resized, _ = fit(pixels, loaded.settings.size)
+            [found] = loaded.model.to(where).detect([resized.to(where)], [pixels.shape[:2]])
+        save_picture(pixels, found, loaded.classes, out / name, threshold)
         written.append(out / name)
     return written

@@ -10,8 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..data.decode import BadImage, decode
-from ..errors import ConfigError, DataError, StorageError
+from ..errors import ConfigError, StorageError
 from ..tasks.detection.average_precision import Precision
 from .curves import Line, column, plot
 
@@ -131,12 +130,10 @@ def draw_objects(
     return draw(pixels, found["boxes"].float().numpy(), texts, [colour_of(label) for label in labels], masks, least, most)
 
 
-def save_picture(source: Path, detection: Mapping[str, Tensor], names: Sequence[str], target: Path, threshold: float = 0.5) -> None:
-    """Write the image at `source` with what was detected on it. Raises DataError, ConfigError (the target's ending) and StorageError."""
-    try:
-        pixels = decode(source.read_bytes())
-    except (OSError, BadImage) as e:
-        raise DataError(f"cannot read the image {source}: {getattr(e, 'strerror', None) or e}") from e
+def save_picture(
+    pixels: UInt8[np.ndarray, "h w c"], detection: Mapping[str, Tensor], names: Sequence[str], target: Path, threshold: float = 0.5
+) -> None:
+    """Write an image with what was detected on it. Raises ConfigError (the target's ending) and StorageError."""
     try:
         draw_objects(pixels, detection, names, threshold).save(target)
     except OSError as e:

@@ -205,7 +205,7 @@ def fitted(settings: FineTune, images: int) -> FineTune:
 class Run(Training):
     """One run: everything that is built before the first step, then `train`."""
 
-    what = "fine-tuning"
+    what, rate_name = "fine-tuning", "base_lr"
 
     def __init__(
         self, backbone: Backbone, train: Source, test: Source, classes: list[str], settings: FineTune, place: Place, about: dict[str, Any]

@@ -64,7 +64,8 @@ def taken(machine: Workplace, what: str) -> Iterator[Place]:
     if device.type == "cpu":
         keep_freed_memory()
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with distributed.joined(device) as world, plain_failures(device, world), forked:
+    advice = "try --accumulate 2, --checkpointing or a smaller batch (--settings batch_size=N)"
+    with distributed.joined(device) as world, plain_failures(device, world, advice), forked:
         with owned(out) if world.first else contextlib.nullcontext(), Screen(world.first) as screen, StopSignals() as stop:
             yield Place(out, machine, device, world, screen, stop)
 
@@ -75,7 +76,8 @@ class Training(ABC):
     `settings` have `batch_size`, `seed`, `clip` and `total_steps(images)`; `load` reads them back from a file.
     """
 
-    what = "training"
+    what, rate_name = "training", "lr"
+    "what to call it, and the setting that is its learning rate"
 
     def __init__(self, settings: Any, place: Place, train_set: Source, load: Callable[[str], Any], about: dict[str, Any]):
         self.settings, self.train_set, self.load, self.about = settings, train_set, load, about
@@ -178,7 +180,10 @@ class Training(ABC):
         scoring = spread(self.total, self.scorings())
         log_every = self.machine.log_every or usual_log_every(self.total)
         save_seconds = parse_time(self.machine.save_every)
-        self.window, self.skips = Window(self.device), Skips(self.out / "checkpoints")
+        self.window, self.skips = (
+            Window(self.device),
+            Skips(self.out / "checkpoints", f"lower {self.rate_name} or set clip (--settings {self.rate_name}=... clip=1)"),
+        )
         saved = time.monotonic()
         offset = self.seconds - (saved - self.began)
         batches = self.loader(self.step, self.total)

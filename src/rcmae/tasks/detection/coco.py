@@ -157,33 +157,35 @@ def few(whole: CocoSet, count: int, seed: int = 0) -> CocoSet:
 
 
 def open_coco(
-    data: str, val: str | None = None, *, train_images: int = 1024, test_images: int = 256, size: int = 128
+    data: str, val: str | None = None, *, train_images: int = 1024, test_images: int = 256, size: int = 128, channels: int = 3
 ) -> tuple[CocoSet, CocoSet]:
     """What is trained on and what is scored: `data` is a folder in COCO's layout, a JSON file, or embedded:scenes.
 
     In a folder the JSON files lie in annotations/, or else in the folder itself; "train" in its name chooses one, "val" (or else "test")
     the other, unless `val` names another folder or file. Images lie in the folder, in SPLIT/, images/SPLIT/ or images/, where the file
-    is instances_SPLIT.json. The numbers of images and their size in pixels are for the scenes. Raises ConfigError, or DataError with all
-    that is wrong in both parts.
+    is instances_SPLIT.json. The numbers of images, their size in pixels and the channels are for the scenes. Raises ConfigError, or
+    DataError with all that is wrong in both parts.
     """
-    train = _part(data, "train", train_images, size, alone=val is not None)
-    test = _part(val or data, "test", test_images, size, alone=val is not None)
+    train = _part(data, "train", train_images, size, channels, alone=val is not None)
+    test = _part(val or data, "test", test_images, size, channels, alone=val is not None)
     train, test = _examined([train, test])
     return train, test
 
 
-def open_test(data: str, *, images: int = 256, size: int = 128) -> CocoSet:
+def open_test(data: str, *, images: int = 256, size: int = 128, channels: int = 3) -> CocoSet:
     """What is scored, alone: a folder's file with "val" (or else "test") in its name, a JSON file, or embedded:scenes. Raises likewise."""
-    [test] = _examined([_part(data, "test", images, size, alone=True)])
+    [test] = _examined([_part(data, "test", images, size, channels, alone=True)])
     return test
 
 
-def _part(spec: str, split: str, images: int, size: int, alone: bool) -> "_Part":
+def _part(spec: str, split: str, images: int, size: int, channels: int, alone: bool) -> "_Part":
     if not spec.strip():
         raise ConfigError(f"--data is empty; give a folder in COCO's layout, its JSON file or {SCENES}")
     if spec.startswith("embedded:"):
         if spec != SCENES:
             raise ConfigError(f"{spec} has no objects{hint(spec, [SCENES]) or f'; there is {SCENES}'}")
+        if channels != 3:
+            raise ConfigError(f"{SCENES} are drawn in 3 channels, and the backbone takes {channels}")
         scenes = ScenesSource(split, images, size)
         return _Part(spec, scenes.coco(), scenes)
     path, root = _place(spec, ("train",) if split == "train" else ("val", "test"), alone)

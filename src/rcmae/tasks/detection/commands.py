@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ...config import Workplace, replaced
+from ...config import Workplace, recipe_hash, replaced
 from ...data.dataset import Bad
 from ...engine import distributed
 from ...engine.checkpoint import replace_file
@@ -17,18 +15,18 @@ from ...engine.console import Screen
 from ...engine.run import describe_machine, plain_failures, write_json
 from ...errors import ConfigError, DataError
 from ...interop.load import load
-from .average_precision import Precision, evaluate, load_results
-from .coco import SCENES, few, open_coco, open_test
-from .files import load_detector
+from .average_precision import evaluate, kinds_of, load_results
+from .coco import SCENES, CocoSet, few, open_coco, open_test
+from .files import Loaded, load_detector
 from .model import export_pyramid
 from .predict import predict
-from .settings import Scoring, Training, check_detect, load_detect
+from .settings import Detection, Scoring, check_detect, check_scoring, load_detect
 from .train import Detected, train
 
 PARTS = {"box": "bbox", "mask": "segm"}
 
 
-def train_detector(name: str, how: Training, machine: Workplace, say: Callable[[str], None] = print) -> Detected:
+def train_detector(name: str, how: Detection, machine: Workplace, say: Callable[[str], None] = print) -> Detected:
     """Train on the data that `how` names, from the backbone of that name; the same call goes on. Raises the errors of `rcmae.errors`."""
     recipe = how.recipe or ("embedded" if how.data == SCENES else "vitdet-base")
     settings = load_detect(recipe)
@@ -36,72 +34,85 @@ def train_detector(name: str, how: Training, machine: Workplace, say: Callable[[
         settings = replace(settings, steps=None, epochs=None)
     settings = check_detect(replaced(settings, how.settings, recipe))
     backbone = load(name, how.which, how.heads, settings.seed)
-    images, test = open_coco(how.data, how.val)
+    images, test = open_coco(how.data, how.val, channels=backbone.channels)
     for note in [*images.notes, *test.notes]:
         say(f"note: {note}")
     if how.images is not None:
         images = few(images, how.images)
     about = {"backbone_name": name, "network": how.which, "data_name": how.data, "val_name": how.val, "recipe": recipe}
-    return train(backbone, images, test, settings, replace(machine, out=machine.out or place(name)), about)
+    out = machine.out or place(name, how.which)
+    return train(backbone, images, test, settings, replace(machine, out=out), about | {"images": how.images})
 
 
-def place(name: str) -> Path:
+def place(name: str, which: str = "teacher") -> Path:
     """The run directory of a detector that is made from a backbone: beside the run the backbone is from, or by its name."""
-    path = Path(name)
+    path, own = Path(name), "detect" if which == "teacher" else f"detect-{which}"
     if (path / "recipe.toml").exists():
-        return path / "detect"
-    return Path("runs") / "detect" / (re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "backbone")
+        return path / own
+    return Path("runs") / own / (re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "backbone")
 
 
-def score_detector(checkpoint: Path, how: Scoring, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+def score_detector(checkpoint: Path, how: Scoring) -> dict[str, Any] | None:
     """COCO's twelve numbers of boxes and masks on the test part of the data, written as scores.json beside coco_results.json.
 
-    Returns what it wrote, or None on ranks but the first. Raises the errors of `rcmae.errors`.
+    Of a file of results (`how.results`) what it holds is scored, and scores-FILE.json written alone. Returns what was written, or None on
+    ranks but the first. Raises the errors of `rcmae.errors`.
     """
+    check_scoring(how)
     loaded = load_detector(checkpoint)
+    data = how.data or loaded.about.get("val_name") or loaded.about.get("data_name") or SCENES
     device = distributed.pick_device(how.device)
     precision = distributed.pick_precision(how.precision, device)
-    test = open_test(how.data)
-    if test.category_ids != loaded.category_ids:
-        raise DataError(f"{test.name} has other categories than {checkpoint} was trained on: {len(test.classes)}, {len(loaded.classes)}")
-    with distributed.joined(device) as world, plain_failures(device, world), Screen(world.first) as screen:
+    channels = loaded.model.mean.shape[1]
+    test = open_test(data, channels=channels)
+    if differ := [f"{k} {v}" for k, v in _classes(test).items() ^ _classes(loaded).items()]:
+        raise DataError(f"{test.name} has other categories than {checkpoint} was trained on: {', '.join(sorted(differ)[:4])} of one alone")
+    out, advice = how.out or checkpoint / "eval", "try a smaller --batch"
+    with distributed.joined(device) as world, plain_failures(device, world, advice), Screen(world.first) as screen:
         for line in test.notes:
             screen.say(f"note: {line}")
+        unreadable: list[Bad] = []
         if how.results:
-            results = load_results(how.results)
+            results = load_results(how.results, test.truth)
         else:
-
-            def note(bad: list[Bad]) -> None:
-                for _, where, reason in bad:
-                    screen.say(f"note: {where} cannot be read ({reason}); nothing was found there")
-
-            with screen.progress(f"detecting in {test.name}", len(test)) as tick:
+            with screen.progress(f"detecting in {test.name}", len(range(0, len(test), world.size))) as tick:
                 results = predict(
-                    loaded.model, test, size=loaded.settings.size, channels=loaded.model.mean.shape[1], device=device,
-                    precision=precision, batch=how.batch, workers=how.workers, world=world, note=note, tick=tick,
+                    loaded.model, test, size=loaded.settings.size, channels=channels, device=device, precision=precision, batch=how.batch,
+                    workers=how.workers, world=world, note=unreadable.extend, tick=tick,
                 )  # fmt: skip
+        unreadable = [bad for part in world.to_first(unreadable) for bad in part]
         if not world.first:
             return None
-        found = {name: evaluate(test.truth, results, kind, areas=how.areas)._asdict() for name, kind in PARTS.items()}
-        facts = {"data": how.data, "test": test.fingerprint(), "test_images": len(test), "preset": loaded.settings.preset}
-        content = facts | {"machine": describe_machine(device, precision)} | found
-        out = how.out or checkpoint / "eval"
+        for _, where, reason in unreadable:
+            screen.say(f"note: {where} cannot be read ({reason}); nothing was found there")
+        kinds = kinds_of(results)
+        found = {name: evaluate(test.truth, results, kind, areas=how.areas)._asdict() for name, kind in PARTS.items() if kind in kinds}
+        content = {
+            "checkpoint": str(checkpoint), "results": how.results and str(how.results), "data": data, "test": test.fingerprint(),
+            "test_images": len(test), "unreadable": [where for _, where, _ in unreadable], "preset": loaded.settings.preset,
+            "recipe_hash": recipe_hash(loaded.settings), "detector": loaded.about, "machine": describe_machine(device, precision), **found,
+        }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
-        replace_file(out / "coco_results.json", json.dumps(results))
-        write_json(out / "scores.json", content)
+        if how.results:
+            write_json(out / f"scores-{how.results.stem}.json", content)
+        else:
+            replace_file(out / "coco_results.json", json.dumps(results))
+            write_json(out / "scores.json", content)
         return content
+
+
+def _classes(of: CocoSet | Loaded) -> dict[int, str]:
+    return dict(zip(of.category_ids, of.classes, strict=True))
 
 
 def write_program(checkpoint: Path, out: Path) -> Path:
     """Backbone and pyramid of a detector through torch.export."""
     if out.suffix != ".pt2":
         raise ConfigError(f"--out {out}: the name of an exported program ends in .pt2")
-    with torch.no_grad():
-        export_pyramid(load_detector(checkpoint).model, out)
+    export_pyramid(load_detector(checkpoint).model, out)
     return out
 
 
-def percent(precision: Precision | dict[str, Any]) -> dict[str, str]:
-    """The twelve numbers as papers print them; empty where there is no such object."""
-    stats = precision["stats"] if isinstance(precision, dict) else precision.stats
+def percent(stats: dict[str, float | None]) -> dict[str, str]:
+    """Numbers as papers print them; empty where there is no such object."""
     return {name: "" if value is None else f"{100 * value:.1f}" for name, value in stats.items()}

@@ -22,6 +22,8 @@ class Loaded(NamedTuple):
     classes: list[str]
     category_ids: list[int]
     settings: Detect
+    about: dict[str, Any]
+    "what it was made from, on what, and how long"
 
 
 def export(model: Detector, folder: Path, data: CocoSet, settings: Detect, architecture: dict[str, Any], about: dict[str, Any]) -> None:
@@ -47,7 +49,7 @@ def load_detector(path: Path) -> Loaded:
         settings = Detect(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
         model = rebuild(config["detector"], len(config["classes"]), settings, config["mean"], config["std"])
         model.load_state_dict(load_file(folder / "model.safetensors"))
-        return Loaded(model.eval(), config["classes"], config["category_ids"], settings)
+        return Loaded(model.eval(), config["classes"], config["category_ids"], settings, config["rcmae"])
     except RcmaeError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, OSError) as e:

@@ -239,10 +239,14 @@ class Heads(RoIHeads):
         loss_classifier, loss_box_reg = fastrcnn_loss(logits, predicted, labels, moves)
         chosen = [own > 0 for own in labels]
         boxes = [b[own] for b, own in zip(proposals, chosen, strict=True)]
+        if not any(map(len, boxes)):  # where ranks share BatchNorm's statistics, each must have a region: one that teaches nothing
+            boxes[0] = boxes[0].new_tensor([[0, 0, image_shapes[0][1], image_shapes[0][0]]])
+            nothing = 0 * self.masks(features, boxes, image_shapes).sum()
+            return {"loss_classifier": loss_classifier, "loss_box_reg": loss_box_reg, "loss_mask": nothing}
         logits = self.masks(features, boxes, image_shapes)
         logits = logits[torch.arange(len(logits), device=logits.device), torch.cat([own[own > 0] for own in labels])]
         wanted = [cut(t["masks"], m[own], b) for t, m, own, b in zip(targets, matches, chosen, boxes, strict=True)]
-        loss_mask = F.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="sum") / max(1, logits.numel())
+        loss_mask = F.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="sum") / logits.numel()
         return {"loss_classifier": loss_classifier, "loss_box_reg": loss_box_reg, "loss_mask": loss_mask}
 
     def masks(self, features: dict[str, Tensor], boxes: list[Tensor], shapes: list[tuple[int, int]]) -> Float[Tensor, "n k 28 28"]:

@@ -51,7 +51,7 @@ def predict(
     note: Callable[[list[Bad]], None] = lambda bad: None,
     tick: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """COCO results of all images, in their order, on every rank; each rank looks at a part of them.
+    """COCO results of all images, in their order, on the first rank, and elsewhere none; each rank looks at a part of them.
 
     Nothing is found on images that cannot be read: they are told to `note`. `tick` is told how many images of this rank are done.
     """
@@ -68,5 +68,5 @@ def predict(
                 found[i] = results_of(one, images.image_id(i), images.category_ids)
         tick(min(number * batch, len(own)))
     model.train(training)
-    everywhere = {i: results for part in world.all_of(found) for i, results in part.items()}
+    everywhere = {i: results for part in world.to_first(found) for i, results in part.items()}
     return [result for i in sorted(everywhere) for result in everywhere[i]]

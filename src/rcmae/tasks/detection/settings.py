@@ -104,7 +104,7 @@ def check_detect(s: Detect) -> Detect:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Detection:
     """What `rcmae detect train` is told beside the machine."""
 
     data: str = "embedded:scenes"
@@ -127,8 +127,8 @@ class Training:
 class Scoring:
     """What `rcmae detect eval` is told."""
 
-    data: str = "embedded:scenes"
-    "a folder with annotations/*.json and images, a JSON file, or embedded:scenes; its test part is scored"
+    data: str | None = None
+    "a folder with annotations/*.json and images, a JSON file, or embedded:scenes; its test part is scored; default: what it was trained on"
     results: Path | None = None
     "score this file of COCO results instead of running the detector"
     areas: Literal["auto", "coco", "relative"] = "auto"
@@ -142,4 +142,10 @@ class Scoring:
     workers: int | None = None
     "loader processes; default: by the data and the cores"
     out: Path | None = None
-    "where results go; default: the checkpoint's folder"
+    "where results go; default: CHECKPOINT/eval"
+
+
+def check_scoring(s: Scoring) -> None:
+    """Refuse impossible values. Raises ConfigError."""
+    if s.batch < 1 or (s.workers is not None and s.workers < 0):
+        raise ConfigError(f"batch must be 1 or more and workers 0 or more, not {s.batch} and {s.workers}")

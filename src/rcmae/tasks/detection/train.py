@@ -95,6 +95,7 @@ class Run(Training):
             for block in model.pyramid.vit.blocks:
                 block.compile()
         optimizer = torch.optim.AdamW(groups(model, s), lr=s.lr, betas=s.betas, fused=True)
+        self.running = [b for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
         self.bad_test = self.bad_files(len(test), "bad_test_files.jsonl")
         self.scored: tuple[list[dict[str, Any]], Precision, Precision] | None = None
         origin = {"train": train.fingerprint(), "test": test.fingerprint(), "classes": train.classes}
@@ -111,6 +112,14 @@ class Run(Training):
 
     def rate(self, t: Progress) -> float:
         return rate(self.settings, t)
+
+    def update(self, batches: Iterator[dict[str, Any]], t: Progress) -> Tensor:
+        """Likewise for BatchNorm's running statistics: a step that is skipped leaves them as they were."""
+        before = [b.clone() for b in self.running]
+        applied = super().update(batches, t)
+        for now, old in zip(self.running, before, strict=True):
+            now.copy_(torch.where(applied > 0, now, old))
+        return applied
 
     def losses(self, batch: dict[str, Any], step: int, part: int) -> dict[str, Tensor]:
         """Those of the proposals and of the heads, and their sum; proposals are sampled by a function of the numbers."""
