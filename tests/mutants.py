@@ -1,4 +1,7 @@
-"""`make mutants`: run the test that a break of tests/breaks.py names with the break applied, and see it fail; unbroken, all must pass."""
+"""`make mutants`: run the test that a break of tests/breaks.py names with the break applied, and see it fail; unbroken, all must pass.
+
+`python -m tests.mutants WORD...` takes those whose names hold a word, `python -m tests.mutants 2/3` every third one from the third on.
+"""
 
 import importlib
 import multiprocessing as mp
@@ -41,7 +44,12 @@ def run(files: list[str], broken: str = "") -> tuple[int, str]:
 
 def main(chosen: list[str]) -> int:
     """Print a line a break; 0 only if each made a test fail (not crash) and the unbroken code passes the same tests."""
-    names = [name for name in BREAKS if not chosen or any(word in name for word in chosen)]
+    parts = [tuple(map(int, word.split("/"))) for word in chosen if re.fullmatch(r"\d+/\d+", word)]
+    names = [
+        name
+        for place, name in enumerate(BREAKS)
+        if not chosen or any(word in name for word in chosen) or any(place % of == part for part, of in parts)
+    ]
     wrong = 0
     with ProcessPoolExecutor(2, mp.get_context("fork")) as pool:
         control = pool.submit(run, sorted({BREAKS[name][2] for name in names}))
