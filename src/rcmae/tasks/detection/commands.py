@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,16 @@ from .files import load_detector
 from .model import export_pyramid
 from .predict import predict
 from .settings import Scoring, Training, check_detect, load_detect
-from .train import Detected, train
+from .train import train
 
 PARTS = {"box": "bbox", "mask": "segm"}
 
 
-def train_detector(name: str, how: Training, machine: Workplace, say: Callable[[str], None] = print) -> Detected:
-    """Train on the data that `how` names, from the backbone of that name; the same call goes on. Raises the errors of `rcmae.errors`."""
+def train_detector(name: str, how: Training, machine: Workplace) -> Path | None:
+    """Train on the data that `how` names, from the backbone of that name; the same call goes on.
+
+    Returns the run directory, or None on ranks but the first. Raises the errors of `rcmae.errors`.
+    """
     recipe = how.recipe or ("embedded" if how.data == SCENES else "vitdet-base")
     settings = load_detect(recipe)
     if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in how.settings):
@@ -37,12 +39,15 @@ def train_detector(name: str, how: Training, machine: Workplace, say: Callable[[
     settings = check_detect(replaced(settings, how.settings, recipe))
     backbone = load(name, how.which, how.heads, settings.seed)
     images, test = open_coco(how.data, how.val)
-    for note in [*images.notes, *test.notes]:
-        say(f"note: {note}")
     if how.images is not None:
         images = few(images, how.images)
     about = {"backbone_name": name, "network": how.which, "data_name": how.data, "val_name": how.val, "recipe": recipe}
-    return train(backbone, images, test, settings, replace(machine, out=machine.out or place(name)), about)
+    out = machine.out or place(name)
+    with distributed.joined(distributed.pick_device(machine.device)) as world:
+        for note in (*images.notes, *test.notes):
+            Screen(world.first).say(f"note: {note}")
+        train(backbone, images, test, settings, replace(machine, out=out), about)
+        return out if world.first else None
 
 
 def place(name: str) -> Path:
@@ -53,7 +58,7 @@ def place(name: str) -> Path:
     return Path("runs") / "detect" / (re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "backbone")
 
 
-def score_detector(checkpoint: Path, how: Scoring, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+def score_detector(checkpoint: Path, how: Scoring) -> dict[str, Any] | None:
     """COCO's twelve numbers of boxes and masks on the test part of the data, written as scores.json beside coco_results.json.
 
     Returns what it wrote, or None on ranks but the first. Raises the errors of `rcmae.errors`.
