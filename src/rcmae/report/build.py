@@ -1,6 +1,7 @@
 """`report.html`: the whole run on one page, in one file, for somebody who did not write the code."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def render(run: Path) -> str:
         shots=reconstructions(run), strip=strip(run),
         recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad,
         events=sorted(by_kind["event"][-20:] + told, key=lambda line: line["step"]), export=exports(run),
-        evaluations=evaluations(run), severity=severity_figures(run),
+        evaluations=evaluations(run), detector=detector(run), severity=severity_figures(run),
         labelled=floor is not None, reference=reference,
     )  # fmt: skip
 
@@ -99,10 +100,19 @@ def verdict(
             )
             text += "" if share > 0 else " (normal early in a run; if it stays, shorten --half-life)."
             said.append(("good" if share > 0 else "note", text))
-    if last.get("skipped"):
-        said.append(("bad", f"{last['skipped']} steps were not finite and were skipped; they are listed below."))
+    return said + failure_sentences(train, bad)
+
+
+def failure_sentences(train: list[dict], bad: Sequence, bad_test: Sequence = ()) -> list[tuple[str, str]]:
+    """What went wrong: steps that were skipped, and images that could not be read, of training and of a test."""
+    said = []
+    if train and train[-1].get("skipped"):
+        said.append(("bad", f"{train[-1]['skipped']} steps were not finite and were skipped; they are listed below."))
     if bad:
         said.append(("bad", f"{len(bad)} of the images could not be read and were replaced by others; they are named below."))
+    if bad_test:
+        text = f"{len(bad_test)} of the test images could not be read: their objects count as missed; they are named below."
+        said.append(("bad", text))
     return said
 
 
@@ -245,6 +255,12 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
             own = {key: content[key] for key in ("task", "network", "data", "train_images")}
             found.append(own | {"top1": content["metrics"]["top1"], "hardest": hardest, "hardest_right": content["per_class"][hardest]})
     return found
+
+
+def detector(run: Path) -> dict[str, Any] | None:
+    """What `rcmae detect train` left in the run directory of its backbone: its scores, if it has ended."""
+    found = read_json(run / "detect" / "scores.json")
+    return found if found.get("box") and found.get("mask") else None
 
 
 def severity_figures(run: Path) -> dict[str, str]:

@@ -14,10 +14,10 @@ from ..tasks.detection.examples import read_examples
 from ..tasks.detection.files import load_detector
 from ..tasks.detection.settings import load_detect
 from ..tasks.detection.views import fit
-from .build import rate_figures, template
+from .build import failure_sentences, rate_figures, template
 from .curves import Line, column, plot
 from .detections import curve_figure, embedded, grid, progress_figure, save_picture
-from .files import read_json
+from .files import bad_files, read_json
 
 LOSSES = {
     "loss_objectness": "proposals: is it one", "loss_rpn_box_reg": "proposals: where", "loss_classifier": "class", "loss_box_reg": "box",
@@ -37,17 +37,20 @@ def render(run: Path) -> str:
         Line(name, colour, column(train, "step"), column(train, key)) for (key, name), colour in zip(LOSSES.items(), COLOURS, strict=True)
     ]
     about = machine.get("about", {})
+    bad, bad_test = (bad_files(run / name) for name in ("bad_files.jsonl", "bad_test_files.jsonl"))
+    said = verdict(scores, parts, train, machine.get("steps")) + failure_sentences(train, bad, bad_test)
     return template("detect.html.j2").render(
         title=f"Objects in {about.get('data_name', 'images')}, by {about.get('backbone_name', 'a backbone')}",
         run=run.resolve().name, path=run.as_posix(), step=train[-1]["step"] if train else 0, total=machine.get("steps"),
-        recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, parts=parts, said=verdict(scores, parts, train, machine.get("steps")),
+        recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, parts=parts, said=said,
         curves=curve_figure(list(parts.values())) if parts else None, progress=progress_figure(history) if len(history) > 1 else None,
         losses=plot(losses, ylabel="loss") if train else None, rates=rate_figures(train), pictures=_pictures(run), events=events[-20:],
+        bad=bad, bad_test=bad_test,
     )  # fmt: skip
 
 
 def verdict(scores: dict[str, Any], parts: dict[str, Precision], train: list[dict[str, Any]], total: int | None) -> list[tuple[str, str]]:
-    """Sentences that answer: is it done, how well does it find, which class is hardest, was anything wrong.
+    """Sentences that answer: is it done, how well does it find, which class is hardest.
 
     Each is (good | note | bad, text).
     """
@@ -66,8 +69,6 @@ def verdict(scores: dict[str, Any], parts: dict[str, Precision], train: list[dic
         if len(known) > 1:
             hardest = min(known, key=known.__getitem__)
             said.append(("note", f"The hardest of {len(known)} classes is {hardest} (mask AP {_percent(known[hardest])})."))
-    if train and train[-1].get("skipped"):
-        said.append(("bad", f"{train[-1]['skipped']} steps were not finite and were skipped; they are listed below."))
     return said
 
 
