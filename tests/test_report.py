@@ -270,29 +270,34 @@ def test_what_is_missing_is_left_out(tmp_path):
     assert "not finite" in write_report(run).read_text()
 
 
+def chromium(page: str, folder: Path, width: int, **asked: str) -> dict:
+    """What expressions of JavaScript give in headless Chromium, in a window of that width."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("no chromium on this machine; CI installs Debian's")
+    questions = ", ".join(f"{name}: {expression}" for name, expression in asked.items())
+    probe = f'<script>window.addEventListener("load", () => {{ document.title = JSON.stringify({{ {questions} }}) }})</script></body>'
+    (folder / "probed.html").write_text(page.replace("</body>", probe))
+    command = [
+        program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900",
+        "--virtual-time-budget=3000", "--dump-dom", (folder / "probed.html").as_uri(),
+    ]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return json.loads(re.search(r"<title>(.*?)</title>", dom, re.DOTALL)[1])
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it(tmp_path, width):
     """In headless Chromium: the figures are there with a size, and the page is no wider than the window."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no chromium on this machine; CI installs Debian's")
-    page = write_report(watched(run_directory(tmp_path / "run")))
-    page.write_text(page.read_text().replace("<details", "<details open"))
-    probe = """<script>window.addEventListener("load", () => { document.title = JSON.stringify({
-        over: document.documentElement.scrollWidth - window.innerWidth,
-        names: [...document.querySelectorAll("figure[id]")].filter(e => e.getBoundingClientRect().height > 100).map(e => e.id),
-        alarm: getComputedStyle(document.querySelector("li.bad")).backgroundColor,
-        figures: [...document.querySelectorAll("figure svg, table.shots img")].map(e => e.getBoundingClientRect().width),
-        ink: getComputedStyle(document.querySelector("figure svg path, figure svg line, figure svg g")).color }) })</script></body>"""
-    page.write_text(page.read_text().replace("</body>", probe))
-    command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
-        "--virtual-time-budget=3000", "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    found = json.loads(re.search(r"<title>(.*?)</title>", dom, re.DOTALL)[1])
+    page = write_report(watched(run_directory(tmp_path / "run"))).read_text().replace("<details", "<details open")
+    found = chromium(
+        page, tmp_path, width, over="document.documentElement.scrollWidth - window.innerWidth",
+        names='[...document.querySelectorAll("figure[id]")].filter(e => e.getBoundingClientRect().height > 100).map(e => e.id)',
+        alarm='getComputedStyle(document.querySelector("li.bad")).backgroundColor',
+        figures='[...document.querySelectorAll("figure svg, table.shots img")].map(e => e.getBoundingClientRect().width)',
+    )  # fmt: skip
     assert found["over"] <= 0
     assert len(found["figures"]) > 35
     assert {f"figure-{name}" for name in TEACHER_FIGURES + HEALTH_FIGURES} <= set(found["names"])

@@ -126,10 +126,8 @@ def report(run: Path, /) -> None:
     Parameters
     ----------
     run
-        A run directory.
+        A run directory, of pre-training or of `rcmae detect train`.
     """
-    if not (run / "recipe.toml").exists():
-        raise ConfigError(f"{run} is no run directory: recipe.toml is missing")
     from .report import write_report
 
     print(write_report(run))
@@ -544,12 +542,17 @@ def _evaluate(backbone: str, task: KNN | Linear | Attentive | Tuning | Robustnes
 
         for file in write_figures(records, where):
             print(f"Open {file}")
-    recipe = where.parent / "recipe.toml"
-    if recipe.exists() and "\nmethod = " in f"\n{recipe.read_text(encoding='utf-8')}":  # not one of fine-tuning
-        from .report import write_report
-
-        print(f"Open {write_report(where.parent)}")
+    _report_of_backbone(where.parent)
     print(f"wrote {where}")
+
+
+def _report_of_backbone(run: Path) -> None:
+    """Results that lie in a run of pre-training are told by its report."""
+    from .report import write_report
+    from .report.files import kind_of
+
+    if kind_of(run) == "pre-training":
+        print(f"Open {write_report(run)}")
 
 
 detect = App(name="detect", help="Objects: Mask R-CNN on a backbone, boxes and masks in COCO's layout.")
@@ -567,13 +570,16 @@ def detect_train(
     backbone
         A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME, or scratch:BACKBONE for new weights.
     """
-    from .report.detect import write_report
-    from .tasks.detection.commands import place, train_detector
+    from .report import write_report
+    from .tasks.detection.commands import train_detector
 
     if machine.out:
         _check_folder(machine.out)
-    train_detector(backbone, how, machine, _console().print)
-    print(f"Open {write_report(machine.out or place(backbone, how.which))}")
+    run = train_detector(backbone, how, machine)
+    if run is None:  # not the first rank
+        return
+    print(f"Open {write_report(run)}")
+    _report_of_backbone(run.parent)
 
 
 @detect.command(name="eval")

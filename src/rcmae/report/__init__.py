@@ -1,5 +1,24 @@
 """One self-contained page a run."""
 
-from .build import write_report
+from pathlib import Path
 
-__all__ = ["write_report"]
+from ..engine.checkpoint import replace_file
+from ..errors import ConfigError
+from . import build
+from .files import kind_of
+
+
+def write_report(run: Path) -> Path:
+    """Read a run directory, of pre-training or of a detector, and write its report.html; what is missing is left out.
+
+    Raises ConfigError where there is no such run, and StorageError.
+    """
+    if not (run / "recipe.toml").exists():
+        raise ConfigError(f"{run} is no run directory: recipe.toml is missing")
+    kind, render = kind_of(run), build.render
+    if kind == "fine-tuning":
+        raise ConfigError(f"{run} is a run of fine-tuning, which has no page: its accuracy is in the report of the run that it began from")
+    if kind == "detection":
+        from .detect import render  # what it imports takes a second
+    replace_file(run / "report.html", render(run))
+    return run / "report.html"

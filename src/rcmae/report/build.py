@@ -1,7 +1,7 @@
 """`report.html`: the whole run on one page, in one file, for somebody who did not write the code."""
 
-import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..config import Recipe, flat, parse_recipe, recipe_hash
 from ..engine.metrics import read_metrics
 from . import pictures, severity
 from .curves import Line, column, plot
+from .files import bad_files, read_json
 from .panels import health_panel, teacher_panel
 
 IMAGES = 4
@@ -21,24 +22,15 @@ CHAPTERS = 5
 "Points in time of the strip."
 
 
-def write_report(run: Path) -> Path:
-    """Read a run directory and write its report.html; what is missing is left out."""
-    path = run / "report.html"
-    temporary = run / ".tmp_report.html"
-    temporary.write_text(render(run), encoding="utf-8")
-    temporary.replace(path)
-    return path
-
-
 def render(run: Path) -> str:
     """The page as text."""
     recipe = parse_recipe((run / "recipe.toml").read_text(encoding="utf-8"), "recipe.toml")
     lines = read_metrics(run)
-    machine = _json(run / "machine.json")
+    machine = read_json(run / "machine.json")
     by_kind = {kind: [line for line in lines if line.get("kind") == kind] for kind in ("train", "probe", "event", "health", "alarm")}
     floor = next((line for line in lines if line.get("kind") == "floor"), None)
     reference = next((line for line in lines if line.get("kind") == "reference"), None)
-    bad = _bad_files(run)
+    bad = bad_files(run / "bad_files.jsonl")
     train, probes, health, alarms = (by_kind[kind] for kind in ("train", "probe", "health", "alarm"))
     watched = bool(health) or any("teacher_advantage" in line for line in train)
     told = [line | {"text": f"alarm {line['name']}: {line['text']}", "tone": "bad"} for line in alarms]
@@ -50,9 +42,9 @@ def render(run: Path) -> str:
         table=score_table(floor, probes), loss=loss_figure(train, reference), accuracy=probe_figure(probes, floor),
         rates=rate_figures(train), teacher=teacher_panel(train, health), health=health_panel(health),
         shots=reconstructions(run), strip=strip(run),
-        recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad[:50], bad_count=len(bad),
+        recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad,
         events=sorted(by_kind["event"][-20:] + told, key=lambda line: line["step"]), export=exports(run),
-        evaluations=evaluations(run), severity=severity_figures(run),
+        evaluations=evaluations(run), detector=detector(run), severity=severity_figures(run),
         labelled=floor is not None, reference=reference,
     )  # fmt: skip
 
@@ -108,10 +100,19 @@ def verdict(
             )
             text += "" if share > 0 else " (normal early in a run; if it stays, shorten --half-life)."
             said.append(("good" if share > 0 else "note", text))
-    if last.get("skipped"):
-        said.append(("bad", f"{last['skipped']} steps were not finite and were skipped; they are listed below."))
+    return said + failure_sentences(train, bad)
+
+
+def failure_sentences(train: list[dict], bad: Sequence, bad_test: Sequence = ()) -> list[tuple[str, str]]:
+    """What went wrong: steps that were skipped, and images that could not be read, of training and of a test."""
+    said = []
+    if train and train[-1].get("skipped"):
+        said.append(("bad", f"{train[-1]['skipped']} steps were not finite and were skipped; they are listed below."))
     if bad:
         said.append(("bad", f"{len(bad)} of the images could not be read and were replaced by others; they are named below."))
+    if bad_test:
+        text = f"{len(bad_test)} of the test images could not be read: their objects count as missed; they are named below."
+        said.append(("bad", text))
     return said
 
 
@@ -244,24 +245,11 @@ def strip(run: Path) -> list[dict[str, Any]]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _bad_files(run: Path) -> list[dict[str, str]]:
-    path = run / "bad_files.jsonl"
-    whole = re.findall(r"^\{.*\}$", path.read_text(encoding="utf-8"), re.MULTILINE) if path.exists() else []
-    return [json.loads(line) for line in whole]
-
-
 def evaluations(run: Path) -> list[dict[str, Any]]:
     """What `rcmae evaluate` left in the run directory, by task and network."""
     found = []
     for file in sorted((run / "evaluate").glob("*.json")):
-        content = _json(file)
+        content = read_json(file)
         if "top1" in content.get("metrics", {}) and content.get("per_class"):
             hardest = min(content["per_class"], key=content["per_class"].__getitem__)
             own = {key: content[key] for key in ("task", "network", "data", "train_images")}
@@ -269,9 +257,15 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     return found
 
 
+def detector(run: Path) -> dict[str, Any] | None:
+    """What `rcmae detect train` left in the run directory of its backbone: its scores, if it has ended."""
+    found = read_json(run / "detect" / "scores.json")
+    return found if found.get("box") and found.get("mask") else None
+
+
 def severity_figures(run: Path) -> dict[str, str]:
     """Accuracy by severity of the networks whose robustness was evaluated on the same images, by kind of corruption."""
-    records = [_json(file) for file in sorted((run / "evaluate").glob("robustness-*.json"))]
+    records = [read_json(file) for file in sorted((run / "evaluate").glob("robustness-*.json"))]
     records = [r for r in records if r.get("details", {}).get("errors")]
     last = records[-1]["hashes"]["test"] if records else ""
     return severity.figures([r for r in records if r["hashes"]["test"] == last])

@@ -1,6 +1,5 @@
 """`report.html` of a detector: how well it finds, how that came, what it missed. And pictures of what it finds on any image."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from ..tasks.detection.examples import read_examples
 from ..tasks.detection.files import load_detector
 from ..tasks.detection.settings import load_detect
 from ..tasks.detection.views import fit
-from .build import rate_figures, template
+from .build import failure_sentences, rate_figures, template
 from .curves import Line, column, plot
 from .detections import curve_figure, embedded, grid, progress_figure, save_picture
+from .files import bad_files, read_json
 
 LOSSES = {
     "loss_objectness": "proposals: is it one", "loss_rpn_box_reg": "proposals: where", "loss_classifier": "class", "loss_box_reg": "box",
@@ -28,18 +28,10 @@ LOSSES = {
 COLOURS = ("floor", "memory1", "student", "teacher", "gold")
 
 
-def write_report(run: Path) -> Path:
-    """Read a run directory of `rcmae detect train` and write its report.html; what is missing is left out."""
-    path, temporary = run / "report.html", run / ".tmp_report.html"
-    temporary.write_text(render(run), encoding="utf-8")
-    temporary.replace(path)
-    return path
-
-
 def render(run: Path) -> str:
     """The page as text."""
     recipe, lines = load_detect(str(run / "recipe.toml")), read_metrics(run)
-    machine, scores = (_json(run / name) for name in ("machine.json", "scores.json"))
+    machine, scores = (read_json(run / name) for name in ("machine.json", "scores.json"))
     train, val, events = ([line for line in lines if line.get("kind") == kind] for kind in ("train", "val", "event"))
     parts = {name: Precision(**scores[name]) for name in ("box", "mask") if name in scores}
     history = [{"step": v["step"], "bbox": _share(v["box AP"]), "segm": _share(v["mask AP"])} for v in val]
@@ -47,37 +39,38 @@ def render(run: Path) -> str:
         Line(name, colour, column(train, "step"), column(train, key)) for (key, name), colour in zip(LOSSES.items(), COLOURS, strict=True)
     ]
     about = machine.get("about", {})
+    bad, bad_test = (bad_files(run / name) for name in ("bad_files.jsonl", "bad_test_files.jsonl"))
+    said = verdict(scores, parts, train, machine.get("steps")) + failure_sentences(train, bad, bad_test)
     return template("detect.html.j2").render(
         title=f"Objects in {about.get('data_name', 'images')}, by {about.get('backbone_name', 'a backbone')}",
         run=run.resolve().name, path=run.as_posix(), step=train[-1]["step"] if train else 0, total=machine.get("steps"),
-        recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, parts=parts, said=verdict(parts, machine, train),
+        recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, parts=parts, said=said,
         curves=curve_figure(list(parts.values())) if parts else None, progress=progress_figure(history) if len(history) > 1 else None,
         losses=plot(losses, ylabel="loss") if train else None, rates=rate_figures(train), pictures=_pictures(run), events=events[-20:],
+        bad=bad, bad_test=bad_test,
     )  # fmt: skip
 
 
-def verdict(parts: dict[str, Precision], machine: dict[str, Any], train: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Sentences that answer: is it done, how well does it find, which class is hardest. Each is (good | note | bad, text)."""
+def verdict(scores: dict[str, Any], parts: dict[str, Precision], train: list[dict[str, Any]], total: int | None) -> list[tuple[str, str]]:
+    """Sentences that answer: is it done, how well does it find, which class is hardest.
+
+    Each is (good | note | bad, text).
+    """
     if not parts:
-        at = f"at step {train[-1]['step']:,} of {machine.get('steps', 0):,}" if train else "before its first step"
-        return [("note", f"Running or stopped {at}: the same command goes on. The loss of a detector says little: wait for the precision.")]
-    box, mask = parts["box"], parts["mask"]
-    said = [
-        (
-            "good",
-            f"Finished: box AP {_percent(box.stats['AP'])}, mask AP {_percent(mask.stats['AP'])} on {machine['test_images']:,} images.",
-        )
-    ]
-    found = f"At an overlap of a half, which is what an eye would accept, box AP50 is {_percent(box.stats['AP50'])} and mask AP50 "
-    said.append(
-        ("note", f"{found}{_percent(mask.stats['AP50'])}; of all objects {_percent(mask.stats['AR100'])} % are found by masks on average.")
-    )
-    known = {name: ap for name, ap in mask.per_class.items() if ap is not None}
-    if len(known) > 1:
-        hardest = min(known, key=known.__getitem__)
-        said.append(("note", f"The hardest of {len(known)} classes is {hardest} (mask AP {_percent(known[hardest])})."))
-    if train and train[-1].get("skipped"):
-        said.append(("bad", f"{train[-1]['skipped']} steps were not finite and were skipped; they are listed below."))
+        at = f"at step {train[-1]['step']:,} of {total or 0:,}" if train else "before a step was recorded"
+        text = f"Running or stopped {at}: the same command goes on. The loss of a detector says little: wait for the precision."
+        said = [("note", text)]
+    else:
+        box, mask = (parts[name].stats for name in ("box", "mask"))
+        text = f"Finished: box AP {_percent(box['AP'])}, mask AP {_percent(mask['AP'])} on {scores['test_images']:,} test images."
+        said = [("good", text)]
+        text = f"At an overlap of a half, which is what an eye would accept, box AP50 is {_percent(box['AP50'])} and mask AP50 "
+        text += f"{_percent(mask['AP50'])}; of all objects {_percent(mask['AR100'])} % are found by masks on average."
+        said.append(("note", text))
+        known = {name: ap for name, ap in parts["mask"].per_class.items() if ap is not None}
+        if len(known) > 1:
+            hardest = min(known, key=known.__getitem__)
+            said.append(("note", f"The hardest of {len(known)} classes is {hardest} (mask AP {_percent(known[hardest])})."))
     return said
 
 
@@ -95,13 +88,6 @@ def _pictures(run: Path) -> dict[str, str]:
         return {}
     classes, examples = read_examples(file)
     return {name: embedded(grid(*zip(*kept, strict=True), classes)) for name, kept in examples.items() if kept}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, threshold: float = 0.5, device: str = "auto") -> list[Path]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,16 @@ from .files import Loaded, load_detector
 from .model import export_pyramid
 from .predict import predict
 from .settings import Detection, Scoring, check_detect, check_scoring, load_detect
-from .train import Detected, train
+from .train import train
 
 PARTS = {"box": "bbox", "mask": "segm"}
 
 
-def train_detector(name: str, how: Detection, machine: Workplace, say: Callable[[str], None] = print) -> Detected:
-    """Train on the data that `how` names, from the backbone of that name; the same call goes on. Raises the errors of `rcmae.errors`."""
+def train_detector(name: str, how: Detection, machine: Workplace) -> Path | None:
+    """Train on the data that `how` names, from the backbone of that name; the same call goes on.
+
+    Returns the run directory, or None on ranks but the first. Raises the errors of `rcmae.errors`.
+    """
     recipe = how.recipe or ("embedded" if how.data == SCENES else "vitdet-base")
     settings = load_detect(recipe)
     if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in how.settings):
@@ -35,13 +37,22 @@ def train_detector(name: str, how: Detection, machine: Workplace, say: Callable[
     settings = check_detect(replaced(settings, how.settings, recipe))
     backbone = load(name, how.which, how.heads, settings.seed)
     images, test = open_coco(how.data, how.val, channels=backbone.channels)
-    for note in [*images.notes, *test.notes]:
-        say(f"note: {note}")
     if how.images is not None:
         images = few(images, how.images)
-    about = {"backbone_name": name, "network": how.which, "data_name": how.data, "val_name": how.val, "recipe": recipe}
+    about = {
+        "backbone_name": name,
+        "network": how.which,
+        "data_name": how.data,
+        "val_name": how.val,
+        "images": how.images,
+        "recipe": recipe,
+    }
     out = machine.out or place(name, how.which)
-    return train(backbone, images, test, settings, replace(machine, out=out), about | {"images": how.images})
+    with distributed.joined(distributed.pick_device(machine.device)) as world:
+        for note in (*images.notes, *test.notes):
+            Screen(world.first).say(f"note: {note}")
+        train(backbone, images, test, settings, replace(machine, out=out), about)
+        return out if world.first else None
 
 
 def place(name: str, which: str = "teacher") -> Path:

@@ -1,0 +1,150 @@
+"""The page of a detector: it says what the files of the run say, of a run that has ended, stopped or failed to read something."""
+
+import base64
+import dataclasses
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import rcmae.tasks.detection.train as dt
+from rcmae.cli import main
+from rcmae.errors import Preempted
+from rcmae.tasks.detection.coco import SCENES, open_coco
+from tests.test_detection_train import TINY, run
+from tests.test_report import chromium, curves, part, run_directory, words
+
+LONGER = dataclasses.replace(TINY, steps=15)
+"scored twice"
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return open_coco(SCENES, train_images=8, test_images=3, size=64)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, sets) -> Path:
+    """A run that has ended. Not to be written to."""
+    out = tmp_path_factory.mktemp("ended") / "detect"
+    run(out, sets, LONGER)
+    return out
+
+
+@pytest.fixture
+def copy(tmp_path, ended) -> Path:
+    """The same, to be changed."""
+    return shutil.copytree(ended, tmp_path / "detect", ignore=shutil.ignore_patterns("checkpoints", "export"))
+
+
+def page(out: Path) -> str:
+    """What the command writes."""
+    assert main(["report", str(out)]) == 0
+    return (out / "report.html").read_text()
+
+
+def test_a_detector_that_was_stopped_has_a_page_too(tmp_path, sets, monkeypatch):
+    update = dt.Run.update
+
+    def stopped(self, batches, t):
+        if t.step + 1 == 2:
+            self.stop.asked = "SIGTERM"
+        return update(self, batches, t)
+
+    monkeypatch.setattr(dt.Run, "update", stopped)
+    with pytest.raises(Preempted):
+        run(tmp_path / "run", sets, log_every=1)
+    text = page(tmp_path / "run")
+    assert "Running or stopped at step 2 of 6: the same command goes on." in words(text)
+    assert 'id="figure-losses"' in text and 'id="scores"' not in text and "Finished" not in words(text)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert "Running or stopped before a step was recorded" in words(page(tmp_path / "run"))
+
+
+def test_only_runs_that_have_a_page_get_one(tmp_path, capsys):
+    (tmp_path / "recipe.toml").write_text("steps = 3\nmixup = 0.8\n")
+    assert main(["report", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "is a run of fine-tuning, which has no page" in err and err.count("\n") == 1
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert "is no run directory: recipe.toml is missing" in capsys.readouterr().err
+
+
+def cells(page: str, table: str) -> list[list[str]]:
+    """The rows of a table as text, without its head."""
+    body = part(part(page, f'<table id="{table}"', "</table>"), "<tbody>", "</tbody>")
+    return [[words(cell).strip() for cell in re.findall(r"<td.*?</td>", row)] for row in re.findall(r"<tr>.*?</tr>", body)]
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def test_the_page_says_what_the_scores_say(copy):
+    scores = json.loads((copy / "scores.json").read_text())
+    scores["mask"]["stats"]["AP_small"] = None
+    (copy / "scores.json").write_text(json.dumps(scores))
+    text = page(copy)
+    box, mask = (scores[name]["stats"] for name in ("box", "mask"))
+    said = words(part(text, 'id="verdict"', "</ul>"))
+    assert f"Finished: box AP {percent(box['AP'])}, mask AP {percent(mask['AP'])} on 3 test images." in said
+    assert f"box AP50 is {percent(box['AP50'])} and mask AP50 {percent(mask['AP50'])}; of all objects {percent(mask['AR100'])} %" in said
+    known = {name: ap for name, ap in scores["mask"]["per_class"].items() if ap is not None}
+    hardest = min(known, key=known.get)
+    assert f"hardest of {len(known)} classes is {hardest} (mask AP {percent(known[hardest])})" in said and "could not be read" not in said
+    assert cells(text, "scores") == [[name, *map(percent, scores[name]["stats"].values())] for name in ("box", "mask")]
+    assert cells(text, "scores")[1][4] == "–" and len(box) == len(mask) == 12
+    assert cells(text, "classes") == [[c, *(percent(scores[p]["per_class"][c]) for p in ("box", "mask"))] for c in map(str, range(10))]
+
+
+def test_the_page_is_whole(copy):
+    text = page(copy)
+    for figure in ("progress", "curves", "losses"):
+        assert len(max(curves(part(text, f'id="figure-{figure}"', "</figure>")), key=len, default=[])) > 1, f"{figure} has no curve"
+    for picture in ("first", "worst"):
+        with Image.open(io.BytesIO(base64.b64decode(part(part(text, f'id="{picture}"', ">"), "data:image/webp;base64,", '"')))) as image:
+            assert image.width > 1000, "two pairs side by side"
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:|//)""", text), "nothing is fetched"
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_images_that_could_not_be_read_are_named(copy):
+    for name, where in (("bad_files", "a<b>.png"), ("bad_test_files", "c.png"), ("bad_test_files", "d.png")):
+        with (copy / f"{name}.jsonl").open("a") as f:
+            f.write(json.dumps({"index": 1, "where": where, "reason": "truncated"}) + "\n")
+    text = page(copy)
+    said = words(part(text, 'id="verdict"', "</ul>"))
+    assert "1 of the images could not be read and were replaced by others" in said
+    assert "2 of the test images could not be read: their objects count as missed" in said
+    assert cells(text, "bad") == [["a<b>.png", "truncated"]] and cells(text, "bad-test") == [["c.png", "truncated"], ["d.png", "truncated"]]
+
+
+def test_the_report_of_the_backbone_tells_its_detector(tmp_path, ended):
+    backbone = run_directory(tmp_path / "run", teacher=False)
+    assert 'id="detector"' not in page(backbone)
+    (backbone / "detect").mkdir()
+    scores = json.loads((ended / "scores.json").read_text()) | {"network": "teacher", "data_name": "a<b>"}
+    (backbone / "detect" / "scores.json").write_text(json.dumps(scores))
+    text = page(backbone)
+    found = [percent(scores[name]["stats"]["AP"]) for name in ("box", "mask")]
+    assert cells(text, "detector") == [["detection, vitdet", "teacher", "a<b>", "8", *found]] and "On labelled images" in words(text)
+
+
+@pytest.mark.browser
+def test_a_browser_shows_it(copy):
+    """In headless Chromium, on a telephone and on a desk: no wider than the window, and pictures and figures have a size."""
+    (copy / "bad_test_files.jsonl").write_text(
+        json.dumps({"index": 1, "where": "images/" + "long_name" * 20, "reason": "truncated"}) + "\n"
+    )
+    text = page(copy).replace("<details", "<details open")
+    for width in (390, 1280):
+        found = chromium(
+            text, copy, width, over="document.documentElement.scrollWidth - window.innerWidth",
+            widths='[...document.querySelectorAll("figure svg, img.wide")].map(e => e.getBoundingClientRect().width)',
+        )  # fmt: skip
+        assert found["over"] <= 0 and len(found["widths"]) == 9 and min(found["widths"]) > 300, found
