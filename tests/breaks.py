@@ -1527,7 +1527,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "detection resizes without antialiasing": (
         "rcmae.tasks.detection.views:resize",
         plain_bilinear,
-        "test_detection_data.py::test_evaluation_sees_the_whole_image_and_knows_the_factor",
+        "test_detection_data.py::test_evaluation_sees_the_whole_image",
     ),
     "a substitute has the objects of the image it is for": (
         "rcmae.tasks.detection.views:Detections.__getitem__",

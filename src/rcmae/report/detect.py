@@ -119,8 +119,7 @@ def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, thresho
             pixels = decode(image.read_bytes(), loaded.model.mean.shape[1])
         except (OSError, BadImage) as e:
             raise DataError(f"cannot read the image {image}: {getattr(e, 'strerror', None) or e}") from e
-        resized, _ = fit(pixels, loaded.settings.size)
-        [found] = loaded.model.detect([resized.to(where)], [pixels.shape[:2]])
+        [found] = loaded.model.detect([fit(pixels, loaded.settings.size).to(where)], [pixels.shape[:2]])
         save_picture(image, found, loaded.classes, out / name, threshold)
         written.append(out / name)
     return written

@@ -60,10 +60,9 @@ class Jitter:
         return {"image": canvas, "boxes": boxes, "labels": torch.from_numpy(objects.labels[order]), "masks": found}
 
 
-def fit(image: UInt8[np.ndarray, "h w c"], size: int) -> tuple[UInt8[Tensor, "c gh gw"], float]:
-    """For evaluation: the longest side becomes `size`, and nothing is added. Also the factor, exact but for whole numbers of pixels."""
-    shape = fitted(image.shape[:2], size)
-    return resized(image, shape), size / max(image.shape[:2])
+def fit(image: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[Tensor, "c gh gw"]:
+    """For evaluation: the longest side becomes `size`, and nothing is added."""
+    return resized(image, fitted(image.shape[:2], size))
 
 
 def fitted(shape: tuple[int, ...], side: float) -> tuple[int, int]:
