@@ -688,6 +688,14 @@ def one_problem_at_a_time(old):
     return property(lambda self: old.fget(self).split("; ")[0])
 
 
+def names_need_not_differ(old):
+    def content(self):
+        old(self)
+        self.wrong.pop("names of categories that repeat", None)
+
+    return content
+
+
 def anew_for_each_count(old):
     return lambda whole, count, seed=0: old(whole, count, seed + count)
 
@@ -1467,6 +1475,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "boxes without area are never too many": (
         "rcmae.tasks.detection.coco:_Part.shares",
         lambda old: lambda self: None,
+        "test_detection_data.py::test_what_is_wrong_is_named_and_counted_before_training",
+    ),
+    "two categories may have one name": (
+        "rcmae.tasks.detection.coco:_Part.content",
+        names_need_not_differ,
         "test_detection_data.py::test_what_is_wrong_is_named_and_counted_before_training",
     ),
     "the categories of two parts are not compared": (

@@ -172,8 +172,8 @@ def test_a_folder_with_one_file_of_any_name_is_a_part(tmp_path):
 # --- what is wrong ----------------------------------------------------------------------------------------------------
 
 
-def _set(name, k, **changes):
-    return lambda found: found[name][k].update(changes)
+def _set(part, k, **changes):
+    return lambda found: found[part][k].update(changes)
 
 
 WRONG = {
@@ -182,6 +182,7 @@ WRONG = {
     "annotations of categories that are not listed: 1 (102)": _set("annotations", 1, category_id=6),
     "ids of images that repeat: 1 (10)": _set("images", 1, id=10),
     "ids of categories that repeat: 1 (5)": _set("categories", 2, id=5),
+    "names of categories that repeat: 1 (ant)": _set("categories", 2, name="ant"),
     "ids of annotations that repeat: 1 (101)": _set("annotations", 2, id=101),
     "ids of annotations that are no whole numbers: 1 (a)": _set("annotations", 2, id="a"),
     "boxes without area: 1 (102)": _set("annotations", 1, bbox=[4, 3, 0, 14]),

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -295,6 +295,9 @@ class _Part:
     def content(self) -> None:
         """All else. Fills in what each annotation lacks."""
         images, categories, _ = (self.unique(name) for name in KEYS)
+        names = Counter(str(c["name"]) for c in categories.values())
+        if repeated := [name for name, count in names.items() if count > 1]:
+            self.wrong["names of categories that repeat"] = repeated
         sized: dict[int, tuple[int, int]] = {}
         busy: set[int] = set()
         for image in images.values():
