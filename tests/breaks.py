@@ -733,6 +733,10 @@ def a_view_of_its_own_draws(old):
     return lambda self, image, objects, rng: old(self, image, objects, np.random.default_rng())
 
 
+def all_masks_at_once(old):
+    return lambda self, image, objects, rng: old(self, image, objects._replace(masks=list(objects.masks)), rng)
+
+
 def black_beyond_the_image(old):
     return lambda self, size, scale, flip, count, mean: old(self, size, scale, flip, count, (0.0,) * len(mean))
 
@@ -1531,6 +1535,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.tasks.detection.views:Jitter.__call__",
         draws_of("random", lambda: 1.0),
         "test_detection_data.py::test_at_scale_one_a_square_stays_and_two_flips_are_none",
+    ),
+    "all masks of an image are in memory": (
+        "rcmae.tasks.detection.views:Jitter.__call__",
+        all_masks_at_once,
+        "test_detection_data.py::test_masks_are_made_one_at_a_time_and_no_more_of_them_than_are_kept",
     ),
     "beyond the image it is black": (
         "rcmae.tasks.detection.views:Jitter.__init__",

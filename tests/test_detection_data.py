@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from rcmae.data.sources import open_source
 from rcmae.errors import ConfigError, DataError
 from rcmae.tasks.detection import coco
 from rcmae.tasks.detection.coco import CocoSet, Objects, few, open_coco
+from rcmae.tasks.detection.masks import Masks
 from rcmae.tasks.detection.views import LEAST, Detections, Jitter, detection_batches, fit
 from tests.conftest import small
 from tests.images import encode
@@ -104,7 +106,7 @@ def test_crowds_are_scored_but_not_trained_on_and_empty_images_stay(train):
     assert len(train.truth["annotations"]) == 5
     assert not any((m == block(0, 0, 6, 7)).all() for m in train.objects(0).masks)
     empty = train.objects(2)
-    assert (empty.boxes.shape, empty.labels.shape, empty.masks.shape) == ((0, 4), (0,), (0, H, W))
+    assert (empty.boxes.shape, empty.labels.shape, len(empty.masks)) == ((0, 4), (0,), 0)
     assert train.notes == ["crowds, left out of training: 1 (104)", "images without an object to train on: 1 (30)"]
 
 
@@ -493,6 +495,26 @@ def test_of_many_objects_a_random_choice_is_kept():
     assert Jitter(32, (1.0, 1.0), False, 3, GREY)(image, hidden, np.random.default_rng(0))["labels"].tolist() == [6, 7, 8], (
         "none is lost to what is not seen"
     )
+
+
+def test_masks_are_made_one_at_a_time_and_no_more_of_them_than_are_kept():
+    made, alive, most = 0, 0, 0
+
+    def make(k: int) -> np.ndarray:
+        nonlocal made, alive, most
+        made, alive = made + 1, alive + 1
+        most = max(most, alive)
+        mask = block(k, 0, 4, 32, (32, 32))
+        weakref.finalize(mask, gone)
+        return mask
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    objects = Objects(np.zeros((20, 4), np.float32), np.arange(1, 21), Masks(range(20), make))
+    view = Jitter(32, (1.0, 1.0), True, 6, GREY)(np.zeros((32, 32, 3), np.uint8), objects, np.random.default_rng(0))
+    assert (len(view["masks"]), made, most) == (6, 6, 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 2000), (2000, 1), (1, 1), (3, 5), (700, 64)])
