@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from rcmae.data.sources import open_source
 from rcmae.errors import ConfigError, DataError
 from rcmae.tasks.detection import coco
 from rcmae.tasks.detection.coco import CocoSet, Objects, few, open_coco
+from rcmae.tasks.detection.masks import Masks
 from rcmae.tasks.detection.views import LEAST, Detections, Jitter, detection_batches, fit
 from tests.conftest import small
 from tests.images import encode
@@ -104,7 +106,7 @@ def test_crowds_are_scored_but_not_trained_on_and_empty_images_stay(train):
     assert len(train.truth["annotations"]) == 5
     assert not any((m == block(0, 0, 6, 7)).all() for m in train.objects(0).masks)
     empty = train.objects(2)
-    assert (empty.boxes.shape, empty.labels.shape, empty.masks.shape) == ((0, 4), (0,), (0, H, W))
+    assert (empty.boxes.shape, empty.labels.shape, len(empty.masks)) == ((0, 4), (0,), 0)
     assert train.notes == ["crowds, left out of training: 1 (104)", "images without an object to train on: 1 (30)"]
 
 
@@ -172,8 +174,8 @@ def test_a_folder_with_one_file_of_any_name_is_a_part(tmp_path):
 # --- what is wrong ----------------------------------------------------------------------------------------------------
 
 
-def _set(name, k, **changes):
-    return lambda found: found[name][k].update(changes)
+def _set(part, k, **changes):
+    return lambda found: found[part][k].update(changes)
 
 
 WRONG = {
@@ -182,6 +184,7 @@ WRONG = {
     "annotations of categories that are not listed: 1 (102)": _set("annotations", 1, category_id=6),
     "ids of images that repeat: 1 (10)": _set("images", 1, id=10),
     "ids of categories that repeat: 1 (5)": _set("categories", 2, id=5),
+    "names of categories that repeat: 1 (ant)": _set("categories", 2, name="ant"),
     "ids of annotations that repeat: 1 (101)": _set("annotations", 2, id=101),
     "ids of annotations that are no whole numbers: 1 (a)": _set("annotations", 2, id="a"),
     "boxes without area: 1 (102)": _set("annotations", 1, bbox=[4, 3, 0, 14]),
@@ -494,6 +497,26 @@ def test_of_many_objects_a_random_choice_is_kept():
     )
 
 
+def test_masks_are_made_one_at_a_time_and_no_more_of_them_than_are_kept():
+    made, alive, most = 0, 0, 0
+
+    def make(k: int) -> np.ndarray:
+        nonlocal made, alive, most
+        made, alive = made + 1, alive + 1
+        most = max(most, alive)
+        mask = block(k, 0, 4, 32, (32, 32))
+        weakref.finalize(mask, gone)
+        return mask
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    objects = Objects(np.zeros((20, 4), np.float32), np.arange(1, 21), Masks(range(20), make))
+    view = Jitter(32, (1.0, 1.0), True, 6, GREY)(np.zeros((32, 32, 3), np.uint8), objects, np.random.default_rng(0))
+    assert (len(view["masks"]), made, most) == (6, 6, 1)
+
+
 @pytest.mark.parametrize("shape", [(1, 2000), (2000, 1), (1, 1), (3, 5), (700, 64)])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_no_shape_of_an_image_ends_a_run(shape, channels):
@@ -503,15 +526,14 @@ def test_no_shape_of_an_image_ends_a_run(shape, channels):
         image = np.zeros((*shape, channels), np.uint8)
         view = Jitter(48, (0.1, 2.0), True, 100, (0.5,) * channels)(image, objects, np.random.default_rng(seed))
         assert view["image"].shape == (channels, 48, 48) and view["boxes"].shape == (len(view["labels"]), 4)
-        assert max(fit(image, 48)[0].shape[1:]) == 48 and min(fit(image, 48)[0].shape) >= 1
+        assert max(fit(image, 48).shape[1:]) == 48 and min(fit(image, 48).shape) >= 1
 
 
-def test_evaluation_sees_the_whole_image_and_knows_the_factor():
+def test_evaluation_sees_the_whole_image():
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    small, factor = fit(image, 40)
-    assert (tuple(small.shape), factor) == ((3, 30, 40), 0.5)
-    assert fit(image, 10)[0].float().std() < 0.2 * image.std(), "antialiased: each pixel is a mean of many"
-    assert np.array_equal(fit(image, 80)[0].permute(1, 2, 0), image)
+    assert fit(image, 40).shape == (3, 30, 40)
+    assert fit(image, 10).float().std() < 0.2 * image.std(), "antialiased: each pixel is a mean of many"
+    assert np.array_equal(fit(image, 80).permute(1, 2, 0), image)
 
 
 # --- samples and batches ----------------------------------------------------------------------------------------------

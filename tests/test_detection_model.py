@@ -364,6 +364,11 @@ def test_new_weights_are_a_function_of_the_seed_and_draws_are_left_alone():
     assert not torch.equal(other["pyramid.levels.0.0.weight"], one["pyramid.levels.0.0.weight"])
 
 
+def test_building_leaves_all_devices_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    small()  # else torch warns, and asks each for the state of its generator
+
+
 def test_settings_are_honoured():
     model = small(width=8, box_width=12, box_convs=2, mask_convs=3, proposals=5)
     assert [c.out_channels for c in model.heads.box_head.modules() if isinstance(c, nn.Conv2d)] == [8, 8]

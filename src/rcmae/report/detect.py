@@ -107,8 +107,7 @@ def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, thresho
         except (OSError, BadImage) as e:
             raise DataError(f"cannot read the image {image}: {getattr(e, 'strerror', None) or e}") from e
         with plain_failures(where, World(), "try --device cpu"):
-            resized, _ = fit(pixels, loaded.settings.size)
-            [found] = loaded.model.to(where).detect([resized.to(where)], [pixels.shape[:2]])
+            [found] = loaded.model.to(where).detect([fit(pixels, loaded.settings.size).to(where)], [pixels.shape[:2]])
         save_picture(pixels, found, loaded.classes, out / name, threshold)
         written.append(out / name)
     return written

@@ -145,32 +145,34 @@ def save_picture(
 # --- many pictures ----------------------------------------------------------------------------------------------------
 
 
+SIDE = 384
+"Pixels of the longer side of a picture among others."
+
+COLUMNS = 2
+"Pairs of pictures beside each other."
+
+
 def side_by_side(
-    pixels: UInt8[np.ndarray, "h w c"], truth: Mapping[str, Tensor], detection: Mapping[str, Tensor], names: Sequence[str],
-    threshold: float = 0.5, side: int = 384,
-) -> dict[str, Image.Image]:  # fmt: skip
-    """What is there ("truth") and what was found ("detected") on one image, its longer side about `side` pixels."""
-    return {
-        name: draw_objects(pixels, objects, names, threshold, side, side) for name, objects in (("truth", truth), ("detected", detection))
-    }
+    pixels: UInt8[np.ndarray, "h w c"], truth: Mapping[str, Tensor], detection: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, Image.Image]:
+    """What is there ("truth") and what was found ("detected") on one image, its longer side about SIDE pixels."""
+    pair = {"truth": truth, "detected": detection}
+    return {name: draw_objects(pixels, objects, names, least=SIDE, most=SIDE) for name, objects in pair.items()}
 
 
 def grid(
     images: Sequence[UInt8[np.ndarray, "_ _ _"]], truths: Sequence[Mapping[str, Tensor]], detections: Sequence[Mapping[str, Tensor]],
-    names: Sequence[str], threshold: float = 0.5, columns: int = 2, side: int = 384,
+    names: Sequence[str],
 ) -> Image.Image:  # fmt: skip
-    """Pairs of truth and detection in rows of `columns`, on a transparent ground that suits a light and a dark page. At least one image."""
-    pairs = [
-        side_by_side(pixels, truth, detection, names, threshold, side)
-        for pixels, truth, detection in zip(images, truths, detections, strict=True)
-    ]
-    columns = min(columns, len(pairs))
+    """Pairs of truth and detection in rows of COLUMNS, on a transparent ground that suits a light and a dark page. At least one image."""
+    pairs = [side_by_side(pixels, truth, detection, names) for pixels, truth, detection in zip(images, truths, detections, strict=True)]
+    columns = min(COLUMNS, len(pairs))
     rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
-    gap, head, cell = side // 48, side // 12, max(image.width for pair in pairs for image in pair.values())
+    gap, head, cell = SIDE // 48, SIDE // 12, max(image.width for pair in pairs for image in pair.values())
     heights = [max(image.height for pair in row for image in pair.values()) for row in rows]
     step = 2 * cell + 4 * gap  # a pair is held together by a narrow gap, and parted from the next by a wide one
     sheet = Image.new("RGBA", (columns * step - 3 * gap, head + sum(heights) + gap * (len(rows) - 1)))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(side / 22)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(SIDE / 22)
     for across in range(columns):
         for k, name in enumerate(pairs[0]):
             pen.text((across * step + k * (cell + gap), head / 2), name, "#7b858f", font, anchor="lm")

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import stat
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from ...data.digits import ScenesSource
 from ...data.sources import Files, Source, Strings, printable
 from ...engine.metrics import optional
 from ...errors import ConfigError, DataError
+from .masks import Masks
 
 SCENES = "embedded:scenes"
 
@@ -48,11 +50,11 @@ KEYS = {
 
 
 class Objects(NamedTuple):
-    """The objects of an image: boxes x0 y0 x1 y1 in pixels (x1 and y1 just outside), labels from 1, masks."""
+    """The objects of an image: boxes x0 y0 x1 y1 in pixels (x1 and y1 just outside), labels from 1, masks Bool "h w"."""
 
     boxes: Float32[np.ndarray, "n 4"]
     labels: Int64[np.ndarray, " n"]
-    masks: Bool[np.ndarray, "n h w"]
+    masks: Sequence[Bool[np.ndarray, "h w"]]
 
 
 class CocoSet:
@@ -118,11 +120,7 @@ class CocoSet:
         h, w = self.size(index)
         x, y, width, height = self.boxes[rows].T
         boxes = np.stack([x.clip(0, w), y.clip(0, h), (x + width).clip(0, w), (y + height).clip(0, h)], 1).astype(np.float32)
-        masks = np.zeros((0, h, w), dtype=bool)
-        if rows:
-            codes = [{"size": [h, w], "counts": self.codes[k]} for k in rows]
-            masks = np.ascontiguousarray(_api().decode(codes).transpose(2, 0, 1)).astype(bool)
-        return Objects(boxes, self.object_labels[rows], masks)
+        return Objects(boxes, self.object_labels[rows], Masks(rows, lambda k: self._mask(k, h, w)))
 
     @property
     def truth(self) -> dict[str, Any]:
@@ -139,6 +137,9 @@ class CocoSet:
             ]  # fmt: skip
         categories = [{"id": c, "name": name} for c, name in zip(self.category_ids, self.classes, strict=True)]
         return {"images": images, "categories": categories, "annotations": annotations}
+
+    def _mask(self, k: int, h: int, w: int) -> Bool[np.ndarray, "{h} {w}"]:
+        return _api().decode({"size": [h, w], "counts": self.codes[k]}).view(bool)
 
     def _rows(self, index: int) -> range:
         i = self.chosen[index]
@@ -297,6 +298,9 @@ class _Part:
     def content(self) -> None:
         """All else. Fills in what each annotation lacks."""
         images, categories, _ = (self.unique(name) for name in KEYS)
+        names = Counter(str(c["name"]) for c in categories.values())
+        if repeated := [name for name, count in names.items() if count > 1]:
+            self.wrong["names of categories that repeat"] = repeated
         sized: dict[int, tuple[int, int]] = {}
         busy: set[int] = set()
         for image in images.values():

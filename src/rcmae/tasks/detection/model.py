@@ -99,7 +99,7 @@ def detector(backbone: Backbone, classes: int, settings: Detect) -> Detector:
     Raises ConfigError when the backbone is no plain ViT or does not fit `settings.size`.
     """
     s, width = settings, settings.width
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # it is built on the CPU
         torch.manual_seed(s.seed)
         pyramid = Pyramid(backbone.vit, s)
         norm = LayerNorm2d if s.preset == "vitdet" else nn.BatchNorm2d

@@ -24,7 +24,7 @@ class Whole(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         try:
-            image, _ = fit(self.images.pixels(i, self.channels), self.size)
+            image = fit(self.images.pixels(i, self.channels), self.size)
             return {"index": i, "image": image, "original": self.images.size(i), "bad": []}
         except BadImage as e:
             return {"index": i, "image": None, "original": None, "bad": [(i, self.images.where(i), str(e))]}

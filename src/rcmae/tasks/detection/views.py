@@ -37,33 +37,35 @@ class Jitter:
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"], objects: Objects, rng: np.random.Generator) -> dict[str, Tensor]:
         """Gives "image" uint8 [c s s], "boxes" float32 [n 4] around what is left of masks, "labels" int64 [n], "masks" bool [n s s]."""
-        s, masks = self.size, objects.masks
-        if self.flip and rng.random() < 0.5:
-            image, masks = image[:, ::-1].copy(), masks[:, :, ::-1]
+        s = self.size
+        flipped = self.flip and rng.random() < 0.5
+        if flipped:
+            image = image[:, ::-1].copy()
         shape = fitted(image.shape[:2], s * rng.uniform(*self.scale))
         (top, h), (left, w) = ((int(rng.integers(max(side - s, 0) + 1)), min(side, s)) for side in shape)
         canvas = self.fill.repeat(1, s, s)
         canvas[:, :h, :w] = resized(image, shape)[:, top : top + h, left : left + w]
         rows, columns = nearest(image.shape[0], shape[0])[top : top + h], nearest(image.shape[1], shape[1])[left : left + w]
+        if flipped:
+            columns = image.shape[1] - 1 - columns
         kept: dict[int, np.ndarray] = {}
-        for k in rng.permutation(len(masks)).tolist():
+        for k in rng.permutation(len(objects.masks)).tolist():
             if len(kept) == self.max_instances:
                 break
-            part = masks[k][:, columns][rows]
+            part = objects.masks[k][:, columns][rows]
             if np.count_nonzero(part) >= LEAST:
                 kept[k] = part
         order = sorted(kept)
         found = torch.zeros(len(order), s, s, dtype=torch.bool)
         for place, k in enumerate(order):
-            found[place, :h, :w] = torch.from_numpy(kept[k])
+            found[place, :h, :w] = torch.from_numpy(kept.pop(k))
         boxes = masks_to_boxes(found) + torch.tensor([0.0, 0.0, 1.0, 1.0])
         return {"image": canvas, "boxes": boxes, "labels": torch.from_numpy(objects.labels[order]), "masks": found}
 
 
-def fit(image: UInt8[np.ndarray, "h w c"], size: int) -> tuple[UInt8[Tensor, "c gh gw"], float]:
-    """For evaluation: the longest side becomes `size`, and nothing is added. Also the factor, exact but for whole numbers of pixels."""
-    shape = fitted(image.shape[:2], size)
-    return resized(image, shape), size / max(image.shape[:2])
+def fit(image: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[Tensor, "c gh gw"]:
+    """For evaluation: the longest side becomes `size`, and nothing is added."""
+    return resized(image, fitted(image.shape[:2], size))
 
 
 def fitted(shape: tuple[int, ...], side: float) -> tuple[int, int]:
