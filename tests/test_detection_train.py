@@ -65,8 +65,21 @@ def straight(tmp_path_factory, sets) -> tuple[Path, dt.Detected]:
     return out, run(out, sets)
 
 
-@pytest.mark.parametrize("stops", [(1,), (3, 4)])
-def test_a_stopped_run_goes_on_to_the_same_bit(tmp_path, sets, straight, monkeypatch, stops):
+SHORT = dataclasses.replace(TINY, steps=3, warmup_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("stops", "settings", "machine"),
+    [
+        ((1,), TINY, {}),
+        ((3, 4), TINY, {}),
+        ((2,), dataclasses.replace(SHORT, preset="benchmarking"), {}),
+        ((2,), SHORT, {"precision": "bf16", "accumulate": 2}),
+    ],
+    ids=["early", "twice", "benchmarking", "bf16 in two parts"],
+)
+def test_a_stopped_run_goes_on_to_the_same_bit(tmp_path, sets, straight, monkeypatch, stops, settings, machine):
+    whole = straight if settings is TINY else (tmp_path / "whole", run(tmp_path / "whole", sets, settings, **machine))
     update = dt.Run.update
     for stop in stops:
 
@@ -78,10 +91,10 @@ def test_a_stopped_run_goes_on_to_the_same_bit(tmp_path, sets, straight, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(dt.Run, "update", counted)
             with pytest.raises(Preempted, match=f"SIGTERM; saved at step {stop}, run the same command again"):
-                run(tmp_path / "run", sets)
-    found = run(tmp_path / "run", sets)
-    assert weights(tmp_path / "run") == weights(straight[0])
-    assert found.results == straight[1].results and found.history == straight[1].history
+                run(tmp_path / "run", sets, settings, **machine)
+    found = run(tmp_path / "run", sets, settings, **machine)
+    assert weights(tmp_path / "run") == weights(whole[0])
+    assert found.results == whole[1].results and found.history == whole[1].history
 
 
 def test_workers_change_nothing_and_seeds_do(tmp_path, sets, straight):
