@@ -68,7 +68,7 @@ def score_detector(checkpoint: Path, how: Scoring, say: Callable[[str], None] = 
         for line in test.notes:
             screen.say(f"note: {line}")
         if how.results:
-            results = load_results(how.results)
+            results = load_results(how.results, test.truth)
         else:
 
             def note(bad: list[Bad]) -> None:
