@@ -309,7 +309,52 @@ def test_a_file_of_results_scores_the_same(random_set, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))
     for kind in ("bbox", "segm"):
-        assert ap.evaluate(truth, ap.load_results(path), kind) == ap.evaluate(truth, results, kind)
+        assert ap.evaluate(truth, ap.load_results(path, truth), kind) == ap.evaluate(truth, results, kind)
+
+
+@pytest.mark.parametrize("form", ["polygons", "plain run lengths", "compressed run lengths"])
+def test_every_form_of_a_mask_in_a_file_is_read(form, tmp_path):
+    box, mask = [4, 3, 20, 10], np.zeros((40, 40), np.uint8, "F")
+    mask[3:13, 4:24] = 1
+    shape = {
+        "polygons": [[4, 3, 24, 3, 24, 13, 4, 13]],
+        "plain run lengths": {"size": [40, 40], "counts": [163, *[10, 30] * 19, 10, 667]},
+        "compressed run lengths": encoded(mask),
+    }[form]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5, "segmentation": shape}]))
+    [found] = ap.load_results(path, toy())
+    assert found["segmentation"] == encoded(mask)
+
+
+def test_what_results_have_is_scored():
+    box, mask = {"bbox": [0, 0, 1, 1]}, {"segmentation": encoded(np.ones((2, 2)))}
+    nothing = {"bbox": None, "segmentation": None}
+    assert ap.kinds_of([]) == ap.kinds_of([box | mask]) == ["bbox", "segm"]
+    assert ap.kinds_of([box | mask, nothing | box]) == ap.kinds_of([box]) == ["bbox"]
+    assert ap.kinds_of([mask | box, mask]) == ["segm"]
+    with pytest.raises(DataError, match="neither boxes nor masks can be scored"):
+        ap.kinds_of([mask, box])
+
+
+TEXT = encoded(np.eye(40))["counts"]
+
+
+@pytest.mark.parametrize("counts", [
+    TEXT[:-1], TEXT[1:], TEXT[:20] + "o" + TEXT[21:], "oooooooo", "", "a word", "caf\u00e9", TEXT + "\ud800", [1600, 1], [-1, 1601],
+    [1600.0], [True] * 1600, ["1600"], [], 1600.0, None, -1, {},
+])  # fmt: skip
+def test_damaged_run_lengths_are_named_before_a_library_sees_them(tmp_path, counts):
+    _refused(tmp_path, {"segmentation": {"size": [40, 40], "counts": counts}}, "run lengths that do not make up the image; .* 40 high")
+
+
+def _refused(tmp_path, change, says):
+    fine = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([fine | {"segmentation": encoded(np.eye(40))}, fine | change if isinstance(change, dict) else change]))
+    with pytest.raises(DataError, match=rf"^entry 1 of the results .*results.json .*{says}.*$") as e:
+        ap.load_results(path, toy())
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -318,24 +363,25 @@ def test_a_file_of_results_scores_the_same(random_set, tmp_path):
         (3, "is not an object"), ({"image_id": "x"}, "image_id, not 'x'"), ({"category_id": True}, "category_id, not True"),
         ({"score": None}, "score, not None"), ({"score": float("nan")}, "score, not nan"), ({"bbox": [1, 2, 3]}, "four finite numbers"),
         ({"bbox": [0, 0, -1, 2]}, "four finite numbers"), ({"bbox": None}, "neither"), ({"segmentation": "abc"}, "run lengths"),
+        ({"score": 10**400}, "finite number as score"), ({"image_id": 99}, "is of image 99"), ({"segmentation": []}, "an empty"),
+        ({"segmentation": [[]]}, "an empty"), ({"segmentation": {}}, "an empty"), ({"segmentation": False}, "an empty"),
+        ({"segmentation": [1, 2, 3, 4, 5, 6]}, "polygons that are not lists"), ({"segmentation": [[0, 0, 9, 0, 9, 1e9]]}, "far outside"),
+        ({"segmentation": {"size": [40, 40]}}, "neither polygons nor run lengths"), ({"segmentation": 7}, "neither polygons nor run"),
+        *(({"segmentation": {"size": size, "counts": TEXT}}, "another size than their image; its image is 40 high and 40 wide")
+          for size in ([40], [41, 40], [-40, -40], [40, 40, 1], ["40", "40"], None, 40, {})),
     ],
 )  # fmt: skip
 def test_what_is_no_result_is_named(tmp_path, entry, says):
-    fine = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps([fine, fine | entry if isinstance(entry, dict) else entry]))
-    with pytest.raises(DataError, match=rf"^entry 1 of the results .*{says}.*$") as e:
-        ap.load_results(path)
-    assert "\n" not in str(e.value)
+    _refused(tmp_path, entry, says)
 
 
 def test_files_and_results_that_do_not_belong_are_refused(tmp_path):
     path = tmp_path / "r.json"
-    for text, says in (("{", "not JSON"), ("{}", "must be a list"), (None, "cannot read")):
+    for text, says in (("{", "not JSON"), ("[" * 100_000, "not JSON"), ("{}", "must be a list"), (None, "cannot read")):
         if text:
             path.write_text(text)
         with pytest.raises(DataError, match=says):
-            ap.load_results(path if text else tmp_path / "none.json")
+            ap.load_results(path if text else tmp_path / "none.json", toy())
     truth, fine = toy(), guess(1, 1, [0, 0, 10, 10], 0.5)
     cases = {
         "of image 99": ("bbox", fine | {"image_id": 99}), "of category 9; .* .1, 2": ("bbox", fine | {"category_id": 9}),

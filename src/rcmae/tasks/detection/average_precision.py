@@ -5,10 +5,9 @@ import importlib
 import importlib.util
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ...engine.metrics import optional
 from ...errors import DataError
+from .coco import run_length_code
 
 Kind = Literal["bbox", "segm"]
 "What is compared: boxes or masks."
@@ -124,29 +124,50 @@ def objects_of(entries: Sequence[Mapping[str, Any]], image: Mapping[str, Any], c
     return objects | ({"scores": torch.tensor([e["score"] for e in entries])} if all("score" in e for e in entries) else {})
 
 
-def load_results(path: Path) -> list[dict[str, Any]]:
-    """COCO results from a JSON file. Raises DataError that names the first entry that is none."""
+def load_results(path: Path, truth: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """COCO results from a JSON file, with masks as compressed run lengths of the size that the image has in `truth`.
+
+    Raises DataError that names the first entry that is no result: damaged run lengths would hang or crash the libraries.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise DataError(f"cannot read the results {path}: {e.strerror}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise DataError(f"the results {path} are not JSON: {e}") from e
     if not isinstance(entries, list):
         raise DataError(f"the results {path} must be a list of detections as COCO's are, not a JSON {type(entries).__name__}")
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     for n, entry in enumerate(entries):
-        if fault := _fault(entry):
+        if fault := _fault(entry, sizes):
             raise DataError(f"entry {n} of the results {path} {fault}")
+        if entry.get("segmentation") is not None:
+            h, w = sizes[entry["image_id"]]
+            try:
+                code = run_length_code(entry["segmentation"], h, w)
+            except ValueError as e:
+                raise DataError(f"entry {n} of the results {path} has {e}; its image is {h} high and {w} wide") from e
+            entry["segmentation"] = {"size": [h, w], "counts": code.decode()}
     return entries
 
 
-def _fault(entry: Any) -> str | None:
-    """What makes it no COCO result, in words; None if it is one."""
+def kinds_of(results: Sequence[Mapping[str, Any]]) -> list[Kind]:
+    """On what they can be scored: of no results both, else what each of them has. Raises DataError when that is nothing."""
+    found: list[Kind] = [kind for kind in get_args(Kind) if all(r.get(_shape(kind)) is not None for r in results)]
+    if not found:
+        raise DataError("some results have no bbox and others no segmentation, so neither boxes nor masks can be scored")
+    return found
+
+
+def _fault(entry: Any, sizes: Mapping[int, tuple[int, int]]) -> str | None:
+    """What makes it no COCO result for images of these sizes, in words, but for its mask; None if it is one."""
     if not isinstance(entry, dict):
         return "is not an object with image_id, category_id, score and bbox or segmentation"
     for key in ("image_id", "category_id"):
         if type(entry.get(key)) is not int:
             return f"needs a whole number as {key}, not {entry.get(key)!r}"
+    if entry["image_id"] not in sizes:
+        return f"is of image {entry['image_id']}, which is not among the images that the annotations list"
     if not _finite(entry.get("score")):
         return f"needs a finite number as score, not {entry.get('score')!r}"
     box, shape = entry.get("bbox"), entry.get("segmentation")
@@ -154,13 +175,13 @@ def _fault(entry: Any) -> str | None:
         return "has neither bbox nor segmentation"
     if box is not None and not (isinstance(box, list) and len(box) == 4 and all(map(_finite, box)) and min(box[2:]) >= 0):
         return f"needs a bbox of four finite numbers x, y, width and height, not {box!r}"
-    if shape is not None and not isinstance(shape, list) and not (isinstance(shape, dict) and {"size", "counts"} <= shape.keys()):
-        return "needs a segmentation of run lengths (size and counts) or polygons"
+    if shape is not None and not (any(shape) if isinstance(shape, list) else shape):
+        return "has an empty segmentation; leave it out, or give run lengths without a pixel"
     return None
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12  # false for what is no number
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

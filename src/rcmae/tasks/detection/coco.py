@@ -465,7 +465,7 @@ def _runs(text: str) -> list[int] | None:
     """Compressed run lengths spelled out: five bits a character, lowest first, a sixth says that more follow; from the fourth on the
     difference to the run before the last. None for other text.
     """
-    c = np.frombuffer(text.encode(errors="replace"), dtype=np.uint8).astype(np.int64) - 48
+    c = np.frombuffer(text.encode(errors="surrogatepass"), dtype=np.uint8).astype(np.int64) - 48
     if not c.size or c.min() < 0 or c.max() > 63 or c[-1] & 32:
         return None
     ends = np.flatnonzero(c < 32)
