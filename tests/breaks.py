@@ -888,6 +888,17 @@ def truth_passes_for_the_detection(old):
     return lambda *given: dict(zip(("truth", "detected"), list(old(*given).values())[::-1], strict=True))
 
 
+# --- detection: reports and ranks -------------------------------------------------------------------------------------
+
+
+def everybody_is_first(old):
+    return lambda name, how, machine: old(name, how, machine) or machine.out
+
+
+def boxes_pass_for_masks(old):
+    return lambda scores, parts, train, total: old(scores, dict.fromkeys(parts, parts["box"]) if parts else {}, train, total)
+
+
 # --- detection: training ----------------------------------------------------------------------------------------------
 
 
@@ -1673,6 +1684,32 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.report.detections:side_by_side",
         truth_passes_for_the_detection,
         "test_detection_score.py::test_pairs_stand_in_rows",
+    ),
+    # --- detection: reports and ranks
+    "detectors: every rank writes the report": (
+        "rcmae.tasks.detection.commands:train_detector",
+        everybody_is_first,
+        "test_distributed.py::test_two_processes_detect_and_learn_to_as_two_micro_batches_do",
+    ),
+    "detectors: the report knows pre-training only": (
+        "rcmae.report:kind_of",
+        lambda old: lambda run: "pre-training",
+        "test_detection_report.py::test_a_detector_that_was_stopped_has_a_page_too",
+    ),
+    "detectors: the report says boxes for masks": (
+        "rcmae.report.detect:verdict",
+        boxes_pass_for_masks,
+        "test_detection_report.py::test_the_page_says_what_the_scores_say",
+    ),
+    "detectors: unreadable images are passed over in silence": (
+        "rcmae.report.detect:bad_files",
+        lambda old: lambda path: [],
+        "test_detection_report.py::test_images_that_could_not_be_read_are_named",
+    ),
+    "detectors: the report of the backbone is silent": (
+        "rcmae.report.build:detector",
+        lambda old: lambda run: None,
+        "test_detection_report.py::test_the_report_of_the_backbone_tells_its_detector",
     ),
     # --- detection: training
     "detectors: proposals are drawn anew after a resume": (

@@ -1,20 +1,36 @@
 """Run by tests/test_distributed.py under torchrun: two processes on the CPU train as one, and stop as one."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import rcmae.loop as loop
+import rcmae.tasks.detection.train as dt
+from rcmae.cli import main
 from rcmae.data.sources import open_source
+from rcmae.engine.distributed import World
 from rcmae.errors import Preempted, ProcessError
 from rcmae.methods.rcmae import RCMAE
-from tests import test_finetune
+from rcmae.tasks.detection import commands
+from rcmae.tasks.detection.coco import SCENES, CocoSet, open_coco
+from rcmae.tasks.detection.model import detector
+from rcmae.tasks.detection.predict import predict
+from tests import test_detection_train, test_finetune
 from tests.test_loop import run
 
 METHODS: dict[str, dict] = {name: {"method": name, "steps": 4, "base_lr": 0.003} for name in ("dino", "ibot", "msn", "mocov3")}
 METHODS["ibot"] |= {"sinkhorn": True}
+
+
+def untrained(images: CocoSet, world: World = World()) -> list[dict]:
+    """What a detector with new weights takes for objects."""
+    model = detector(test_detection_train.backbone(), 10, test_detection_train.TINY)
+    return predict(model, images, size=64, channels=3, device=test_detection_train.CPU, batch=2, world=world)
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -43,6 +59,20 @@ if __name__ == "__main__":
         sets = tuple(open_source(str(Path(data) / name)) for name in ("train", "test"))
         test_finetune.run(out, sets, test_finetune.FULL)
         sys.exit()
+    if case == "detect":
+        sets = open_coco(SCENES, train_images=8, test_images=5, size=64)
+        sets[0].notes.append("said once")
+        commands.open_coco = lambda *names: sets
+        finish = dt.Run.finish
+
+        def kept(self):
+            save_file(self.model.state_dict(), Path(data) / f"rank{rank}.safetensors")
+            (Path(data) / f"found{rank}.json").write_text(json.dumps(untrained(sets[1], self.world)))
+            return finish(self)
+
+        dt.Run.finish = kept
+        own = ["--recipe", f"{data}/tiny.toml", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
+        sys.exit(main(["detect", "train", f"{data}/backbone", "--out", str(out), *own]))
     try:
         run(out, data, **METHODS.get(case, {"steps": 6}))
     except Preempted as e:

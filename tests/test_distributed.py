@@ -1,5 +1,7 @@
 """Two processes are one: the same weights as a single process, one decision about a bad step, one stop."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -9,18 +11,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rcmae.config import to_toml
 from rcmae.data.sources import open_source
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.metrics import read_metrics
-from tests import test_finetune
-from tests.distributed_case import METHODS
+from rcmae.interop.timm_export import export
+from rcmae.tasks.detection.coco import SCENES, open_coco
+from tests import test_detection_train, test_finetune
+from tests.distributed_case import METHODS, untrained
 from tests.test_finetune import fill
 from tests.test_loop import folder, run  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parent.parent
 
 
-def together(out: Path, data: Path, case: str = "plain", fine: bool = True) -> None:
+def together(out: Path, data: Path, case: str = "plain", fine: bool = True) -> str:
+    """What both say."""
     command = [
         sys.executable,
         "-m",
@@ -35,6 +41,7 @@ def together(out: Path, data: Path, case: str = "plain", fine: bool = True) -> N
     done = subprocess.run([*command, str(out), str(data), case], env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode == 0) == fine, done.stdout[-2000:] + done.stderr[-3000:]
     assert not fine or "Warning" not in done.stderr, done.stderr
+    return done.stdout
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -96,6 +103,29 @@ def test_two_processes_fine_tune_as_two_micro_batches_do(tmp_path):
     assert (found["right"].numpy() == one.right).all()
     vals = [[line["accuracy"] for line in read_metrics(tmp_path / k) if line["kind"] == "val"] for k in ("one", "two")]
     assert vals[0] == pytest.approx(vals[1])
+
+
+@pytest.mark.slow
+def test_two_processes_detect_and_learn_to_as_two_micro_batches_do(tmp_path):
+    """Every image is looked at once and in order, both ranks hold one detector in the end, and one of them alone tells of it."""
+    sets = open_coco(SCENES, train_images=8, test_images=5, size=64)
+    settings = dataclasses.replace(test_detection_train.TINY, steps=3, warmup_steps=1)
+    export(test_detection_train.backbone(), tmp_path / "backbone", {})
+    (tmp_path / "tiny.toml").write_text(to_toml(settings))
+    said = together(tmp_path / "two", tmp_path, "detect")
+    assert [said.count(text) for text in ("note: said once", "Open ", "the detector is in")] == [1, 1, 1], said
+    assert (tmp_path / "two" / "report.html").exists()
+
+    found, alone = json.loads((tmp_path / "found0.json").read_text()), untrained(sets[1])
+    assert len(alone) > 20 and [r["image_id"] for r in found] == [r["image_id"] for r in alone]
+    assert [r["score"] for r in found] == pytest.approx([r["score"] for r in alone], abs=1e-5)
+
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    test_detection_train.run(tmp_path / "one", sets, settings, accumulate=2)
+    for name, value in weights(tmp_path / "one").items():
+        if not name.endswith("qkv.bias"):
+            assert torch.allclose(value, first[name], rtol=1e-3, atol=2e-5), name
 
 
 @pytest.mark.slow

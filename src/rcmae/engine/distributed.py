@@ -133,6 +133,8 @@ def wrap(method: nn.Module, world: World) -> nn.Module:
     """The method, its gradients averaged over the ranks."""
     if world.size == 1:
         return method
+    # Of dimensions of size 1, as 1 x 1 kernels have, where strides mean nothing. It comes with the first gradient, so not only in here.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch renames this option; older ones know it by this name only
         return DistributedDataParallel(method, broadcast_buffers=False)

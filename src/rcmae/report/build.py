@@ -178,12 +178,12 @@ def probe_figure(probes: list[dict], floor: dict | None) -> str | None:
     return plot(lines, _apart(levels), "linear probe, % right", markers=True)
 
 
-def rate_figures(train: list[dict]) -> dict[str, str]:
+def rate_figures(train: list[dict], schedule: str = "cosine") -> dict[str, str]:
     if not train:
         return {}
     x = column(train, "step")
     return {
-        "Learning rate: warm-up, then cosine.": plot([Line("learning rate", "ink", x, column(train, "lr"))], ylabel="learning rate"),
+        f"Learning rate: warm-up, then {schedule}.": plot([Line("learning rate", "ink", x, column(train, "lr"))], ylabel="learning rate"),
         "Images a second while training (probes and saving not counted).": plot(
             [Line("speed", "ink", x, column(train, "images_per_s"))], ylabel="images/s"
         ),

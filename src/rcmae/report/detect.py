@@ -46,8 +46,8 @@ def render(run: Path) -> str:
         run=run.resolve().name, path=run.as_posix(), step=train[-1]["step"] if train else 0, total=machine.get("steps"),
         recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, parts=parts, said=said,
         curves=curve_figure(list(parts.values())) if parts else None, progress=progress_figure(history) if len(history) > 1 else None,
-        losses=plot(losses, ylabel="loss") if train else None, rates=rate_figures(train), pictures=_pictures(run), events=events[-20:],
-        bad=bad, bad_test=bad_test,
+        losses=plot(losses, ylabel="loss") if train else None, rates=rate_figures(train, recipe.schedule), pictures=_pictures(run),
+        events=events[-20:], bad=bad, bad_test=bad_test,
     )  # fmt: skip
 
 
@@ -82,12 +82,13 @@ def _share(percent: float | None) -> float | None:
     return None if percent is None else percent / 100
 
 
-def _pictures(run: Path) -> dict[str, str]:
+def _pictures(run: Path) -> dict[str, list[str]]:
+    """A picture an example: one beside another on a desk, one below another on a telephone."""
     file = run / "examples.safetensors"
     if not file.exists():
         return {}
     classes, examples = read_examples(file)
-    return {name: embedded(grid(*zip(*kept, strict=True), classes)) for name, kept in examples.items() if kept}
+    return {name: [embedded(grid(*([part] for part in example), classes)) for example in kept] for name, kept in examples.items()}
 
 
 def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, threshold: float = 0.5, device: str = "auto") -> list[Path]:
