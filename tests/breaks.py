@@ -826,7 +826,11 @@ def labels_pass_for_categories(old):
 
 
 def masks_upside_down(old):
-    return lambda detection, *given: old({**detection, "masks": detection["masks"].flip(1)}, *given)
+    return lambda detection, *given: old({**detection, "masks": [mask.flip(0) for mask in detection["masks"]]}, *given)
+
+
+def all_masks_are_pasted(old):
+    return lambda detection, *given: old({**detection, "masks": list(detection["masks"])}, *given)
 
 
 def the_best_images_first(old):
@@ -1624,6 +1628,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.tasks.detection.average_precision:results_of",
         masks_upside_down,
         "test_detection_score.py::test_results_say_what_was_detected",
+    ),
+    "detection: all masks of an image are pasted at once": (
+        "rcmae.tasks.detection.average_precision:results_of",
+        all_masks_are_pasted,
+        "test_detection_score.py::test_results_and_pictures_look_at_one_mask_at_a_time",
     ),
     "detection: the best images come first": (
         "rcmae.tasks.detection.average_precision:misses",

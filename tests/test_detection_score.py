@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import sys
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +21,7 @@ from rcmae.data.digits import scene, write_coco
 from rcmae.errors import ConfigError, DataError, StorageError
 from rcmae.report import detections as pictures
 from rcmae.tasks.detection import average_precision as ap
+from rcmae.tasks.detection.masks import Masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # pycocotools 2.0.11
 
@@ -292,6 +294,22 @@ def test_results_say_what_was_detected(count):
     back = ap.objects_of(found, {"id": 33, "height": 40, "width": 60}, ids)
     for name, value in detection.items():
         assert back[name].dtype == value.dtype and torch.allclose(back[name].float(), value.float(), atol=1e-5), name
+
+
+def test_results_and_pictures_look_at_one_mask_at_a_time():
+    plain, seen = detection_of(), []
+    alive = lambda: sum(mask() is not None for mask in seen)  # noqa: E731
+
+    def make(mask: torch.Tensor) -> torch.Tensor:
+        assert alive() <= 1, "the next is made while the last one may still have its name"
+        made = mask.clone()
+        seen.append(weakref.ref(made))
+        return made
+
+    lazy = plain | {"masks": Masks(plain["masks"], make)}
+    assert ap.results_of(lazy, 33, [4, 11, 2]) == ap.results_of(plain, 33, [4, 11, 2]) and len(seen) == 5
+    drawn = pictures.draw_objects(photo(), lazy, NAMES, 0.4)
+    assert drawn == pictures.draw_objects(photo(), plain, NAMES, 0.4) and len(seen) == 5 + (plain["scores"] >= 0.4).sum()
 
 
 def test_objects_of_polygons_and_of_entries_without_masks_or_boxes():

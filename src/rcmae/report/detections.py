@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, StorageError
 from ..tasks.detection.average_precision import Precision
+from ..tasks.detection.masks import Masks
 from .curves import Line, column, plot
 
 Colour = tuple[int, int, int]
@@ -34,7 +36,7 @@ def colour_of(label: int) -> Colour:
 
 def draw(
     pixels: UInt8[np.ndarray, "h w c"], boxes: Float[np.ndarray, "m 4"], texts: Sequence[str], colours: Sequence[Colour],
-    masks: Bool[np.ndarray, "m h w"] | None = None, least: int = 640, most: int | None = None,
+    masks: Sequence[Bool[np.ndarray, "h w"]] | Bool[np.ndarray, "m h w"] | None = None, least: int = 640, most: int | None = None,
 ) -> Image.Image:  # fmt: skip
     """An image with boxes (x0 y0 x1 y1 in its pixels), translucent masks, and a label at each box; the first lie on top.
 
@@ -110,28 +112,29 @@ def _common(a: Rectangle, b: Rectangle) -> int:
 
 
 def draw_objects(
-    pixels: UInt8[np.ndarray, "h w c"], objects: Mapping[str, Tensor], names: Sequence[str], threshold: float = 0.5,
+    pixels: UInt8[np.ndarray, "h w c"], objects: Mapping[str, Any], names: Sequence[str], threshold: float = 0.5,
     least: int = 640, most: int | None = None,
 ) -> Image.Image:  # fmt: skip
-    """A detection or the truth: boxes "m 4" in the image's pixels, labels "m" (1: the first name), perhaps masks "m h w" and scores "m".
+    """A detection or the truth: boxes "m 4" in the image's pixels, labels "m" (1: the first name), perhaps m masks "h w" and scores "m".
 
     Of what has scores, that which scores at least `threshold`, the most certain on top and labelled "name 0.97".
     """
-    found = {name: value.detach().cpu() for name, value in objects.items()}
+    found = {name: objects[name].detach().cpu() for name in ("boxes", "labels", "scores") if name in objects}
+    chosen = range(len(found["labels"]))
     if "scores" in found:
-        chosen = found["scores"].argsort(descending=True, stable=True)
-        chosen = chosen[found["scores"][chosen] >= threshold]
-        found = {name: value[chosen] for name, value in found.items()}
+        order = found["scores"].argsort(descending=True, stable=True)
+        order = order[found["scores"][order] >= threshold]
+        chosen, found = order.tolist(), {name: value[order] for name, value in found.items()}
     labels = found["labels"].tolist()
     texts = [names[label - 1] for label in labels]
     if "scores" in found:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, found["scores"].tolist(), strict=True)]
-    masks = found["masks"].numpy() if "masks" in found else None
+    masks = Masks(chosen, lambda k: objects["masks"][k].cpu().numpy()) if "masks" in objects else None
     return draw(pixels, found["boxes"].float().numpy(), texts, [colour_of(label) for label in labels], masks, least, most)
 
 
 def save_picture(
-    pixels: UInt8[np.ndarray, "h w c"], detection: Mapping[str, Tensor], names: Sequence[str], target: Path, threshold: float = 0.5
+    pixels: UInt8[np.ndarray, "h w c"], detection: Mapping[str, Any], names: Sequence[str], target: Path, threshold: float = 0.5
 ) -> None:
     """Write an image with what was detected on it. Raises ConfigError (the target's ending) and StorageError."""
     try:

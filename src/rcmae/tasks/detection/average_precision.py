@@ -86,20 +86,21 @@ def library(backend: Backend = "auto") -> Library:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def results_of(detection: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def results_of(detection: Mapping[str, Any], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """The detections of one image as COCO results: plain values that JSON holds, none of them rounded.
 
-    `detection`: boxes Float "m 4" as x0 y0 x1 y1 in pixels of the original image, labels Int "m", scores Float "m", masks Bool
-    "m H W" at the original size. Label k is the category `category_ids[k - 1]`. A mask becomes compressed run lengths as text.
+    `detection`: boxes Float "m 4" as x0 y0 x1 y1 in pixels of the original image, labels Int "m", scores Float "m", and m masks Bool "H W"
+    at the original size, which are looked at one after the other. Label k is the category `category_ids[k - 1]`. A mask becomes
+    compressed run lengths as text.
     """
-    found = {name: value.detach().cpu() for name, value in detection.items()}
-    corners = found["boxes"].double()
+    labels, scores, corners = detection["labels"].tolist(), detection["scores"].tolist(), detection["boxes"].detach().cpu().double()
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-    masks = library().mask.encode(found["masks"].transpose(1, 2).contiguous().byte().numpy().T)  # "H W m" in Fortran's order
+    encode = library().mask.encode
+    masks = (encode(np.asfortranarray(mask.cpu().numpy(), np.uint8)) for mask in detection["masks"])
     return [
         {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score,
          "segmentation": {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}}
-        for label, box, score, mask in zip(found["labels"].tolist(), boxes.tolist(), found["scores"].tolist(), masks, strict=True)
+        for label, box, score, mask in zip(labels, boxes.tolist(), scores, masks, strict=True)
     ]  # fmt: skip
 
 

@@ -38,6 +38,7 @@ from torchvision.ops._utils import convert_boxes_to_roi_format
 
 from ...engine.checkpoint import replace_file
 from ...models.backbone import Backbone
+from .masks import Masks
 from .pyramid import LayerNorm2d, Pyramid
 from .settings import Detect
 
@@ -70,11 +71,12 @@ class Detector(nn.Module):
         return losses | self.heads(maps, proposals, shapes, targets)
 
     @torch.no_grad()
-    def detect(self, images: list[UInt8[Tensor, "c _ _"]], originals: list[tuple[int, int]]) -> list[Target]:
+    def detect(self, images: list[UInt8[Tensor, "c _ _"]], originals: list[tuple[int, int]]) -> list[dict[str, Any]]:
         """Objects of images that were resized until their longer side is `size`. In evaluation mode.
 
         `originals` are the heights and widths they had before. Returns, for each image, boxes Float "m 4" in pixels of the original, labels
-        Int "m" from 1, scores Float "m" (falling) and masks Bool "m h w" as large as the original; at most 100 objects.
+        Int "m" from 1, scores Float "m" (falling), and as masks a sequence of m Bool "h w" as large as the original, each of which is made
+        when it is asked for; at most 100 objects.
         """
         x = self.mean.new_zeros(len(images), self.mean.shape[1], self.size, self.size)
         shapes = [(image.shape[1], image.shape[2]) for image in images]
@@ -85,7 +87,8 @@ class Detector(nn.Module):
         found = self.heads(maps, proposals, shapes)
         for target, (h, w), (height, width) in zip(found, shapes, originals, strict=True):
             target["boxes"] = target["boxes"] * target["boxes"].new_tensor([width / w, height / h, width / w, height / h])
-            target["masks"] = paste(target["masks"], target["boxes"], (height, width))
+            pairs = list(zip(target["masks"], target["boxes"], strict=True))
+            target["masks"] = Masks(pairs, lambda pair, shape=(height, width): paste(*pair, shape))
         return found
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -261,14 +264,13 @@ def cut(
     return roi_align(masks[:, None].float(), regions, side, aligned=True)[:, 0]
 
 
-def paste(masks: Float[Tensor, "m g g"], boxes: Float[Tensor, "m 4"], shape: tuple[int, int]) -> Bool[Tensor, "m h w"]:
-    """The reverse: where the probability, interpolated at pixel centres, is 0.5 or more."""
-    found = masks.new_zeros(len(masks), *shape, dtype=torch.bool)
-    last = boxes.new_tensor([shape[1], shape[0]])
-    first, end = boxes[:, :2].floor().clamp(min=0).int().tolist(), boxes[:, 2:].ceil().minimum(last).int().tolist()
-    for canvas, mask, box, (left, top), (right, bottom) in zip(found, masks, boxes, first, end, strict=True):
-        x, y = ((torch.arange(a, b, device=box.device) + 0.5 - box[i]) / (box[i + 2] - box[i]) * 2 - 1
-                for i, a, b in ((0, left, right), (1, top, bottom)))  # fmt: skip
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2)
-        canvas[top:bottom, left:right] = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0] >= 0.5
-    return found
+def paste(mask: Float[Tensor, "g g"], box: Float[Tensor, "4"], shape: tuple[int, int]) -> Bool[Tensor, "h w"]:
+    """The reverse, of one object: where the probability, interpolated at pixel centres, is 0.5 or more."""
+    canvas = mask.new_zeros(shape, dtype=torch.bool)
+    left, top = box[:2].floor().clamp(min=0).int().tolist()
+    right, bottom = box[2:].ceil().minimum(box.new_tensor(shape[::-1])).int().tolist()
+    x, y = ((torch.arange(a, b, device=box.device) + 0.5 - box[i]) / (box[i + 2] - box[i]) * 2 - 1
+            for i, a, b in ((0, left, right), (1, top, bottom)))  # fmt: skip
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2)
+    canvas[top:bottom, left:right] = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0] >= 0.5
+    return canvas
