@@ -106,7 +106,7 @@ def test_crowds_are_scored_but_not_trained_on_and_empty_images_stay(train):
     assert len(train.truth["annotations"]) == 5
     assert not any((m == block(0, 0, 6, 7)).all() for m in train.objects(0).masks)
     empty = train.objects(2)
-    assert (empty.boxes.shape, empty.labels.shape, len(empty.masks)) == ((0, 4), (0,), 0)
+    assert (empty.labels.shape, len(empty.masks)) == ((0,), 0)
     assert train.notes == ["crowds, left out of training: 1 (104)", "images without an object to train on: 1 (30)"]
 
 
@@ -114,7 +114,6 @@ def test_the_truth_keeps_areas_and_boxes_as_they_are_written(train):
     by_id = {a["id"]: a for a in train.truth["annotations"]}
     assert (by_id[101]["area"], by_id[101]["bbox"]) == (7.5, [1, 3, 29, 20])
     assert by_id[105]["area"] == 12, "of the mask, where the file has none"
-    assert train.objects(0).boxes[0].tolist() == [1, 3, 30, 23]
 
 
 def test_it_travels_and_its_fingerprint_is_of_the_annotations(train, tmp_path):
@@ -122,7 +121,7 @@ def test_it_travels_and_its_fingerprint_is_of_the_annotations(train, tmp_path):
     assert again.fingerprint() == train.fingerprint()
     assert np.array_equal(again.objects(0).masks, train.objects(0).masks)
     assert open_coco(str(write(tmp_path / "same")))[0].fingerprint() == train.fingerprint()
-    for key, change in (("bbox", [4, 3, 15, 14]), ("category_id", 90), ("iscrowd", 1), ("segmentation", [BAND])):
+    for key, change in (("bbox", [1, 1, 3, 3.5]), ("category_id", 90), ("iscrowd", 1), ("segmentation", [[1, 1, 4, 1, 4, 4, 1, 4]])):
         other = layout()
         other["annotations"][4][key] = change
         assert open_coco(str(write(tmp_path / key, other)))[0].fingerprint() != train.fingerprint(), key
@@ -269,19 +268,33 @@ def test_what_is_no_set_is_one_line(tmp_path):
 
 def test_a_few_boxes_without_area_are_noted_as_coco_has_them(tmp_path):
     found = layout()
-    found["annotations"] += [annotation(1000 + k, 10, segmentation=[BAND]) for k in range(1000)]
+    found["annotations"] += [annotation(1000 + k, 10, segmentation=[BAND], bbox=[1, 20, 29, 3]) for k in range(1000)]
     found["annotations"][500]["bbox"] = [4, 3, 5.5, 0]
     found["annotations"][600]["segmentation"] = [[3, 4, 5, 6]]
-    found["annotations"][700]["bbox"] = [-2, 3, 20, 90]
+    found["annotations"][700]["bbox"] = [-2, 20, 36, 4]
     key = [found["annotations"][k]["id"] for k in (500, 600, 700)]
     train = open_coco(str(write(tmp_path, found)))[0]
     assert f"boxes without area, left out of training: 1 ({key[0]})" in train.notes
     assert f"masks without a pixel, left out of training: 1 ({key[1]})" in train.notes
-    assert f"boxes that stick out of their image, cut at its edge: 1 ({key[2]})" in train.notes
+    assert f"boxes that stick out of their image: 1 ({key[2]})" in train.notes
     objects = train.objects(0)
-    assert len(objects.boxes) == 3 + 1000 - 2 and len(train.truth["annotations"]) == 1005, "left out of training, not of the truth"
-    assert (objects.boxes[:, 2:] > objects.boxes[:, :2]).all()
-    assert objects.boxes.min() == 0 and objects.boxes[:, 3].max() == H
+    assert len(objects.labels) == 3 + 1000 - 2 and len(train.truth["annotations"]) == 1005, "left out of training, not of the truth"
+
+
+def test_boxes_beside_their_masks_are_noted_and_many_of_them_refused(tmp_path):
+    """As of a file whose boxes are x0 y0 x1 y1, or around another object; crowds do not count, and small ones may be rounded."""
+    found = layout()
+    found["annotations"] += [annotation(1000 + k, 10, segmentation=[BAND], bbox=[1, 20, 29, 3]) for k in range(96)]
+    tiny = annotation(2000, 10, segmentation={"size": [H, W], "counts": run_lengths(block(6, 6, 1, 1))}, bbox=[5.4, 5.4, 1.2, 1.2])
+    found["annotations"].append(tiny)
+    found["annotations"][3]["bbox"] = [20, 10, 5, 5]
+    assert not any("around" in note for note in open_coco(str(write(tmp_path / "none", found)))[0].notes)
+    for a in found["annotations"][40:50]:
+        a["bbox"] = [1, 20, 30, 23]
+    assert "boxes that are not around their masks: 10 (1035, 1036, 1037, ...)" in open_coco(str(write(tmp_path / "few", found)))[0].notes
+    found["annotations"][50]["bbox"] = [1, 2, 29, 3]
+    with pytest.raises(DataError, match=r"not around their masks \(a box must be x, y, width and height\): 11 \(1035"):
+        open_coco(str(write(tmp_path / "many", found)))
 
 
 def test_without_pycocotools_the_extra_is_named(tmp_path, monkeypatch):
@@ -315,7 +328,8 @@ def test_scenes_are_a_set_whose_objects_are_what_was_drawn():
             objects = part.objects(index)
             assert np.array_equal(part.pixels(index), image)
             assert objects.labels.tolist() == [i.label + 1 for i in instances]
-            assert objects.boxes.tolist() == [[x, y, x + w, y + h] for x, y, w, h in (i.box for i in instances)]
+            boxes = [a["bbox"] for a in part.truth["annotations"] if a["image_id"] == part.image_id(index)]
+            assert boxes == [list(i.box) for i in instances]
             assert np.array_equal(objects.masks, np.stack([i.mask for i in instances]))
 
 
@@ -384,7 +398,7 @@ def picture(h: int, w: int, n: int, seed: int = 0) -> tuple[np.ndarray, Objects]
     for k in range(n):
         top, left = draws.integers(h), draws.integers(w)
         masks[k] = block(top, left, draws.integers(1, h + 1), draws.integers(1, w + 1), (h, w))
-    return image, Objects(np.zeros((n, 4), np.float32), np.arange(1, n + 1), masks)
+    return image, Objects(np.arange(1, n + 1), masks)
 
 
 def brute(mask: np.ndarray) -> list[int]:
@@ -415,9 +429,7 @@ def test_image_and_masks_move_as_one():
         masks = np.stack([block(3, 4, 12, 9, (48, side)), block(20, side // 2, 20, 9, (48, side))])
         image = np.zeros((48, side, 3), np.uint8)
         image[masks[0]], image[masks[1]] = (255, 0, 0), (0, 255, 0)
-        view = Jitter(64, (0.5, 2.5), True, 100, GREY)(
-            image, Objects(np.zeros((2, 4), np.float32), np.array([1, 2]), masks), np.random.default_rng(seed)
-        )
+        view = Jitter(64, (0.5, 2.5), True, 100, GREY)(image, Objects(np.array([1, 2]), masks), np.random.default_rng(seed))
         for label, mask in zip(view["labels"], view["masks"], strict=True):
             shown = (view["image"][label - 1] > 127) & (view["image"][2] == 0)  # the rest of the square is grey
             edge = 2 * (mask.any(0).sum() + mask.any(1).sum())  # what a shift by a pixel both ways would change
@@ -453,7 +465,7 @@ def test_at_scale_one_a_square_stays_and_two_flips_are_none():
     once = flip(image, objects, Fixed())
     assert np.array_equal(once["image"].permute(1, 2, 0), image[:, ::-1])
     assert np.array_equal(once["masks"], objects.masks[seen][:, :, ::-1])
-    turned = Objects(once["boxes"].numpy(), once["labels"].numpy(), once["masks"].numpy())
+    turned = Objects(once["labels"].numpy(), once["masks"].numpy())
     twice = flip(once["image"].permute(1, 2, 0).numpy(), turned, Fixed())
     assert all(torch.equal(twice[k], same[k]) for k in same)
     drawn = {bool(np.array_equal(flip(image, objects, np.random.default_rng(s))["masks"], same["masks"])) for s in range(12)}
@@ -476,7 +488,7 @@ def test_scales_keep_their_bounds_and_what_is_not_filled_is_the_mean():
 def test_crops_reach_every_side():
     """At twice the square, the four corners of an image are seen by some crops, and not all of them by one."""
     masks = np.stack([block(t, x, 4, 4, (32, 32)) for t in (0, 28) for x in (0, 28)])
-    objects = Objects(np.zeros((4, 4), np.float32), np.arange(1, 5), masks)
+    objects = Objects(np.arange(1, 5), masks)
     seen = [
         Jitter(32, (2.0, 2.0), False, 9, GREY)(np.zeros((32, 32, 3), np.uint8), objects, np.random.default_rng(s))["labels"].tolist()
         for s in range(99)
@@ -487,11 +499,11 @@ def test_crops_reach_every_side():
 
 def test_of_many_objects_a_random_choice_is_kept():
     image = np.zeros((32, 32, 3), np.uint8)
-    objects = Objects(np.zeros((8, 4), np.float32), np.arange(1, 9), np.stack([block(4 * k, 0, 4, 32, (32, 32)) for k in range(8)]))
+    objects = Objects(np.arange(1, 9), np.stack([block(4 * k, 0, 4, 32, (32, 32)) for k in range(8)]))
     kept = [Jitter(32, (1.0, 1.0), False, 3, GREY)(image, objects, np.random.default_rng(s))["labels"].tolist() for s in range(60)]
     assert all(len(k) == 3 and k == sorted(k) for k in kept)
     assert np.bincount(np.ravel(kept), minlength=9)[1:].min() > 8
-    hidden = Objects(objects.boxes, objects.labels, objects.masks & (np.arange(8) > 4)[:, None, None])
+    hidden = Objects(objects.labels, objects.masks & (np.arange(8) > 4)[:, None, None])
     assert Jitter(32, (1.0, 1.0), False, 3, GREY)(image, hidden, np.random.default_rng(0))["labels"].tolist() == [6, 7, 8], (
         "none is lost to what is not seen"
     )
@@ -512,7 +524,7 @@ def test_masks_are_made_one_at_a_time_and_no_more_of_them_than_are_kept():
         nonlocal alive
         alive -= 1
 
-    objects = Objects(np.zeros((20, 4), np.float32), np.arange(1, 21), Masks(range(20), make))
+    objects = Objects(np.arange(1, 21), Masks(range(20), make))
     view = Jitter(32, (1.0, 1.0), True, 6, GREY)(np.zeros((32, 32, 3), np.uint8), objects, np.random.default_rng(0))
     assert (len(view["masks"]), made, most) == (6, 6, 1)
 
@@ -522,7 +534,7 @@ def test_masks_are_made_one_at_a_time_and_no_more_of_them_than_are_kept():
 def test_no_shape_of_an_image_ends_a_run(shape, channels):
     for seed in range(6):
         masks = np.ones((seed % 3, *shape), bool)
-        objects = Objects(np.zeros((len(masks), 4), np.float32), np.arange(1, len(masks) + 1), masks)
+        objects = Objects(np.arange(1, len(masks) + 1), masks)
         image = np.zeros((*shape, channels), np.uint8)
         view = Jitter(48, (0.1, 2.0), True, 100, (0.5,) * channels)(image, objects, np.random.default_rng(seed))
         assert view["image"].shape == (channels, 48, 48) and view["boxes"].shape == (len(view["labels"]), 4)

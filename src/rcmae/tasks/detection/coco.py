@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 
 from ...config import hint
 from ...data.dataset import read_image
@@ -35,6 +35,12 @@ FLAT_SHARE = 0.001
 BLANK_SHARE = 0.01
 "Share of the annotations whose masks may hold no pixel, as those of very small objects do. They are left out of training."
 
+BESIDE_SHARE = 0.1
+"Share of the annotations whose boxes may not be around their masks. COCO's nearly all are; of boxes in another format few would be."
+
+OVERLAP = 0.5
+"Least intersection over union of a box and the box around its mask, each a pixel larger on all sides: rounding moves small ones."
+
 FAR = 10
 "A polygon's point may lie so many image sides away; further ones are no slip of a pen, and would cost memory."
 
@@ -50,9 +56,8 @@ KEYS = {
 
 
 class Objects(NamedTuple):
-    """The objects of an image: boxes x0 y0 x1 y1 in pixels (x1 and y1 just outside), labels from 1, masks Bool "h w"."""
+    """The objects of an image: labels from 1, masks Bool "h w". Their boxes are those of what a view leaves of the masks."""
 
-    boxes: Float32[np.ndarray, "n 4"]
     labels: Int64[np.ndarray, " n"]
     masks: Sequence[Bool[np.ndarray, "h w"]]
 
@@ -118,9 +123,7 @@ class CocoSet:
         """What is trained on in an image: no crowds, and nothing without a pixel."""
         rows = [k for k in self._rows(index) if self.trained[k]]
         h, w = self.size(index)
-        x, y, width, height = self.boxes[rows].T
-        boxes = np.stack([x.clip(0, w), y.clip(0, h), (x + width).clip(0, w), (y + height).clip(0, h)], 1).astype(np.float32)
-        return Objects(boxes, self.object_labels[rows], Masks(rows, lambda k: self._mask(k, h, w)))
+        return Objects(self.object_labels[rows], Masks(rows, lambda k: self._mask(k, h, w)))
 
     @property
     def truth(self) -> dict[str, Any]:
@@ -317,6 +320,8 @@ class _Part:
                 self.wrong["annotations of categories that are not listed"].append(a["id"])
             code, pixels = self.code(a, *sized[image]) if image in sized else (b"", 0)
             flat = image in sized and self.box(a, *sized[image])
+            if pixels and not flat and not crowd and not _around(a["bbox"], code, *sized[image]):
+                self.noted["boxes that are not around their masks"].append(a["id"])
             a["area"] = pixels if a.get("area") is None else a["area"]
             if not _number(a["area"]) or a["area"] < 0:
                 self.wrong["areas that are no finite numbers from 0"].append(a["id"])
@@ -370,7 +375,7 @@ class _Part:
         elif x >= w or y >= h or x + width <= 0 or y + height <= 0:
             self.wrong["boxes outside their image"].append(a["id"])
         elif x < 0 or y < 0 or x + width > w or y + height > h:
-            self.noted["boxes that stick out of their image, cut at its edge"].append(a["id"])
+            self.noted["boxes that stick out of their image"].append(a["id"])
         return flat
 
     def compare(self, other: "_Part") -> None:
@@ -381,10 +386,15 @@ class _Part:
 
     def shares(self) -> None:
         """What a set may have a few of is wrong where there are more."""
-        for kind, share in {"boxes without area": FLAT_SHARE, "masks without a pixel": BLANK_SHARE}.items():
-            ids = self.noted.get(f"{kind}, left out of training", [])
+        beside = "boxes that are not around their masks"
+        for noted, share, wrong in (
+            ("boxes without area, left out of training", FLAT_SHARE, "boxes without area"),
+            ("masks without a pixel, left out of training", BLANK_SHARE, "masks without a pixel"),
+            (beside, BESIDE_SHARE, f"{beside} (a box must be x, y, width and height)"),
+        ):
+            ids = self.noted.get(noted, [])
             if len(ids) > share * len(self.codes):
-                self.wrong[kind] = ids
+                self.wrong[wrong] = ids
 
     def files(self) -> None:
         """Look for the images."""
@@ -447,6 +457,12 @@ def run_length_code(segmentation: Any, h: int, w: int) -> bytes:
     if not (isinstance(runs, list) and all(_whole(r) and r >= 0 for r in runs) and sum(runs) == h * w):
         raise ValueError("run lengths that do not make up the image")
     return mask.frPyObjects({"size": [h, w], "counts": runs}, h, w)["counts"]
+
+
+def _around(box: list[float], code: bytes, h: int, w: int) -> bool:
+    """Is the box, x y width height, about the one around the mask?"""
+    one, two = ([[x - 1, y - 1, width + 2, height + 2]] for x, y, width, height in (box, _api().toBbox({"size": [h, w], "counts": code})))
+    return _api().iou(np.array(one, np.float64), np.array(two, np.float64), [0]).item() >= OVERLAP
 
 
 def _polygon(points: Any, h: int, w: int) -> list[float]:
