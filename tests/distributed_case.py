@@ -62,7 +62,7 @@ if __name__ == "__main__":
     if case == "detect":
         sets = open_coco(SCENES, train_images=8, test_images=5, size=64)
         sets[0].notes.append("said once")
-        commands.open_coco = lambda *names: sets
+        commands.open_coco = lambda *names, **facts: sets
         finish = dt.Run.finish
 
         def kept(self):
