@@ -311,21 +311,21 @@ def evaluation_verdict() -> str:
     file = ROOT / "results" / "evaluation.json"
     if not file.exists():
         return NOT_YET
-    said, rows = [], json.loads(file.read_text())["rows"]
+    said, rows = [], [r for r in json.loads(file.read_text())["rows"] if r["backbone"] == "RC-MAE, teacher"]
     for other in ("MAE", "MAE, averaged"):
-        found = {"better": 0, "worse": 0, "can't tell": 0}
-        lines = []
-        for row in (r for r in rows if r["backbone"] == "RC-MAE, teacher" and r["percent"] == 100):
-            cells = []
-            for measure in ("clean", "corrupted", "FGSM", "PGD"):
-                gain, low, high = row[measure][f"against {other}"]
-                word = "better" if low > 0 else "worse" if high < 0 else "can't tell"
-                found[word] += 1
-                cells.append(f"{measure} {word} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})")
-            lines.append(f"  - {WHAT[row['task']]}: {', '.join(cells)}.")
-        better, worse, open_ = found.values()
-        tally = f"better in {better}, worse in {worse}, and in {open_} it can't be told"
-        said += [f"- RC-MAE's teacher against {other}, all labels, of {sum(found.values())} comparisons: {tally}.", *lines]
+        for percents, labels in (((100,), "all labels"), ((1, 10), "1 and 10 % of the labels")):
+            found: dict[str, list[str]] = {"better": [], "worse": [], "can't tell": []}
+            for row in (r for r in rows if r["percent"] in percents):
+                for measure in ("clean", "corrupted", "FGSM", "PGD"):
+                    gain, low, high = row[measure][f"against {other}"]
+                    word = "better" if low > 0 else "worse" if high < 0 else "can't tell"
+                    share = "" if percents == (100,) else f" at {row['percent']} %"
+                    found[word].append(f"{WHAT[row['task']]}{share}, {measure} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})")
+            tally = ", ".join(f"{word} in {len(cases)}" for word, cases in found.items())
+            which = [f"  - {word}: {case}." for word in ("better", "worse") for case in found[word]]
+            count = sum(map(len, found.values()))
+            said += [f"- RC-MAE's teacher against {other}, {labels}, {count} comparisons (task, images): {tally}.", *which]
+    said.append("\nOf a hundred 95 % intervals about five leave zero out by chance.")
     return "\n".join(said)
 
 
