@@ -77,7 +77,8 @@ def train(tmp_path_factory) -> CocoSet:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_form_of_a_mask_is_what_pycocotools_makes_of_it(train):
+def test_every_form_of_a_mask_is_what_pycocotools_makes_of_it(tmp_path):
+    train, _ = open_coco(str(write(tmp_path)))
     expected = {}
     for a in layout()["annotations"]:
         s = a["segmentation"]
