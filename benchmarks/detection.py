@@ -41,7 +41,7 @@ COUNTS = (64, 1024)
 NUMBERS = {"box AP": ("box", "AP"), "box AP50": ("box", "AP50"), "mask AP": ("mask", "AP"), "mask AP50": ("mask", "AP50")}
 LONGER = 6.0
 "Times the steps of a run of the table."
-OVERFIT = 600
+OVERFIT = 1000
 "Steps in which four scenes are learned by heart."
 
 
