@@ -1,5 +1,6 @@
 """Training a detector: it learns, goes on to the same bit, and what it leaves can be used by others."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -153,6 +154,13 @@ def test_benchmarking_trains_too_and_a_run_is_not_continued_as_another(tmp_path,
         run(tmp_path / "run", sets, other, backbone(1))
     with pytest.raises(DataError, match=r"the data \(train\) has changed since"):
         run(tmp_path / "run", (few(sets[0], 7), sets[1]), other)
+
+
+def test_both_parts_have_the_same_categories_by_name_too(tmp_path, sets):
+    other = copy.copy(sets[1])
+    other.classes = [f"letter {name}" for name in other.classes]
+    with pytest.raises(DataError, match="has other categories than embedded:scenes; give both parts the same ids and names"):
+        run(tmp_path / "run", (sets[0], other))
 
 
 def test_a_set_smaller_than_a_batch_lowers_it_and_a_long_warmup_is_refused(tmp_path, sets, capsys):

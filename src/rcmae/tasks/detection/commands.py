@@ -77,14 +77,16 @@ def score_detector(checkpoint: Path, how: Scoring) -> dict[str, Any] | None:
     channels = loaded.model.mean.shape[1]
     test = open_test(data, channels=channels)
     if differ := [f"{k} {v}" for k, v in _classes(test).items() ^ _classes(loaded).items()]:
-        raise DataError(f"{test.name} has other categories than {checkpoint} was trained on: {', '.join(sorted(differ)[:4])} of one alone")
+        some = ", ".join(sorted(differ)[:4])
+        raise DataError(f"{test.name} has other categories than {checkpoint} was trained on, as {some}; give --data with the same ones")
     out, advice = how.out or checkpoint / "eval", "try a smaller --batch"
     with distributed.joined(device) as world, plain_failures(device, world, advice), Screen(world.first) as screen:
         for line in test.notes:
             screen.say(f"note: {line}")
         unreadable: list[Bad] = []
+        truth = test.truth
         if how.results:
-            results = load_results(how.results, test.truth)
+            results = load_results(how.results, truth)
         else:
             with screen.progress(f"detecting in {test.name}", len(range(0, len(test), world.size))) as tick:
                 results = predict(
@@ -97,7 +99,7 @@ def score_detector(checkpoint: Path, how: Scoring) -> dict[str, Any] | None:
         for _, where, reason in unreadable:
             screen.say(f"note: {where} cannot be read ({reason}); nothing was found there")
         kinds = kinds_of(results)
-        found = {name: evaluate(test.truth, results, kind, areas=how.areas)._asdict() for name, kind in PARTS.items() if kind in kinds}
+        found = {name: evaluate(truth, results, kind, areas=how.areas)._asdict() for name, kind in PARTS.items() if kind in kinds}
         content = {
             "checkpoint": str(checkpoint), "results": how.results and str(how.results), "data": data, "test": test.fingerprint(),
             "test_images": len(test), "unreadable": [where for _, where, _ in unreadable], "preset": loaded.settings.preset,

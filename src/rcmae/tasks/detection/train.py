@@ -54,8 +54,8 @@ def train(
     """
     check_detect(settings)
     library()  # said before the work, not after it
-    if train.category_ids != test.category_ids:
-        raise DataError(f"{test.name} has other categories than {train.name}")
+    if (train.category_ids, train.classes) != (test.category_ids, test.classes):
+        raise DataError(f"{test.name} has other categories than {train.name}; give both parts the same ids and names")
     with taken(machine, "detection") as place:
         with contextlib.closing(Run(backbone, train, test, settings, place, about or {})) as run:
             return run.train()
@@ -139,7 +139,8 @@ class Run(Training):
             batch=self.part, workers=self.machine.workers, world=self.world, note=self.bad_test.note,
         )  # fmt: skip
         if self.world.first:
-            found = tuple(evaluate(self.test_set.truth, results, kind) for kind in ("bbox", "segm"))
+            truth = self.test_set.truth
+            found = tuple(evaluate(truth, results, kind) for kind in ("bbox", "segm"))
         box, mask = self.world.from_first(found)
         self.scored = results, box, mask
         pairs = {"box AP": box.stats["AP"], "box AP50": box.stats["AP50"], "mask AP": mask.stats["AP"], "mask AP50": mask.stats["AP50"]}
