@@ -15,6 +15,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ from rcmae.engine.distributed import pick_precision
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import describe_machine, write_json
 from rcmae.interop.load import load, scratch
-from rcmae.tasks.detection.coco import SCENES, few, open_coco
-from rcmae.tasks.detection.settings import load_detect
+from rcmae.tasks.detection.coco import SCENES, CocoSet, few, open_coco
+from rcmae.tasks.detection.settings import Detect, load_detect
 from rcmae.tasks.detection.train import train
 
 BACKBONES = {"untrained": None, "MAE": ("mae", "student"), "RC-MAE, student": ("rcmae", "student"), "RC-MAE, teacher": ("rcmae", "teacher")}
-STEPS = 400
-"Of a run of the table, so that all of it takes less than two hours of two cores."
+PRETRAINING = 600
+"Steps on unlabelled scenes."
+STEPS = 200
+"Of a detector of the table. All of it takes less than two hours of two cores so, even of cores that multiply bf16 no faster than fp32."
 COUNTS = (64, 1024)
 "Labelled scenes."
 NUMBERS = {"box AP": ("box", "AP"), "box AP50": ("box", "AP50"), "mask AP": ("mask", "AP"), "mask AP50": ("mask", "AP50")}
@@ -49,16 +52,31 @@ def place(out: Path, name: str, count: int, seed: int) -> Path:
     return out / "detectors" / f"{name.replace(', ', '-').replace(' ', '-')}-{count}-{seed}"
 
 
+@cache
+def labelled() -> tuple[CocoSet, CocoSet]:
+    """Scenes to train and to test on. Drawing all of them takes most of a minute, once in each process."""
+    return open_coco(SCENES)
+
+
+def there(where: Path, settings: Detect) -> bool:
+    """Is this run finished? Raises when what is there was made with other settings."""
+    if not (where / "scores.json").exists():
+        return False
+    if json.loads((where / "scores.json").read_bytes())["recipe_hash"] != recipe_hash(settings):
+        raise SystemExit(f"{where} was made with other settings; remove it")
+    return True
+
+
 def run(out: Path, name: str, count: int, seed: int, steps: int = STEPS, threads: int = 1) -> str:
     """One detector; returns how long it took. A finished one is not touched."""
     began, where = time.monotonic(), place(out, name, count, seed)
-    if (where / "scores.json").exists():
+    settings = replace(load_detect("embedded"), seed=seed, steps=steps)
+    if there(where, settings):
         return f"{where.name}: there"
     torch.set_num_threads(threads)
     source, runs = BACKBONES[name], out / "pretrain"
     backbone = load(runs / f"{source[0]}-{seed}", source[1]) if source else scratch(str(runs / f"rcmae-{seed}"), seed=seed)
-    images, test = open_coco(SCENES)
-    settings = replace(load_detect("embedded"), seed=seed, steps=steps)
+    images, test = labelled()
     machine = Workplace(out=where, device="cpu", workers=0, threads=threads)
     with contextlib.redirect_stdout(io.StringIO()):
         train(backbone, few(images, count, seed), test, settings, machine, {"backbone_name": name})
@@ -80,9 +98,9 @@ def overfit(out: Path) -> dict[str, Any]:
     """Four scenes learned by heart, from new weights: are boxes and masks as good as they can be?"""
     where = out / "overfit"
     torch.set_num_threads(os.cpu_count() or 1)
-    four = few(open_coco(SCENES, test_images=1)[0], 4, seed=1)
+    four = few(labelled()[0], 4, seed=1)
     settings = replace(load_detect("embedded"), steps=OVERFIT, batch_size=4, jitter=(1.0, 1.0), drop_path=0.0, layer_decay=1.0)
-    if not (where / "scores.json").exists():
+    if not there(where, settings):
         backbone = scratch(str(out / "pretrain" / "rcmae-1"), seed=1)
         train(backbone, four, four, settings, Workplace(out=where, device="cpu", workers=0), {"backbone_name": "untrained"})
     return {"scenes": 4, "steps": OVERFIT, "seconds": seconds(where), **scores(where)}
@@ -121,19 +139,21 @@ def main() -> None:
     seeds, began = list(range(1, args.seeds + 1)), time.monotonic()
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.jobs, mp.get_context("spawn")) as pool:
-        runs = [(args.out, name, seed, "scenes") for seed in seeds for name in PRETRAINED]
+        runs = [(args.out, name, seed, "scenes", PRETRAINING) for seed in seeds for name in PRETRAINED]
         for where in pool.map(pretrained, *zip(*runs, strict=True)):
             print(f"{where.name}: pre-trained, {clock(time.monotonic() - began)}", flush=True)
         units = [(args.out, name, count, seed) for seed in seeds for count in COUNTS for name in BACKBONES]
         for number, text in enumerate(pool.map(run, *zip(*units, strict=True)), 1):
             print(f"{number} of {len(units)}: {text}, {clock(time.monotonic() - began)}", flush=True)
     rows, settings = judge(args.out, seeds), replace(load_detect("embedded"), steps=STEPS)
-    images, test = open_coco(SCENES)
+    images, test = labelled()
+    parts = [args.out / "pretrain" / f"{name}-{seed}" for seed in seeds for name in PRETRAINED]
+    parts += [place(args.out, name, count, seed) for _, name, count, seed in units]
     found: dict[str, Any] = {
         "rows": rows, "seeds": seeds, "preset": settings.preset, "steps": settings.steps, "batch_size": settings.batch_size,
-        "test_scenes": len(test), "minutes": (time.monotonic() - began) / 60,
+        "pretraining_steps": PRETRAINING, "test_scenes": len(test), "core_minutes": sum(map(seconds, parts)) / 60,
         "recipe_hash": {"detection": recipe_hash(settings)}
-        | {name: recipe_hash(changed(load_recipe("scenes"), **own)) for name, own in PRETRAINED.items()},
+        | {name: recipe_hash(changed(load_recipe("scenes"), steps=PRETRAINING, **own)) for name, own in PRETRAINED.items()},
     }  # fmt: skip
     found["overfit"] = overfit(args.out)
     if args.longer:

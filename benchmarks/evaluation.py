@@ -69,10 +69,10 @@ class Once(nn.Module):
         return self.seen
 
 
-def pretrained(out: Path, name: str, seed: int, recipe_name: str = "embedded") -> Path:
-    """The run of a method and a seed, on one thread."""
-    place = out / "pretrain" / f"{name}-{seed}"
-    recipe = changed(load_recipe(recipe_name), seed=seed, probes=0, **PRETRAINED[name])
+def pretrained(out: Path, name: str, seed: int, recipe_name: str = "embedded", steps: int | None = None) -> Path:
+    """The run of a method and a seed, on one thread; `steps` other than the recipe's."""
+    place, recipe = out / "pretrain" / f"{name}-{seed}", load_recipe(recipe_name)
+    recipe = changed(recipe, seed=seed, probes=0, steps=steps or recipe.steps, **PRETRAINED[name])
     with contextlib.redirect_stdout(io.StringIO()):
         pretrain(recipe, Machine(out=place, device="cpu", threads=1, monitor=False))
     return place

@@ -262,9 +262,10 @@ def test_a_foreign_folder_trains_evaluates_and_is_shown(tmp_path, foreign, capsy
     assert theirs["mask"]["stats"] == scores["mask"]["stats"] and "box" not in theirs and theirs["results"] == str(masks_only)
     assert json.loads((out / "eval" / "scores.json").read_text()) == again, "somebody else's results are not the detector's"
 
-    shown = [str(foreign / "val" / "1.png"), str(foreign / "train" / "1.png")]
-    assert main(["detect", "show", str(out), *shown, "--out", str(tmp_path / "shown"), "--device", "cpu", "--threshold", "0"]) == 0
-    assert sorted(f.name for f in (tmp_path / "shown").iterdir()) == ["000-1.png", "001-1.png"]
+    shown = ["none.png", str(foreign / "val" / "1.png"), str(foreign / "train" / "1.png")]
+    assert main(["detect", "show", str(out), *shown, "--out", str(tmp_path / "shown"), "--device", "cpu", "--threshold", "0"]) == 3
+    assert sorted(f.name for f in (tmp_path / "shown").iterdir()) == ["001-1.png", "002-1.png"]
+    assert "cannot read the image none.png: No such file" in capsys.readouterr().err, "what cannot be read does not stop the others"
     assert main(["detect", "export", str(out), "--out", str(tmp_path / "p.pt2")]) == 0
     maps = torch.export.load(tmp_path / "p.pt2").module()(torch.rand(1, 3, 64, 64))
     assert all(m.shape[1] == 16 for m in maps.values())

@@ -1,6 +1,6 @@
 """`report.html` of a detector: how well it finds, how that came, what it missed. And pictures of what it finds on any image."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..tasks.detection.settings import load_detect
 from ..tasks.detection.views import fit
 from .build import failure_sentences, rate_figures, template
 from .curves import Line, column, plot
-from .detections import curve_figure, embedded, grid, progress_figure, save_picture
+from .detections import curve_figure, embedded, progress_figure, save_picture, side_by_side
 from .files import bad_files, read_json
 
 LOSSES = {
@@ -34,7 +34,6 @@ def render(run: Path) -> str:
     machine, scores = (read_json(run / name) for name in ("machine.json", "scores.json"))
     train, val, events = ([line for line in lines if line.get("kind") == kind] for kind in ("train", "val", "event"))
     parts = {name: Precision(**scores[name]) for name in ("box", "mask") if name in scores}
-    history = [{"step": v["step"], "bbox": _share(v["box AP"]), "segm": _share(v["mask AP"])} for v in val]
     losses = [
         Line(name, colour, column(train, "step"), column(train, key)) for (key, name), colour in zip(LOSSES.items(), COLOURS, strict=True)
     ]
@@ -45,7 +44,7 @@ def render(run: Path) -> str:
         title=f"Objects in {about.get('data_name', 'images')}, by {about.get('backbone_name', 'a backbone')}",
         run=run.resolve().name, path=run.as_posix(), step=train[-1]["step"] if train else 0, total=machine.get("steps"),
         recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, parts=parts, said=said,
-        curves=curve_figure(list(parts.values())) if parts else None, progress=progress_figure(history) if len(history) > 1 else None,
+        curves=curve_figure(parts) if parts else None, progress=progress_figure(val) if len(val) > 1 else None,
         losses=plot(losses, ylabel="loss") if train else None, rates=rate_figures(train, recipe.schedule), pictures=_pictures(run),
         events=events[-20:], bad=bad, bad_test=bad_test,
     )  # fmt: skip
@@ -78,21 +77,20 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _share(percent: float | None) -> float | None:
-    return None if percent is None else percent / 100
-
-
 def _pictures(run: Path) -> dict[str, list[str]]:
     """A picture an example: one beside another on a desk, one below another on a telephone."""
     file = run / "examples.safetensors"
     if not file.exists():
         return {}
     classes, examples = read_examples(file)
-    return {name: [embedded(grid(*([part] for part in example), classes)) for example in kept] for name, kept in examples.items()}
+    return {name: [embedded(side_by_side(*example, classes)) for example in kept] for name, kept in examples.items()}
 
 
-def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, threshold: float = 0.5, device: str = "auto") -> list[Path]:
-    """Pictures with boxes, masks, classes and scores of at least `threshold`. Raises the errors of `rcmae.errors`."""
+def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, threshold: float = 0.5, device: str = "auto") -> Iterator[Path]:
+    """Write pictures with boxes, masks, classes and scores of at least `threshold`, each told when it is written.
+
+    Raises the errors of `rcmae.errors`; DataError for images that cannot be read when all others are done.
+    """
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold must lie in 0 to 1, not {threshold:g}")
     loaded = load_detector(checkpoint)
@@ -101,14 +99,16 @@ def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, thresho
     if double := {name for name in names if names.count(name) > 1}:
         names = [f"{number:03d}-{name}" if name in double else name for number, name in enumerate(names)]
     out.mkdir(parents=True, exist_ok=True)
-    written = []
+    bad = []
     for image, name in zip(images, names, strict=True):
         try:
             pixels = decode(image.read_bytes(), loaded.model.mean.shape[1])
         except (OSError, BadImage) as e:
-            raise DataError(f"cannot read the image {image}: {getattr(e, 'strerror', None) or e}") from e
+            bad.append(f"{image}: {getattr(e, 'strerror', None) or e}")
+            continue
         with plain_failures(where, World(), "try --device cpu"):
             [found] = loaded.model.to(where).detect([fit(pixels, loaded.settings.size).to(where)], [pixels.shape[:2]])
         save_picture(pixels, found, loaded.classes, out / name, threshold)
-        written.append(out / name)
-    return written
+        yield out / name
+    if bad:
+        raise DataError(f"cannot read the image {'; '.join(bad)}")

@@ -145,46 +145,21 @@ def save_picture(
         raise ConfigError(f"cannot write {target}: its ending names no kind of picture; use .png or .jpg") from e
 
 
-# --- many pictures ----------------------------------------------------------------------------------------------------
-
-
 SIDE = 384
-"Pixels of the longer side of a picture among others."
-
-COLUMNS = 2
-"Pairs of pictures beside each other."
+"Pixels of the longer side of a picture beside another."
 
 
 def side_by_side(
-    pixels: UInt8[np.ndarray, "h w c"], truth: Mapping[str, Tensor], detection: Mapping[str, Tensor], names: Sequence[str]
-) -> dict[str, Image.Image]:
-    """What is there ("truth") and what was found ("detected") on one image, its longer side about SIDE pixels."""
-    pair = {"truth": truth, "detected": detection}
-    return {name: draw_objects(pixels, objects, names, least=SIDE, most=SIDE) for name, objects in pair.items()}
-
-
-def grid(
-    images: Sequence[UInt8[np.ndarray, "_ _ _"]], truths: Sequence[Mapping[str, Tensor]], detections: Sequence[Mapping[str, Tensor]],
-    names: Sequence[str],
-) -> Image.Image:  # fmt: skip
-    """Pairs of truth and detection in rows of COLUMNS, on a transparent ground that suits a light and a dark page. At least one image."""
-    pairs = [side_by_side(pixels, truth, detection, names) for pixels, truth, detection in zip(images, truths, detections, strict=True)]
-    columns = min(COLUMNS, len(pairs))
-    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
-    gap, head, cell = SIDE // 48, SIDE // 12, max(image.width for pair in pairs for image in pair.values())
-    heights = [max(image.height for pair in row for image in pair.values()) for row in rows]
-    step = 2 * cell + 4 * gap  # a pair is held together by a narrow gap, and parted from the next by a wide one
-    sheet = Image.new("RGBA", (columns * step - 3 * gap, head + sum(heights) + gap * (len(rows) - 1)))
+    pixels: UInt8[np.ndarray, "h w c"], truth: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Sequence[str]
+) -> Image.Image:
+    """What is there and what was found on one image, on a transparent ground that suits a light and a dark page."""
+    pair = [draw_objects(pixels, objects, names, least=SIDE, most=SIDE) for objects in (truth, found)]
+    gap, head, (width, height) = SIDE // 48, SIDE // 12, pair[0].size
+    sheet = Image.new("RGBA", (2 * width + gap, head + height))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(SIDE / 22)
-    for across in range(columns):
-        for k, name in enumerate(pairs[0]):
-            pen.text((across * step + k * (cell + gap), head / 2), name, "#7b858f", font, anchor="lm")
-    top = head
-    for row, height in zip(rows, heights, strict=True):
-        for across, pair in enumerate(row):
-            for k, image in enumerate(pair.values()):
-                sheet.paste(image, (across * step + k * (cell + gap), top))
-        top += height + gap
+    for k, (name, picture) in enumerate(zip(("truth", "detected"), pair, strict=True)):
+        pen.text((k * (width + gap), head / 2), name, "#7b858f", font, anchor="lm")
+        sheet.paste(picture, (k * (width + gap), head))
     return sheet
 
 
@@ -197,25 +172,23 @@ def embedded(image: Image.Image) -> str:
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
-KINDS = {"bbox": ("boxes", "ink"), "segm": ("masks", "gold")}
+PARTS = {"box": ("boxes", "ink"), "mask": ("masks", "gold")}
 "Name and colour of what is compared; blue and orange are taken by teacher and student."
 
 
-def curve_figure(precisions: Sequence[Precision]) -> str:
+def curve_figure(parts: Mapping[str, Precision]) -> str:
     """An SVG of precision over recall, the mean of the classes: of boxes and masks, at IoU 0.5 and (dashed) 0.75."""
     lines = [
-        Line(f"{KINDS[p.kind][0]}, IoU {iou}", KINDS[p.kind][1], np.linspace(0, 1, len(curve)), curve, "-" if iou == "0.5" else "--")
-        for p in precisions
-        for iou, curve in p.curves.items()
+        Line(f"{name}, IoU {iou}", colour, np.linspace(0, 1, len(curve)), curve, "-" if iou == "0.5" else "--")
+        for part, (name, colour) in PARTS.items()
+        if part in parts
+        for iou, curve in parts[part].curves.items()
     ]
     return plot(lines, ylabel="precision", xlabel="recall")
 
 
 def progress_figure(history: Sequence[Mapping[str, float | None]]) -> str:
-    """An SVG of the average precision over training. `history`: of each evaluation step, and AP 0 to 1 as bbox and segm if known."""
+    """An SVG of the average precision over training. `history`: of each scoring its step, and "box AP" and "mask AP" in percent."""
     rows = list(history)
-    lines = [
-        Line(name, colour, column(rows, "step"), [None if v is None else 100 * v for v in column(rows, kind)])
-        for kind, (name, colour) in KINDS.items()
-    ]
+    lines = [Line(name, colour, column(rows, "step"), column(rows, f"{part} AP")) for part, (name, colour) in PARTS.items()]
     return plot(lines, ylabel="AP, %", markers=True)

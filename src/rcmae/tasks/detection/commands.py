@@ -21,6 +21,7 @@ from .model import export_pyramid
 from .predict import predict
 from .settings import Detection, Scoring, check_detect, check_scoring, load_detect
 from .train import train
+from .windows import check_backbone
 
 PARTS = {"box": "bbox", "mask": "segm"}
 
@@ -36,6 +37,7 @@ def train_detector(name: str, how: Detection, machine: Workplace) -> Path | None
         settings = replace(settings, steps=None, epochs=None)
     settings = check_detect(replaced(settings, how.settings, recipe))
     backbone = load(name, how.which, how.heads, settings.seed)
+    check_backbone(backbone.vit, settings)  # before annotations are read, which takes minutes of a large set
     images, test = open_coco(how.data, how.val, channels=backbone.channels)
     if how.images is not None:
         images = few(images, how.images)

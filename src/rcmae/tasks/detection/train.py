@@ -29,7 +29,7 @@ from .predict import predict
 from .settings import Detect, check_detect, load_detect
 from .views import Detections, Jitter, detection_batches
 
-SCORED = 10
+SCORED = 4
 "Test images are looked at no more often than once for so many training images."
 
 

@@ -63,12 +63,8 @@ def ends(depth: int, parts: int) -> list[int]:
     return [-(-depth * part // parts) - 1 for part in range(1, parts + 1)]
 
 
-def windowed(plain: VisionTransformer, s: Detect) -> tuple[VisionTransformer, nn.ModuleDict]:
-    """A trainable copy for images of `s.size`, and the tables of relative positions that its blocks share (preset benchmarking).
-
-    The last block of each quarter attends everywhere, the others within windows. Class and register tokens are left out, positions
-    resampled (bicubic), the last norm and the head removed. Raises ConfigError when the ViT is no plain one or `s.size` does not fit it.
-    """
+def check_backbone(plain: VisionTransformer, s: Detect) -> None:
+    """Raises ConfigError when the ViT is no plain one or `s.size` does not fit it."""
     if type(plain) is not VisionTransformer:
         raise ConfigError(f"a {type(plain).__name__} is no plain VisionTransformer, which a detector needs")
     for block in plain.blocks:
@@ -81,6 +77,15 @@ def windowed(plain: VisionTransformer, s: Detect) -> tuple[VisionTransformer, nn
         raise ConfigError(f"size {s.size} is no multiple of the backbone's patches of {patch} px")
     if s.size * min(s.scales) < patch:
         raise ConfigError(f"size {s.size} is too small for a map of scale {min(s.scales):g} of patches of {patch} px; leave out the scale")
+
+
+def windowed(plain: VisionTransformer, s: Detect) -> tuple[VisionTransformer, nn.ModuleDict]:
+    """A trainable copy for images of `s.size`, and the tables of relative positions that its blocks share (preset benchmarking).
+
+    The last block of each quarter attends everywhere, the others within windows. Class and register tokens are left out, positions
+    resampled (bicubic), the last norm and the head removed. Raises the errors of `check_backbone`.
+    """
+    check_backbone(plain, s)
     vit, depth = copy.deepcopy(plain).requires_grad_(True), len(plain.blocks)
     vit.set_input_size((s.size, s.size))
     if vit.pos_embed is not None:
