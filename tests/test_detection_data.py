@@ -206,6 +206,8 @@ WRONG = {
     "polygons far outside their image: 1 (102)": _set("annotations", 1, segmentation=[[1, 2, 3, 4, 5, 1e9]]),
     "masks without a pixel: 1 (102)": _set("annotations", 1, segmentation=[[0.1, 0.1, 0.2, 0.1, 0.2, 0.2]]),
     "areas that are no finite numbers from 0: 1 (101)": _set("annotations", 0, area=float("nan")),
+    "areas that are no finite numbers from 0: 1 (102)": _set("annotations", 1, area=2e10),
+    "iscrowd other than 0 and 1: 1 (102)": _set("annotations", 1, iscrowd="0"),
     "images whose height and width are no numbers of pixels: 1 (20)": _set("images", 1, height=0),
     "images whose height and width are no numbers of pixels: 1 (10)": _set("images", 0, height=10**6, width=10**6),
     "file names that are no paths below the folder: 1 (../train2017/2.png)": _set("images", 1, file_name="../train2017/2.png"),
@@ -572,6 +574,26 @@ def test_an_image_is_read_as_it_is_annotated(tmp_path):
         train.pixels(2)
 
 
+def test_sizes_that_differ_are_said_first_and_many_of_them_refused(tmp_path, monkeypatch):
+    root = write(tmp_path)
+    for k in (1, 2):
+        (root / "train2017" / f"{k}.png").write_bytes(encode(np.zeros((H - k, W, 3), np.uint8)))
+    said = "images of another size than annotated, of 3 looked at: 2 (1.png, 2.png)"
+    assert said in open_coco(str(root))[0].notes
+    monkeypatch.setattr(coco, "ODD", 1)
+    with pytest.raises(DataError, match=re.escape(said)):
+        open_coco(str(root))
+    monkeypatch.setattr(coco, "LOOKED_AT", 1)
+    with pytest.raises(DataError, match=re.escape("of 1 looked at: 1 (1.png)")):
+        open_coco(str(root))
+
+
+def test_a_file_of_two_images_is_noted(tmp_path):
+    found = layout()
+    found["images"][1]["file_name"] = "1.png"
+    assert "image files of several images: 1 (1.png)" in open_coco(str(write(tmp_path, found)))[0].notes
+
+
 def test_a_substitute_brings_its_own_objects(tmp_path):
     root = write(tmp_path)
     (root / "train2017" / "1.png").write_bytes(b"no image")
@@ -588,8 +610,9 @@ def test_a_substitute_brings_its_own_objects(tmp_path):
     assert named == {0: "not an image", 2: "is 31 x 24 pixels, not 32 x 24 as its annotations say"}
 
 
-def test_batches_are_the_same_for_every_number_of_workers(train):
-    data = Detections(train, Jitter(40, (0.3, 2.0), True, 2, GREY), seed=3)
+@pytest.mark.parametrize("size", [40, 43])
+def test_batches_are_the_same_for_every_number_of_workers(train, size):
+    data = Detections(train, Jitter(size, (0.3, 2.0), True, 2, GREY), seed=3)
     keys = [[(0, 0), (0, 1), (0, 2)], [(1, 2), (1, 2)], [(1, 0), (2, 0)]]
     alone, two = ([*detection_batches(data, keys, workers, torch.device("cpu"), lambda bad: None)] for workers in (0, 2))
     for batch, other, chosen in zip(alone, two, keys, strict=True):

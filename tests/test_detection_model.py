@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from timm.models import vision_transformer
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -319,14 +320,16 @@ def test_bf16_autocast(preset):
         assert (found != found.bfloat16()).float().mean() > 0.5, "no coordinate was rounded on its way"
 
 
-def test_checkpointing_changes_nothing_but_memory():
-    gradients = []
+def test_checkpointing_changes_nothing_but_memory(monkeypatch):
+    gradients, asked, once = [], [], vision_transformer.checkpoint
+    monkeypatch.setattr(vision_transformer, "checkpoint", lambda *args: asked.append(args) or once(*args))
     for enable in (False, True):
         model = small(drop_path=0.5)
         model.set_grad_checkpointing(enable)
         torch.manual_seed(3)
         learn(model, *batch())
         gradients.append([p.grad for p in model.parameters()])
+        assert len(asked) == enable * len(model.pyramid.vit.blocks)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
@@ -495,10 +498,11 @@ def test_recipes_are_read(tmp_path):
     assert set(shipped_recipes("detection")) == {"embedded", "vitdet-base", "vitdet-large", "benchmarking-base", "benchmarking-large"}
     for name in shipped_recipes("detection"):
         settings = load_detect(name)
+        assert settings.preset == ("benchmarking" if name.startswith("bench") else "vitdet")
         (tmp_path / "x.toml").write_text(to_toml(settings))
         assert load_detect(str(tmp_path / "x.toml")) == settings
     base, large, paper = (load_detect(n) for n in ("vitdet-base", "vitdet-large", "benchmarking-base"))
-    assert base == Detect(steps=184375), "the defaults are ViTDet's"
+    assert base == Detect(epochs=100), "the defaults are ViTDet's"
     assert (large.layer_decay, large.drop_path) == (0.8, 0.4)
     assert (paper.window, paper.layer_decay, paper.schedule, paper.warmup_steps) == (16, 1.0, "cosine", 461)
     (tmp_path / "x.toml").write_text("steps = 3\nscales = [2, 1, 'x']\n")

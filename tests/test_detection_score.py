@@ -292,6 +292,8 @@ def test_results_say_what_was_detected(count):
         assert [x, y, x + w, y + h] == pytest.approx(box.tolist(), abs=1e-12)
         assert (rle.decode(r["segmentation"]) == mask.numpy()).all()
     back = ap.objects_of(found, {"id": 33, "height": 40, "width": 60}, ids)
+    assert len(back["masks"]) == count
+    back["masks"] = torch.stack([torch.zeros(40, 60, dtype=torch.bool), *back["masks"]])[1:]
     for name, value in detection.items():
         assert back[name].dtype == value.dtype and torch.allclose(back[name].float(), value.float(), atol=1e-5), name
 
@@ -317,7 +319,7 @@ def test_objects_of_polygons_and_of_entries_without_masks_or_boxes():
     box = {"image_id": 3, "category_id": 5, "bbox": [2, 4, 10, 8]}
     found = ap.objects_of([box | {"segmentation": [[2, 4, 12, 4, 12, 12, 2, 12]]}, box], image, [1, 5])
     assert found["boxes"].tolist() == [[2, 4, 12, 12]] * 2 and found["labels"].tolist() == [2, 2] and "scores" not in found
-    assert found["masks"][0, 4:12, 2:12].all() and found["masks"].sum() == 80
+    assert found["masks"][0][4:12, 2:12].all() and [int(mask.sum()) for mask in found["masks"]] == [80, 0]
     bare = {"image_id": 3, "category_id": 5, "segmentation": encoded(found["masks"][0].numpy()), "score": 0.5}
     assert ap.objects_of([bare], image, [1, 5])["boxes"].tolist() == [[2, 4, 12, 12]]
 
@@ -506,30 +508,26 @@ def test_classes_have_colours_of_their_own_that_black_letters_show_on():
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_pairs_stand_in_rows(channels):
-    pixels, objects = [], []
-    for index in range(3):
-        picture, instances = scene(0, "test", index, 64)
-        pixels.append(np.concatenate([picture] * 2, 2)[..., :channels])
-        boxes = torch.tensor([i.box for i in instances], dtype=torch.float32)
-        boxes[:, 2:] += boxes[:, :2]
-        labels, masks = torch.tensor([i.label + 1 for i in instances]), torch.from_numpy(np.stack([i.mask for i in instances]))
-        objects.append({"boxes": boxes, "labels": labels, "masks": masks})
-    found = [o | {"scores": torch.full((len(o["labels"]),), 0.75)} for o in objects]
+def test_truth_and_what_was_found_stand_beside_each_other(channels):
+    picture, instances = scene(0, "test", 1, 64)
+    pixels = np.concatenate([picture] * 2, 2)[:48, :, :channels]
+    boxes = torch.tensor([i.box for i in instances], dtype=torch.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    labels, masks = torch.tensor([i.label + 1 for i in instances]), torch.from_numpy(np.stack([i.mask[:48] for i in instances]))
+    truth = {"boxes": boxes, "labels": labels, "masks": masks}
+    found = truth | {"scores": torch.full((len(labels),), 0.75)}
     names = [str(d) for d in range(10)]
-    pair = pictures.side_by_side(pixels[1], objects[1], found[1], names)
-    assert list(pair) == ["truth", "detected"] and pair["truth"].size == (384, 384) and pair["truth"] != pair["detected"]
-    assert pair["truth"] == pictures.draw_objects(pixels[1], objects[1], names, least=384)
-    sheet = pictures.grid(pixels, objects, found, names)
-    assert sheet.size == (4 * 384 + 5 * 8, 32 + 2 * 384 + 8)
-    left = 2 * 384 + 4 * 8
-    for k, image in enumerate(pair.values()):
-        assert (np.asarray(sheet)[32:416, left + k * 392 : left + k * 392 + 384, :3] == np.asarray(image)).all()
-    assert np.asarray(sheet)[-1, -1, 3] == 0, "the ground is the page's"
-    uri = pictures.embedded(pair["truth"])
-    assert uri.startswith("data:image/webp;base64,") and len(uri) < 60_000
+    sheet = pictures.side_by_side(pixels, truth, found, names)
+    assert sheet.size == (2 * 384 + 8, 32 + 288)
+    pair = [pictures.draw_objects(pixels, objects, names, least=384) for objects in (truth, found)]
+    assert pair[0] != pair[1]
+    for k, image in enumerate(pair):
+        assert (np.asarray(sheet)[32:, k * 392 : k * 392 + 384, :3] == np.asarray(image)).all()
+    assert np.asarray(sheet)[-1, 387, 3] == 0, "the ground is the page's"
+    uri = pictures.embedded(sheet)
+    assert uri.startswith("data:image/webp;base64,") and len(uri) < 100_000
     again = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
-    assert np.abs(again - np.asarray(pair["truth"], float)).mean() < 12
+    assert np.abs(again[32:, :384, :3] - np.asarray(pair[0], float)).mean() < 12
 
 
 def test_a_picture_is_saved_or_the_reason_is_said(tmp_path):
@@ -544,10 +542,10 @@ def test_a_picture_is_saved_or_the_reason_is_said(tmp_path):
 
 def test_figures_show_boxes_and_masks(random_set):
     truth, results = random_set
-    svg = pictures.curve_figure([ap.evaluate(truth, results, kind) for kind in ("bbox", "segm")])
+    svg = pictures.curve_figure({part: ap.evaluate(truth, results, kind) for part, kind in (("box", "bbox"), ("mask", "segm"))})
     assert all(f"{what}, IoU {iou}" in svg for what in ("boxes", "masks") for iou in ("0.5", "0.75")) and "recall" in svg
-    nothing = pictures.curve_figure([ap.evaluate(truth | {"annotations": []}, [])])
+    nothing = pictures.curve_figure({"box": ap.evaluate(truth | {"annotations": []}, [])})
     assert "precision" in nothing and "IoU" not in nothing
-    svg = pictures.progress_figure([{"step": 10, "bbox": 0.1, "segm": None}, {"step": 20, "bbox": 0.3, "segm": 0.2}])
+    svg = pictures.progress_figure([{"step": 10, "box AP": 10.0, "mask AP": None}, {"step": 20, "box AP": 30.0, "mask AP": 20.0}])
     assert "boxes" in svg and "masks" in svg and "AP, %" in svg and ">30<" in svg
-    assert "masks" not in pictures.progress_figure([{"step": 10, "bbox": 0.1}, {"step": 20, "bbox": 0.3}])
+    assert "masks" not in pictures.progress_figure([{"step": 10, "box AP": 10.0}, {"step": 20, "box AP": 30.0}])

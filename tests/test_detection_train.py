@@ -12,12 +12,17 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
+import rcmae.tasks.detection.commands as commands
+import rcmae.tasks.detection.examples as keeping
 import rcmae.tasks.detection.train as dt
 from rcmae.cli import main
 from rcmae.config import Machine
 from rcmae.data.digits import write_coco
 from rcmae.engine.checkpoint import checkpoints
+from rcmae.engine.console import Screen
+from rcmae.engine.distributed import World
 from rcmae.engine.metrics import read_metrics
+from rcmae.engine.run import StopSignals
 from rcmae.engine.schedules import Progress
 from rcmae.errors import CheckpointError, ConfigError, DataError, Preempted
 from rcmae.interop.timm_export import export
@@ -29,7 +34,8 @@ from rcmae.tasks.detection.commands import place
 from rcmae.tasks.detection.examples import read_examples
 from rcmae.tasks.detection.files import load_detector
 from rcmae.tasks.detection.predict import predict
-from rcmae.tasks.detection.settings import Detect, check_detect, load_detect
+from rcmae.tasks.detection.settings import Detect, Detection, check_detect, load_detect
+from rcmae.tasks.training import Place
 
 CPU = torch.device("cpu")
 TINY = Detect(
@@ -119,8 +125,11 @@ def test_what_a_run_leaves_says_the_same(sets, straight):
     classes, examples = read_examples(out / "examples.safetensors")
     assert classes == loaded.classes and [len(kept) for kept in examples.values()] == [4, 4]
     for i, example in enumerate(examples["first"]):
-        assert (example.pixels == sets[1].read(i)).all() and (example.truth["masks"].numpy() == sets[1].objects(i).masks).all()
+        assert (example.pixels == sets[1].read(i)).all() and all(
+            (mask.numpy() == wanted).all() for mask, wanted in zip(example.truth["masks"], sets[1].objects(i).masks, strict=True)
+        )
         assert len(example.found["scores"]) == sum(r["image_id"] == sets[1].image_id(i) for r in results)
+    assert not any(example.truth["masks"][0].shape != example.pixels.shape[:2] for example in examples["worst"])
     losses = [line for line in read_metrics(out) if line["kind"] == "train"]
     parts = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
     assert losses[-1]["loss"] == pytest.approx(sum(losses[-1][p] for p in parts), rel=1e-5)
@@ -166,8 +175,49 @@ def test_both_parts_have_the_same_categories_by_name_too(tmp_path, sets):
 def test_a_set_smaller_than_a_batch_lowers_it_and_a_long_warmup_is_refused(tmp_path, sets, capsys):
     run(tmp_path / "run", (few(sets[0], 3), sets[1]), dataclasses.replace(TINY, steps=3))
     assert "note: 3 training images: batches of 2 instead of 4" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="warmup_steps 6 is not below the length of the run, 6 steps"):
+    with pytest.raises(ConfigError, match="warmup_steps 6 is not below the run's 6 steps; give --settings warmup_steps=N"):
         run(tmp_path / "other", sets, dataclasses.replace(TINY, warmup_steps=6))
+
+
+def test_the_recipe_of_the_scenes_is_scored_on_its_way(tmp_path, monkeypatch):
+    whole, found = open_coco(SCENES, size=32), []
+    monkeypatch.setattr(dt.Run, "train", lambda self: found.append((self.total, self.scorings())))
+    run(tmp_path / "run", whole, dataclasses.replace(load_detect("embedded"), size=32))
+    assert found == [(600, 4)], "the report draws precision over training"
+
+
+def test_batchnorm_of_several_ranks_wants_cuda(tmp_path, sets, monkeypatch):
+    monkeypatch.setattr(dt.Run, "learn", lambda *args: None)
+    place = Place(tmp_path, Machine(workers=0), CPU, World(0, 2), Screen(False), StopSignals())
+    with pytest.raises(ConfigError, match="shared by CUDA devices only; use one process on a CPU"):
+        dt.Run(backbone(), *sets, dataclasses.replace(TINY, preset="benchmarking"), place, {})
+
+
+@pytest.mark.parametrize(
+    ("width", "given", "recipe"), [(1024, None, "vitdet-large"), (24, None, "vitdet-base"), (1024, "embedded", "embedded")]
+)
+def test_the_recipe_fits_the_backbone(tmp_path, foreign, monkeypatch, width, given, recipe):
+    vit = build_vit(size=32, channels=3, patch=8, width=width, depth=1, heads=2, registers=0)
+    monkeypatch.setattr(commands, "load", lambda *args: Backbone(vit, (0.5,) * 3, (0.25,) * 3))
+    seen = []
+    monkeypatch.setattr(commands, "train", lambda backbone, train, test, settings, machine, about: seen.append((settings, about["recipe"])))
+    how = Detection(data=str(foreign), recipe=given, settings=("steps=7",))
+    commands.train_detector("x", how, Machine(out=tmp_path / "run", device="cpu"))
+    expected = dataclasses.replace(load_detect(recipe), steps=7, epochs=None)
+    assert seen == [(expected, recipe)]
+
+
+def test_examples_are_kept_small(tmp_path, sets, straight, monkeypatch):
+    results, part = straight[1].results, {}
+    for side in (768, 32):
+        monkeypatch.setattr(keeping, "SIDE", side)
+        keeping.write_examples(tmp_path / "x.safetensors", sets[1], results, 3)
+        part[side] = read_examples(tmp_path / "x.safetensors")[1]["first"]
+    for large, little in zip(*part.values(), strict=True):
+        assert (large.pixels.shape, little.pixels.shape) == ((64, 64, 3), (32, 32, 3))
+        for whole, half in zip(large[1:], little[1:], strict=True):
+            assert torch.equal(whole["boxes"], 2 * half["boxes"]) and torch.equal(whole["labels"], half["labels"])
+            assert all(torch.equal(a[1::2, 1::2], b) for a, b in zip(whole["masks"], half["masks"], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -330,8 +380,3 @@ def test_bad_input_is_one_line(tmp_path, straight, foreign, capsys, monkeypatch,
     assert main([{"RUN": str(straight[0]), "FOREIGN": str(foreign)}.get(a, a) for a in argv]) == code
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
-
-
-def test_every_shipped_recipe_is_whole():
-    for name in ("embedded", "vitdet-base", "vitdet-large", "benchmarking-base", "benchmarking-large"):
-        assert load_detect(name).preset == ("benchmarking" if name.startswith("bench") else "vitdet")

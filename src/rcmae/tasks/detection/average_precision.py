@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...engine.metrics import optional
 from ...errors import DataError
-from .coco import run_length_code
+from .coco import is_number, run_length_code
+from .masks import Masks
 
 Kind = Literal["bbox", "segm"]
 "What is compared: boxes or masks."
@@ -104,8 +104,8 @@ def results_of(detection: Mapping[str, Any], image_id: int, category_ids: Sequen
     ]  # fmt: skip
 
 
-def objects_of(entries: Sequence[Mapping[str, Any]], image: Mapping[str, Any], category_ids: Sequence[int]) -> dict[str, Tensor]:
-    """The way back, of the annotations or the results of one `image` of the truth: boxes, labels, masks, and scores where there are.
+def objects_of(entries: Sequence[Mapping[str, Any]], image: Mapping[str, Any], category_ids: Sequence[int]) -> dict[str, Any]:
+    """The way back, of the annotations or the results of one `image` of the truth: boxes, labels, scores where there are, and `Masks`.
 
     An entry without a mask has an empty one, an entry without a box its mask's.
     """
@@ -114,13 +114,12 @@ def objects_of(entries: Sequence[Mapping[str, Any]], image: Mapping[str, Any], c
         coco = _indexed(api, {"images": [image], "categories": []}, [{**e, "id": n} for n, e in enumerate(entries, 1)])
     h, w = image["height"], image["width"]
     rles = [coco.annToRLE(e) if "segmentation" in e else api.mask.encode(np.zeros((h, w), np.uint8, "F")) for e in coco.anns.values()]
-    masks = [api.mask.decode(rle) for rle in rles]
     found = [e["bbox"] if "bbox" in e else api.mask.toBbox(rle).tolist() for e, rle in zip(entries, rles, strict=True)]
     boxes = torch.tensor(found, dtype=torch.float32).reshape(-1, 4)
-    objects = {
+    objects: dict[str, Any] = {
         "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
         "labels": torch.tensor([1 + category_ids.index(e["category_id"]) for e in entries], dtype=torch.int64),
-        "masks": torch.from_numpy(np.stack(masks) > 0) if masks else torch.zeros(0, h, w, dtype=torch.bool),
+        "masks": Masks(rles, lambda rle: torch.from_numpy(api.mask.decode(rle) > 0)),
     }
     return objects | ({"scores": torch.tensor([e["score"] for e in entries])} if all("score" in e for e in entries) else {})
 
@@ -169,20 +168,16 @@ def _fault(entry: Any, sizes: Mapping[int, tuple[int, int]]) -> str | None:
             return f"needs a whole number as {key}, not {entry.get(key)!r}"
     if entry["image_id"] not in sizes:
         return f"is of image {entry['image_id']}, which is not among the images that the annotations list"
-    if not _finite(entry.get("score")):
+    if not is_number(entry.get("score")):
         return f"needs a finite number as score, not {entry.get('score')!r}"
     box, shape = entry.get("bbox"), entry.get("segmentation")
     if box is None and shape is None:
         return "has neither bbox nor segmentation"
-    if box is not None and not (isinstance(box, list) and len(box) == 4 and all(map(_finite, box)) and min(box[2:]) >= 0):
+    if box is not None and not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and min(box[2:]) >= 0):
         return f"needs a bbox of four finite numbers x, y, width and height, not {box!r}"
     if shape is not None and not (any(shape) if isinstance(shape, list) else shape):
         return "has an empty segmentation; leave it out, or give run lengths without a pixel"
     return None
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12  # false for what is no number
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

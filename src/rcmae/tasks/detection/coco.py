@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import stat
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
+from PIL import Image
 
 from ...config import hint
 from ...data.dataset import read_image
@@ -43,6 +45,12 @@ OVERLAP = 0.5
 
 FAR = 10
 "A polygon's point may lie so many image sides away; further ones are no slip of a pen, and would cost memory."
+
+LOOKED_AT = 200
+"Image files of a part whose sizes are compared with the annotations before any work; the others when their turn comes."
+
+ODD_SHARE, ODD = 0.01, 10
+"Share or number of images that may have another size than annotated: more of them would end the run (`--bad-share`)."
 
 SHOWN = 3
 "Examples of a problem that are named."
@@ -264,6 +272,15 @@ def _find(image: dict[str, Any], root: Path, folders: list[str]) -> tuple[bytes,
     return None
 
 
+def _as_annotated(path: Path, image: dict[str, Any]) -> bool:
+    """Has the file the annotated size, stored upright or turned? True also of what is not easily told."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
+            return sorted(file.size) == sorted((image["width"], image["height"]))
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError):
+        return True
+
+
 # --- what is wrong ----------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +331,8 @@ class _Part:
                 self.wrong["images whose height and width are no numbers of pixels"].append(image["id"])
         for a in self.found["annotations"]:
             image, crowd = a["image_id"] if _whole(a["image_id"]) else None, bool(a.get("iscrowd"))
+            if a.get("iscrowd") not in (None, 0, 1):  # text, say: "0" would be a crowd
+                self.wrong["iscrowd other than 0 and 1"].append(a["id"])
             if image not in images:
                 self.wrong["annotations of images that are not listed"].append(a["id"])
             if not _whole(a["category_id"]) or a["category_id"] not in categories:
@@ -323,7 +342,7 @@ class _Part:
             if pixels and not flat and not crowd and not _around(a["bbox"], code, *sized[image]):
                 self.noted["boxes that are not around their masks"].append(a["id"])
             a["area"] = pixels if a.get("area") is None else a["area"]
-            if not _number(a["area"]) or a["area"] < 0:
+            if not is_number(a["area"]) or a["area"] < 0:
                 self.wrong["areas that are no finite numbers from 0"].append(a["id"])
             if crowd:
                 self.noted["crowds, left out of training"].append(a["id"])
@@ -366,7 +385,7 @@ class _Part:
     def box(self, a: dict[str, Any], h: int, w: int) -> bool:
         """Is the box without area (or no box at all)?"""
         box = a["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(map(_number, box))):
+        if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
             self.wrong["boxes that are not 4 finite numbers"].append(a["id"])
             return True
         x, y, width, height = box
@@ -401,17 +420,27 @@ class _Part:
         stem = PurePath(self.name).stem
         split = stem.removeprefix("instances_")
         folders = [f for f in ("", split, f"images/{split}", "images") if (self.root / f).is_dir()]
-        names, sizes = [], []
+        names, sizes, places, there = [], [], set(), []
         for image in self.found["images"]:
             path = PurePath(image["file_name"]) if isinstance(image["file_name"], str) else None
             if path is None or path.is_absolute() or ".." in path.parts:
                 self.wrong["file names that are no paths below the folder"].append(image["file_name"])
             elif found := _find(image, self.root, folders):
+                if found[0] in places:
+                    self.noted["image files of several images"].append(image["file_name"])
+                places.add(found[0])
                 names.append(found[0])
                 sizes.append(found[1])
+                there.append(image)
             else:
-                places = ", ".join(f or "." for f in folders)
-                self.wrong[f"image files that are not in {self.root} ({places})"].append(image["file_name"])
+                looked = ", ".join(f or "." for f in folders)
+                self.wrong[f"image files that are not in {self.root} ({looked})"].append(image["file_name"])
+        looked = np.unique(np.linspace(0, len(names) - 1, min(LOOKED_AT, len(names)), dtype=np.int64)).tolist()
+        odd = [there[k]["file_name"] for k in looked if not _as_annotated(self.root / os.fsdecode(names[k]), there[k])]
+        if odd:
+            many = len(odd) / len(looked) * len(names) > max(ODD, ODD_SHARE * len(names))
+            kinds = self.wrong if many else self.noted
+            kinds[f"images of another size than annotated, of {len(looked)} looked at"] = odd
         self.pictures = Files(self.name, "coco", self.root, names, sizes, [b""] * len(names))
 
 
@@ -428,8 +457,9 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12  # false for what is no number
+def is_number(value: Any) -> bool:
+    """A finite number that may be a place, a length, an area or a score: COCO's evaluation knows no area above 1e10."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e10  # false for what is no number
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

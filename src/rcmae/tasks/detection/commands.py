@@ -19,7 +19,7 @@ from .coco import SCENES, CocoSet, few, open_coco, open_test
 from .files import Loaded, load_detector
 from .model import export_pyramid
 from .predict import predict
-from .settings import Detection, Scoring, check_detect, check_scoring, load_detect
+from .settings import Detect, Detection, Scoring, check_detect, check_scoring, load_detect
 from .train import train
 from .windows import check_backbone
 
@@ -32,11 +32,11 @@ def train_detector(name: str, how: Detection, machine: Workplace) -> Path | None
     Returns the run directory, or None on ranks but the first. Raises the errors of `rcmae.errors`.
     """
     recipe = how.recipe or ("embedded" if how.data == SCENES else "vitdet-base")
-    settings = load_detect(recipe)
-    if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in how.settings):
-        settings = replace(settings, steps=None, epochs=None)
-    settings = check_detect(replaced(settings, how.settings, recipe))
+    settings = settings_of(recipe, how.settings)
     backbone = load(name, how.which, how.heads, settings.seed)
+    if how.recipe is None and recipe == "vitdet-base" and backbone.vit.embed_dim >= 1024:
+        recipe = "vitdet-large"
+        settings = settings_of(recipe, how.settings)
     check_backbone(backbone.vit, settings)  # before annotations are read, which takes minutes of a large set
     images, test = open_coco(how.data, how.val, channels=backbone.channels)
     if how.images is not None:
@@ -51,10 +51,18 @@ def train_detector(name: str, how: Detection, machine: Workplace) -> Path | None
     }
     out = machine.out or place(name, how.which)
     with distributed.joined(distributed.pick_device(machine.device)) as world:
-        for note in (*images.notes, *test.notes):
-            Screen(world.first).say(f"note: {note}")
+        for line in (f"recipe {recipe}", *(f"note: {note}" for note in (*images.notes, *test.notes))):
+            Screen(world.first).say(line)
         train(backbone, images, test, settings, replace(machine, out=out), about)
         return out if world.first else None
+
+
+def settings_of(recipe: str, given: tuple[str, ...]) -> Detect:
+    """A recipe with the settings that are `given` as KEY=VALUE; of steps and epochs either replaces the other. Raises ConfigError."""
+    settings = load_detect(recipe)
+    if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in given):
+        settings = replace(settings, steps=None, epochs=None)
+    return check_detect(replaced(settings, given, recipe))
 
 
 def place(name: str, which: str = "teacher") -> Path:

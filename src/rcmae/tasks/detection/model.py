@@ -14,7 +14,9 @@ MIMDet's (configs/benchmarking, models/benchmarking.py). What is not torchvision
 What still differs from them: smooth L1 with beta 1/9 for boxes (theirs: L1); mask targets between 0 and 1 (theirs: cut at 0.5); the
 proposals' losses are means over the anchors drawn (theirs: over 256 an image, the same unless there are fewer); biases and decomposed
 relative positions have no weight decay; positions are the pre-trained ones (MIMDet: sines and cosines made anew, transposed); paths are
-dropped by image (MIMDet: by window). Soft-NMS, cascades and augmentation in testing are not here.
+dropped by image (MIMDet: by window). In training, regions are cut to the square (theirs: to what the image fills of it), images
+without objects take part, and objects below LEAST pixels do not; the two offsets of a crop are drawn apart. MIMDet pads with grey and
+flips last. Soft-NMS, cascades and augmentation in testing are not here.
 """
 
 import io
@@ -260,8 +262,9 @@ def cut(
     masks: Bool[Tensor, "n h w"], which: Int[Tensor, " m"], boxes: Float[Tensor, "m 4"], side: int = 28
 ) -> Float[Tensor, "m {side} {side}"]:
     """The share of the object `which` in each cell of a grid over its box."""
-    regions = torch.cat([which[:, None].to(boxes.dtype), boxes], 1)
-    return roi_align(masks[:, None].float(), regions, side, aligned=True)[:, 0]
+    used, places = which.unique(return_inverse=True)  # as numbers a mask takes four times as much
+    regions = torch.cat([places[:, None].to(boxes.dtype), boxes], 1)
+    return roi_align(masks[used, None].float(), regions, side, aligned=True)[:, 0]
 
 
 def paste(mask: Float[Tensor, "g g"], box: Float[Tensor, "4"], shape: tuple[int, int]) -> Bool[Tensor, "h w"]:

@@ -81,7 +81,7 @@ class Run(Training):
             place.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
         super().__init__(s, place, train, load_detect, about)
         if s.warmup_steps >= self.total:
-            raise ConfigError(f"warmup_steps {s.warmup_steps} is not below the length of the run, {self.total} steps")
+            raise ConfigError(f"warmup_steps {s.warmup_steps} is not below the run's {self.total} steps; give --settings warmup_steps=N")
         if s.preset == "benchmarking" and self.world.size > 1 and self.device.type != "cuda":
             raise ConfigError("the statistics of benchmarking's BatchNorm are shared by CUDA devices only; use one process on a CPU")
         self.test_set, self.channels = test, backbone.channels

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import InterpolationMode
@@ -26,7 +26,7 @@ TARGET = ("boxes", "labels", "masks")
 class Jitter:
     """Large-scale jitter: an image is flipped, resized to fit a random multiple of the square, and cut to the square at random.
 
-    It is detectron2's ResizeScale and FixedSizeCrop. What the image does not fill, at the right and at the bottom, has the mean colour
+    It is detectron2's ResizeScale and FixedSizeCrop, but for the crop's offsets (theirs: one draw for both). What the image does not fill, at the right and at the bottom, has the mean colour
     (`mean`, in units of 0 to 1): to within half a step of 255 what is 0 once a model has subtracted its mean. At most `max_instances`
     objects are kept, drawn at random among those that can be seen.
     """
@@ -101,8 +101,12 @@ class Detections(Images):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of few tensors, as each costs a file handle between processes: "image" [b c s s], all objects in a row, how many of each."""
+    """A batch of few tensors, as each costs a file handle between processes: "image" [b c s s], all objects in a row, how many of each.
+
+    Masks are packed, eight pixels a byte: those of the batches that wait would fill the memory.
+    """
     joined = {k: torch.cat([sample[k] for sample in samples]) for k in TARGET}
+    joined["masks"] = torch.from_numpy(np.packbits(joined["masks"].numpy(), axis=2))
     images = torch.stack([sample["image"] for sample in samples])
     return {"image": images, "counts": [len(s["labels"]) for s in samples], "bad": [b for s in samples for b in s["bad"]]} | joined
 
@@ -112,5 +116,12 @@ def detection_batches(
 ) -> Iterator[dict[str, Any]]:
     """Batches on the device: "image" uint8 [b c s s], and "targets", of each image "boxes", "labels" and "masks" as `Jitter` makes them."""
     for batch in batches_of(dataset, keys, dataset.source.kind, workers, device, note, collate):
+        batch["masks"] = unpacked(batch["masks"], batch["image"].shape[-1])
         parts = zip(*(batch[k].split(batch["counts"]) for k in TARGET), strict=True)
         yield {"image": batch["image"], "targets": [dict(zip(TARGET, part, strict=True)) for part in parts]}
+
+
+def unpacked(masks: UInt8[Tensor, "n h _"], width: int) -> Bool[Tensor, "n h {width}"]:
+    """The reverse of numpy's packbits of rows, on any device."""
+    bits = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=masks.device)
+    return (masks[..., None] & bits).bool().flatten(2)[..., :width]
