@@ -273,7 +273,7 @@ def corruptions() -> str:
 
 
 WHAT = {"knn": "k-NN", "linear": "linear probe", "attentive": "attentive probe", "finetune": "fine-tuning"}
-NOT_YET = "`python -m benchmarks.evaluation` has not been run yet."
+NOT_YET = "This has not been run yet."
 
 
 def evaluation() -> str:
@@ -318,7 +318,7 @@ def evaluation_verdict() -> str:
             for row in (r for r in rows if r["percent"] in percents):
                 for measure in ("clean", "corrupted", "FGSM", "PGD"):
                     gain, low, high = row[measure][f"against {other}"]
-                    word = "better" if low > 0 else "worse" if high < 0 else "can't tell"
+                    word = _word(low, high)
                     share = "" if percents == (100,) else f" at {row['percent']} %"
                     found[word].append(f"{WHAT[row['task']]}{share}, {measure} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})")
             tally = ", ".join(f"{word} in {len(cases)}" for word, cases in found.items())
@@ -329,11 +329,30 @@ def evaluation_verdict() -> str:
     return "\n".join(said)
 
 
+def _word(low: float, high: float) -> str:
+    """What an interval of a gain says."""
+    return "better" if low > 0 else "worse" if high < 0 else "can't tell"
+
+
+def detection_verdict() -> str:
+    """Did pre-training help to find objects, and RC-MAE more than MAE?"""
+    file = ROOT / "results" / "detection.json"
+    if not file.exists():
+        return NOT_YET
+    said = []
+    for own, other in (("MAE", "untrained"), ("RC-MAE, teacher", "untrained"), ("RC-MAE, teacher", "MAE")):
+        for row in (r for r in json.loads(file.read_text())["rows"] if r["backbone"] == own):
+            parts = [(n, row[n][f"against {other}"]) for n in ("box AP", "mask AP")]
+            gains = ", ".join(f"{n} {_word(*gain[1:])} ({gain[0]:+.1f} points, {gain[1]:+.1f} to {gain[2]:+.1f})" for n, gain in parts)
+            said.append(f"- {own} against {other}, {row['scenes']:,} labelled scenes: {gains}.")
+    return "\n".join(said)
+
+
 def detection() -> str:
     """benchmarks/detection.py: average precision on embedded scenes by backbone and number of labelled scenes."""
     file = ROOT / "results" / "detection.json"
     if not file.exists():
-        return "`python -m benchmarks.detection` has not been run yet."
+        return NOT_YET
     r = json.loads(file.read_text())
     numbers = ("box AP", "box AP50", "mask AP", "mask AP50")
     head = [*numbers, "mask AP, against untrained", "mask AP, against MAE"]
@@ -347,21 +366,16 @@ def detection() -> str:
     m = r["machine"]
     note = f"Embedded scenes, in percent: means of {len(r['seeds'])} paired seeds, {r['test_scenes']} test scenes, {r['steps']:,} steps of "
     note += (
-        f"{r['batch_size']} scenes. In brackets 95 % intervals over seeds (Student's t). {m['cpu']}, {m['precision']}, torch {m['torch']}."
+        f"{r['batch_size']} scenes after {r['pretraining_steps']:,} of pre-training, {r['core_minutes']:.0f} minutes of a core in all. In "
     )
-    by_heart = r["overfit"]
-    note += (
-        f"\n\nFour scenes are learned by heart in {by_heart['steps']:,} steps, from new weights: box AP {by_heart['box AP']:.1f}, mask AP "
-    )
-    note += f"{by_heart['mask AP']:.1f}."
-    if "longer" in r:
-        long = r["longer"]
+    note += f"brackets 95 % intervals over seeds (Student's t). {m['cpu']}, {m['precision']}, torch {m['torch']}.\n\n"
+    heart = r["overfit"]
+    note += f"Four scenes are learned by heart in {heart['steps']:,} steps, from new weights: "
+    note += f"box AP {heart['box AP']:.1f}, mask AP {heart['mask AP']:.1f}."
+    if long := r.get("longer"):
         what = f"{long['backbone']}, {long['scenes']:,} labelled scenes, {long['steps']:,} steps"
-        note += (
-            f"\n\nOne longer run ({what}, {long['seconds'] / 60:.0f} minutes of {m['cores']} cores): "
-            + ", ".join(f"{n} {long[n]:.1f}" for n in numbers)
-            + "."
-        )
+        scores = ", ".join(f"{n} {long[n]:.1f}" for n in numbers)
+        note += f"\n\nOne longer run ({what}, {long['seconds'] / 60:.0f} minutes of {m['cores']} cores): {scores}."
     return "\n".join([*rows, "", note])
 
 
@@ -404,7 +418,7 @@ TABLES = {
     for f in (
         embedded, step, digits, lab_linear, lab_gradients, half_life, half_life_verdict, verify, alarms, monitor_cost, cost, peaks,
         race, race_verdict, learns, paper, corruptions, evaluation, evaluation_verdict, detection,
-        detection_step,
+        detection_verdict, detection_step,
     )
 }  # fmt: skip
 PAGES = (

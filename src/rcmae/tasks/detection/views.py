@@ -26,9 +26,9 @@ TARGET = ("boxes", "labels", "masks")
 class Jitter:
     """Large-scale jitter: an image is flipped, resized to fit a random multiple of the square, and cut to the square at random.
 
-    It is detectron2's ResizeScale and FixedSizeCrop, but for the crop's offsets (theirs: one draw for both). What the image does not fill, at the right and at the bottom, has the mean colour
-    (`mean`, in units of 0 to 1): to within half a step of 255 what is 0 once a model has subtracted its mean. At most `max_instances`
-    objects are kept, drawn at random among those that can be seen.
+    It is detectron2's ResizeScale and FixedSizeCrop, but for the crop's offsets (theirs: one draw for both). What the image does not
+    fill, at the right and at the bottom, has the mean colour (`mean`, in units of 0 to 1): to within half a step of 255 what is 0 once a
+    model has subtracted its mean. At most `max_instances` objects are kept, drawn at random among those that can be seen.
     """
 
     def __init__(self, size: int, scale: tuple[float, float], flip: bool, max_instances: int, mean: tuple[float, ...]):
