@@ -23,7 +23,7 @@ from tests import test_detection_train, test_finetune
 from tests.test_loop import run
 
 METHODS: dict[str, dict] = {name: {"method": name, "steps": 4, "base_lr": 0.003} for name in ("dino", "ibot", "msn", "mocov3")}
-METHODS["ibot"] |= {"sinkhorn": True}
+METHODS["ibot"] |= {"sinkhorn": True, "head_norm": True, "patch_head": "masked"}
 
 
 def untrained(images: CocoSet, world: World = World()) -> list[dict]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..engine.distributed import mean_with_gradient
+from ..engine.distributed import average, mean_with_gradient
 
 
 class BatchNorm(nn.Module):
@@ -20,8 +20,9 @@ class BatchNorm(nn.Module):
     def forward(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            x = x - mean_with_gradient(x.mean(0))
-            x = x * (mean_with_gradient(x.square().mean(0)) + 1e-5).rsqrt()
+            share = len(x) / average(x.new_tensor(float(len(x))))  # a rank may have more rows than another, as of masked patches
+            x = x - mean_with_gradient(share * x.mean(0))
+            x = x * (mean_with_gradient(share * x.square().mean(0)) + 1e-5).rsqrt()
             return x if self.weight is None else x * self.weight + self.bias
 
 
