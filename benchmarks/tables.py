@@ -246,7 +246,7 @@ def paper() -> str:
         parts += ["", "```sh", *(row.command for row in experiment.rows), "```", ""]
         file = ROOT / "results" / f"paper_{name}.json"
         if not experiment.small:
-            parts += ["It has no small form here.", ""]
+            parts += [f"Its small form is `{experiment.elsewhere}`.", ""]
             continue
         if not file.exists():
             parts += [f"Small form: `python -m benchmarks.paper {name} --run`. It has not been run yet.", ""]
@@ -325,7 +325,7 @@ def evaluation_verdict() -> str:
             which = [f"  - {word}: {case}." for word in ("better", "worse") for case in found[word]]
             count = sum(map(len, found.values()))
             said += [f"- RC-MAE's teacher against {other}, {labels}, {count} comparisons (task, images): {tally}.", *which]
-    said.append("\nOf a hundred 95 % intervals about five leave zero out by chance.")
+    said.append("\nOf a hundred 95 % intervals about five exclude zero by chance.")
     return "\n".join(said)
 
 

@@ -375,6 +375,8 @@ def test_folders_flat_and_nested_and_with_classes(tmp_path):
     assert one.labels is None, "one class is no label"
     mixed = open_source(str(fill(tmp_path / "mixed", files | good(1))))
     assert mixed.labels is None
+    parts = open_source(str(fill(tmp_path / "parts", {f"{part}/{k}": v for part in ("train", "val") for k, v in files.items()})))
+    assert len(parts) == 10 and parts.labels is None, "train and val are no classes"
 
 
 def test_ten_images_stay_ten(tmp_path):

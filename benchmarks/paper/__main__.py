@@ -57,7 +57,7 @@ def main() -> None:
     for name in args.names or EXPERIMENTS:
         print(describe(name, EXPERIMENTS[name]), flush=True)
         if args.run and not EXPERIMENTS[name].small:
-            print("  it has no small form here", flush=True)
+            print(f"  its small form is `{EXPERIMENTS[name].elsewhere}`", flush=True)
         elif args.run:
             write_json(ROOT / "results" / f"paper_{name}.json", run(name, EXPERIMENTS[name], args.seeds, args.out))
 

@@ -43,6 +43,8 @@ class Experiment:
     races: tuple[Race, ...] = ()
     cost: bool = False
     "whether the small form is the cost of a step"
+    elsewhere: str = ""
+    "a benchmark that is the small form"
 
     @property
     def small(self) -> bool:
@@ -125,6 +127,7 @@ EXPERIMENTS = {
             )
             for name, run, network in (("MAE", "mae-1600", "student"), ("RC-MAE", "rcmae-1600", "teacher"))
         ),
+        elsewhere="python -m benchmarks.evaluation",
     ),
     "detection": Experiment(
         "RC-MAE is better than MAE on COCO (1,600 epochs, 100 passes over COCO); of its settings only the protocol is known",
@@ -137,5 +140,6 @@ EXPERIMENTS = {
                 ("RC-MAE", "rcmae", "large", (53.8, 47.7)),
             )
         ),
+        elsewhere="python -m benchmarks.detection",
     ),
 }

@@ -21,8 +21,8 @@ app = App(
     name="rcmae",
     version=__version__,
     help="Self-supervised pre-training of Vision Transformers with RC-MAE.",
-    help_epilogue="Exit codes: 0 done, 2 usage or recipe, 3 data, 4 checkpoint, 5 diverged, 6 storage, 7 lost process, "
-    "8 memory, 75 stopped and saved (run the same command again). --debug shows the traceback of an error.",
+    help_epilogue="Exit codes: 0 done, 1 unexpected (or verify found a difference), 2 usage or recipe, 3 data, 4 checkpoint, 5 diverged or an "
+    "alarm, 6 storage, 7 lost process, 8 memory, 75 stopped and saved (run the same command again), 130 Ctrl-C. --debug shows the traceback of an error.",
 )
 
 
@@ -62,14 +62,16 @@ for section in (
 
 @app.command
 def pretrain(
-    recipe: str | None = None, /, *, settings: Annotated[Recipe, Flat] = Recipe(), machine: Annotated[Machine, Flat] = Machine()
-) -> None:
+    recipe: str | None = None, /, *,
+    settings: Annotated[Recipe, Parameter(name="*", negative_iterable=(), show_default=False)] = Recipe(),
+    machine: Annotated[Machine, Flat] = Machine(),
+) -> None:  # fmt: skip
     """Pre-train a Vision Transformer; a run that is already in --out goes on.
 
     Parameters
     ----------
     recipe
-        A recipe's name (`rcmae list`) or the path of a TOML file [default: embedded]. Every option below replaces a line of it.
+        A recipe's name (`rcmae list`) or the path of a TOML file [default: embedded]. What it sets can be replaced by options.
     """
     from .loop import pretrain as run
 
@@ -92,7 +94,7 @@ def check_data(
     val
         A validation set, to look for images that are in both.
     recipe
-        The recipe whose view of the data is told [default: folder, or embedded for such a set].
+        The recipe to plan for [default: folder, or embedded for such a set].
     channels
         Bands of an image [default: the recipe's].
     batch_size
@@ -307,7 +309,7 @@ def compare_cost(
     methods
         Methods; ratios are to the first one.
     batch_size
-        Images a step of which the worst memory is told.
+        Batch size for the highest memory of a step.
     precision
         Of the matrix products.
     measure
@@ -443,7 +445,7 @@ def evaluate_linear(backbone: str, /, *, task: Annotated[Linear, Flat] = Linear(
     Parameters
     ----------
     backbone
-        As for knn.
+        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights.
     """
     _evaluate(backbone, task, how)
 
@@ -457,7 +459,7 @@ def evaluate_attentive(
     Parameters
     ----------
     backbone
-        As for knn.
+        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights.
     """
     _evaluate(backbone, task, how)
 
@@ -471,7 +473,7 @@ def evaluate_finetune(
     Parameters
     ----------
     backbone
-        As for knn.
+        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights.
     """
     _evaluate(backbone, task, how)
 
@@ -480,7 +482,7 @@ def evaluate_finetune(
 def evaluate_robustness(
     backbone: str, /, *, task: Annotated[Robustness, Flat] = Robustness(), how: Annotated[Evaluation, Flat] = Evaluation()
 ) -> None:
-    """What is left of accuracy on corrupted, shifted and attacked images, and is it sure where it may be.
+    """Accuracy on corrupted, shifted and attacked images, and whether confidence is right.
 
     Parameters
     ----------
@@ -500,7 +502,7 @@ def evaluate_worth_it(
     Parameters
     ----------
     backbone
-        As for knn.
+        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights.
     """
     from rich.table import Table
 

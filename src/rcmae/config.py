@@ -261,7 +261,7 @@ class Workplace:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     "auto: bf16 where the device multiplies it faster (CUDA, CPUs with AMX or AVX512-BF16), else fp32"
     accumulate: int = 1
-    "micro-batches an optimizer step and device: the same step with less memory (a detector's: nearly the same)"
+    "micro-batches an optimizer step and device: less memory, the same step (nearly so where a loss looks across the batch)"
     workers: int | None = None
     "loader processes a device; default: by the data and the cores"
     threads: int | None = None

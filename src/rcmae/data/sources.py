@@ -230,6 +230,10 @@ def open_source(spec: str, channels: int = 3, size: int = 32, seed: int = 0) -> 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
+PARTS = {b"train", b"val", b"valid", b"validation", b"test"}
+"Folders that part a set, and are no classes."
+
+
 def _open_folder(spec: str, root: Path) -> Files:
     found, others = [], 0
     for name, size in _walk(os.fsencode(root)):
@@ -240,7 +244,8 @@ def _open_folder(spec: str, root: Path) -> Files:
     if not found:
         raise DataError(f"{spec} holds no images ({others} other files); looked for {' '.join(EXTENSIONS)}")
     tops = [name.split(b"/")[0] if b"/" in name else b"" for name, _ in found]
-    labels = tops if all(tops) else [b""] * len(tops)  # images beside the folders: these are no classes
+    labelled = all(tops) and not set(tops) <= PARTS  # images beside the folders, or parts of a set: these are no classes
+    labels = tops if labelled else [b""] * len(tops)
     return Files(spec, "folder", root, [n for n, _ in found], [s for _, s in found], labels)
 
 
