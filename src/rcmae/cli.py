@@ -21,8 +21,9 @@ app = App(
     name="rcmae",
     version=__version__,
     help="Self-supervised pre-training of Vision Transformers with RC-MAE.",
-    help_epilogue="Exit codes: 0 done, 1 unexpected (or verify found a difference), 2 usage or recipe, 3 data, 4 checkpoint, 5 diverged or an "
-    "alarm, 6 storage, 7 lost process, 8 memory, 75 stopped and saved (run the same command again), 130 Ctrl-C. --debug shows the traceback of an error.",
+    help_epilogue="Exit codes: 0 done, 1 unexpected (or verify found a difference), 2 usage or recipe, 3 data, 4 checkpoint, "
+    "5 diverged or an alarm, 6 storage, 7 lost process, 8 memory, 75 stopped and saved (run the same command again), 130 Ctrl-C. "
+    "--debug shows the traceback of an error.",
 )
 
 
