@@ -323,6 +323,23 @@ def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys)
     assert load_classifier(backbone) is None
 
 
+def test_a_tuned_classifier_is_scored_on_images_it_was_not_trained_on(tmp_path, backbone, capsys):
+    """One set without a validation part: fine-tuning divides it, and so does what scores the classifier; of other images all count."""
+    whole = class_folders(tmp_path / "whole", count=10)
+    settings = ["--recipe", "embedded", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0", "--workers", "0"]
+    _, tuned = run(tmp_path, "finetune", backbone, "--data", whole, *settings)
+    place, plain = tmp_path / "out" / "finetune-backbone", ["--no-corruptions", "--no-attacks", "--workers", "0"]
+    for classifier in (place, place / "export" / "classifier", f"timm:local-dir:{place / 'export' / 'classifier'}"):
+        code, found = run(tmp_path / "r", "robustness", classifier, "--data", whole, *plain)
+        assert code == 0 and found["hashes"] | {"backbone": 0} == tuned["hashes"] | {"backbone": 0}
+        assert found["test_images"] == 6 and found["metrics"]["top1"] == tuned["metrics"]["top1"]
+    picture(0, 99).save(whole / "a" / "new.png")
+    capsys.readouterr()
+    _, found = run(tmp_path / "other", "robustness", place, "--data", whole, *plain)
+    assert found["test_images"] == 31 and "also what the classifier may have been trained on" in found["notes"][0]
+    assert "all of it is scored on" in capsys.readouterr().out.replace("\n", " ")
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_agree_with_one(tmp_path, data):
     """Features by both, then fine-tuning by both of two networks one after the other: the world is joined once and left once."""

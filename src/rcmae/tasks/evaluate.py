@@ -34,7 +34,7 @@ from ..engine.console import Screen
 from ..engine.distributed import World
 from ..engine.run import describe_machine, plain_failures, write_json
 from ..errors import ConfigError
-from ..interop.load import load, load_classifier
+from ..interop.load import load, load_classifier, tested_on
 from ..interop.official import read_pth
 from ..models.backbone import Backbone, Features, Pixels
 from ..models.classifier import Classifier
@@ -286,7 +286,7 @@ def fine_tune(subject: Subject, task: Tuning) -> Found:
         out=out, device=how.device, precision=how.precision, workers=how.workers, accumulate=task.accumulate, compile=task.compile,
         checkpointing=task.checkpointing, bad_share=task.bad_share,
     )  # fmt: skip
-    about = {"backbone": subject.name, "network": subject.which}
+    about = {"backbone": subject.name, "network": subject.which, "test": subject.set.test.fingerprint()[:16]}
     tuned = finetune(subject.backbone, subject.part("train"), subject.set.test, subject.set.classes, recipe, machine, about)
     best = max(line["accuracy"] for line in tuned.history)
     metrics = {"top1": 100 * float(tuned.right.mean()), "ECE": ece(tuned.confidence, tuned.right)}
@@ -348,7 +348,8 @@ def subjects(name: str, how: Evaluation, world: World, screen: Screen, headed: b
     opened: Labelled | None = None
     for which, backbone in found:
         if opened is None:
-            opened = open_labelled(how.data, how.val, channels=backbone.channels, size=backbone.shape[1], divide=not whole)
+            tested = tested_on(name) if whole else None
+            opened = open_labelled(how.data, how.val, channels=backbone.channels, size=backbone.shape[1], tested=tested)
             for note in opened.notes:
                 screen.say(f"note: {note}")
         yield Subject(name, which, backbone, opened, how, device, world, screen, precision, whole)
