@@ -1318,6 +1318,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda old: lambda path: "",
         "test_evaluate.py::test_a_tuned_classifier_is_scored_on_images_it_was_not_trained_on",
     ),
+    "results of other settings go to the same file": (
+        "rcmae.tasks.evaluate:asdict",
+        lambda old: lambda task: {},
+        "test_evaluate.py::test_another_question_leaves_another_file",
+    ),
     "what cannot be read is scored as grey": (
         "rcmae.tasks.evaluate:Subject.hits",
         grey_counts,

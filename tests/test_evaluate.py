@@ -96,6 +96,26 @@ def test_a_task_leaves_its_numbers(tmp_path, data, backbone, task, capsys):
     assert f"{found['metrics']['top1']:.2f}" in capsys.readouterr().out
 
 
+def test_another_question_leaves_another_file(tmp_path, data, backbone):
+    """What is asked again is written again; what is asked otherwise lies beside it: settings, training images, test images, weights."""
+    class_folders(tmp_path / "more" / "train", count=14), (tmp_path / "more" / "val").symlink_to(data / "val")
+    class_folders(tmp_path / "less" / "val", count=3), (tmp_path / "less" / "train").symlink_to(data / "train")
+    common = ["knn", backbone, "--k", "3", "--data"]
+    for number, argv in enumerate([[data], [data], [data, "--temperature", "0.1"], [tmp_path / "more"], [tmp_path / "less"], [data]]):
+        run(tmp_path, *common, *argv)
+        count = len(list((tmp_path / "out").glob("*.json")))
+        assert count == len(list((tmp_path / "out").glob("*.safetensors"))) == [1, 1, 2, 3, 4, 4][number]
+    assert record(tmp_path / "out", "knn-backbone")["settings"]["temperature"] == 0.07
+    export(method_for(small(seed=1, **{"width": 36})).backbone(), tmp_path / "backbone", {"method": "rcmae"})
+    run(tmp_path, *common, data)
+    assert len(list((tmp_path / "out").glob("*.json"))) == 5, "the weights in the same place are others"
+    plain = ["robustness", backbone, "--data", data, "--probe", "knn", "--no-attacks", "--workers", "0", "--corrupted-images", "1"]
+    for argv in ([], ["--no-corruptions"], []):
+        run(tmp_path / "r", *plain, *argv)
+    assert len(list((tmp_path / "r" / "out").glob("*.json"))) == 2
+    assert "mean error, C-style, not ImageNet-C" in record(tmp_path / "r" / "out", "robustness-backbone-knn")["metrics"]
+
+
 def test_pixels_and_new_weights_are_floors(tmp_path, data, backbone):
     assert run(tmp_path, "knn", "pixels", "--data", data, "--k", "3")[1]["metrics"]["top1"] == 100
     code, found = run(tmp_path / "s", "knn", f"scratch:{backbone}", "--data", data, "--k", "3")

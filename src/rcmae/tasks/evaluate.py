@@ -5,6 +5,7 @@ metric, by class, the settings, hashes of backbone and data) and, beside it, whi
 """
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -397,7 +398,7 @@ def evaluate(name: str, task: Task, how: Evaluation = Evaluation()) -> list[dict
             began = time.monotonic()
             result = run(subject, task)
             if world.first:
-                records.append(record(kind, subject, result, time.monotonic() - began, varied(task)))
+                records.append(record(task, subject, result, time.monotonic() - began))
     return records
 
 
@@ -426,27 +427,27 @@ def varied(task: Task) -> str:
     return "".join(f"-{value}" for value, default in zip(chosen, usual, strict=True) if value != default)
 
 
-def record(kind: str, subject: Subject, found: Found, seconds: float, variant: str = "") -> dict[str, Any]:
-    """Write a result's JSON and hits; returns the JSON's content."""
-    how, test = subject.how, subject.set.test
+def record(task: Task, subject: Subject, found: Found, seconds: float) -> dict[str, Any]:
+    """Write a result's JSON and hits, beside those of another question that go by the same name; returns the JSON's content."""
+    kind, how, test = RUNS[type(task)][0], subject.how, subject.set.test
+    hashes = {"backbone": identity(subject.backbone), "train": subject.part("train").fingerprint()[:16], "test": test.fingerprint()[:16]}
+    asked = hashlib.sha256(json.dumps([hashes, asdict(task)], default=str).encode()).hexdigest()[:16]
     classes = subject.set.classes
     by_class = {classes[i]: 100 * float(found.right[test.labels == i].mean()) for i in np.unique(test.labels)}
     content = {
         "task": kind, "backbone": subject.name, "network": subject.which, "metrics": found.metrics, "labels_percent": how.labels,
         "train_images": len(subject.part("train")), "test_images": len(test), "classes": len(classes), "settings": found.settings,
         "seed": how.seed, "data": how.data, "val": how.val, "notes": list(subject.set.notes),
-        "hashes": {
-            "backbone": identity(subject.backbone), "train": subject.part("train").fingerprint()[:16], "test": test.fingerprint()[:16],
-        },
+        "hashes": hashes | {"asked": asked},
         "seconds": round(seconds, 1), "machine": describe_machine(subject.device, subject.precision), "per_class": by_class,
     }  # fmt: skip
     content |= {"details": found.details} if found.details else {}
     folder = place(subject.name, how)
     folder.mkdir(parents=True, exist_ok=True)
-    name = stem(kind, subject.which, how) + variant
-    there, images = folder / f"{name}.json", content["hashes"]["test"]
-    if there.exists() and json.loads(there.read_bytes())["hashes"]["test"] != images:
-        name += f"-{images[:6]}"  # of other images: both are kept
+    name = stem(kind, subject.which, how) + varied(task)
+    there = folder / f"{name}.json"
+    if there.exists() and not isinstance(task, Tuning) and f'"{asked}"' not in there.read_text(encoding="utf-8"):
+        name += f"-{asked[:6]}"  # other settings, images or weights: both are kept (fine-tuning refuses them in the same place)
     hits = {"right": found.right} | (found.more or {})
     replace_file(folder / f"{name}.safetensors", save({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in hits.items()}))
     write_json(folder / f"{name}.json", content)
