@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -323,6 +324,31 @@ def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, b
         assert "severity" in (tmp_path / "out" / f"severity-{kind}.svg").read_text()
     right = load_file(tmp_path / "out" / "robustness-backbone.safetensors")
     assert right["gaussian_noise (C-style)"].shape == (5, 6) and right["attack: FGSM 64/255"].shape == (18,)
+
+
+def test_sets_that_are_not_whole_are_refused_before_any_work(tmp_path, data, backbone, capsys):
+    (tmp_path / "empty").mkdir(), class_folders(tmp_path / "one", "a")
+    images = tmp_path / "c"
+    for place in (images / corruption / str(severity) for corruption in STANDARD for severity in range(1, 6)):
+        class_folders(place, count=1)
+    cases = {
+        "-c": [("one", "is not all of ImageNet-C: gaussian_noise/1"), ("c", "20 x 20, and the model takes 16 x 16")],
+        "-a": [("one", "one has 1 class folders; n01498041"), ("none", "none is no folder")],
+        "-r": [("one", "one has 1 class folders; n01443537")],
+        "-sketch": [("one", "one has 1 class folders; n01440764")],
+    }
+    for name, (place, says) in [(f"--imagenet{which}", case) for which, of in cases.items() for case in of]:
+        code, found = run(tmp_path, "robustness", backbone, "--data", data, "--workers", "0", name, tmp_path / place)
+        assert code == 3 and not found and says in capsys.readouterr().err
+    shutil.rmtree(images / "fog" / "3" / "b")
+    for argv, code, says in (
+        (["--imagenet-c", images], 3, "fog/3 has 2 class folders; b of 3 missing"),
+        (["--real", tmp_path / "one"], 3, "0.png is no image of ImageNet's validation set, by its name"),
+        (["--eps", "0.1", "0.10000001"], 2, "eps has a size twice: 0.1, 0.1"),
+    ):
+        assert run(tmp_path, "robustness", backbone, "--data", data, "--workers", "0", *argv)[0] == code
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "cache" / "features").exists() and not (tmp_path / "out").exists()
 
 
 def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys):

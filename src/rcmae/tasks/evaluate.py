@@ -296,23 +296,31 @@ def fine_tune(subject: Subject, task: Tuning) -> Found:
     return Found(metrics, tuned.right, tuned.model, asdict(task) | asdict(recipe) | {"recipe": name, "run": str(out)})
 
 
+def classes_for(subject: Subject, task: Robustness) -> list[str]:
+    """The classes of the logits that robustness is asked of. What cannot be asked is refused here, before any work."""
+    if subject.backbone.channels != 3:
+        raise ConfigError(f"corruptions and published sets are of 3 channels; {subject.name} takes {subject.backbone.channels}")
+    classes = subject.set.classes
+    if subject.classifier is not None:
+        model, names = subject.classifier
+        if not names and model.vit.num_classes != len(classes):
+            raise ConfigError(f"{subject.name} has {model.vit.num_classes} classes without names, and the data {len(classes)}")
+        classes = names or classes
+    check_study(task, classes, tuple(subject.backbone.shape))
+    return classes
+
+
 def robustness(subject: Subject, task: Robustness) -> Found:
     """A classifier as it is, or a probe that is fitted first, on shifted, corrupted and attacked images."""
     fitted: dict[str, Any] = {}
     model: nn.Module
-    check_study(task)
-    if subject.backbone.channels != 3:
-        raise ConfigError(f"corruptions and published sets are of 3 channels; {subject.name} takes {subject.backbone.channels}")
+    classes = classes_for(subject, task)
     if subject.classifier is not None:
-        model, classes = subject.classifier
-        count = subject.classifier[0].vit.num_classes
-        if not classes and count != len(subject.set.classes):
-            raise ConfigError(f"{subject.name} has {count} classes without names, and the data {len(subject.set.classes)}")
-        classes = classes or subject.set.classes
+        model = subject.classifier[0]
     else:
         probe = {"linear": (fit_linear, Linear()), "knn": (knn, KNN(k=(20,))), "attentive": (fit_attentive, Attentive())}[task.probe]
         found = probe[0](subject, probe[1])  # type: ignore[operator]
-        model, classes, fitted = found.model, subject.set.classes, {"probe_settings": found.settings}
+        model, fitted = found.model, {"probe_settings": found.settings}
         subject.screen.say(f"fitted: {task.probe} probe, on {len(subject.part('train')):,} images: {found.metrics['top1']:.1f} % right")
     workers = processes(subject.set.test.kind, subject.how.workers)
     loading = Loading(tuple(subject.backbone.shape), subject.device, workers=workers)
@@ -390,6 +398,8 @@ def evaluate(name: str, task: Task, how: Evaluation = Evaluation()) -> list[dict
         if world.size > 1 and not tunes:  # all make the features of all, so that none has to wait for the fits of the first
             found = list(found)
             for subject in found:
+                if isinstance(task, Robustness):
+                    classes_for(subject, task)
                 tokens = isinstance(task, Attentive) or getattr(task, "probe", "") == "attentive"
                 if subject.classifier is None and not (tokens and token_bytes(subject) > TOKENS_IN_MEMORY):
                     for part in ("train", "test"):
