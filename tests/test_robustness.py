@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from rcmae.data.digits import DigitsSource
-from rcmae.data.sources import open_source
+from rcmae.data.sources import Subset, open_source
 from rcmae.errors import ConfigError, DataError
 from rcmae.report.curves import standalone
 from rcmae.report.severity import by_severity, figures
@@ -245,6 +245,16 @@ def test_corrupted_images_are_those_of_corrupt_whatever_the_batch_and_workers():
     assert all((again[m].right[n] == found[m].right[n]).all() for m in models for n in names)
     other = corrupted(models, source, labels, Loading((32, 32), CPU), 4, names, severities)
     assert any((other[m].right["shot_noise"] != found[m].right["shot_noise"]).any() for m in models)
+
+
+def test_draws_go_by_the_number_in_the_whole_set():
+    """Whichever part of a part of it is corrupted."""
+    source, labels, _ = digits(40)
+    part = Subset(Subset(source, np.arange(5, 30), labels[5:30]), np.array([0, 3, 20]))
+    seen = []
+    corrupted({"toy": lambda x: seen.append(x) or torch.zeros(len(x), 10)}, part, part.labels, Loading((32, 32), CPU), 3, ("shot_noise",), (4,))
+    wanted = [corrupt(source.images[i], "shot_noise", 4, 3, i) for i in (5, 8, 25)]
+    assert ((seen[0].permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8) == np.stack(wanted)).all()
 
 
 def test_the_view_comes_first_and_labels_go_by_name(tmp_path):

@@ -71,7 +71,9 @@ class _Views(Dataset):
     def __getitem__(self, place: int) -> Tensor:
         index = int(self.indices[place])
         try:
-            origin = int(self.source.chosen[index]) if isinstance(self.source, sources.Subset) else index
+            source, origin = self.source, index
+            while isinstance(source, sources.Subset):  # of a subset too: draws are by the number in the whole
+                source, origin = source.source, int(source.chosen[origin])
             return self.view(read_image(self.source, index, 3), origin)
         except BadImage as e:
             raise DataError(f"{self.source.where(index)} cannot be read ({e}); mend it, or remove it and say so beside the score") from e
