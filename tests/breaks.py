@@ -541,6 +541,17 @@ def a_resized_imagenet_c(old):
     return lambda image, index, shape: sets.center(image, shape)[None]
 
 
+def draws_by_the_number_in_the_part(old):
+    sets = importlib.import_module("rcmae.tasks.robustness.sets")
+
+    def item(self, place):
+        index = int(self.indices[place])
+        origin = int(self.source.chosen[index]) if isinstance(self.source, sets.sources.Subset) else index
+        return self.view(sets.read_image(self.source, index, 3), origin)
+
+    return item
+
+
 def c_style_has_an_mce(old):
     sets = importlib.import_module("rcmae.tasks.robustness.sets")
     return property(lambda self: sets.mean_corruption_error(self.errors))
@@ -1327,6 +1338,16 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.tasks.evaluate:check_study",
         lambda old: lambda *given: None,
         "test_evaluate.py::test_sets_that_are_not_whole_are_refused_before_any_work",
+    ),
+    "draws of a corrupted image are by its number in the part": (
+        "rcmae.tasks.robustness.sets:_Views.__getitem__",
+        draws_by_the_number_in_the_part,
+        "test_robustness.py::test_draws_go_by_the_number_in_the_whole_set",
+    ),
+    "a report looks for results on the first floor only": (
+        "rcmae.report.build:_evaluated",
+        lambda old: lambda *given: {file: r for file, r in old(*given).items() if "/" not in file},
+        "test_report.py::test_what_was_evaluated_is_told_and_told_apart",
     ),
     "what cannot be read is scored as grey": (
         "rcmae.tasks.evaluate:Subject.hits",

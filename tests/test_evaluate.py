@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import rcmae
 from rcmae.cli import main
+from rcmae.config import to_toml
 from rcmae.data.labelled import open_labelled
 from rcmae.engine.distributed import World
 from rcmae.errors import DataError
@@ -324,6 +325,25 @@ def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, b
         assert "severity" in (tmp_path / "out" / f"severity-{kind}.svg").read_text()
     right = load_file(tmp_path / "out" / "robustness-backbone.safetensors")
     assert right["gaussian_noise (C-style)"].shape == (5, 6) and right["attack: FGSM 64/255"].shape == (18,)
+
+
+def test_results_of_what_was_tuned_reach_the_report_of_the_run(tmp_path, data, monkeypatch, capsys):
+    """README's commands, with no --out: each ends with the page of the pre-training that it began from, and is told there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.toml").write_text(to_toml(small()))
+    for which in ("student", "teacher"):
+        export(method_for(small()).backbone(which), tmp_path / "mine" / "export" / which, {"method": "rcmae"})
+    tune = ["--recipe", "embedded", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
+    common = ["--data", str(data), "--device", "cpu", "--workers", "0", "--cache", "cache"]
+    robust = ["--no-corruptions", "--no-attacks"]
+    for argv in (["finetune", "mine", *tune], ["robustness", "mine/evaluate/finetune-teacher", *robust], ["worth-it", "mine", *tune]):
+        more = ["--percents", "100", "--seeds", "2"] if argv[0] == "worth-it" else []
+        capsys.readouterr()
+        assert main(["evaluate", *argv, *more, *common]) == 0
+        assert "Open mine/report.html" in capsys.readouterr().out
+    page = (tmp_path / "mine" / "report.html").read_text()
+    assert "finetune-teacher/evaluate/robustness-classifier" in page and "With 100 % of the labels (36 images), teacher: " in page
 
 
 def test_sets_that_are_not_whole_are_refused_before_any_work(tmp_path, data, backbone, capsys):

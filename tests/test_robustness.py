@@ -315,10 +315,12 @@ def test_the_figure_has_a_curve_a_model_from_the_clean_accuracy_on():
     svg = by_severity({"student": 95.0, "teacher": 96.0}, errors)
     assert svg.startswith("<svg") and "severity" in svg and "clean" in svg and svg.count("var(--teacher)") > 1
     assert standalone(by_severity({"student": 95.0, "teacher": 96.0}, errors, "fog")).count("accuracy, %: fog") == 1
-    record = {"network": "teacher", "labels_percent": 100, "settings": {"probe": "linear"}, "metrics": {"top1": 96.0}}
+    record = {"network": "teacher", "labels_percent": 100, "settings": {"probe": "linear"}, "metrics": {"top1": 96.0}, "seed": 0}
+    record |= {"backbone": "runs/mine/evaluate/finetune-teacher", "hashes": {"asked": "abcdefgh"}}
     first = record | {"details": {"errors": {"C-style": errors["teacher"]}}}
     unusual = {"labels_percent": 10, "settings": {"probe": "knn"}}
     second = record | unusual | {"details": {"errors": {"C-style": errors["student"], "ImageNet-C": {"fog": [9] * 5}}}}
-    found = figures([first, second])
+    found = figures([first, second, second | {"seed": 3}, first | {"network": "classifier"}, first])
     assert found.keys() == {"C-style", "ImageNet-C"}
-    assert "teacher, knn probe, 10 % of labels" in found["C-style"]
+    for name in ("teacher, knn probe, 10 % of labels", "% of labels, seed 3", "finetune-teacher", "teacher, abcdef"):
+        assert name in found["C-style"]
