@@ -1349,6 +1349,26 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda old: lambda *given: {file: r for file, r in old(*given).items() if "/" not in file},
         "test_report.py::test_what_was_evaluated_is_told_and_told_apart",
     ),
+    "a lowered batch does not know the ranks": (
+        "rcmae.tasks.finetune:fitted",
+        lambda old: lambda settings, images, parts=1: old(settings, images),
+        "test_finetune.py::test_a_lowered_batch_fits_the_ranks",
+    ),
+    "worth-it loads a backbone when its turn comes": (
+        "rcmae.tasks.worth:backbones",
+        lambda old: lambda *given: [],
+        "test_evaluate.py::test_worth_it_compares_with_scratch_within_seeds_and_says_so",
+    ),
+    "a cache is whole if it is there": (
+        "rcmae.tasks.features:_whole",
+        lambda old: lambda file: file.exists(),
+        "test_evaluate.py::test_a_damaged_cache_is_made_anew",
+    ),
+    "all pairs are kept for a gradient": (
+        "rcmae.tasks.knn:checkpoint",
+        lambda old: lambda part, *given, **named: part(*given),
+        "test_probes.py::test_what_wants_a_gradient_keeps_no_pair_of_all",
+    ),
     "what cannot be read is scored as grey": (
         "rcmae.tasks.evaluate:Subject.hits",
         grey_counts,

@@ -1,12 +1,16 @@
 """`rcmae evaluate` end to end on small labelled folders: every way in, every refusal, caches, splits, torch's own loading."""
 
+import contextlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,18 +22,21 @@ from safetensors.torch import load_file, save_file
 
 import rcmae
 from rcmae.cli import main
-from rcmae.config import to_toml
+from rcmae.config import replaced, shipped_recipes, to_toml
 from rcmae.data.labelled import open_labelled
 from rcmae.engine.distributed import World
-from rcmae.errors import DataError
+from rcmae.errors import CheckpointError, DataError
 from rcmae.interop.load import load, load_classifier
 from rcmae.interop.timm_export import export
 from rcmae.models.backbone import IMAGENET, Backbone
 from rcmae.tasks import features as features_module
+from rcmae.tasks import worth
 from rcmae.tasks.features import extract, identity
+from rcmae.tasks.finetune import load_finetune
 from rcmae.tasks.robustness.corruptions import STANDARD
 from rcmae.tasks.robustness.metrics import imagenet_classes
 from rcmae.tasks.score import Centers
+from rcmae.tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Worth
 from rcmae.tasks.worth import verdict
 from tests.conftest import GOLDEN, method_for, small
 
@@ -348,7 +355,7 @@ def test_results_of_what_was_tuned_reach_the_report_of_the_run(tmp_path, data, m
 
 def test_sets_that_are_not_whole_are_refused_before_any_work(tmp_path, data, backbone, capsys):
     (tmp_path / "empty").mkdir(), class_folders(tmp_path / "one", "a")
-    images = tmp_path / "c"
+    images, plain = tmp_path / "c", ["robustness", backbone, "--data", data, "--workers", "0", "--probe", "knn", "--no-corruptions"]
     for place in (images / corruption / str(severity) for corruption in STANDARD for severity in range(1, 6)):
         class_folders(place, count=1)
     cases = {
@@ -358,7 +365,7 @@ def test_sets_that_are_not_whole_are_refused_before_any_work(tmp_path, data, bac
         "-sketch": [("one", "one has 1 class folders; n01440764")],
     }
     for name, (place, says) in [(f"--imagenet{which}", case) for which, of in cases.items() for case in of]:
-        code, found = run(tmp_path, "robustness", backbone, "--data", data, "--workers", "0", name, tmp_path / place)
+        code, found = run(tmp_path, *plain, name, tmp_path / place)
         assert code == 3 and not found and says in capsys.readouterr().err
     shutil.rmtree(images / "fog" / "3" / "b")
     for argv, code, says in (
@@ -366,7 +373,7 @@ def test_sets_that_are_not_whole_are_refused_before_any_work(tmp_path, data, bac
         (["--real", tmp_path / "one"], 3, "0.png is no image of ImageNet's validation set, by its name"),
         (["--eps", "0.1", "0.10000001"], 2, "eps has a size twice: 0.1, 0.1"),
     ):
-        assert run(tmp_path, "robustness", backbone, "--data", data, "--workers", "0", *argv)[0] == code
+        assert run(tmp_path, *plain, *argv)[0] == code
         assert says in capsys.readouterr().err
     assert not (tmp_path / "cache" / "features").exists() and not (tmp_path / "out").exists()
 
@@ -377,6 +384,9 @@ def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys)
     assert code == 0 and found["task"] == "finetune" and found["settings"]["layer_decay"] == 0.75
     again = run(tmp_path, "finetune", backbone, "--data", data, *settings, "--workers", "0")[1]
     assert again["metrics"] == found["metrics"] and "resumed from step_00000012" in capsys.readouterr().out
+    assert again["seconds"] == found["seconds"] > 0, "of the training, not of what came after it"
+    assert main(["evaluate", "knn", str(tmp_path / "out" / "finetune-backbone"), "--data", str(data)]) == 4
+    assert "is a run of fine-tuning: it holds a classifier" in capsys.readouterr().err
     model, classes = load_classifier(tmp_path / "out" / "finetune-backbone")
     assert classes == ["a", "b", "c"]
     torch.save({"model": model.vit.state_dict()}, tmp_path / "tuned.pth")
@@ -397,7 +407,7 @@ def test_a_tuned_classifier_is_scored_on_images_it_was_not_trained_on(tmp_path, 
     place, plain = tmp_path / "out" / "finetune-backbone", ["--no-corruptions", "--no-attacks", "--workers", "0"]
     for classifier in (place, place / "export" / "classifier", f"timm:local-dir:{place / 'export' / 'classifier'}"):
         code, found = run(tmp_path / "r", "robustness", classifier, "--data", whole, *plain)
-        assert code == 0 and found["hashes"] | {"backbone": 0} == tuned["hashes"] | {"backbone": 0}
+        assert code == 0 and all(found["hashes"][part] == tuned["hashes"][part] for part in ("train", "test"))
         assert found["test_images"] == 6 and found["metrics"]["top1"] == tuned["metrics"]["top1"]
     picture(0, 99).save(whole / "a" / "new.png")
     capsys.readouterr()
@@ -443,7 +453,9 @@ def test_worth_it_compares_with_scratch_within_seeds_and_says_so(tmp_path, data,
     ]
     argv = ["evaluate", "worth-it", backbone, *options, "--seeds", "2", "--workers", "0", "--device", "cpu", "--against", "pixels"]
     folders = ["--out", tmp_path / "o", "--cache", tmp_path / "c"]
-    assert main([str(a) for a in [*argv, *folders]]) == 2, "pixels cannot be fine-tuned"
+    for other, code in (("pixels", 2), (tmp_path / "typo", 4)):
+        assert main([str(a) for a in [*argv[:-1], other, *folders]]) == code, "told before any training"
+        assert not (tmp_path / "o").exists()
     assert main([str(a) for a in [*argv[:-2], *folders]]) == 0
     found = json.loads((tmp_path / "o" / "worth-it" / "worth-it.json").read_text())
     assert [(r["arm"], r["percent"], r["images"]) for r in found["rows"]] == [
@@ -453,6 +465,65 @@ def test_worth_it_compares_with_scratch_within_seeds_and_says_so(tmp_path, data,
     start = load(f"scratch:{backbone}", seed=1).vit.blocks[0].attn.qkv.weight
     assert not torch.equal(start, load(f"scratch:{backbone}", seed=2).vit.blocks[0].attn.qkv.weight)
     assert "With 50 % of the labels (18 images), backbone: " in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_worth_it_is_told_by_the_first_rank_alone(tmp_path, backbone, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def second(device):
+        yield World(1, 2)
+
+    monkeypatch.setattr(worth.distributed, "joined", second)
+    monkeypatch.setattr(worth, "evaluate", lambda *given: [])
+    assert main(["evaluate", "worth-it", str(backbone), "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
+    assert not capsys.readouterr().out and not (tmp_path / "o").exists()
+
+
+def test_defaults_fit_few_images_and_choices_are_refused(tmp_path, backbone, capsys):
+    class_folders(tmp_path / "d" / "train", count=4), class_folders(tmp_path / "d" / "val", count=2, first=50)
+    for broken in "ab":
+        (tmp_path / "d" / "train" / broken / "0.png").write_bytes(b"no image")
+    common = ["--data", tmp_path / "d", "--workers", "0"]
+    assert list(run(tmp_path, "knn", "pixels", *common)[1]["metrics"]) == ["top1", "top1 k=10"], "of 12 images two are unreadable"
+    found = run(tmp_path / "few", "knn", "pixels", *common, "--labels", "50")[1]
+    assert len(found["settings"]["k"]) == 1 and 4 <= found["settings"]["k"][0] <= 6, "six, of which two may be the unreadable ones"
+    found = run(tmp_path / "r", "robustness", backbone, *common, "--probe", "knn", "--no-corruptions", "--no-attacks")[1]
+    assert found["settings"]["probe_settings"]["k"] == [10] and found["machine"]["precision"] == "fp32"
+    assert run(tmp_path / "chosen", "knn", "pixels", *common, "--k", "11")[0] == 2
+    assert "k must lie in 1 to 10" in capsys.readouterr().err
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path, data, backbone):
+    first = run(tmp_path, "knn", backbone, "--data", data, "--k", "3")[1]
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-9])
+    code, again = run(tmp_path, "knn", backbone, "--data", data, "--k", "3")
+    assert code == 0 and again["metrics"] == first["metrics"]
+
+
+def test_features_that_are_not_finite_are_no_features(tmp_path, data):
+    """float16 ends at 65,504: tokens that do not fit would teach a probe nothing, without a word."""
+    network = method_for(small()).backbone()
+    network.vit.norm.weight.data *= 1e6
+    options = {"cache": tmp_path, "device": torch.device("cpu"), "precision": "fp32", "world": World()}
+    assert extract(network, subset(data), tokens=False, **options).mean.isfinite().all()
+    with pytest.raises(
+        CheckpointError, match=r"is not finite \(tokens\): tokens above 65,504 do not fit half precision; take knn or linear"
+    ):
+        extract(network, subset(data), tokens=True, **options)
+    network.vit.norm.weight.data *= float("nan")
+    with pytest.raises(CheckpointError, match=r"is not finite \(cls, mean\): look at its weights"):
+        extract(network, subset(data), tokens=False, **options)
+
+
+def test_advice_names_flags_that_exist():
+    """In what recipes of fine-tuning and the page of evaluation say."""
+    known = {f.name for cls in (Evaluation, KNN, Linear, Attentive, Tuning, Robustness, Worth) for f in fields(cls)}
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    for text in (page, *(file.read_text() for file in shipped_recipes("finetune").values())):
+        assert not {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", text)} - known
+    advice = re.search(r"--settings (.+?)\.\n", shipped_recipes("finetune")["folder"].read_text())[1]
+    changed = replaced(load_finetune("folder"), shlex.split(advice), "folder")
+    assert (changed.mixup, changed.cutmix, changed.crop_scale, changed.flip) == (0, 0, (0.5, 1), False)
 
 
 def test_the_verdict_follows_from_the_interval():
@@ -478,6 +549,15 @@ FAILURES = [
         "wrong.safetensors is not a plain Vision Transformer: blocks.0.attn.qkv.weight is",
     ),
     (["knn", "{tmp}/odd.safetensors", "--data", "{data}"], 4, "under timm's names"),
+    (["knn", "{backbone}", "--data", "{data}", "--seed", "-1"], 2, "seed must be 0 or more and below 2**63, not -1"),
+    (["knn", "{tmp}/wrong.safetensors", "--data", "{data}", "--heads", "-1"], 2, "heads must be 1 or more, not -1"),
+    (["knn", "{tmp}/wrong.safetensors", "--data", "{data}", "--heads", "0"], 2, "heads must be 1 or more, not 0"),
+    (["knn", "{backbone}", "--data", "{data}", "--workers", "-1"], 2, "workers must be 0 or more, not -1"),
+    (["linear", "{backbone}", "--data", "{data}", "--protocol", "mae", "--batch", "1"], 2, "batch must be 2 or more"),
+    (["robustness", "{tmp}/damaged", "--data", "{data}"], 4, "damaged/config.json is damaged or not ours"),
+    (["robustness", "{tmp}/list", "--data", "{data}"], 4, "list/config.json is damaged or not ours"),
+    (["finetune", "{backbone}", "--data", "{data}", "--settings", "seed=3"], 2, "folder and its settings say seed 3; leave it out there"),
+    (["finetune", "{backbone}", "--data", "{data}", "--recipe", "{tmp}/own.toml"], 2, "own.toml and its settings say seed 3"),
 ]
 
 
@@ -490,6 +570,10 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, data, backbone, argv,
     state["blocks.0.attn.qkv.weight"] = torch.zeros(5, 5)
     save_file(state, tmp_path / "wrong.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    for name, text in (("damaged", "{"), ("list", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    (tmp_path / "own.toml").write_text("seed = 3\nsteps = 2\n")
     argv = [a.format(tmp=tmp_path, data=data, backbone=backbone) for a in argv]
     assert main(["evaluate", *argv, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == code
     lines = capsys.readouterr().err.strip().splitlines()

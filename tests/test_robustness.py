@@ -252,7 +252,9 @@ def test_draws_go_by_the_number_in_the_whole_set():
     source, labels, _ = digits(40)
     part = Subset(Subset(source, np.arange(5, 30), labels[5:30]), np.array([0, 3, 20]))
     seen = []
-    corrupted({"toy": lambda x: seen.append(x) or torch.zeros(len(x), 10)}, part, part.labels, Loading((32, 32), CPU), 3, ("shot_noise",), (4,))
+    corrupted(
+        {"toy": lambda x: seen.append(x) or torch.zeros(len(x), 10)}, part, part.labels, Loading((32, 32), CPU), 3, ("shot_noise",), (4,)
+    )
     wanted = [corrupt(source.images[i], "shot_noise", 4, 3, i) for i in (5, 8, 25)]
     assert ((seen[0].permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8) == np.stack(wanted)).all()
 

@@ -711,7 +711,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except MemoryError:
-        return _fail("the host ran out of memory; try a smaller --batch-size or fewer --workers", 8)
+        return _fail("the host ran out of memory; try a smaller batch or fewer --workers", 8)
     except OSError as e:
         if debug:
             raise

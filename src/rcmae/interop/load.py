@@ -132,6 +132,10 @@ def _folder(path: Path, which: str) -> Path:
     for folder in (path, path / "export" / which):
         if (folder / "config.json").exists():
             return folder
+    if _classifier_folder(path):
+        raise CheckpointError(
+            f"{path} is a run of fine-tuning: it holds a classifier, which `rcmae evaluate robustness` takes, and no backbone"
+        )
     student = path / "export" / "student"
     if which == "student" or not (student / "config.json").exists():
         raise CheckpointError(f"{path} holds no backbone; a run writes export/ at its first checkpoint")

@@ -259,7 +259,9 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
         if "top1" in content.get("metrics", {}) and content.get("per_class"):
             hardest = min(content["per_class"], key=content["per_class"].__getitem__)
             own = {key: content[key] for key in ("task", "network", "data", "train_images")}
-            found.append(own | {"file": file, "top1": content["metrics"]["top1"], "hardest": hardest, "hardest_right": content["per_class"][hardest]})
+            found.append(
+                own | {"file": file, "top1": content["metrics"]["top1"], "hardest": hardest, "hardest_right": content["per_class"][hardest]}
+            )
     return found
 
 

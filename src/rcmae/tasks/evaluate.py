@@ -49,7 +49,7 @@ from .robustness.study import check as check_study
 from .robustness.study import settings as task_settings
 from .robustness.study import study
 from .score import Scored, score
-from .settings import KNN, KS, Attentive, Evaluation, Linear, Pool, Robustness, Tuning, check_task
+from .settings import KNN, KS, Attentive, Evaluation, Linear, Pool, Robustness, Tuning, check_evaluation, check_task
 from .splits import PERCENTS, read_split, write_splits
 
 TOKENS_IN_MEMORY = 16 * 2**30
@@ -68,6 +68,8 @@ class Found(NamedTuple):
     settings: dict[str, Any]
     details: dict[str, Any] | None = None
     more: dict[str, Bool[np.ndarray, "..."]] | None = None
+    seconds: float | None = None
+    "where the work was done before, or in parts"
 
 
 class Probed(nn.Module):
@@ -178,13 +180,13 @@ def _crop(image: Image, draws: np.random.Generator, shape: tuple[int, int], augm
 
 
 def knn(subject: Subject, task: KNN) -> Found:
-    """k-NN at every k; raises ConfigError when one is larger than the training set."""
-    images = len(subject.part("train"))
-    if task.k == KS and min(KS) <= images < max(KS):
-        task = replace(task, k=tuple(k for k in KS if k <= images))
-        subject.screen.say(f"note: {images} training images: k of {', '.join(map(str, task.k))} only")
-    check_k(task.k, images)
+    """k-NN at every k; raises ConfigError when one that was chosen is larger than the training set."""
+    if task.k != KS:
+        check_k(task.k, len(subject.part("train")))
     train, labels = subject.fitted_on()
+    if task.k == KS and len(labels) < max(KS):
+        task = replace(task, k=tuple(k for k in KS if k <= len(labels)) or (len(labels),))
+        subject.screen.say(f"note: {len(labels)} training images: k of {', '.join(map(str, task.k))} only")
     check_k(task.k, len(labels))
     test = subject.features("test")
     near = Knn(train.pooled(task.pool).to(subject.device), torch.from_numpy(labels).to(subject.device), len(subject.set.classes),
@@ -281,7 +283,10 @@ def fine_tune(subject: Subject, task: Tuning) -> Found:
     recipe = load_finetune(name)
     if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in task.settings):
         recipe = replace(recipe, steps=None, epochs=None)
-    recipe = check_finetune(replace(replaced_settings(recipe, task.settings, name), seed=how.seed))
+    recipe = replaced_settings(recipe, task.settings, name)
+    if recipe.seed:
+        raise ConfigError(f"{name} and its settings say seed {recipe.seed}; leave it out there, --seed gives it")
+    recipe = check_finetune(replace(recipe, seed=how.seed))
     out = place(subject.name, how) / stem("finetune", subject.which, how)
     machine = Workplace(
         out=out, device=how.device, precision=how.precision, workers=how.workers, accumulate=task.accumulate, compile=task.compile,
@@ -293,7 +298,8 @@ def fine_tune(subject: Subject, task: Tuning) -> Found:
     metrics = {"top1": 100 * float(tuned.right.mean()), "ECE": ece(tuned.confidence, tuned.right)}
     if world.first and best > metrics["top1"]:
         metrics |= {"best epoch, chosen on the test images": best}
-    return Found(metrics, tuned.right, tuned.model, asdict(task) | asdict(recipe) | {"recipe": name, "run": str(out)})
+    settings = asdict(task) | asdict(recipe) | {"recipe": name, "run": str(out)}
+    return Found(metrics, tuned.right, tuned.model, settings, seconds=tuned.seconds)
 
 
 def classes_for(subject: Subject, task: Robustness) -> list[str]:
@@ -318,12 +324,15 @@ def robustness(subject: Subject, task: Robustness) -> Found:
     if subject.classifier is not None:
         model = subject.classifier[0]
     else:
-        probe = {"linear": (fit_linear, Linear()), "knn": (knn, KNN(k=(20,))), "attentive": (fit_attentive, Attentive())}[task.probe]
-        found = probe[0](subject, probe[1])  # type: ignore[operator]
-        model, fitted = found.model, {"probe_settings": found.settings}
+        if task.probe == "knn":
+            found = knn(subject, KNN(k=(min(20, len(subject.fitted_on()[1])),)))
+        else:
+            found = fit_linear(subject, Linear()) if task.probe == "linear" else fit_attentive(subject, Attentive())
+        model, fitted = found.model, {"probe_settings": found.settings | {"precision": subject.precision}}
         subject.screen.say(f"fitted: {task.probe} probe, on {len(subject.part('train')):,} images: {found.metrics['top1']:.1f} % right")
     workers = processes(subject.set.test.kind, subject.how.workers)
     loading = Loading(tuple(subject.backbone.shape), subject.device, workers=workers)
+    subject.precision = "fp32"  # of what is recorded: images are judged, and attacked, without autocast
     of = study(model, classes, subject.set.test, task, loading, subject.how.seed, subject.screen.say)
     return Found(
         of.metrics, of.right["clean"], model, task_settings(task) | fitted, of.details, {k: v for k, v in of.right.items() if k != "clean"}
@@ -340,20 +349,20 @@ Task = KNN | Linear | Attentive | Tuning | Robustness
 # --- carrying a task out ----------------------------------------------------------------------------------------------
 
 
+def backbones(name: str, how: Evaluation) -> list[tuple[str, Backbone | Pixels]]:
+    """The networks that are asked for, by what they are called. Raises CheckpointError or ConfigError."""
+    return [
+        (which, Pixels() if name == "pixels" else load(name, "teacher" if which == ALONE else which, how.heads, how.seed))
+        for which in networks(name, how.which)
+    ]
+
+
 def subjects(name: str, how: Evaluation, world: World, screen: Screen, headed: bool = False) -> Iterator[Subject]:
     """The backbone, or both networks of a run, before its data; with `headed`, a classifier as it is. Raises before any work is done."""
-    if not 0 < how.labels <= 100:
-        raise ConfigError(f"labels is a percentage above 0 and up to 100, not {how.labels:g}")
     device = distributed.pick_device(how.device)
     precision = distributed.pick_precision(how.precision, device)
     whole = load_classifier(name, how.heads) if headed else None
-    if whole:
-        found: list[tuple[str, Any]] = [("classifier", Backbone(whole[0].vit, *_statistics(whole[0])))]
-    else:
-        found = [
-            (which, Pixels() if name == "pixels" else load(name, "teacher" if which == ALONE else which, how.heads, how.seed))
-            for which in networks(name, how.which)
-        ]
+    found = [("classifier", Backbone(whole[0].vit, *_statistics(whole[0])))] if whole else backbones(name, how)
     opened: Labelled | None = None
     for which, backbone in found:
         if opened is None:
@@ -391,9 +400,11 @@ def evaluate(name: str, task: Task, how: Evaluation = Evaluation()) -> list[dict
     Works under `torchrun`: ranks share the work of the backbone, the first one fits and writes. Raises the errors of `rcmae.errors`.
     """
     check_task(task)
-    kind, run = RUNS[type(task)]
+    check_evaluation(how)
+    run = RUNS[type(task)][1]
     device, records, tunes = distributed.pick_device(how.device), [], isinstance(task, Tuning)
-    with distributed.joined(device) as world, plain_failures(device, world), Screen(world.first) as screen:
+    advice = "try a smaller --batch or --device cpu" if hasattr(task, "batch") else "try --device cpu"
+    with distributed.joined(device) as world, plain_failures(device, world, advice), Screen(world.first) as screen:
         found = subjects(name, how, world, screen, isinstance(task, Robustness))
         if world.size > 1 and not tunes:  # all make the features of all, so that none has to wait for the fits of the first
             found = list(found)
@@ -449,7 +460,8 @@ def record(task: Task, subject: Subject, found: Found, seconds: float) -> dict[s
         "train_images": len(subject.part("train")), "test_images": len(test), "classes": len(classes), "settings": found.settings,
         "seed": how.seed, "data": how.data, "val": how.val, "notes": list(subject.set.notes),
         "hashes": hashes | {"asked": asked},
-        "seconds": round(seconds, 1), "machine": describe_machine(subject.device, subject.precision), "per_class": by_class,
+        "seconds": round(found.seconds or seconds, 1), "machine": describe_machine(subject.device, subject.precision),
+        "per_class": by_class,
     }  # fmt: skip
     content |= {"details": found.details} if found.details else {}
     folder = place(subject.name, how)

@@ -207,7 +207,7 @@ def _stored(image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int
 
 
 def check_imagenet_c(root: Path, classes: Sequence[str], shape: tuple[int, int]) -> dict[tuple[str, int], Path]:
-    """The folder of each corruption and severity. DataError names folders and classes that are missing; an image is looked at for its size."""
+    """The folder of each corruption and severity. DataError names folders and classes that are missing, or the first image's size."""
     places = {(c, s): root / c / str(s) for c in STANDARD for s in SEVERITIES}
     if missing := [f"{c}/{s}" for (c, s), place in places.items() if not place.is_dir()]:
         raise DataError(f"{root} is not all of ImageNet-C: {_some(missing)} of corruption/severity missing; unpack all of its archives")
