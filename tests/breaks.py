@@ -541,6 +541,17 @@ def a_resized_imagenet_c(old):
     return lambda image, index, shape: sets.center(image, shape)[None]
 
 
+def draws_by_the_number_in_the_part(old):
+    sets = importlib.import_module("rcmae.tasks.robustness.sets")
+
+    def item(self, place):
+        index = int(self.indices[place])
+        origin = int(self.source.chosen[index]) if isinstance(self.source, sets.sources.Subset) else index
+        return self.view(sets.read_image(self.source, index, 3), origin)
+
+    return item
+
+
 def c_style_has_an_mce(old):
     sets = importlib.import_module("rcmae.tasks.robustness.sets")
     return property(lambda self: sets.mean_corruption_error(self.errors))
@@ -1320,6 +1331,51 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.tasks.features:identity",
         any_backbone_is_the_same,
         "test_evaluate.py::test_features_are_made_once_and_go_on_where_they_stopped",
+    ),
+    "a tuned classifier is scored on what it was trained on": (
+        "rcmae.tasks.evaluate:tested_on",
+        lambda old: lambda path: "",
+        "test_evaluate.py::test_a_tuned_classifier_is_scored_on_images_it_was_not_trained_on",
+    ),
+    "results of other settings go to the same file": (
+        "rcmae.tasks.evaluate:asdict",
+        lambda old: lambda task: {},
+        "test_evaluate.py::test_another_question_leaves_another_file",
+    ),
+    "published sets are looked at when their turn comes": (
+        "rcmae.tasks.evaluate:check_study",
+        lambda old: lambda *given: None,
+        "test_evaluate.py::test_sets_that_are_not_whole_are_refused_before_any_work",
+    ),
+    "draws of a corrupted image are by its number in the part": (
+        "rcmae.tasks.robustness.sets:_Views.__getitem__",
+        draws_by_the_number_in_the_part,
+        "test_robustness.py::test_draws_go_by_the_number_in_the_whole_set",
+    ),
+    "a report looks for results on the first floor only": (
+        "rcmae.report.build:_evaluated",
+        lambda old: lambda *given: {file: r for file, r in old(*given).items() if "/" not in file},
+        "test_report.py::test_what_was_evaluated_is_told_and_told_apart",
+    ),
+    "a lowered batch does not know the ranks": (
+        "rcmae.tasks.finetune:fitted",
+        lambda old: lambda settings, images, parts=1: old(settings, images),
+        "test_finetune.py::test_a_lowered_batch_fits_the_ranks",
+    ),
+    "worth-it loads a backbone when its turn comes": (
+        "rcmae.tasks.worth:backbones",
+        lambda old: lambda *given: [],
+        "test_evaluate.py::test_worth_it_compares_with_scratch_within_seeds_and_says_so",
+    ),
+    "a cache is whole if it is there": (
+        "rcmae.tasks.features:_whole",
+        lambda old: lambda file: file.exists(),
+        "test_evaluate.py::test_a_damaged_cache_is_made_anew",
+    ),
+    "all pairs are kept for a gradient": (
+        "rcmae.tasks.knn:checkpoint",
+        lambda old: lambda part, *given, **named: part(*given),
+        "test_probes.py::test_what_wants_a_gradient_keeps_no_pair_of_all",
     ),
     "what cannot be read is scored as grey": (
         "rcmae.tasks.evaluate:Subject.hits",

@@ -1,11 +1,16 @@
 """`rcmae evaluate` end to end on small labelled folders: every way in, every refusal, caches, splits, torch's own loading."""
 
+import contextlib
 import io
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,17 +22,21 @@ from safetensors.torch import load_file, save_file
 
 import rcmae
 from rcmae.cli import main
+from rcmae.config import replaced, shipped_recipes, to_toml
 from rcmae.data.labelled import open_labelled
 from rcmae.engine.distributed import World
-from rcmae.errors import DataError
+from rcmae.errors import CheckpointError, DataError
 from rcmae.interop.load import load, load_classifier
 from rcmae.interop.timm_export import export
 from rcmae.models.backbone import IMAGENET, Backbone
 from rcmae.tasks import features as features_module
+from rcmae.tasks import worth
 from rcmae.tasks.features import extract, identity
+from rcmae.tasks.finetune import load_finetune
 from rcmae.tasks.robustness.corruptions import STANDARD
 from rcmae.tasks.robustness.metrics import imagenet_classes
 from rcmae.tasks.score import Centers
+from rcmae.tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Worth
 from rcmae.tasks.worth import verdict
 from tests.conftest import GOLDEN, method_for, small
 
@@ -94,6 +103,26 @@ def test_a_task_leaves_its_numbers(tmp_path, data, backbone, task, capsys):
     assert np.mean(list(found["per_class"].values())) == pytest.approx(found["metrics"]["top1"])
     assert found["hashes"]["backbone"] == identity(load(backbone))
     assert f"{found['metrics']['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_another_question_leaves_another_file(tmp_path, data, backbone):
+    """What is asked again is written again; what is asked otherwise lies beside it: settings, training images, test images, weights."""
+    class_folders(tmp_path / "more" / "train", count=14), (tmp_path / "more" / "val").symlink_to(data / "val")
+    class_folders(tmp_path / "less" / "val", count=3), (tmp_path / "less" / "train").symlink_to(data / "train")
+    common = ["knn", backbone, "--k", "3", "--data"]
+    for number, argv in enumerate([[data], [data], [data, "--temperature", "0.1"], [tmp_path / "more"], [tmp_path / "less"], [data]]):
+        run(tmp_path, *common, *argv)
+        count = len(list((tmp_path / "out").glob("*.json")))
+        assert count == len(list((tmp_path / "out").glob("*.safetensors"))) == [1, 1, 2, 3, 4, 4][number]
+    assert record(tmp_path / "out", "knn-backbone")["settings"]["temperature"] == 0.07
+    export(method_for(small(seed=1, **{"width": 36})).backbone(), tmp_path / "backbone", {"method": "rcmae"})
+    run(tmp_path, *common, data)
+    assert len(list((tmp_path / "out").glob("*.json"))) == 5, "the weights in the same place are others"
+    plain = ["robustness", backbone, "--data", data, "--probe", "knn", "--no-attacks", "--workers", "0", "--corrupted-images", "1"]
+    for argv in ([], ["--no-corruptions"], []):
+        run(tmp_path / "r", *plain, *argv)
+    assert len(list((tmp_path / "r" / "out").glob("*.json"))) == 2
+    assert "mean error, C-style, not ImageNet-C" in record(tmp_path / "r" / "out", "robustness-backbone-knn")["metrics"]
 
 
 def test_pixels_and_new_weights_are_floors(tmp_path, data, backbone):
@@ -305,12 +334,59 @@ def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, b
     assert right["gaussian_noise (C-style)"].shape == (5, 6) and right["attack: FGSM 64/255"].shape == (18,)
 
 
+def test_results_of_what_was_tuned_reach_the_report_of_the_run(tmp_path, data, monkeypatch, capsys):
+    """README's commands, with no --out: each ends with the page of the pre-training that it began from, and is told there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.toml").write_text(to_toml(small()))
+    for which in ("student", "teacher"):
+        export(method_for(small()).backbone(which), tmp_path / "mine" / "export" / which, {"method": "rcmae"})
+    tune = ["--recipe", "embedded", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
+    common = ["--data", str(data), "--device", "cpu", "--workers", "0", "--cache", "cache"]
+    robust = ["--no-corruptions", "--no-attacks"]
+    for argv in (["finetune", "mine", *tune], ["robustness", "mine/evaluate/finetune-teacher", *robust], ["worth-it", "mine", *tune]):
+        more = ["--percents", "100", "--seeds", "2"] if argv[0] == "worth-it" else []
+        capsys.readouterr()
+        assert main(["evaluate", *argv, *more, *common]) == 0
+        assert "Open mine/report.html" in capsys.readouterr().out
+    page = (tmp_path / "mine" / "report.html").read_text()
+    assert "finetune-teacher/evaluate/robustness-classifier" in page and "With 100 % of the labels (36 images), teacher: " in page
+
+
+def test_sets_that_are_not_whole_are_refused_before_any_work(tmp_path, data, backbone, capsys):
+    (tmp_path / "empty").mkdir(), class_folders(tmp_path / "one", "a")
+    images, plain = tmp_path / "c", ["robustness", backbone, "--data", data, "--workers", "0", "--probe", "knn", "--no-corruptions"]
+    for place in (images / corruption / str(severity) for corruption in STANDARD for severity in range(1, 6)):
+        class_folders(place, count=1)
+    cases = {
+        "-c": [("one", "is not all of ImageNet-C: gaussian_noise/1"), ("c", "20 x 20, and the model takes 16 x 16")],
+        "-a": [("one", "one has 1 class folders; n01498041"), ("none", "none is no folder")],
+        "-r": [("one", "one has 1 class folders; n01443537")],
+        "-sketch": [("one", "one has 1 class folders; n01440764")],
+    }
+    for name, (place, says) in [(f"--imagenet{which}", case) for which, of in cases.items() for case in of]:
+        code, found = run(tmp_path, *plain, name, tmp_path / place)
+        assert code == 3 and not found and says in capsys.readouterr().err
+    shutil.rmtree(images / "fog" / "3" / "b")
+    for argv, code, says in (
+        (["--imagenet-c", images], 3, "fog/3 has 2 class folders; b of 3 missing"),
+        (["--real", tmp_path / "one"], 3, "0.png is no image of ImageNet's validation set, by its name"),
+        (["--eps", "0.1", "0.10000001"], 2, "eps has a size twice: 0.1, 0.1"),
+    ):
+        assert run(tmp_path, *plain, *argv)[0] == code
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "cache" / "features").exists() and not (tmp_path / "out").exists()
+
+
 def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys):
     settings = ["--recipe", "embedded", "--settings", "steps=12", "batch_size=16", "warmup_epochs=0"]
     code, found = run(tmp_path, "finetune", backbone, "--data", data, *settings, "--workers", "0")
     assert code == 0 and found["task"] == "finetune" and found["settings"]["layer_decay"] == 0.75
     again = run(tmp_path, "finetune", backbone, "--data", data, *settings, "--workers", "0")[1]
     assert again["metrics"] == found["metrics"] and "resumed from step_00000012" in capsys.readouterr().out
+    assert again["seconds"] == found["seconds"] > 0, "of the training, not of what came after it"
+    assert main(["evaluate", "knn", str(tmp_path / "out" / "finetune-backbone"), "--data", str(data)]) == 4
+    assert "is a run of fine-tuning: it holds a classifier" in capsys.readouterr().err
     model, classes = load_classifier(tmp_path / "out" / "finetune-backbone")
     assert classes == ["a", "b", "c"]
     torch.save({"model": model.vit.state_dict()}, tmp_path / "tuned.pth")
@@ -321,6 +397,23 @@ def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys)
         here = torch.nn.Module.eval(model).vit((images - other.mean) / other.std)
         torch.testing.assert_close(other.eval()(images), here, rtol=1e-5, atol=1e-6)
     assert load_classifier(backbone) is None
+
+
+def test_a_tuned_classifier_is_scored_on_images_it_was_not_trained_on(tmp_path, backbone, capsys):
+    """One set without a validation part: fine-tuning divides it, and so does what scores the classifier; of other images all count."""
+    whole = class_folders(tmp_path / "whole", count=10)
+    settings = ["--recipe", "embedded", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0", "--workers", "0"]
+    _, tuned = run(tmp_path, "finetune", backbone, "--data", whole, *settings)
+    place, plain = tmp_path / "out" / "finetune-backbone", ["--no-corruptions", "--no-attacks", "--workers", "0"]
+    for classifier in (place, place / "export" / "classifier", f"timm:local-dir:{place / 'export' / 'classifier'}"):
+        code, found = run(tmp_path / "r", "robustness", classifier, "--data", whole, *plain)
+        assert code == 0 and all(found["hashes"][part] == tuned["hashes"][part] for part in ("train", "test"))
+        assert found["test_images"] == 6 and found["metrics"]["top1"] == tuned["metrics"]["top1"]
+    picture(0, 99).save(whole / "a" / "new.png")
+    capsys.readouterr()
+    _, found = run(tmp_path / "other", "robustness", place, "--data", whole, *plain)
+    assert found["test_images"] == 31 and "also what the classifier may have been trained on" in found["notes"][0]
+    assert "all of it is scored on" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.slow
@@ -360,7 +453,9 @@ def test_worth_it_compares_with_scratch_within_seeds_and_says_so(tmp_path, data,
     ]
     argv = ["evaluate", "worth-it", backbone, *options, "--seeds", "2", "--workers", "0", "--device", "cpu", "--against", "pixels"]
     folders = ["--out", tmp_path / "o", "--cache", tmp_path / "c"]
-    assert main([str(a) for a in [*argv, *folders]]) == 2, "pixels cannot be fine-tuned"
+    for other, code in (("pixels", 2), (tmp_path / "typo", 4)):
+        assert main([str(a) for a in [*argv[:-1], other, *folders]]) == code, "told before any training"
+        assert not (tmp_path / "o").exists()
     assert main([str(a) for a in [*argv[:-2], *folders]]) == 0
     found = json.loads((tmp_path / "o" / "worth-it" / "worth-it.json").read_text())
     assert [(r["arm"], r["percent"], r["images"]) for r in found["rows"]] == [
@@ -370,6 +465,65 @@ def test_worth_it_compares_with_scratch_within_seeds_and_says_so(tmp_path, data,
     start = load(f"scratch:{backbone}", seed=1).vit.blocks[0].attn.qkv.weight
     assert not torch.equal(start, load(f"scratch:{backbone}", seed=2).vit.blocks[0].attn.qkv.weight)
     assert "With 50 % of the labels (18 images), backbone: " in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_worth_it_is_told_by_the_first_rank_alone(tmp_path, backbone, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def second(device):
+        yield World(1, 2)
+
+    monkeypatch.setattr(worth.distributed, "joined", second)
+    monkeypatch.setattr(worth, "evaluate", lambda *given: [])
+    assert main(["evaluate", "worth-it", str(backbone), "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
+    assert not capsys.readouterr().out and not (tmp_path / "o").exists()
+
+
+def test_defaults_fit_few_images_and_choices_are_refused(tmp_path, backbone, capsys):
+    class_folders(tmp_path / "d" / "train", count=4), class_folders(tmp_path / "d" / "val", count=2, first=50)
+    for broken in "ab":
+        (tmp_path / "d" / "train" / broken / "0.png").write_bytes(b"no image")
+    common = ["--data", tmp_path / "d", "--workers", "0"]
+    assert list(run(tmp_path, "knn", "pixels", *common)[1]["metrics"]) == ["top1", "top1 k=10"], "of 12 images two are unreadable"
+    found = run(tmp_path / "few", "knn", "pixels", *common, "--labels", "50")[1]
+    assert len(found["settings"]["k"]) == 1 and 4 <= found["settings"]["k"][0] <= 6, "six, of which two may be the unreadable ones"
+    found = run(tmp_path / "r", "robustness", backbone, *common, "--probe", "knn", "--no-corruptions", "--no-attacks")[1]
+    assert found["settings"]["probe_settings"]["k"] == [10] and found["machine"]["precision"] == "fp32"
+    assert run(tmp_path / "chosen", "knn", "pixels", *common, "--k", "11")[0] == 2
+    assert "k must lie in 1 to 10" in capsys.readouterr().err
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path, data, backbone):
+    first = run(tmp_path, "knn", backbone, "--data", data, "--k", "3")[1]
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-9])
+    code, again = run(tmp_path, "knn", backbone, "--data", data, "--k", "3")
+    assert code == 0 and again["metrics"] == first["metrics"]
+
+
+def test_features_that_are_not_finite_are_no_features(tmp_path, data):
+    """float16 ends at 65,504: tokens that do not fit would teach a probe nothing, without a word."""
+    network = method_for(small()).backbone()
+    network.vit.norm.weight.data *= 1e6
+    options = {"cache": tmp_path, "device": torch.device("cpu"), "precision": "fp32", "world": World()}
+    assert extract(network, subset(data), tokens=False, **options).mean.isfinite().all()
+    with pytest.raises(
+        CheckpointError, match=r"is not finite \(tokens\): tokens above 65,504 do not fit half precision; take knn or linear"
+    ):
+        extract(network, subset(data), tokens=True, **options)
+    network.vit.norm.weight.data *= float("nan")
+    with pytest.raises(CheckpointError, match=r"is not finite \(cls, mean\): look at its weights"):
+        extract(network, subset(data), tokens=False, **options)
+
+
+def test_advice_names_flags_that_exist():
+    """In what recipes of fine-tuning and the page of evaluation say."""
+    known = {f.name for cls in (Evaluation, KNN, Linear, Attentive, Tuning, Robustness, Worth) for f in fields(cls)}
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    for text in (page, *(file.read_text() for file in shipped_recipes("finetune").values())):
+        assert not {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", text)} - known
+    advice = re.search(r"--settings (.+?)\.\n", shipped_recipes("finetune")["folder"].read_text())[1]
+    changed = replaced(load_finetune("folder"), shlex.split(advice), "folder")
+    assert (changed.mixup, changed.cutmix, changed.crop_scale, changed.flip) == (0, 0, (0.5, 1), False)
 
 
 def test_the_verdict_follows_from_the_interval():
@@ -395,6 +549,15 @@ FAILURES = [
         "wrong.safetensors is not a plain Vision Transformer: blocks.0.attn.qkv.weight is",
     ),
     (["knn", "{tmp}/odd.safetensors", "--data", "{data}"], 4, "under timm's names"),
+    (["knn", "{backbone}", "--data", "{data}", "--seed", "-1"], 2, "seed must be 0 or more and below 2**63, not -1"),
+    (["knn", "{tmp}/wrong.safetensors", "--data", "{data}", "--heads", "-1"], 2, "heads must be 1 or more, not -1"),
+    (["knn", "{tmp}/wrong.safetensors", "--data", "{data}", "--heads", "0"], 2, "heads must be 1 or more, not 0"),
+    (["knn", "{backbone}", "--data", "{data}", "--workers", "-1"], 2, "workers must be 0 or more, not -1"),
+    (["linear", "{backbone}", "--data", "{data}", "--protocol", "mae", "--batch", "1"], 2, "batch must be 2 or more"),
+    (["robustness", "{tmp}/damaged", "--data", "{data}"], 4, "damaged/config.json is damaged or not ours"),
+    (["robustness", "{tmp}/list", "--data", "{data}"], 4, "list/config.json is damaged or not ours"),
+    (["finetune", "{backbone}", "--data", "{data}", "--settings", "seed=3"], 2, "folder and its settings say seed 3; leave it out there"),
+    (["finetune", "{backbone}", "--data", "{data}", "--recipe", "{tmp}/own.toml"], 2, "own.toml and its settings say seed 3"),
 ]
 
 
@@ -407,6 +570,10 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, data, backbone, argv,
     state["blocks.0.attn.qkv.weight"] = torch.zeros(5, 5)
     save_file(state, tmp_path / "wrong.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    for name, text in (("damaged", "{"), ("list", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    (tmp_path / "own.toml").write_text("seed = 3\nsteps = 2\n")
     argv = [a.format(tmp=tmp_path, data=data, backbone=backbone) for a in argv]
     assert main(["evaluate", *argv, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == code
     lines = capsys.readouterr().err.strip().splitlines()

@@ -312,6 +312,21 @@ def test_few_images_lower_the_batch(tmp_path, sets, capsys):
     assert ft.load_finetune(str(tmp_path / "run" / "recipe.toml")).batch_size == 4
 
 
+@pytest.mark.parametrize(("images", "parts", "batch", "group"), [(100, 1, 64, 32), (100, 4, 64, 16), (100, 3, 96, 32), (7, 3, 6, 2)])
+def test_a_lowered_batch_fits_the_ranks(images, parts, batch, group):
+    s = ft.fitted(ft.load_finetune("folder"), images, parts)
+    assert (s.batch_size, s.mix_group) == (batch, group)
+    assert not s.batch_size % parts and not s.batch_size // parts % s.mix_group
+    assert ft.fitted(s, 1000, 8) is s, "what fits is the user's"
+
+
+def test_few_images_are_cut_into_parts_or_too_few(tmp_path, sets):
+    few = Subset(sets[0], np.arange(0, 32, 5))
+    assert run(tmp_path / "run", (few, sets[1]), dataclasses.replace(FULL, steps=2), accumulate=2).step == 2
+    with pytest.raises(DataError, match="7 training images are too few for 4 parts of a step"):
+        run(tmp_path / "other", (few, sets[1]), FULL, accumulate=4)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

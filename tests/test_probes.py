@@ -83,6 +83,26 @@ def test_what_wants_a_gradient_gets_one_and_the_same_answer():
     assert (model(away).argmax(1) != model(test).argmax(1)).float().mean() > 0.5
 
 
+def test_what_wants_a_gradient_keeps_no_pair_of_all(monkeypatch):
+    """Votes of all training features, some at a time: the same logits and gradient, and nothing of m x n is kept for it."""
+    train, labels, test = random_set()
+    model, found, kept = near(train, labels, 5), [], []
+    for columns in (8192, 70):
+        monkeypatch.setattr(knn_module, "COLUMNS", columns)
+        x = test.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            logits = model(x)
+        logits[:, 0].sum().backward()
+        found.append((logits.detach(), x.grad))
+    assert max(kept) < len(test) * len(train) / 4
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    weight = ((torch.nn.functional.normalize(test, dim=1) @ model.train_set.T - 1) / 0.07).exp()
+    of_all = (weight @ torch.nn.functional.one_hot(model.labels, model.classes).float() + 1e-12).log()
+    others = found[0][0].argmax(1, keepdim=True) != torch.arange(model.classes)
+    torch.testing.assert_close(found[0][0][others], of_all[others], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("ks", [(10, 301), (0,), ()])
 def test_a_k_that_cannot_be_is_refused(ks):
     with pytest.raises(ConfigError, match="1 to 300, the number of training images"):

@@ -270,6 +270,26 @@ def test_what_is_missing_is_left_out(tmp_path):
     assert "not finite" in write_report(run).read_text()
 
 
+def test_what_was_evaluated_is_told_and_told_apart(tmp_path):
+    """Of the run's networks, of what was fine-tuned from them, and whether it paid."""
+    run = run_directory(tmp_path / "run")
+    record = {"task": "linear", "network": "teacher", "data": "CLASSES", "train_images": 36, "metrics": {"top1": 50.0}}
+    record |= {"per_class": {"a": 40.0, "b": 60.0}, "labels_percent": 100, "seed": 0, "settings": {"probe": "linear"}}
+    record |= {"hashes": {"test": "1"}, "backbone": str(run / "evaluate" / "finetune-teacher")}
+    shifted = record | {"task": "robustness", "network": "classifier", "details": {"errors": {"C-style": {"fog": [10, 20, 30, 40, 50]}}}}
+    places = ("linear-teacher", "linear-teacher-mae", "linear-teacher-10-percent-seed-3", "finetune-teacher/evaluate/robustness-classifier")
+    for place, content in zip(places, [record] * 3 + [shifted], strict=True):
+        (run / "evaluate" / place).parent.mkdir(parents=True, exist_ok=True)
+        (run / "evaluate" / f"{place}.json").write_text(json.dumps(content))
+    (run / "evaluate" / "worth-it").mkdir()
+    (run / "evaluate" / "worth-it" / "worth-it.json").write_text(json.dumps({"said": ["With 1 % of the labels, teacher: it <paid>"]}))
+    page = write_report(run).read_text()
+    rows = part(page, 'id="evaluations"', "</table>").split("<tr>")[2:]
+    assert len(rows) == 4 and all(any(f"<code>{place}</code>" in row for row in rows) for place in places)
+    assert "teacher: it &lt;paid&gt;" in part(page, 'id="worth"', "</ul>")
+    assert "Accuracy by severity of corruption: C-style" in page
+
+
 def chromium(page: str, folder: Path, width: int, **asked: str) -> dict:
     """What expressions of JavaScript give in headless Chromium, in a window of that width."""
     program = shutil.which("chromium") or shutil.which("google-chrome")

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from rcmae.data.digits import DigitsSource
-from rcmae.data.sources import open_source
+from rcmae.data.sources import Subset, open_source
 from rcmae.errors import ConfigError, DataError
 from rcmae.report.curves import standalone
 from rcmae.report.severity import by_severity, figures
@@ -247,6 +247,18 @@ def test_corrupted_images_are_those_of_corrupt_whatever_the_batch_and_workers():
     assert any((other[m].right["shot_noise"] != found[m].right["shot_noise"]).any() for m in models)
 
 
+def test_draws_go_by_the_number_in_the_whole_set():
+    """Whichever part of a part of it is corrupted."""
+    source, labels, _ = digits(40)
+    part = Subset(Subset(source, np.arange(5, 30), labels[5:30]), np.array([0, 3, 20]))
+    seen = []
+    corrupted(
+        {"toy": lambda x: seen.append(x) or torch.zeros(len(x), 10)}, part, part.labels, Loading((32, 32), CPU), 3, ("shot_noise",), (4,)
+    )
+    wanted = [corrupt(source.images[i], "shot_noise", 4, 3, i) for i in (5, 8, 25)]
+    assert ((seen[0].permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8) == np.stack(wanted)).all()
+
+
 def test_the_view_comes_first_and_labels_go_by_name(tmp_path):
     """Images of another size, in class folders whose order is not the model's; one that cannot be read ends it, from a worker too."""
     for number, wnid in enumerate(THREE):
@@ -305,10 +317,12 @@ def test_the_figure_has_a_curve_a_model_from_the_clean_accuracy_on():
     svg = by_severity({"student": 95.0, "teacher": 96.0}, errors)
     assert svg.startswith("<svg") and "severity" in svg and "clean" in svg and svg.count("var(--teacher)") > 1
     assert standalone(by_severity({"student": 95.0, "teacher": 96.0}, errors, "fog")).count("accuracy, %: fog") == 1
-    record = {"network": "teacher", "labels_percent": 100, "settings": {"probe": "linear"}, "metrics": {"top1": 96.0}}
+    record = {"network": "teacher", "labels_percent": 100, "settings": {"probe": "linear"}, "metrics": {"top1": 96.0}, "seed": 0}
+    record |= {"backbone": "runs/mine/evaluate/finetune-teacher", "hashes": {"asked": "abcdefgh"}}
     first = record | {"details": {"errors": {"C-style": errors["teacher"]}}}
     unusual = {"labels_percent": 10, "settings": {"probe": "knn"}}
     second = record | unusual | {"details": {"errors": {"C-style": errors["student"], "ImageNet-C": {"fog": [9] * 5}}}}
-    found = figures([first, second])
+    found = figures([first, second, second | {"seed": 3}, first | {"network": "classifier"}, first])
     assert found.keys() == {"C-style", "ImageNet-C"}
-    assert "teacher, knn probe, 10 % of labels" in found["C-style"]
+    for name in ("teacher, knn probe, 10 % of labels", "% of labels, seed 3", "finetune-teacher", "teacher, abcdef"):
+        assert name in found["C-style"]

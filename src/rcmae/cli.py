@@ -507,6 +507,7 @@ def evaluate_worth_it(
     """
     from rich.table import Table
 
+    from .tasks.evaluate import place
     from .tasks.worth import worth_it
 
     if how.out:
@@ -514,6 +515,8 @@ def evaluate_worth_it(
     if how.labels != 100 or how.seed:
         raise ConfigError("worth-it takes --percents and --seeds, not --labels and --seed")
     found = worth_it(backbone, task, tuning, how, _console().print)
+    if not found["rows"]:  # not the first rank
+        return
     table = Table("% right", "labels", "mean", "seeds", "against scratch", title_justify="left")
     for row in found["rows"]:
         gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row["gain"]) if "gain" in row else ""
@@ -522,6 +525,7 @@ def evaluate_worth_it(
     _console().print(table)
     for text in found["said"]:
         _console().print(text)
+    _report_of_backbone(place(backbone, how))
 
 
 def _evaluate(backbone: str, task: KNN | Linear | Attentive | Tuning | Robustness, how: Evaluation) -> None:
@@ -545,16 +549,16 @@ def _evaluate(backbone: str, task: KNN | Linear | Attentive | Tuning | Robustnes
 
         for file in write_figures(records, where):
             print(f"Open {file}")
-    _report_of_backbone(where.parent)
+    _report_of_backbone(where)
     print(f"wrote {where}")
 
 
-def _report_of_backbone(run: Path) -> None:
-    """Results that lie in a run of pre-training are told by its report."""
+def _report_of_backbone(place: Path) -> None:
+    """Results that lie in a run of pre-training, however deep, are told by its report."""
     from .report import write_report
     from .report.files import kind_of
 
-    if kind_of(run) == "pre-training":
+    if run := next((folder for folder in (place, *place.parents) if kind_of(folder) == "pre-training"), None):
         print(f"Open {write_report(run)}")
 
 
@@ -710,7 +714,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except MemoryError:
-        return _fail("the host ran out of memory; try a smaller --batch-size or fewer --workers", 8)
+        return _fail("the host ran out of memory; try a smaller batch or fewer --workers", 8)
     except OSError as e:
         if debug:
             raise

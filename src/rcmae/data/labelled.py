@@ -31,12 +31,13 @@ class Labelled:
     notes: tuple[str, ...] = ()
 
 
-def open_labelled(data: str, val: str | None = None, *, channels: int = 3, size: int = 32, divide: bool = True) -> Labelled:
+def open_labelled(data: str, val: str | None = None, *, channels: int = 3, size: int = 32, tested: str | None = None) -> Labelled:
     """`data` is a folder with train/ and val/ in it, a pair of shards, hub:NAME, embedded:digits, or one labelled set.
 
-    One set without `val` is divided: every fifth image of a class is scored on; or both parts are all of it, where nothing is to be fitted
-    (`divide` False). `size` is for the embedded set, which has 16,384 and 4,000
-    images. Raises DataError when there are no labels, fewer than two classes, or classes to score on that the training part lacks.
+    One set without `val` is divided: every fifth image of a class is scored on. A classifier that comes fitted is scored on these if they
+    are the images it was tested on (`tested`, the start of their fingerprint), as it was trained on the others; else on all of the set.
+    `size` is for the embedded set, which has 16,384 and 4,000 images. Raises DataError when there are no labels, fewer than two classes, or
+    classes to score on that the training part lacks.
     """
     if data.startswith("embedded:") and val is None:
         first = open_source(data, channels, size)
@@ -46,16 +47,16 @@ def open_labelled(data: str, val: str | None = None, *, channels: int = 3, size:
         return _parts(*(open_source(name, channels, size) for name in names))
     whole = open_source(data, channels, size)
     labels = _labels(whole)
-    if not divide:
-        part = Subset(whole, np.flatnonzero(labels >= 0))
-        return _checked(part, part, _unlabelled(whole, labels))
     held = np.zeros(len(labels), dtype=bool)
     for label in range(len(whole.classes)):
         held[np.flatnonzero(labels == label)[HELD - 1 :: HELD]] = True
     known = labels >= 0
-    parts = (Subset(whole, np.flatnonzero(chosen & known)) for chosen in (~held, held))
+    train, test = (Subset(whole, np.flatnonzero(chosen & known)) for chosen in (~held, held))
     note = f"{data} has no validation part: every {HELD}th image of a class is scored on"
-    return _checked(*parts, (note, *_unlabelled(whole, labels)))
+    if tested is not None and not (tested and test.fingerprint().startswith(tested)):
+        train = test = Subset(whole, np.flatnonzero(known))
+        note = f"{data} has no validation part: all of it is scored on, also what the classifier may have been trained on"
+    return _checked(train, test, (note, *_unlabelled(whole, labels)))
 
 
 def _two_parts(data: str) -> tuple[str, str] | None:

@@ -83,14 +83,29 @@ def load_classifier(path: str | Path, heads: int | None = None) -> tuple[Classif
     elif path.suffix in (".pth", ".pt") and path.exists():
         model = plain_classifier({k: v for k, v in read_pth(path).student.items() if not k.startswith("decoder_")}, path, heads)
     else:
-        folder = next((f for f in (path, path / "export" / "classifier") if (f / "config.json").exists()), None)
-        if folder is None or not json.loads((folder / "config.json").read_bytes()).get("num_classes"):
-            return None
-        return import_classifier(folder)
+        folder = _classifier_folder(path)
+        return import_classifier(folder) if folder and _config(folder).get("num_classes") else None
     if model is None:
         return None
     count = model.vit.num_classes
     return model, ImageNetInfo("imagenet-1k").label_names() if count == 1000 else []
+
+
+def tested_on(path: str | Path) -> str:
+    """The start of the fingerprint of the images that a classifier of ours was tested on; empty where it does not say."""
+    folder = _classifier_folder(Path(str(path).removeprefix("timm:local-dir:")))
+    return str((_config(folder).get("rcmae") or {}).get("test", "")) if folder else ""
+
+
+def _classifier_folder(path: Path) -> Path | None:
+    return next((f for f in (path, path / "export" / "classifier") if (f / "config.json").exists()), None)
+
+
+def _config(folder: Path) -> dict:
+    try:
+        return dict(json.loads((folder / "config.json").read_bytes()))
+    except (ValueError, TypeError) as e:
+        raise CheckpointError(f"{folder / 'config.json'} is damaged or not ours: {first_line(e)}") from e
 
 
 def _timm(name: str) -> Backbone:
@@ -117,6 +132,10 @@ def _folder(path: Path, which: str) -> Path:
     for folder in (path, path / "export" / which):
         if (folder / "config.json").exists():
             return folder
+    if _classifier_folder(path):
+        raise CheckpointError(
+            f"{path} is a run of fine-tuning: it holds a classifier, which `rcmae evaluate robustness` takes, and no backbone"
+        )
     student = path / "export" / "student"
     if which == "student" or not (student / "config.json").exists():
         raise CheckpointError(f"{path} holds no backbone; a run writes export/ at its first checkpoint")

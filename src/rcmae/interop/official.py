@@ -179,6 +179,8 @@ def _plain_vit(state: State, source: Path, heads: int | None, **head: Any) -> Vi
         raise CheckpointError(f"{source} does not hold a Vision Transformer under timm's names: {first_line(e)} is missing or odd") from e
     if channels != 3:
         raise CheckpointError(f"{source} is for {channels} channels, and does not say by which mean and deviation; export it from its run")
+    if heads is not None and heads < 1:
+        raise ConfigError(f"heads must be 1 or more, not {heads}")
     heads = heads or {s.encoder[0]: s.encoder[2] for s in SIZES.values()}.get(width) or width // 64
     if not heads or width % heads:
         raise CheckpointError(f"{source} has width {width}; its attention heads cannot be read off the weights: give --heads")

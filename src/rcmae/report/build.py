@@ -44,7 +44,7 @@ def render(run: Path) -> str:
         shots=reconstructions(run), strip=strip(run),
         recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad,
         events=sorted(by_kind["event"][-20:] + told, key=lambda line: line["step"]), export=exports(run),
-        evaluations=evaluations(run), detector=detector(run), severity=severity_figures(run),
+        evaluations=evaluations(run), worth=worth(run), detector=detector(run), severity=severity_figures(run),
         labelled=floor is not None, reference=reference,
     )  # fmt: skip
 
@@ -245,16 +245,29 @@ def strip(run: Path) -> list[dict[str, Any]]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def _evaluated(run: Path, name: str = "*") -> dict[str, dict[str, Any]]:
+    """Records of `rcmae evaluate`, by place: of the run's networks, and of classifiers that were fine-tuned from them."""
+    folder = run / "evaluate"
+    files = sorted([*folder.glob(f"{name}.json"), *folder.glob(f"*/evaluate/{name}.json")])
+    return {file.relative_to(folder).with_suffix("").as_posix(): read_json(file) for file in files}
+
+
 def evaluations(run: Path) -> list[dict[str, Any]]:
-    """What `rcmae evaluate` left in the run directory, by task and network."""
+    """What `rcmae evaluate` left in the run directory, by task and network; the file tells apart what differs in seed or settings."""
     found = []
-    for file in sorted((run / "evaluate").glob("*.json")):
-        content = read_json(file)
+    for file, content in _evaluated(run).items():
         if "top1" in content.get("metrics", {}) and content.get("per_class"):
             hardest = min(content["per_class"], key=content["per_class"].__getitem__)
             own = {key: content[key] for key in ("task", "network", "data", "train_images")}
-            found.append(own | {"top1": content["metrics"]["top1"], "hardest": hardest, "hardest_right": content["per_class"][hardest]})
+            found.append(
+                own | {"file": file, "top1": content["metrics"]["top1"], "hardest": hardest, "hardest_right": content["per_class"][hardest]}
+            )
     return found
+
+
+def worth(run: Path) -> list[str]:
+    """What `rcmae evaluate worth-it` says, a sentence for each backbone and share of the labels."""
+    return read_json(run / "evaluate" / "worth-it" / "worth-it.json").get("said", [])
 
 
 def detector(run: Path) -> dict[str, Any] | None:
@@ -265,8 +278,7 @@ def detector(run: Path) -> dict[str, Any] | None:
 
 def severity_figures(run: Path) -> dict[str, str]:
     """Accuracy by severity of the networks whose robustness was evaluated on the same images, by kind of corruption."""
-    records = [read_json(file) for file in sorted((run / "evaluate").glob("robustness-*.json"))]
-    records = [r for r in records if r.get("details", {}).get("errors")]
+    records = [r for r in _evaluated(run, "robustness-*").values() if r.get("details", {}).get("errors")]
     last = records[-1]["hashes"]["test"] if records else ""
     return severity.figures([r for r in records if r["hashes"]["test"] == last])
 

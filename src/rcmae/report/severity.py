@@ -31,7 +31,10 @@ def figures(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Of what `rcmae evaluate robustness` recorded: a figure for each kind of corruption, in it a curve for each network."""
     found = {}
     for kind in dict.fromkeys(kind for r in records for kind in r["details"]["errors"]):
-        own = {_name(r): r for r in records if kind in r["details"]["errors"]}
+        own: dict[str, dict[str, Any]] = {}
+        for r in records:
+            if kind in r["details"]["errors"]:
+                own[f"{_name(r)}, {r['hashes'].get('asked', '')[:6]}" if _name(r) in own else _name(r)] = r
         errors = {name: r["details"]["errors"][kind] for name, r in own.items()}
         found[kind] = by_severity({name: r["metrics"]["top1"] for name, r in own.items()}, errors)
     return found
@@ -46,7 +49,7 @@ def write_figures(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]
 
 
 def _name(record: dict[str, Any]) -> str:
-    """The network, and what is unusual: the probe, the share of the labels."""
-    share, probe = record["labels_percent"], record["settings"]["probe"]
-    unusual = [f"{probe} probe"] * (probe != "linear") + [f"{share:g} % of labels"] * (share != 100)
-    return ", ".join([record["network"], *unusual])
+    """The network, of a classifier its run, and what is unusual: the probe, the share of the labels, the seed."""
+    network, share, probe, seed = (record["network"], record["labels_percent"], record["settings"]["probe"], record["seed"])
+    unusual = [f"{probe} probe"] * (probe != "linear") + [f"{share:g} % of labels"] * (share != 100) + [f"seed {seed}"] * (seed != 0)
+    return ", ".join([Path(record["backbone"]).name if network == "classifier" else network, *unusual])

@@ -5,6 +5,7 @@ metric, by class, the settings, hashes of backbone and data) and, beside it, whi
 """
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from ..engine.console import Screen
 from ..engine.distributed import World
 from ..engine.run import describe_machine, plain_failures, write_json
 from ..errors import ConfigError
-from ..interop.load import load, load_classifier
+from ..interop.load import load, load_classifier, tested_on
 from ..interop.official import read_pth
 from ..models.backbone import Backbone, Features, Pixels
 from ..models.classifier import Classifier
@@ -48,7 +49,7 @@ from .robustness.study import check as check_study
 from .robustness.study import settings as task_settings
 from .robustness.study import study
 from .score import Scored, score
-from .settings import KNN, KS, Attentive, Evaluation, Linear, Pool, Robustness, Tuning, check_task
+from .settings import KNN, KS, Attentive, Evaluation, Linear, Pool, Robustness, Tuning, check_evaluation, check_task
 from .splits import PERCENTS, read_split, write_splits
 
 TOKENS_IN_MEMORY = 16 * 2**30
@@ -67,6 +68,8 @@ class Found(NamedTuple):
     settings: dict[str, Any]
     details: dict[str, Any] | None = None
     more: dict[str, Bool[np.ndarray, "..."]] | None = None
+    seconds: float | None = None
+    "where the work was done before, or in parts"
 
 
 class Probed(nn.Module):
@@ -177,13 +180,13 @@ def _crop(image: Image, draws: np.random.Generator, shape: tuple[int, int], augm
 
 
 def knn(subject: Subject, task: KNN) -> Found:
-    """k-NN at every k; raises ConfigError when one is larger than the training set."""
-    images = len(subject.part("train"))
-    if task.k == KS and min(KS) <= images < max(KS):
-        task = replace(task, k=tuple(k for k in KS if k <= images))
-        subject.screen.say(f"note: {images} training images: k of {', '.join(map(str, task.k))} only")
-    check_k(task.k, images)
+    """k-NN at every k; raises ConfigError when one that was chosen is larger than the training set."""
+    if task.k != KS:
+        check_k(task.k, len(subject.part("train")))
     train, labels = subject.fitted_on()
+    if task.k == KS and len(labels) < max(KS):
+        task = replace(task, k=tuple(k for k in KS if k <= len(labels)) or (len(labels),))
+        subject.screen.say(f"note: {len(labels)} training images: k of {', '.join(map(str, task.k))} only")
     check_k(task.k, len(labels))
     test = subject.features("test")
     near = Knn(train.pooled(task.pool).to(subject.device), torch.from_numpy(labels).to(subject.device), len(subject.set.classes),
@@ -280,41 +283,56 @@ def fine_tune(subject: Subject, task: Tuning) -> Found:
     recipe = load_finetune(name)
     if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in task.settings):
         recipe = replace(recipe, steps=None, epochs=None)
-    recipe = check_finetune(replace(replaced_settings(recipe, task.settings, name), seed=how.seed))
+    recipe = replaced_settings(recipe, task.settings, name)
+    if recipe.seed:
+        raise ConfigError(f"{name} and its settings say seed {recipe.seed}; leave it out there, --seed gives it")
+    recipe = check_finetune(replace(recipe, seed=how.seed))
     out = place(subject.name, how) / stem("finetune", subject.which, how)
     machine = Workplace(
         out=out, device=how.device, precision=how.precision, workers=how.workers, accumulate=task.accumulate, compile=task.compile,
         checkpointing=task.checkpointing, bad_share=task.bad_share,
     )  # fmt: skip
-    about = {"backbone": subject.name, "network": subject.which}
+    about = {"backbone": subject.name, "network": subject.which, "test": subject.set.test.fingerprint()[:16]}
     tuned = finetune(subject.backbone, subject.part("train"), subject.set.test, subject.set.classes, recipe, machine, about)
     best = max(line["accuracy"] for line in tuned.history)
     metrics = {"top1": 100 * float(tuned.right.mean()), "ECE": ece(tuned.confidence, tuned.right)}
     if world.first and best > metrics["top1"]:
         metrics |= {"best epoch, chosen on the test images": best}
-    return Found(metrics, tuned.right, tuned.model, asdict(task) | asdict(recipe) | {"recipe": name, "run": str(out)})
+    settings = asdict(task) | asdict(recipe) | {"recipe": name, "run": str(out)}
+    return Found(metrics, tuned.right, tuned.model, settings, seconds=tuned.seconds)
+
+
+def classes_for(subject: Subject, task: Robustness) -> list[str]:
+    """The classes of the logits that robustness is asked of. What cannot be asked is refused here, before any work."""
+    if subject.backbone.channels != 3:
+        raise ConfigError(f"corruptions and published sets are of 3 channels; {subject.name} takes {subject.backbone.channels}")
+    classes = subject.set.classes
+    if subject.classifier is not None:
+        model, names = subject.classifier
+        if not names and model.vit.num_classes != len(classes):
+            raise ConfigError(f"{subject.name} has {model.vit.num_classes} classes without names, and the data {len(classes)}")
+        classes = names or classes
+    check_study(task, classes, tuple(subject.backbone.shape))
+    return classes
 
 
 def robustness(subject: Subject, task: Robustness) -> Found:
     """A classifier as it is, or a probe that is fitted first, on shifted, corrupted and attacked images."""
     fitted: dict[str, Any] = {}
     model: nn.Module
-    check_study(task)
-    if subject.backbone.channels != 3:
-        raise ConfigError(f"corruptions and published sets are of 3 channels; {subject.name} takes {subject.backbone.channels}")
+    classes = classes_for(subject, task)
     if subject.classifier is not None:
-        model, classes = subject.classifier
-        count = subject.classifier[0].vit.num_classes
-        if not classes and count != len(subject.set.classes):
-            raise ConfigError(f"{subject.name} has {count} classes without names, and the data {len(subject.set.classes)}")
-        classes = classes or subject.set.classes
+        model = subject.classifier[0]
     else:
-        probe = {"linear": (fit_linear, Linear()), "knn": (knn, KNN(k=(20,))), "attentive": (fit_attentive, Attentive())}[task.probe]
-        found = probe[0](subject, probe[1])  # type: ignore[operator]
-        model, classes, fitted = found.model, subject.set.classes, {"probe_settings": found.settings}
+        if task.probe == "knn":
+            found = knn(subject, KNN(k=(min(20, len(subject.fitted_on()[1])),)))
+        else:
+            found = fit_linear(subject, Linear()) if task.probe == "linear" else fit_attentive(subject, Attentive())
+        model, fitted = found.model, {"probe_settings": found.settings | {"precision": subject.precision}}
         subject.screen.say(f"fitted: {task.probe} probe, on {len(subject.part('train')):,} images: {found.metrics['top1']:.1f} % right")
     workers = processes(subject.set.test.kind, subject.how.workers)
     loading = Loading(tuple(subject.backbone.shape), subject.device, workers=workers)
+    subject.precision = "fp32"  # of what is recorded: images are judged, and attacked, without autocast
     of = study(model, classes, subject.set.test, task, loading, subject.how.seed, subject.screen.say)
     return Found(
         of.metrics, of.right["clean"], model, task_settings(task) | fitted, of.details, {k: v for k, v in of.right.items() if k != "clean"}
@@ -331,24 +349,25 @@ Task = KNN | Linear | Attentive | Tuning | Robustness
 # --- carrying a task out ----------------------------------------------------------------------------------------------
 
 
+def backbones(name: str, how: Evaluation) -> list[tuple[str, Backbone | Pixels]]:
+    """The networks that are asked for, by what they are called. Raises CheckpointError or ConfigError."""
+    return [
+        (which, Pixels() if name == "pixels" else load(name, "teacher" if which == ALONE else which, how.heads, how.seed))
+        for which in networks(name, how.which)
+    ]
+
+
 def subjects(name: str, how: Evaluation, world: World, screen: Screen, headed: bool = False) -> Iterator[Subject]:
     """The backbone, or both networks of a run, before its data; with `headed`, a classifier as it is. Raises before any work is done."""
-    if not 0 < how.labels <= 100:
-        raise ConfigError(f"labels is a percentage above 0 and up to 100, not {how.labels:g}")
     device = distributed.pick_device(how.device)
     precision = distributed.pick_precision(how.precision, device)
     whole = load_classifier(name, how.heads) if headed else None
-    if whole:
-        found: list[tuple[str, Any]] = [("classifier", Backbone(whole[0].vit, *_statistics(whole[0])))]
-    else:
-        found = [
-            (which, Pixels() if name == "pixels" else load(name, "teacher" if which == ALONE else which, how.heads, how.seed))
-            for which in networks(name, how.which)
-        ]
+    found = [("classifier", Backbone(whole[0].vit, *_statistics(whole[0])))] if whole else backbones(name, how)
     opened: Labelled | None = None
     for which, backbone in found:
         if opened is None:
-            opened = open_labelled(how.data, how.val, channels=backbone.channels, size=backbone.shape[1], divide=not whole)
+            tested = tested_on(name) if whole else None
+            opened = open_labelled(how.data, how.val, channels=backbone.channels, size=backbone.shape[1], tested=tested)
             for note in opened.notes:
                 screen.say(f"note: {note}")
         yield Subject(name, which, backbone, opened, how, device, world, screen, precision, whole)
@@ -381,13 +400,17 @@ def evaluate(name: str, task: Task, how: Evaluation = Evaluation()) -> list[dict
     Works under `torchrun`: ranks share the work of the backbone, the first one fits and writes. Raises the errors of `rcmae.errors`.
     """
     check_task(task)
-    kind, run = RUNS[type(task)]
+    check_evaluation(how)
+    run = RUNS[type(task)][1]
     device, records, tunes = distributed.pick_device(how.device), [], isinstance(task, Tuning)
-    with distributed.joined(device) as world, plain_failures(device, world), Screen(world.first) as screen:
+    advice = "try a smaller --batch or --device cpu" if hasattr(task, "batch") else "try --device cpu"
+    with distributed.joined(device) as world, plain_failures(device, world, advice), Screen(world.first) as screen:
         found = subjects(name, how, world, screen, isinstance(task, Robustness))
         if world.size > 1 and not tunes:  # all make the features of all, so that none has to wait for the fits of the first
             found = list(found)
             for subject in found:
+                if isinstance(task, Robustness):
+                    classes_for(subject, task)
                 tokens = isinstance(task, Attentive) or getattr(task, "probe", "") == "attentive"
                 if subject.classifier is None and not (tokens and token_bytes(subject) > TOKENS_IN_MEMORY):
                     for part in ("train", "test"):
@@ -396,7 +419,7 @@ def evaluate(name: str, task: Task, how: Evaluation = Evaluation()) -> list[dict
             began = time.monotonic()
             result = run(subject, task)
             if world.first:
-                records.append(record(kind, subject, result, time.monotonic() - began, varied(task)))
+                records.append(record(task, subject, result, time.monotonic() - began))
     return records
 
 
@@ -425,27 +448,28 @@ def varied(task: Task) -> str:
     return "".join(f"-{value}" for value, default in zip(chosen, usual, strict=True) if value != default)
 
 
-def record(kind: str, subject: Subject, found: Found, seconds: float, variant: str = "") -> dict[str, Any]:
-    """Write a result's JSON and hits; returns the JSON's content."""
-    how, test = subject.how, subject.set.test
+def record(task: Task, subject: Subject, found: Found, seconds: float) -> dict[str, Any]:
+    """Write a result's JSON and hits, beside those of another question that go by the same name; returns the JSON's content."""
+    kind, how, test = RUNS[type(task)][0], subject.how, subject.set.test
+    hashes = {"backbone": identity(subject.backbone), "train": subject.part("train").fingerprint()[:16], "test": test.fingerprint()[:16]}
+    asked = hashlib.sha256(json.dumps([hashes, asdict(task)], default=str).encode()).hexdigest()[:16]
     classes = subject.set.classes
     by_class = {classes[i]: 100 * float(found.right[test.labels == i].mean()) for i in np.unique(test.labels)}
     content = {
         "task": kind, "backbone": subject.name, "network": subject.which, "metrics": found.metrics, "labels_percent": how.labels,
         "train_images": len(subject.part("train")), "test_images": len(test), "classes": len(classes), "settings": found.settings,
         "seed": how.seed, "data": how.data, "val": how.val, "notes": list(subject.set.notes),
-        "hashes": {
-            "backbone": identity(subject.backbone), "train": subject.part("train").fingerprint()[:16], "test": test.fingerprint()[:16],
-        },
-        "seconds": round(seconds, 1), "machine": describe_machine(subject.device, subject.precision), "per_class": by_class,
+        "hashes": hashes | {"asked": asked},
+        "seconds": round(found.seconds or seconds, 1), "machine": describe_machine(subject.device, subject.precision),
+        "per_class": by_class,
     }  # fmt: skip
     content |= {"details": found.details} if found.details else {}
     folder = place(subject.name, how)
     folder.mkdir(parents=True, exist_ok=True)
-    name = stem(kind, subject.which, how) + variant
-    there, images = folder / f"{name}.json", content["hashes"]["test"]
-    if there.exists() and json.loads(there.read_bytes())["hashes"]["test"] != images:
-        name += f"-{images[:6]}"  # of other images: both are kept
+    name = stem(kind, subject.which, how) + varied(task)
+    there = folder / f"{name}.json"
+    if there.exists() and not isinstance(task, Tuning) and f'"{asked}"' not in there.read_text(encoding="utf-8"):
+        name += f"-{asked[:6]}"  # other settings, images or weights: both are kept (fine-tuning refuses them in the same place)
     hits = {"right": found.right} | (found.more or {})
     replace_file(folder / f"{name}.safetensors", save({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in hits.items()}))
     write_json(folder / f"{name}.json", content)

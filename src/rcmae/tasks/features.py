@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from ..data.loader import batches_of
 from ..data.sources import Subset
 from ..engine.checkpoint import replace_file
 from ..engine.distributed import World
-from ..errors import DataError
+from ..errors import CheckpointError, DataError
 from ..models.backbone import Backbone, Features, Pixels
 from .score import Centers
 
@@ -71,11 +71,12 @@ def identity(backbone: Backbone | Pixels) -> str:
 
 
 def _whole(file: Path) -> bool:
-    """Whether a file is there, and of images that could all be read: what could not may have been mended since."""
-    if not file.exists():
+    """Whether a file is there, undamaged, and of images that could all be read: what could not may have been mended since."""
+    try:
+        with safe_open(file, "pt") as f:
+            return bool(f.get_tensor("readable").all())
+    except (FileNotFoundError, SafetensorError):
         return False
-    with safe_open(file, "pt") as f:
-        return bool(f.get_tensor("readable").all())
 
 
 @torch.no_grad()
@@ -87,7 +88,8 @@ def extract(
     """Features of a set, from the cache as far as it has them.
 
     A file holds `PART` images; ranks make files in turn, and an interrupted extraction goes on at the first file that is missing.
-    `tick` is told how many images are done, `note` which cannot be read. Raises DataError when none can.
+    `tick` is told how many images are done, `note` which cannot be read. Raises DataError when none can, and
+    CheckpointError when features are not finite.
     """
     shape = tuple(backbone.shape)
     key = hashlib.sha256(json.dumps([identity(backbone), part.fingerprint(), shape, precision, 1]).encode()).hexdigest()[:16]
@@ -109,6 +111,9 @@ def extract(
                 readable.append(images["fine"].cpu())
                 tick(done := done + len(images["fine"]))
             whole = {name: torch.cat(values) for name, values in found.items()}
+            if odd := [name for name, values in whole.items() if not values.isfinite().all()]:
+                why = "tokens above 65,504 do not fit half precision; take knn or linear" if odd == ["tokens"] else "look at its weights"
+                raise CheckpointError(f"what this backbone makes of {part.name} is not finite ({', '.join(odd)}): {why}")
             replace_file(file, save(whole | {"readable": torch.cat(readable).to(torch.uint8)}))
         tick(rows.stop)
     world.agree(True)  # all files are there

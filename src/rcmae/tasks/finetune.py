@@ -156,6 +156,8 @@ class FineTuned(NamedTuple):
     step: int
     history: list[dict[str, float]]
     "step, epoch and accuracy (percent of the test images) each time these were scored; the last one is the result"
+    seconds: float
+    "of all training, however often it was resumed"
 
 
 def finetune(
@@ -194,12 +196,17 @@ def check_labels(source: Source, classes: int) -> None:
         raise DataError(f"{source.where(int(odd[0]))} has no label among the {classes} classes ({odd.size} such images)")
 
 
-def fitted(settings: FineTune, images: int) -> FineTune:
-    """The settings with a batch (and groups) of at most so many images, a power of two where it must be lowered."""
+def fitted(settings: FineTune, images: int, parts: int = 1) -> FineTune:
+    """The settings with a batch of at most so many images: where it must be lowered, each of its `parts` a power of two and whole groups.
+
+    Raises DataError when there are too few for all parts.
+    """
     if images >= settings.batch_size:
         return settings
-    batch = 2 ** (images.bit_length() - 1)
-    return replace(settings, batch_size=batch, mix_group=min(settings.mix_group, batch))
+    part = 2 ** (images // parts).bit_length() // 2
+    if part <= settings.mixes:  # a mixture is of two
+        raise DataError(f"{images} training images are too few for {parts} parts of a step (ranks x accumulate); start fewer")
+    return replace(settings, batch_size=part * parts, mix_group=math.gcd(settings.mix_group, part))
 
 
 class Run(Training):
@@ -210,7 +217,7 @@ class Run(Training):
     def __init__(
         self, backbone: Backbone, train: Source, test: Source, classes: list[str], settings: FineTune, place: Place, about: dict[str, Any]
     ):  # fmt: skip
-        s = fitted(settings, len(train))
+        s = fitted(settings, len(train), place.world.size * place.machine.accumulate)
         if s.batch_size < settings.batch_size:
             place.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
         super().__init__(s, place, train, load_finetune, about)
@@ -300,7 +307,7 @@ class Run(Training):
             chosen = f" (best of {len(self.history)}, chosen on the test images: {best:.1f} %)" if best > last else ""
             self.screen.say(f"{last:.1f} % right after {self.step:,} steps{chosen}, {clock(self.seconds)}")
             self.screen.say(f'Load the classifier: timm.create_model("local-dir:{folder}", pretrained=True)')
-        return FineTuned(self.model, right, confidence, self.step, self.history)
+        return FineTuned(self.model, right, confidence, self.step, self.history, self.seconds)
 
 
 def _hash(labels: Int[np.ndarray, " n"]) -> str:

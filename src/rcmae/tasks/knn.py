@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
 
@@ -34,11 +35,17 @@ class Knn(nn.Module):
         votes = self.votes(x, [self.k])[self.k]
         if not x.requires_grad:
             return votes
-        weight = ((F.normalize(x.float(), dim=1) @ self.train_set.T - 1) / self.temperature).exp()
-        of_all = (weight @ F.one_hot(self.labels, self.classes).float() + 1e-12).log()
+        unit, starts = F.normalize(x.float(), dim=1), range(0, len(self.train_set), COLUMNS)
+        parts = [checkpoint(self._part, unit, first, use_reentrant=False, preserve_rng_state=False) for first in starts]
+        of_all = (torch.stack(parts).sum(0) + 1e-12).log()
         named = votes.argmax(1, keepdim=True)
         lift = (of_all.amax(1, keepdim=True) - of_all.gather(1, named) + 1e-3).detach()
         return of_all.scatter_add(1, named, lift)
+
+    def _part(self, unit: Float[Tensor, "m d"], first: int) -> Float[Tensor, "m c"]:
+        """Votes of `COLUMNS` training features."""
+        weight = ((unit @ self.train_set[first : first + COLUMNS].T - 1) / self.temperature).exp()
+        return weight @ F.one_hot(self.labels[first : first + COLUMNS], self.classes).float()
 
     @torch.no_grad()
     def votes(self, x: Float[Tensor, "m d"], ks: Sequence[int]) -> dict[int, Float[Tensor, "m c"]]:

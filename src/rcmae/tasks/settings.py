@@ -153,5 +153,19 @@ def check_task(task: Any) -> None:
     """Numbers of a task are above 0, all that are not in one ConfigError."""
     values = [(f.name, x) for f in fields(task) for v in [getattr(task, f.name)] for x in (v if isinstance(v, tuple) else [v])]
     wrong = [f"{k} must be above 0, not {x:g}" for k, x in values if type(x) in (int, float) and not x > 0 and k != "bad_share"]
+    if isinstance(task, Linear) and task.protocol == "mae" and task.batch == 1:
+        wrong.append("batch must be 2 or more: the protocol of mae standardises within a batch")
     if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def check_evaluation(how: Evaluation) -> None:
+    """Likewise what every task is told."""
+    rules = [
+        (0 < how.labels <= 100, f"labels is a percentage above 0 and up to 100, not {how.labels:g}"),
+        (0 <= how.seed < 2**63, f"seed must be 0 or more and below 2**63, not {how.seed}"),
+        (how.heads is None or how.heads >= 1, f"heads must be 1 or more, not {how.heads}"),
+        (how.workers is None or how.workers >= 0, f"workers must be 0 or more, not {how.workers}"),
+    ]
+    if wrong := [message for fine, message in rules if not fine]:
         raise ConfigError("; ".join(wrong))

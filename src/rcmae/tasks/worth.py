@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from ..engine import distributed
 from ..engine.run import write_json
 from ..errors import ConfigError
-from .evaluate import evaluate, networks, place, stem
+from .evaluate import backbones, evaluate, networks, place, stem
 from .interval import interval
 from .settings import Evaluation, Tuning, Worth
 
@@ -37,13 +37,17 @@ def worth_it(name: str, task: Worth, tuning: Tuning, how: Evaluation, say: Calla
         raise ConfigError(f"seeds must be 2 or more for an interval, not {task.seeds}")
     if wrong := [p for p in task.percents if not 0 < p <= 100]:
         raise ConfigError(f"percents are shares of the labels, above 0 and up to 100, not {wrong[0]:g}")
-    with distributed.joined(distributed.pick_device(how.device)):
-        return _worth_it(name, task, tuning, how, say)
+    if "pixels" in (name, *task.against):
+        raise ConfigError("pixels have no weights to fine-tune; give backbones")
+    with distributed.joined(distributed.pick_device(how.device)) as world:
+        return _worth_it(name, task, tuning, how, say if world.first else lambda text: None)
 
 
 def _worth_it(name: str, task: Worth, tuning: Tuning, how: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
     out = (how.out or place(name, how)) / "worth-it"
     chosen, rows = arms(name, task.against), []
+    for backbone, which in chosen.values():
+        backbones(backbone, replace(how, which=which))  # type: ignore[arg-type]  # one that cannot be loaded is told before hours of training
     for percent in task.percents:
         hits: dict[str, list[Bool[np.ndarray, " m"]]] = {arm: [] for arm in chosen}
         images = 0

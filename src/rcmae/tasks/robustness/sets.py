@@ -71,7 +71,9 @@ class _Views(Dataset):
     def __getitem__(self, place: int) -> Tensor:
         index = int(self.indices[place])
         try:
-            origin = int(self.source.chosen[index]) if isinstance(self.source, sources.Subset) else index
+            source, origin = self.source, index
+            while isinstance(source, sources.Subset):  # of a subset too: draws are by the number in the whole
+                source, origin = source.source, int(source.chosen[origin])
             return self.view(read_image(self.source, index, 3), origin)
         except BadImage as e:
             raise DataError(f"{self.source.where(index)} cannot be read ({e}); mend it, or remove it and say so beside the score") from e
@@ -204,13 +206,23 @@ def _stored(image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int
     return torch.from_numpy(image).permute(2, 0, 1)[None]
 
 
+def check_imagenet_c(root: Path, classes: Sequence[str], shape: tuple[int, int]) -> dict[tuple[str, int], Path]:
+    """The folder of each corruption and severity. DataError names folders and classes that are missing, or the first image's size."""
+    places = {(c, s): root / c / str(s) for c in STANDARD for s in SEVERITIES}
+    if missing := [f"{c}/{s}" for (c, s), place in places.items() if not place.is_dir()]:
+        raise DataError(f"{root} is not all of ImageNet-C: {_some(missing)} of corruption/severity missing; unpack all of its archives")
+    for place in places.values():
+        _folders(place, classes)
+    source, _ = published(next(iter(places.values())), classes, classes)
+    _Views(source, np.arange(1), functools.partial(_stored, shape=shape))[0]
+    return places
+
+
 def imagenet_c(
     models: dict[str, Model], root: Path, classes: Sequence[str], loading: Loading, say: Say = lambda text: None
 ) -> dict[str, Corrupted]:
     """The published set, `root/corruption/severity/wnid/*.JPEG`, pixels as stored. DataError names what is missing."""
-    places = {(c, s): root / c / str(s) for c in STANDARD for s in SEVERITIES}
-    if missing := [f"{c}/{s}" for (c, s), place in places.items() if not place.is_dir()]:
-        raise DataError(f"{root} is not all of ImageNet-C: {_some(missing)} of corruption/severity missing; unpack all of its archives")
+    places = check_imagenet_c(root, classes, loading.shape)
     right = {name: {c: [] for c in STANDARD} for name in models}
     first = None
     for (corruption, severity), place in places.items():
@@ -234,8 +246,8 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
-def published(root: Path, classes: Sequence[str], wanted: Sequence[str]) -> tuple[Files, Labels]:
-    """The images of a set with a folder for each of the `wanted` classes, and their columns. DataError names what is missing or extra."""
+def _folders(root: Path, wanted: Sequence[str]) -> list[str]:
+    """The class folders, which must be the `wanted` ones. DataError names what is missing or extra."""
     if not root.is_dir():
         raise DataError(f"{root} is no folder; give the one that holds the class folders")
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -243,6 +255,12 @@ def published(root: Path, classes: Sequence[str], wanted: Sequence[str]) -> tupl
         raise DataError(f"{root} has {len(folders)} class folders; {_some(lacking)} of {len(wanted)} missing")
     if extra := sorted(set(folders) - set(wanted)):
         raise DataError(f"{root} has {len(folders)} class folders; {_some(extra)} not among the {len(wanted)} of this set")
+    return folders
+
+
+def published(root: Path, classes: Sequence[str], wanted: Sequence[str]) -> tuple[Files, Labels]:
+    """The images of a set with a folder for each of the `wanted` classes, and their columns. DataError names what is missing or extra."""
+    folders = _folders(root, wanted)
     source = open_source(str(root))
     if not isinstance(source, Files) or source.labels is None or (source.labels < 0).any():
         raise DataError(f"{root} must hold images in class folders, and nothing beside them")
@@ -268,12 +286,17 @@ class Subset(NamedTuple):
     among_all: Right
 
 
+def synsets(which: str) -> list[str]:
+    """The 200 classes of ImageNet-A ("a") or -R ("r")."""
+    return sorted(_timm(f"imagenet_{which}_synsets.txt").split())
+
+
 def subset(models: dict[str, Model], root: Path, classes: Sequence[str], which: str, loading: Loading) -> dict[str, Subset]:
     """ImageNet-A (`which` "a") or -R ("r"): 200 wnid folders. Its accuracy is that among its own classes.
 
     So the authors evaluate (natural-adv-examples' eval.py; ImageNet-R: pytorch-image-models/issues/176). Among all classes it is lower.
     """
-    own = sorted(_timm(f"imagenet_{which}_synsets.txt").split())
+    own = synsets(which)
     source, labels = published(root, classes, own)
     place = torch.from_numpy(columns(classes, own)).to(loading.device)
     right = {name: Subset(np.zeros(len(labels), bool), np.zeros(len(labels), bool)) for name in models}
@@ -292,12 +315,8 @@ def sketch(models: dict[str, Model], root: Path, classes: Sequence[str], loading
     return _hits(models, source, labels, functools.partial(_plain, shape=loading.shape), loading)
 
 
-def real_labels(models: dict[str, Model], root: Path, classes: Sequence[str], loading: Loading) -> dict[str, Right]:
-    """ReaL (Beyer et al. 2020): ImageNet's validation images against all labels that people found right, by file name.
-
-    `root` holds ILSVRC2012_val_00000001.JPEG and so on, flat or in folders. Images for which no label was found right are left out:
-    3,163 of the 50,000.
-    """
+def validation_images(root: Path, classes: Sequence[str]) -> tuple[Files, list[Int[np.ndarray, " k"]]]:
+    """ImageNet's validation images, and of each the columns of all labels that people found right. DataError names what is none."""
     if not root.is_dir():
         raise DataError(f"{root} is no folder; give the one of ImageNet's validation images")
     source = open_source(str(root))
@@ -308,7 +327,16 @@ def real_labels(models: dict[str, Model], root: Path, classes: Sequence[str], lo
     if (other := next((i for i, n in enumerate(numbers) if n is None or not 1 <= int(n[1]) <= len(real)), None)) is not None:
         raise DataError(f"{source.where(other)} is no image of ImageNet's validation set, by its name")
     place = columns(classes, imagenet_classes())
-    right_ones = [place[real[int(n[1]) - 1]] for n in numbers if n]
+    return source, [place[real[int(n[1]) - 1]] for n in numbers if n]
+
+
+def real_labels(models: dict[str, Model], root: Path, classes: Sequence[str], loading: Loading) -> dict[str, Right]:
+    """ReaL (Beyer et al. 2020): ImageNet's validation images against all labels that people found right, by file name.
+
+    `root` holds ILSVRC2012_val_00000001.JPEG and so on, flat or in folders. Images for which no label was found right are left out:
+    3,163 of the 50,000.
+    """
+    source, right_ones = validation_images(root, classes)
     indices = np.array([i for i, ones in enumerate(right_ones) if len(ones)], dtype=np.int64)
     right = {name: np.zeros(len(indices), bool) for name in models}
     for part, logits in predictions(models, source, indices, functools.partial(_plain, shape=loading.shape), loading):

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import nn
 
 from ...data.sources import Source, Subset
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError
 from ..settings import Robustness
 from . import metrics, sets
 from .adversarial import Attack, fgsm, pgd
@@ -28,17 +28,23 @@ class Study(NamedTuple):
 
 def attacks_of(task: Robustness) -> list[Attack]:
     """FGSM and PGD at each size. Raises ConfigError."""
-    if len(set(task.eps)) < len(task.eps):
-        raise ConfigError(f"eps has a size twice: {', '.join(f'{eps:g}' for eps in task.eps)}")
+    sizes = [f"{eps:g}" for eps in task.eps]
+    if len(set(sizes)) < len(sizes):
+        raise ConfigError(f"eps has a size twice: {', '.join(sizes)}")
     return [attack for eps in task.eps for attack in (fgsm(eps), pgd(eps, task.pgd_steps, restarts=task.restarts))]
 
 
-def check(task: Robustness) -> None:
-    """What can be refused before anything is fitted. Raises ConfigError or DataError."""
+def check(task: Robustness, classes: list[str], shape: tuple[int, int]) -> None:
+    """What can be refused before anything is fitted, as sets that are not whole. Raises ConfigError or DataError."""
     attacks_of(task)
-    for root in (task.imagenet_c, task.imagenet_a, task.imagenet_r, task.imagenet_sketch, task.real):
-        if root and not root.is_dir():
-            raise DataError(f"{root} is no folder")
+    if task.imagenet_c:
+        sets.check_imagenet_c(task.imagenet_c, classes, shape)
+    every = metrics.imagenet_classes()
+    for root, own in ((task.imagenet_a, sets.synsets("a")), (task.imagenet_r, sets.synsets("r")), (task.imagenet_sketch, every)):
+        if root:
+            sets.published(root, classes, own)
+    if task.real:
+        sets.validation_images(task.real, classes)
 
 
 def study(
