@@ -17,7 +17,7 @@ from rcmae.methods import METHODS
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "rcmae"
 # Imports point down: a room may use rooms that stand further to the right, and its own.
-ROOMS = ["cli", "loop", "lab", "report", "tasks", "interop", "methods", "data", "models", "engine", "config", "errors"]
+ROOMS = ["cli", "compare", "loop", "lab", "report", "tasks", "interop", "methods", "data", "models", "engine", "config", "errors"]
 
 
 def imports(path: Path) -> set[str]:
