@@ -175,6 +175,8 @@ def test_both_parts_have_the_same_categories_by_name_too(tmp_path, sets):
 def test_a_set_smaller_than_a_batch_lowers_it_and_a_long_warmup_is_refused(tmp_path, sets, capsys):
     run(tmp_path / "run", (few(sets[0], 3), sets[1]), dataclasses.replace(TINY, steps=3))
     assert "note: 3 training images: batches of 2 instead of 4" in capsys.readouterr().out
+    run(tmp_path / "parts", (few(sets[0], 3), sets[1]), dataclasses.replace(TINY, steps=3), accumulate=3)
+    assert "note: 3 training images: batches of 3 instead of 4" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="warmup_steps 6 is not below the run's 6 steps; give --settings warmup_steps=N"):
         run(tmp_path / "other", sets, dataclasses.replace(TINY, warmup_steps=6))
 

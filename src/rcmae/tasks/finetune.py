@@ -33,7 +33,7 @@ from ..models.classifier import Classifier, classifier
 from .features import identity
 from .layer_decay import layer_decay_groups
 from .score import Scored, score
-from .training import Place, Training, taken
+from .training import Place, Training, fitted_batch, taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,16 +197,11 @@ def check_labels(source: Source, classes: int) -> None:
 
 
 def fitted(settings: FineTune, images: int, parts: int = 1) -> FineTune:
-    """The settings with a batch of at most so many images: where it must be lowered, each of its `parts` a power of two and whole groups.
-
-    Raises DataError when there are too few for all parts.
-    """
-    if images >= settings.batch_size:
+    """The settings with a batch of at most so many images, see `fitted_batch`; where it is lowered, its parts have whole groups."""
+    batch = fitted_batch(settings.batch_size, images, parts, least=1 + settings.mixes)  # a mixture is of two
+    if batch == settings.batch_size:
         return settings
-    part = 2 ** (images // parts).bit_length() // 2
-    if part <= settings.mixes:  # a mixture is of two
-        raise DataError(f"{images} training images are too few for {parts} parts of a step (ranks x accumulate); start fewer")
-    return replace(settings, batch_size=part * parts, mix_group=math.gcd(settings.mix_group, part))
+    return replace(settings, batch_size=batch, mix_group=math.gcd(settings.mix_group, batch // parts))
 
 
 class Run(Training):

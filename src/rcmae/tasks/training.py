@@ -70,6 +70,19 @@ def taken(machine: Workplace, what: str) -> Iterator[Place]:
             yield Place(out, machine, device, world, screen, stop)
 
 
+def fitted_batch(batch_size: int, images: int, parts: int, least: int = 1) -> int:
+    """The batch, or, where there are fewer images, a power of two for each of its `parts` (ranks x micro-batches).
+
+    Raises DataError when a part would have fewer than `least`.
+    """
+    if images >= batch_size:
+        return batch_size
+    part = 2 ** (images // parts).bit_length() // 2
+    if part < least:
+        raise DataError(f"{images} training images are too few for {parts} parts of a step (ranks x accumulate); start fewer")
+    return part * parts
+
+
 class Training(ABC):
     """One run: whoever inherits builds the network, and says what is drawn, learned, scored, and kept in the end.
 

@@ -19,7 +19,7 @@ from ...errors import ConfigError, DataError
 from ...interop.timm_export import architecture_of, blueprint
 from ...models.backbone import Backbone
 from ..features import identity
-from ..training import Place, Training, taken
+from ..training import Place, Training, fitted_batch, taken
 from .average_precision import Precision, evaluate, library
 from .coco import CocoSet
 from .examples import write_examples
@@ -75,9 +75,8 @@ class Run(Training):
     what = "detection"
 
     def __init__(self, backbone: Backbone, train: CocoSet, test: CocoSet, settings: Detect, place: Place, about: dict[str, Any]):
-        s = settings
-        if len(train) < s.batch_size:
-            s = replace(s, batch_size=2 ** (len(train).bit_length() - 1))
+        s = replace(settings, batch_size=fitted_batch(settings.batch_size, len(train), place.world.size * place.machine.accumulate))
+        if s.batch_size < settings.batch_size:
             place.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
         super().__init__(s, place, train, load_detect, about)
         if s.warmup_steps >= self.total:
