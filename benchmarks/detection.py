@@ -42,7 +42,7 @@ STEPS = 120
 COUNTS = (64, 1024)
 "Labelled scenes."
 NUMBERS = {"box AP": ("box", "AP"), "box AP50": ("box", "AP50"), "mask AP": ("mask", "AP"), "mask AP50": ("mask", "AP50")}
-LONGER = 8.0
+LONGER = 10.0
 "Times the steps of a run of the table."
 OVERFIT = 1000
 "Steps in which four scenes are learned by heart."
