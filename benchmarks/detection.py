@@ -2,8 +2,8 @@
 
 Four backbones, two numbers of labelled scenes, three paired seeds, one budget. Within a seed all backbones have the same initial weights
 (and so have the detectors' heads), images, crops and labels. MAE is the student of RC-MAE with gamma 0, to the bit. What is there already
-is never made twice: the same command goes on where it stopped. `--longer` then trains the best backbone on all scenes, on all cores.
-Writes results/detection.json. Every number is of embedded scenes, and none of COCO.
+is never made twice: the same command goes on where it stopped. `--longer` then trains the best backbone on all scenes. Each run has one
+core. Writes results/detection.json. Every number is of embedded scenes, and none of COCO.
 """
 
 import argparse
@@ -42,7 +42,7 @@ STEPS = 120
 COUNTS = (64, 1024)
 "Labelled scenes."
 NUMBERS = {"box AP": ("box", "AP"), "box AP50": ("box", "AP50"), "mask AP": ("mask", "AP"), "mask AP50": ("mask", "AP50")}
-LONGER = 10.0
+LONGER = 8.0
 "Times the steps of a run of the table."
 OVERFIT = 1000
 "Steps in which four scenes are learned by heart."
@@ -67,17 +67,17 @@ def there(where: Path, settings: Detect) -> bool:
     return True
 
 
-def run(out: Path, name: str, count: int, seed: int, steps: int = STEPS, threads: int = 1) -> str:
+def run(out: Path, name: str, count: int, seed: int, steps: int = STEPS) -> str:
     """One detector; returns how long it took. A finished one is not touched."""
     began, where = time.monotonic(), place(out, name, count, seed)
     settings = replace(load_detect("embedded"), seed=seed, steps=steps)
     if there(where, settings):
         return f"{where.name}: there"
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     source, runs = BACKBONES[name], out / "pretrain"
     backbone = load(runs / f"{source[0]}-{seed}", source[1]) if source else scratch(str(runs / f"rcmae-{seed}"), seed=seed)
     images, test = labelled()
-    machine = Workplace(out=where, device="cpu", workers=0, threads=threads)
+    machine = Workplace(out=where, device="cpu", workers=0, threads=1)
     with contextlib.redirect_stdout(io.StringIO()):
         train(backbone, few(images, count, seed), test, settings, machine, {"backbone_name": name})
     return f"{where.name}: {clock(time.monotonic() - began)}"
@@ -97,13 +97,25 @@ def seconds(where: Path) -> float:
 def overfit(out: Path) -> dict[str, Any]:
     """Four scenes learned by heart, from new weights: are boxes and masks as good as they can be?"""
     where = out / "overfit"
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)
     four = few(labelled()[0], 4, seed=1)
     settings = replace(load_detect("embedded"), steps=OVERFIT, batch_size=4, jitter=(1.0, 1.0), drop_path=0.0, layer_decay=1.0)
     if not there(where, settings):
         backbone = scratch(str(out / "pretrain" / "rcmae-1"), seed=1)
-        train(backbone, four, four, settings, Workplace(out=where, device="cpu", workers=0), {"backbone_name": "untrained"})
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(backbone, four, four, settings, Workplace(out=where, device="cpu", workers=0, threads=1), {"backbone_name": "untrained"})
     return {"scenes": 4, "steps": OVERFIT, "seconds": seconds(where), **scores(where)}
+
+
+def longer(out: Path, name: str) -> dict[str, Any]:
+    """One backbone trained for long, on all scenes."""
+    count, steps = len(labelled()[0]), round(LONGER * STEPS)
+    (out / "longer").mkdir(parents=True, exist_ok=True)
+    if not (out / "longer" / "pretrain").exists():
+        (out / "longer" / "pretrain").symlink_to((out / "pretrain").resolve())
+    run(out / "longer", name, count, 1, steps)
+    where = place(out / "longer", name, count, 1)
+    return {"backbone": name, "scenes": count, "steps": steps, "seconds": seconds(where), **scores(where)}
 
 
 def paired(own: list[float], other: list[float]) -> list[float]:
@@ -133,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--longer", action="store_true", help="also train the best backbone for long, on all cores")
+    parser.add_argument("--longer", action="store_true", help="also train the best backbone for long")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "detection")
     args = parser.parse_args()
     seeds, began = list(range(1, args.seeds + 1)), time.monotonic()
@@ -145,8 +157,13 @@ def main() -> None:
         units = [(args.out, name, count, seed) for seed in seeds for count in COUNTS for name in BACKBONES]
         for number, text in enumerate(pool.map(run, *zip(*units, strict=True)), 1):
             print(f"{number} of {len(units)}: {text}, {clock(time.monotonic() - began)}", flush=True)
-    rows, settings = judge(args.out, seeds), replace(load_detect("embedded"), steps=STEPS)
-    images, test = labelled()
+        rows = judge(args.out, seeds)
+        best = max((row for row in rows if row["scenes"] == max(COUNTS)), key=lambda row: np.mean(row["mask AP"]["seeds"]))["backbone"]
+        last = {"overfit": pool.submit(overfit, args.out)}
+        if args.longer:
+            last["longer"] = pool.submit(longer, args.out, best)
+        last = {name: made.result() for name, made in last.items()}
+    settings, (_, test) = replace(load_detect("embedded"), steps=STEPS), labelled()
     parts = [args.out / "pretrain" / f"{name}-{seed}" for seed in seeds for name in PRETRAINED]
     parts += [place(args.out, name, count, seed) for _, name, count, seed in units]
     found: dict[str, Any] = {
@@ -155,17 +172,7 @@ def main() -> None:
         "recipe_hash": {"detection": recipe_hash(settings)}
         | {name: recipe_hash(changed(load_recipe("scenes"), steps=PRETRAINING, **own)) for name, own in PRETRAINED.items()},
     }  # fmt: skip
-    found["overfit"] = overfit(args.out)
-    if args.longer:
-        best = max((row for row in rows if row["scenes"] == max(COUNTS)), key=lambda row: np.mean(row["mask AP"]["seeds"]))["backbone"]
-        long = args.out / "longer"
-        (long / "pretrain").parent.mkdir(parents=True, exist_ok=True)
-        if not (long / "pretrain").exists():
-            (long / "pretrain").symlink_to((args.out / "pretrain").resolve())
-        steps = round(LONGER * STEPS)
-        print(run(long, best, len(images), 1, steps, os.cpu_count() or 1), flush=True)
-        where = place(long, best, len(images), 1)
-        found["longer"] = {"backbone": best, "scenes": len(images), "steps": steps, "seconds": seconds(where), **scores(where)}
+    found |= last
     found["machine"] = describe_machine(torch.device("cpu"), pick_precision("auto", torch.device("cpu")))
     write_json(ROOT / "results" / "detection.json", found)
     for row in rows:

@@ -375,7 +375,7 @@ def detection() -> str:
     if long := r.get("longer"):
         what = f"{long['backbone']}, {long['scenes']:,} labelled scenes, {long['steps']:,} steps"
         scores = ", ".join(f"{n} {long[n]:.1f}" for n in numbers)
-        note += f"\n\nOne longer run ({what}, {long['seconds'] / 60:.0f} minutes of {m['cores']} cores): {scores}."
+        note += f"\n\nOne longer run ({what}, {long['seconds'] / 60:.0f} minutes of one core): {scores}."
     return "\n".join([*rows, "", note])
 
 

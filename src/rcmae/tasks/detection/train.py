@@ -29,8 +29,8 @@ from .predict import predict
 from .settings import Detect, check_detect, load_detect
 from .views import Detections, Jitter, detection_batches
 
-SCORED = 4
-"Test images are looked at no more often than once for so many training images."
+SCORED, SCORINGS = 4, 50
+"Test images are looked at no more often than once for so many training images, and so often in a run."
 
 
 class Detected(NamedTuple):
@@ -128,7 +128,7 @@ class Run(Training):
 
     def scorings(self) -> int:
         affordable = self.total * self.settings.batch_size // (SCORED * len(self.test_set))
-        return max(1, min(round(self.total / self.steps_per_epoch), affordable))
+        return max(1, min(round(self.total / self.steps_per_epoch), affordable, SCORINGS))
 
     def score(self) -> dict[str, float]:
         """Average precision of boxes and masks in percent."""
