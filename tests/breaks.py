@@ -1357,6 +1357,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda old: lambda *given: {file: r for file, r in old(*given).items() if "/" not in file},
         "test_report.py::test_what_was_evaluated_is_told_and_told_apart",
     ),
+    "a head takes all ranks alike, however many rows they have": (
+        "rcmae.models.heads:average",
+        lambda old: lambda value: value,
+        "test_distributed.py::test_methods_that_look_across_the_batch_do_so_across_ranks[ibot]",
+    ),
     "a lowered batch does not know the ranks": (
         "rcmae.tasks.finetune:fitted",
         lambda old: lambda settings, images, parts=1: old(settings, images),
