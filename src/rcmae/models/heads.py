@@ -20,7 +20,7 @@ class BatchNorm(nn.Module):
     def forward(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            share = len(x) / average(x.new_tensor(float(len(x))))  # a rank may have more rows than another, as of masked patches
+            share = len(x) / average(x.new_full((), len(x)))  # a rank may have more rows than another, as of masked patches
             x = x - mean_with_gradient(share * x.mean(0))
             x = x * (mean_with_gradient(share * x.square().mean(0)) + 1e-5).rsqrt()
             return x if self.weight is None else x * self.weight + self.bias

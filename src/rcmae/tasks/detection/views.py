@@ -123,5 +123,5 @@ def detection_batches(
 
 def unpacked(masks: UInt8[Tensor, "n h _"], width: int) -> Bool[Tensor, "n h {width}"]:
     """The reverse of numpy's packbits of rows, on any device."""
-    bits = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=masks.device)
-    return (masks[..., None] & bits).bool().flatten(2)[..., :width]
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device)  # made there: a copy from the host would wait
+    return (masks[..., None] >> shifts & 1).bool().flatten(2)[..., :width]
