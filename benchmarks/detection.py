@@ -37,12 +37,12 @@ from rcmae.tasks.detection.train import train
 BACKBONES = {"untrained": None, "MAE": ("mae", "student"), "RC-MAE, student": ("rcmae", "student"), "RC-MAE, teacher": ("rcmae", "teacher")}
 PRETRAINING = 600
 "Steps on unlabelled scenes."
-STEPS = 120
+STEPS = 800
 "Of a detector of the table. All of it takes less than two hours of two cores so, even of cores that multiply bf16 no faster than fp32."
 COUNTS = (64, 1024)
 "Labelled scenes."
 NUMBERS = {"box AP": ("box", "AP"), "box AP50": ("box", "AP50"), "mask AP": ("mask", "AP"), "mask AP50": ("mask", "AP50")}
-LONGER = 8.0
+LONGER = 5.0
 "Times the steps of a run of the table."
 OVERFIT = 1000
 "Steps in which four scenes are learned by heart."
