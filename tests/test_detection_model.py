@@ -20,7 +20,7 @@ from rcmae.errors import ConfigError
 from rcmae.interop.timm_export import architecture_of, blueprint
 from rcmae.models.backbone import Backbone
 from rcmae.models.encoder import build_vit
-from rcmae.tasks.detection.model import Anchors, Detector, Pooler, cut, detector, export_pyramid, groups, paste, rebuild
+from rcmae.tasks.detection.model import ANCHOR, Anchors, Detector, Pooler, cut, detector, export_pyramid, groups, paste, rebuild
 from rcmae.tasks.detection.settings import Detect, load_detect
 from rcmae.tasks.detection.windows import WindowAttention, ends
 
@@ -386,6 +386,25 @@ def test_settings_are_honoured():
         norms = [m for k, m in small(preset=preset).named_modules() if isinstance(m, kinds) and "vit" not in k]
         assert sum(isinstance(m, norm) for m in norms) == len(norms) - (preset == "benchmarking") > 9, "and MIMDet's GroupNorm"
         assert all(m.eps == (1e-6 if preset == "vitdet" else 1e-5) for m in norms)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_object_that_many_anchors_see_leaves_room_for_others(training, monkeypatch):
+    model = small(size=64, proposals=2).train(training)
+
+    def head(maps):
+        """Ten anchors of the finest map move to one and the same place and are surest of it; one far away is less sure."""
+        logits, moves = ([m.new_full((1, n, *m.shape[-2:]), fill) for m in maps] for n, fill in ((3, -9.0), (12, 0.0)))
+        for i in range(10):
+            logits[0][0, 1, 8, 8 + i], moves[0][0, 4, 8, 8 + i] = 5 + i / 10, -i / ANCHOR
+        logits[0][0, 1, 20, 20] = 1
+        return logits, moves
+
+    monkeypatch.setattr(model.rpn.head, "forward", head)
+    images = torch.zeros(1, 3, 64, 64)
+    (proposals,), _ = model.rpn(ImageList(images, [(64, 64)]), model.pyramid(images), batch(1, 64)[1])
+    middles = (proposals[:, :2] + proposals[:, 2:]) / 2
+    assert middles.flatten().tolist() == pytest.approx([16, 16, 40, 40]), "at places 8 and 20 of stride 2"
 
 
 @pytest.mark.slow

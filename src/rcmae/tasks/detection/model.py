@@ -48,6 +48,8 @@ ANCHOR = 8
 "Side of a map's anchors in strides: 32 px at stride 4 to 512 px at 64, as in detectron2, at any size of image."
 CELLS = 14
 "A box is pooled from the coarsest map on which its side is this many strides or more, else from the finest (224 px at stride 16)."
+CANDIDATES = {"training": 2000, "testing": 1000}
+"The best anchors of each map, of which those that overlap go and `proposals` stay: detectron2's numbers. With few of them, one object has all."
 
 Target = dict[str, Tensor]
 '''boxes Float "n 4" (x0, y0, x1, y1 in pixels), labels Int "n" from 1, masks Bool "n s s"'''
@@ -115,7 +117,7 @@ def detector(backbone: Backbone, classes: int, settings: Detect) -> Detector:
         rpn = RegionProposalNetwork(
             Anchors([*pyramid.strides, 2 * pyramid.strides[-1]]), ProposalHead(width, 3, conv_depth=2),
             fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5,
-            pre_nms_top_n={"training": 2 * s.proposals, "testing": s.proposals},
+            pre_nms_top_n=CANDIDATES,
             post_nms_top_n={"training": s.proposals, "testing": s.proposals}, nms_thresh=0.7,
         )  # fmt: skip
         heads = Heads(
