@@ -8,6 +8,7 @@ from jaxtyping import install_import_hook
 
 with install_import_hook("rcmae", "beartype.beartype"):
     import rcmae.methods
+    from rcmae.report import curves
 
 from pathlib import Path
 
@@ -21,12 +22,30 @@ import rcmae.config as c
 from rcmae.data.views import rng
 
 torch.set_num_threads(1)
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "src")))  # what tests start is this checkout
+GOLDEN = ROOT / "tests" / "golden"
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+class Undrawn(curves.Figure):
+    """A figure of a page that nobody looks at. Drawing a page's takes longer than most tests train."""
+
+    def savefig(self, file, **how) -> None:
+        file.write("<svg></svg>")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Pages with all they show."""
+    monkeypatch.setattr(curves, "Figure", Undrawn.__base__)
+
+
+curves.Figure = Undrawn
 
 
 def small(method: str = "rcmae", **changes) -> c.Recipe:

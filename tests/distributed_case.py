@@ -1,8 +1,7 @@
-"""Run by tests/test_distributed.py under torchrun: two processes on the CPU train as one, and stop as one."""
+"""What tests/test_distributed.py runs on two ranks: they train as one, and stop as one."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from safetensors.torch import save_file
 
 import rcmae.loop as loop
 import rcmae.tasks.detection.train as dt
-from rcmae.cli import main
+from rcmae import cli
 from rcmae.data.sources import open_source
 from rcmae.engine.distributed import World
 from rcmae.errors import Preempted, ProcessError
@@ -32,9 +31,9 @@ def untrained(images: CocoSet, world: World = World()) -> list[dict]:
     return predict(model, images, size=64, channels=3, device=test_detection_train.CPU, batch=2, world=world)
 
 
-if __name__ == "__main__":
+def main(out: Path, data: Path, case: str) -> int:
+    """One rank; its exit code."""
     torch.set_num_threads(1)
-    out, data, case = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     rank = int(os.environ["RANK"])
     if case == "nan" and rank == 1:  # one rank alone sees a loss that is not finite
         forward = RCMAE.forward
@@ -56,9 +55,9 @@ if __name__ == "__main__":
 
         loop.Run.update = stopping
     if case == "finetune":
-        sets = tuple(open_source(str(Path(data) / name)) for name in ("train", "test"))
+        sets = tuple(open_source(str(data / name)) for name in ("train", "test"))
         test_finetune.run(out, sets, test_finetune.FULL)
-        sys.exit()
+        return 0
     if case == "detect":
         sets = open_coco(SCENES, train_images=8, test_images=5, size=64)
         sets[0].notes.append("said once")
@@ -66,13 +65,13 @@ if __name__ == "__main__":
         finish = dt.Run.finish
 
         def kept(self):
-            save_file(self.model.state_dict(), Path(data) / f"rank{rank}.safetensors")
-            (Path(data) / f"found{rank}.json").write_text(json.dumps(untrained(sets[1], self.world)))
+            save_file(self.model.state_dict(), data / f"rank{rank}.safetensors")
+            (data / f"found{rank}.json").write_text(json.dumps(untrained(sets[1], self.world)))
             return finish(self)
 
         dt.Run.finish = kept
         own = ["--recipe", f"{data}/tiny.toml", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
-        sys.exit(main(["detect", "train", f"{data}/backbone", "--out", str(out), *own]))
+        return cli.main(["detect", "train", f"{data}/backbone", "--out", str(out), *own])
     try:
         run(out, data, **METHODS.get(case, {"steps": 6}))
     except Preempted as e:
@@ -81,3 +80,4 @@ if __name__ == "__main__":
     except ProcessError as e:
         assert case == "lost", e
         (out / "said.txt").write_text(str(e))
+    return 0

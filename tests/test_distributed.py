@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,31 +14,19 @@ from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.metrics import read_metrics
 from rcmae.interop.timm_export import export
 from rcmae.tasks.detection.coco import SCENES, open_coco
-from tests import test_detection_train, test_finetune
+from tests import distributed_case, test_detection_train, test_finetune
 from tests.distributed_case import METHODS, untrained
+from tests.processes import ranks
 from tests.test_finetune import fill
 from tests.test_loop import folder, run  # noqa: F401 - a fixture
-
-ROOT = Path(__file__).parent.parent
 
 
 def together(out: Path, data: Path, case: str = "plain", fine: bool = True) -> str:
     """What both say."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "tests.distributed_case",
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "src")))}  # this checkout
-    done = subprocess.run([*command, str(out), str(data), case], env=env, capture_output=True, text=True, timeout=120)
-    assert (done.returncode == 0) == fine, done.stdout[-2000:] + done.stderr[-3000:]
-    assert not fine or "Warning" not in done.stderr, done.stderr
-    return done.stdout
+    codes, said = ranks(out.with_name(f"{out.name}-{case}"), distributed_case.main, out, data, case)
+    assert (codes == [0, 0]) == fine, said[-5000:]
+    assert not fine or "Warning" not in said, said
+    return said
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -3,12 +3,9 @@
 import contextlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tarfile
 from dataclasses import fields
 from importlib.resources import files
@@ -39,6 +36,7 @@ from rcmae.tasks.score import Centers
 from rcmae.tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Worth
 from rcmae.tasks.worth import verdict
 from tests.conftest import GOLDEN, method_for, small
+from tests.processes import ranks
 
 
 def picture(kind: int, seed: int) -> Image.Image:
@@ -424,14 +422,11 @@ def test_two_processes_share_the_work_and_agree_with_one(tmp_path, data):
         export(method.backbone(which), tmp_path / "run" / "export" / which, {"method": "rcmae"})
     options = ["--data", data, "--which", "both", "--device", "cpu", "--workers", "0", "--out"]
     tune = ["--recipe", "embedded", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rcmae", "evaluate"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(rcmae.__file__).parent.parent)}
     for task in (["knn", "--k", "3"], ["finetune", *tune]):
-        argv = [task[0], tmp_path / "run", *task[1:], *options]
-        two = [*start, *map(str, argv), str(tmp_path / "two"), "--cache", str(tmp_path / "c2")]
-        done = subprocess.run(two, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert main(["evaluate", *map(str, argv), str(tmp_path / "one"), "--cache", str(tmp_path / "c1")]) == 0
+        argv = ["evaluate", *map(str, [task[0], tmp_path / "run", *task[1:], *options])]
+        codes, said = ranks(tmp_path / task[0], main, [*argv, str(tmp_path / "two"), "--cache", str(tmp_path / "c2")])
+        assert codes == [0, 0], said[-3000:]
+        assert main([*argv, str(tmp_path / "one"), "--cache", str(tmp_path / "c1")]) == 0
         for which in ("student", "teacher"):
             one, both = (record(tmp_path / where, f"{task[0]}-{which}")["metrics"] for where in ("one", "two"))
             assert one == pytest.approx(both, abs=1e-3), task

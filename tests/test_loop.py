@@ -7,8 +7,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from rcmae.engine.metrics import read_metrics
 from rcmae.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError
 from rcmae.interop.load import load
 from tests.conftest import small
+from tests.processes import start
 
 
 @pytest.fixture(scope="session")
@@ -113,25 +113,26 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, folder, k
         assert (one - four).abs().max() <= 1e-6 * scale
 
 
+def saving(out: Path, data: Path) -> None:
+    """A run that does little else than to save."""
+    torch.set_num_threads(1)
+    run(out, data, steps=12, machine={"save_every": "0.000001s", "log_every": 1})
+
+
 def test_kill_9_at_any_moment(tmp_path, folder, straight):
     """A real process, killed without warning while it trains and saves all the time, then run again to its end."""
-    script = (
-        "import sys; from tests.test_loop import run; import torch, pathlib; torch.set_num_threads(1);"
-        "run(pathlib.Path(sys.argv[1]), sys.argv[2], steps=12, machine={'save_every': '0.000001s', 'log_every': 1})"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "run"), str(folder)]
-    root = Path(__file__).parent.parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "src"))), "PYTHONUNBUFFERED": "1"}  # this checkout
-    kills = 0
-    for line in range(5, 30, 8):
-        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            for i, text in enumerate(process.stdout):
-                if i >= line or ("step" in text and i > 2):
-                    process.send_signal(signal.SIGKILL)
-                    kills += 1
-                    break
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    log, metrics, kills = tmp_path / "said", tmp_path / "run" / "metrics.jsonl", 0
+    for lines in range(2, 12, 3):
+        process = start(log, saving, tmp_path / "run", folder)
+        while process.is_alive() and not (metrics.exists() and metrics.read_text().count('"train"') >= lines):
+            time.sleep(0.001)
+        time.sleep(0.01 * lines)  # not always at the same place of a step
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    done = start(log, saving, tmp_path / "run", folder)
+    done.join(60)
+    assert done.exitcode == 0, log.read_text()
     assert kills >= 2
     assert weights(tmp_path / "run") == weights(straight)
 

@@ -49,7 +49,7 @@ ANCHOR = 8
 CELLS = 14
 "A box is pooled from the coarsest map on which its side is this many strides or more, else from the finest (224 px at stride 16)."
 CANDIDATES = {"training": 2000, "testing": 1000}
-"The best anchors of each map, of which those that overlap go and `proposals` stay: detectron2's numbers. With few of them, one object has all."
+"The best anchors of a map, before those that overlap go and `proposals` stay: detectron2's numbers. Of fewer, one object may have all."
 
 Target = dict[str, Tensor]
 '''boxes Float "n 4" (x0, y0, x1, y1 in pixels), labels Int "n" from 1, masks Bool "n s s"'''
