@@ -8,7 +8,6 @@ from jaxtyping import install_import_hook
 
 with install_import_hook("rcmae", "beartype.beartype"):
     import rcmae.methods
-    from rcmae.report import curves
 
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch.utils.data import default_collate
 
 import rcmae.config as c
 from rcmae.data.views import rng
+from rcmae.report import curves
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -33,19 +33,21 @@ def _seed():
 
 
 class Undrawn(curves.Figure):
-    """A figure of a page that nobody looks at. Drawing a page's takes longer than most tests train."""
+    """Of pages that nobody looks at: drawing those of a run takes longer than its training in most tests."""
 
     def savefig(self, file, **how) -> None:
         file.write("<svg></svg>")
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Pages with all they show."""
-    monkeypatch.setattr(curves, "Figure", Undrawn.__base__)
+Drawn, curves.Figure = curves.Figure, Undrawn
 
 
-curves.Figure = Undrawn
+@pytest.fixture(scope="module")
+def drawn():
+    """Figures as they are, for the tests of a module that looks at pages."""
+    curves.Figure = Drawn
+    yield
+    curves.Figure = Undrawn
 
 
 def small(method: str = "rcmae", **changes) -> c.Recipe:

@@ -185,7 +185,7 @@ def test_the_recipe_of_the_scenes_is_scored_on_its_way(tmp_path, monkeypatch):
     whole, found = open_coco(SCENES, size=32), []
     monkeypatch.setattr(dt.Run, "train", lambda self: found.append((self.total, self.scorings())))
     run(tmp_path / "run", whole, dataclasses.replace(load_detect("embedded"), size=32))
-    assert found == [(600, 4)], "the report draws precision over training"
+    assert found == [(4000, 7)], "the report draws precision over training"
 
 
 def test_batchnorm_of_several_ranks_wants_cuda(tmp_path, sets, monkeypatch):

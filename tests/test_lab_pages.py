@@ -13,6 +13,7 @@ from rcmae.lab import gradients, linear
 from rcmae.lab.linear import RELATIONS, Setting, study
 
 BLOCKS = ["encoder patch_embed", "encoder 0", "encoder norm", "decoder embed", "decoder pred"]
+pytestmark = pytest.mark.usefixtures("drawn")
 
 
 @pytest.fixture(scope="module")

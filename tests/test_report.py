@@ -18,6 +18,7 @@ from tests.conftest import small
 
 TEACHER_FIGURES = ["advantage", "cosine", "shrink", "momentum", "half-life", "distance", "ratio", "blocks", "gap", "drift"]
 HEALTH_FIGURES = ["rank", "spread", "uniformity", "alpha"]
+pytestmark = pytest.mark.usefixtures("drawn")
 
 
 def snapshot(seed: int = 0, target: str = "normalised", **changes) -> tuple[dict, dict]:
