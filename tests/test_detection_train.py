@@ -181,6 +181,19 @@ def test_a_set_smaller_than_a_batch_lowers_it_and_a_long_warmup_is_refused(tmp_p
         run(tmp_path / "other", sets, dataclasses.replace(TINY, warmup_steps=6))
 
 
+def test_views_that_cannot_mark_all_objects_are_counted(tmp_path, sets, capsys, monkeypatch):
+    monkeypatch.setattr(dt.Run, "train", lambda self: None)
+    counts = [len(sets[0].objects(i).labels) for i in range(8)]
+    assert sets[0].counts().tolist() == counts
+    part = few(sets[0], 5, seed=3)
+    most = max(part.counts())
+    run(tmp_path / "few", (part, sets[1]), dataclasses.replace(TINY, max_instances=int(most)))
+    assert "more than" not in capsys.readouterr().out
+    run(tmp_path / "run", sets, dataclasses.replace(TINY, max_instances=4))
+    above = sum(count > 4 for count in counts)
+    assert above and f"note: {above} training images show more than 4 objects" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_the_recipe_of_the_scenes_is_scored_on_its_way(tmp_path, monkeypatch):
     whole, found = open_coco(SCENES, size=32), []
     monkeypatch.setattr(dt.Run, "train", lambda self: found.append((self.total, self.scorings())))
@@ -227,6 +240,8 @@ def test_examples_are_kept_small(tmp_path, sets, straight, monkeypatch):
     [
         ({"epochs": 3.0}, "give one of epochs and steps"),
         ({"scales": (1.0, 2.0)}, "scales go from fine to coarse"),
+        ({"scales": (2.0, 2.0)}, "each once"),
+        ({"jitter": (1.0, 1e9)}, "0 < low <= high <= 16"),
         ({"scales": (3.0,)}, "scales are some of 4, 2, 1 and 0.5"),
         ({"jitter": (0.0, 1.0)}, "jitter must satisfy 0 < low <= high, not 0.0 1.0"),
         ({"lr": 0.0, "size": -1}, "size must be above 0, not -1; lr must be above 0, not 0.0"),

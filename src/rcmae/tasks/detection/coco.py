@@ -111,6 +111,11 @@ class CocoSet:
     def where(self, index: int) -> str:
         return self.pictures.where(int(self.chosen[index]))
 
+    def counts(self) -> Int64[np.ndarray, "n"]:
+        """Objects that are trained on, by image."""
+        before = np.concatenate([[0], np.cumsum(self.trained)])
+        return np.diff(before[self.starts])[self.chosen]
+
     def fingerprint(self) -> str:
         """A hash of all annotations, and of names and sizes of the images."""
         digest = hashlib.sha256((self.pictures.fingerprint() + json.dumps([self.category_ids, self.classes])).encode())

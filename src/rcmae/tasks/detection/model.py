@@ -6,17 +6,19 @@ MIMDet's (configs/benchmarking, models/benchmarking.py). What is not torchvision
 
 - Regions, mask targets and pasted masks keep to pixel centres. torchvision's are half a pixel or more off, which alone holds the masks of
   the embedded scenes (128 px) at a mean IoU of 0.85 with the truth; here it is 0.997.
-- Boxes, scores and losses are float32 under autocast. torchvision's anchors and decoded boxes take the type of the maps, and bf16 rounds a
-  coordinate of 1000 to 4 pixels.
+- Boxes and losses are float32 under autocast. torchvision's anchors and decoded boxes take the type of the maps, and bf16 rounds a
+  coordinate of 1000 to 4 pixels. (The logits and moves that enter have the precision of the layer that makes them.)
 - Strides are exact (those of a patch of 14 too), anchors not rounded, the proposals' head has two convolutions, and the last layers start
   at detectron2's scale.
 
-What still differs from them: smooth L1 with beta 1/9 for boxes (theirs: L1); mask targets between 0 and 1 (theirs: cut at 0.5); the
-proposals' losses are means over the anchors drawn (theirs: over 256 an image, the same unless there are fewer); biases and decomposed
-relative positions have no weight decay; positions are the pre-trained ones (MIMDet: sines and cosines made anew, transposed); paths are
-dropped by image (MIMDet: by window). In training, regions are cut to the square (theirs: to what the image fills of it), images
-without objects take part, and objects below LEAST pixels do not; the two offsets of a crop are drawn apart. MIMDet pads with grey and
-flips last. Soft-NMS, cascades and augmentation in testing are not here.
+What still differs from them: boxes and mask targets are those of masks drawn in pixels and resized (theirs: of the polygons themselves),
+which tells below some 32 px of a view; the box head's linear layer starts at 0.58 of detectron2's scale, MIMDet's upsampling likewise,
+biases of both not at 0; ViTDet's positions are resized once, to the size of training (theirs: in every step); smooth L1 with beta 1/9 for
+boxes (theirs: L1); mask targets between 0 and 1 (theirs: cut at 0.5); the proposals' losses are means over the anchors drawn (theirs: over
+256 an image, the same unless there are fewer); biases and decomposed relative positions have no weight decay; positions are the pre-trained
+ones (MIMDet: sines and cosines made anew, transposed); paths are dropped by image (MIMDet: by window). In training, regions are cut to the
+square (theirs: to what the image fills of it), images without objects take part, and objects below LEAST pixels do not; the two offsets of
+a crop are drawn apart. MIMDet pads with grey and flips last. Soft-NMS, cascades and augmentation in testing are not here.
 """
 
 import io

@@ -30,7 +30,7 @@ class Detect:
     flip: bool = True
     "flip left and right at random"
     max_instances: int = 100
-    "objects of an image that are trained on; of more, a random choice: each costs a mask of the whole square"
+    "objects of a view that are marked; of more, a random choice, the others pass for background: each costs a mask of the whole square"
     window: int = 14
     "side of the attention windows in tokens; 0: every block attends everywhere"
     rel_pos: bool = True
@@ -86,9 +86,9 @@ def check_detect(s: Detect) -> Detect:
         (s.epochs is None or s.epochs > 0, f"epochs must be above 0, not {s.epochs}"),
         (s.steps is None or s.steps > 0, f"steps must be above 0, not {s.steps}"),
         (0 <= s.seed < 2**63, f"seed must be 0 or more and below 2**63, not {s.seed}"),
-        (0 < lo <= hi, f"jitter must satisfy 0 < low <= high, not {lo} {hi}"),
+        (0 < lo <= hi <= 16, f"jitter must satisfy 0 < low <= high <= 16, not {lo} {hi}"),
         (bool(s.scales) and all(x in (4, 2, 1, 0.5) for x in s.scales), f"scales are some of 4, 2, 1 and 0.5, not {s.scales}"),
-        (sorted(s.scales, reverse=True) == list(s.scales), f"scales go from fine to coarse, unlike {s.scales}"),
+        (sorted(set(s.scales), reverse=True) == list(s.scales), f"scales go from fine to coarse, each once, unlike {s.scales}"),
         (0 <= s.drop_path < 1, f"drop_path must lie in 0 to below 1, not {s.drop_path}"),
         (0 < s.layer_decay <= 1, f"layer_decay must be above 0 and at most 1, not {s.layer_decay}"),
         (all(0 <= b < 1 for b in s.betas), f"betas must lie in 0 to below 1, not {s.betas}"),

@@ -79,6 +79,9 @@ class Run(Training):
         if s.batch_size < settings.batch_size:
             place.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
         super().__init__(s, place, train, load_detect, about)
+        if full := int((train.counts() > s.max_instances).sum()):
+            said = f"note: {full:,} training images show more than {s.max_instances} objects"
+            place.screen.say(f"{said}; a view marks so many, the others pass for background (--settings max_instances=N)")
         if s.warmup_steps >= self.total:
             raise ConfigError(f"warmup_steps {s.warmup_steps} is not below the run's {self.total} steps; give --settings warmup_steps=N")
         if s.preset == "benchmarking" and self.world.size > 1 and self.device.type != "cuda":
