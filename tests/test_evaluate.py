@@ -553,6 +553,9 @@ FAILURES = [
     (["robustness", "{tmp}/list", "--data", "{data}"], 4, "list/config.json is damaged or not ours"),
     (["finetune", "{backbone}", "--data", "{data}", "--settings", "seed=3"], 2, "folder and its settings say seed 3; leave it out there"),
     (["finetune", "{backbone}", "--data", "{data}", "--recipe", "{tmp}/own.toml"], 2, "own.toml and its settings say seed 3"),
+    (["worth-it", "{backbone}", "--data", "{data}", "--which", "student"], 2, "leave out --which, --labels and --seed"),
+    (["worth-it", "{backbone}", "--data", "{data}", "--labels", "10"], 2, "leave out --which, --labels and --seed"),
+    (["worth-it", "{backbone}", "--data", "{data}", "--seed", "1"], 2, "leave out --which, --labels and --seed"),
 ]
 
 
