@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,10 @@ def test_import_and_list_and_help(tmp_path, capsys):
     for command in ([], ["pretrain"], ["check"], ["report"], ["import"], ["list"]):
         assert main([*command, "--help"]) == 0
     assert "--gamma" in capsys.readouterr().out
+    assert main(["evaluate", "worth-it", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("--percents", "--seeds", "--data"))
+    assert not re.search(r"--(which|labels|seed)\b", out), "what it refuses is not offered"
 
 
 def test_help_is_quick_and_does_not_import_torch():

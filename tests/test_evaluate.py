@@ -123,6 +123,17 @@ def test_another_question_leaves_another_file(tmp_path, data, backbone):
     assert "mean error, C-style, not ImageNet-C" in record(tmp_path / "r" / "out", "robustness-backbone-knn")["metrics"]
 
 
+def test_a_record_that_only_names_the_question_is_not_replaced(tmp_path, data):
+    out, ask = tmp_path / "out", ["evaluate", "knn", "pixels", "--data", data, "--k", "3", "--device", "cpu", "--cache", tmp_path / "cache"]
+    ask = [*map(str, ask), "--out", str(out)]
+    assert main(ask) == 0
+    asked = record(out, "knn-backbone")["hashes"]["asked"]
+    for text in (json.dumps({"notes": [asked]}), "{"):
+        (out / "knn-backbone.json").write_text(text)
+        assert main(ask) == 0
+        assert (out / "knn-backbone.json").read_text() == text and len(list(out.glob("*.json"))) == 2
+
+
 def test_pixels_and_new_weights_are_floors(tmp_path, data, backbone):
     assert run(tmp_path, "knn", "pixels", "--data", data, "--k", "3")[1]["metrics"]["top1"] == 100
     code, found = run(tmp_path / "s", "knn", f"scratch:{backbone}", "--data", data, "--k", "3")
@@ -553,6 +564,9 @@ FAILURES = [
     (["robustness", "{tmp}/list", "--data", "{data}"], 4, "list/config.json is damaged or not ours"),
     (["finetune", "{backbone}", "--data", "{data}", "--settings", "seed=3"], 2, "folder and its settings say seed 3; leave it out there"),
     (["finetune", "{backbone}", "--data", "{data}", "--recipe", "{tmp}/own.toml"], 2, "own.toml and its settings say seed 3"),
+    (["worth-it", "{backbone}", "--data", "{data}", "--which", "student"], 2, "leave out --which, --labels and --seed"),
+    (["worth-it", "{backbone}", "--data", "{data}", "--labels", "10"], 2, "leave out --which, --labels and --seed"),
+    (["worth-it", "{backbone}", "--data", "{data}", "--seed", "1"], 2, "leave out --which, --labels and --seed"),
 ]
 
 

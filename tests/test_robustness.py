@@ -26,6 +26,7 @@ from rcmae.tasks.robustness.sets import (
     Corrupted,
     Loading,
     adversarial,
+    check_imagenet_c,
     clean,
     corrupted,
     imagenet_c,
@@ -115,28 +116,28 @@ def test_mce_is_of_the_published_set_alone():
 
 
 def test_an_incomplete_imagenet_c_is_named(imagenet_c_folder, tmp_path):
-    read = partial(imagenet_c, {"reads": Reads(3)}, loading=LOADING)
+    check, read = partial(check_imagenet_c, shape=LOADING.shape), partial(imagenet_c, {"reads": Reads(3)}, loading=LOADING)
     with pytest.raises(DataError, match=r"gaussian_noise/1, gaussian_noise/2, gaussian_noise/3 and 72 more of corruption/severity missing"):
-        read(tmp_path, THREE)
+        check(tmp_path, THREE)
     for name in STANDARD:
         (tmp_path / name).symlink_to(imagenet_c_folder / name)
     (tmp_path / "fog").unlink()
     for severity in range(1, 5):
         (tmp_path / "fog" / str(severity)).mkdir(parents=True)
     with pytest.raises(DataError, match=r"not all of ImageNet-C: fog/5 of corruption/severity missing"):
-        read(tmp_path, THREE)
+        check(tmp_path, THREE)
     (tmp_path / "fog" / "5").mkdir()
     with pytest.raises(DataError, match=r"fog/1 has 0 class folders; n01440764, n01443537, n01484850 of 3 missing"):
-        read(tmp_path, THREE)
+        check(tmp_path, THREE)
     for severity in range(1, 6):
         for k, wnid in enumerate(THREE):
             save(tmp_path / "fog" / str(severity) / wnid / f"ILSVRC2012_val_{k + 2:08d}.JPEG", k)
     with pytest.raises(DataError, match=r"fog/1 holds 3 images, and .*gaussian_noise/1 4, not of the same names"):
         read(tmp_path, THREE)
     with pytest.raises(DataError, match=r"3 class folders; n01484850 not among the 2 of this set"):
-        read(imagenet_c_folder, THREE[:2])
+        check(imagenet_c_folder, THREE[:2])
     with pytest.raises(DataError, match=r"8 x 8, and the model takes 16 x 16: ImageNet-C is read as stored"):
-        imagenet_c({"reads": Reads(3)}, imagenet_c_folder, THREE, dataclasses.replace(LOADING, shape=(16, 16)))
+        check(imagenet_c_folder, THREE, shape=(16, 16))
 
 
 @pytest.mark.parametrize("which", ["a", "r"])

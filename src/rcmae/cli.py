@@ -4,7 +4,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -15,7 +15,7 @@ from . import __version__
 from .config import Machine, MethodName, Recipe, Workplace, check, check_machine, flat, load_recipe, parse_recipe, sections, shipped_recipes
 from .errors import ConfigError, RcmaeError, first_line
 from .tasks.detection.settings import Detection, Scoring
-from .tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Worth
+from .tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Which, Worth
 
 app = App(
     name="rcmae",
@@ -493,10 +493,19 @@ def evaluate_robustness(
     _evaluate(backbone, task, how)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compared(Evaluation):
+    """What worth-it is told. It takes every network, and shares and seeds of its own, so help does not offer these."""
+
+    which: Annotated[Which, Parameter(show=False)] = "both"
+    labels: Annotated[float, Parameter(show=False)] = 100.0
+    seed: Annotated[Whole, Parameter(show=False)] = 0
+
+
 @evaluate.command(name="worth-it")
 def evaluate_worth_it(
     backbone: str, /, *, task: Annotated[Worth, Flat] = Worth(), tuning: Annotated[Tuning, Flat] = Tuning(),
-    how: Annotated[Evaluation, Flat] = Evaluation(),
+    how: Annotated[Compared, Flat] = Compared(),
 ) -> None:  # fmt: skip
     """Did pre-training pay? Fine-tuning from it and from scratch, at several shares of the labels, with intervals and a plain verdict.
 
@@ -512,8 +521,8 @@ def evaluate_worth_it(
 
     if how.out:
         _check_folder(how.out)
-    if how.labels != 100 or how.seed:
-        raise ConfigError("worth-it takes --percents and --seeds, not --labels and --seed")
+    if (how.which, how.labels, how.seed) != ("both", 100, 0):
+        raise ConfigError("worth-it compares all networks, at --percents and over --seeds; leave out --which, --labels and --seed")
     found = worth_it(backbone, task, tuning, how, _console().print)
     if not found["rows"]:  # not the first rank
         return

@@ -116,6 +116,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     replace_file(path, json.dumps(content, indent=1) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def circumstances(machine: Machine, device: torch.device, precision: str, world: World) -> dict[str, Any]:
     """What must not change if a resumed run is to be equal to the bit."""
     return {

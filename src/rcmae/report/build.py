@@ -10,9 +10,10 @@ from markupsafe import Markup, escape
 
 from ..config import Recipe, flat, parse_recipe, recipe_hash
 from ..engine.metrics import read_metrics
+from ..engine.run import read_json
 from . import pictures, severity
 from .curves import Line, column, plot
-from .files import bad_files, read_json
+from .files import bad_files
 from .panels import health_panel, teacher_panel
 
 IMAGES = 4

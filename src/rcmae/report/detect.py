@@ -9,7 +9,7 @@ from ..data.decode import BadImage, decode
 from ..engine import distributed
 from ..engine.distributed import World
 from ..engine.metrics import read_metrics
-from ..engine.run import plain_failures
+from ..engine.run import plain_failures, read_json
 from ..errors import ConfigError, DataError
 from ..tasks.detection.average_precision import Precision
 from ..tasks.detection.examples import read_examples
@@ -19,7 +19,7 @@ from ..tasks.detection.views import fit
 from .build import failure_sentences, rate_figures, template
 from .curves import Line, column, plot
 from .detections import curve_figure, embedded, progress_figure, save_picture, side_by_side
-from .files import bad_files, read_json
+from .files import bad_files
 
 LOSSES = {
     "loss_objectness": "proposals: is it one", "loss_rpn_box_reg": "proposals: where", "loss_classifier": "class", "loss_box_reg": "box",

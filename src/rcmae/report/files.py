@@ -4,7 +4,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 
 def kind_of(run: Path) -> Literal["pre-training", "fine-tuning", "detection"] | None:
@@ -15,14 +15,6 @@ def kind_of(run: Path) -> Literal["pre-training", "fine-tuning", "detection"] | 
     except (OSError, ValueError):
         return None
     return next((kind for setting, kind in settings.items() if setting in recipe), None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def bad_files(path: Path) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ from ..engine import distributed
 from ..engine.checkpoint import replace_file
 from ..engine.console import Screen
 from ..engine.distributed import World
-from ..engine.run import describe_machine, plain_failures, write_json
+from ..engine.run import describe_machine, plain_failures, read_json, write_json
 from ..errors import ConfigError
 from ..interop.load import load, load_classifier, tested_on
 from ..interop.official import read_pth
@@ -468,7 +468,7 @@ def record(task: Task, subject: Subject, found: Found, seconds: float) -> dict[s
     folder.mkdir(parents=True, exist_ok=True)
     name = stem(kind, subject.which, how) + varied(task)
     there = folder / f"{name}.json"
-    if there.exists() and not isinstance(task, Tuning) and f'"{asked}"' not in there.read_text(encoding="utf-8"):
+    if there.exists() and not isinstance(task, Tuning) and read_json(there).get("hashes", {}).get("asked") != asked:
         name += f"-{asked[:6]}"  # other settings, images or weights: both are kept (fine-tuning refuses them in the same place)
     hits = {"right": found.right} | (found.more or {})
     replace_file(folder / f"{name}.safetensors", save({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in hits.items()}))

@@ -206,26 +206,29 @@ def _stored(image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int
     return torch.from_numpy(image).permute(2, 0, 1)[None]
 
 
-def check_imagenet_c(root: Path, classes: Sequence[str], shape: tuple[int, int]) -> dict[tuple[str, int], Path]:
-    """The folder of each corruption and severity. DataError names folders and classes that are missing, or the first image's size."""
-    places = {(c, s): root / c / str(s) for c in STANDARD for s in SEVERITIES}
+def _places(root: Path) -> dict[tuple[str, int], Path]:
+    """The folder of each corruption and severity."""
+    return {(c, s): root / c / str(s) for c in STANDARD for s in SEVERITIES}
+
+
+def check_imagenet_c(root: Path, classes: Sequence[str], shape: tuple[int, int]) -> None:
+    """Before any work. DataError names folders of all ImageNet-C that are missing, classes, or the first image's size."""
+    places = _places(root)
     if missing := [f"{c}/{s}" for (c, s), place in places.items() if not place.is_dir()]:
         raise DataError(f"{root} is not all of ImageNet-C: {_some(missing)} of corruption/severity missing; unpack all of its archives")
     for place in places.values():
         _folders(place, classes)
     source, _ = published(next(iter(places.values())), classes, classes)
     _Views(source, np.arange(1), functools.partial(_stored, shape=shape))[0]
-    return places
 
 
 def imagenet_c(
     models: dict[str, Model], root: Path, classes: Sequence[str], loading: Loading, say: Say = lambda text: None
 ) -> dict[str, Corrupted]:
-    """The published set, `root/corruption/severity/wnid/*.JPEG`, pixels as stored. DataError names what is missing."""
-    places = check_imagenet_c(root, classes, loading.shape)
+    """The published set, `root/corruption/severity/wnid/*.JPEG`, pixels as stored. DataError names what is missing, when its turn comes."""
     right = {name: {c: [] for c in STANDARD} for name in models}
     first = None
-    for (corruption, severity), place in places.items():
+    for (corruption, severity), place in _places(root).items():
         source, labels = published(place, classes, classes)
         first = first or source
         if not np.array_equal(source.names.data, first.names.data):
