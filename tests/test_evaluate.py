@@ -310,6 +310,7 @@ def test_the_papers_protocol_runs_on_small_sets_laid_out_like_imagenet(tmp_path,
     assert found["ImageNet-Sketch"] == found["top1"] and found["ImageNet-A"] >= found["ImageNet-A, among all 1,000 classes"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, backbone, capsys):
     published = tmp_path / "c"
     for corruption in STANDARD:
