@@ -42,7 +42,7 @@ STEPS = 800
 COUNTS = (64, 1024)
 "Labelled scenes."
 NUMBERS = {"box AP": ("box", "AP"), "box AP50": ("box", "AP50"), "mask AP": ("mask", "AP"), "mask AP50": ("mask", "AP50")}
-LONGER = 5.0
+LONGER = 3.0
 "Times the steps of a run of the table."
 OVERFIT = 1000
 "Steps in which four scenes are learned by heart."

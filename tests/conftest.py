@@ -1,4 +1,4 @@
-"""One thread a worker; every shape annotation of the package is checked while the tests run."""
+"""One thread a worker; the shape annotations of methods, and of all that they import, are checked while the tests run."""
 
 import os
 

@@ -540,6 +540,7 @@ def test_a_picture_is_saved_or_the_reason_is_said(tmp_path):
             pictures.save_picture(photo(), detection_of(), NAMES, to)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_figures_show_boxes_and_masks(random_set):
     truth, results = random_set
     svg = pictures.curve_figure({part: ap.evaluate(truth, results, kind) for part, kind in (("box", "bbox"), ("mask", "segm"))})

@@ -243,7 +243,7 @@ def test_examples_are_kept_small(tmp_path, sets, straight, monkeypatch):
         ({"scales": (2.0, 2.0)}, "each once"),
         ({"jitter": (1.0, 1e9)}, "0 < low <= high <= 16"),
         ({"scales": (3.0,)}, "scales are some of 4, 2, 1 and 0.5"),
-        ({"jitter": (0.0, 1.0)}, "jitter must satisfy 0 < low <= high, not 0.0 1.0"),
+        ({"jitter": (0.0, 1.0)}, "jitter must satisfy 0 < low <= high <= 16, not 0.0 1.0"),
         ({"lr": 0.0, "size": -1}, "size must be above 0, not -1; lr must be above 0, not 0.0"),
         ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
     ],
