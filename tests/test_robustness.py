@@ -313,6 +313,7 @@ def test_attacks_on_a_source():
         adversarial(models, source, labels, [fgsm(1), fgsm(1)], LOADING)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_figure_has_a_curve_a_model_from_the_clean_accuracy_on():
     errors = {"student": {"fog": [10, 20, 30, 40, 50], "snow": [20, 30, 40, 50, 60]}, "teacher": {"fog": [5] * 5, "snow": [7] * 5}}
     svg = by_severity({"student": 95.0, "teacher": 96.0}, errors)
