@@ -44,7 +44,7 @@ Drawn, curves.Figure = curves.Figure, Undrawn
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Figures as they are, for the tests of a module that looks at pages."""
+    """Figures as they are, from the first test that asks for them to the end of its module: pages are shared in one."""
     curves.Figure = Drawn
     yield
     curves.Figure = Undrawn

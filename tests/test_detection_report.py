@@ -19,8 +19,8 @@ from tests.test_detection_train import TINY, run
 from tests.test_report import chromium, curves, part, run_directory, words
 
 LONGER = dataclasses.replace(TINY, steps=15)
-pytestmark = pytest.mark.usefixtures("drawn")
 "scored twice"
+pytestmark = pytest.mark.usefixtures("drawn")
 
 
 @pytest.fixture(scope="module")

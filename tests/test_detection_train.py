@@ -186,8 +186,8 @@ def test_views_that_cannot_mark_all_objects_are_counted(tmp_path, sets, capsys, 
     counts = [len(sets[0].objects(i).labels) for i in range(8)]
     assert sets[0].counts().tolist() == counts
     part = few(sets[0], 5, seed=3)
-    most = max(part.counts())
-    run(tmp_path / "few", (part, sets[1]), dataclasses.replace(TINY, max_instances=int(most)))
+    assert part.counts().tolist() == [len(part.objects(i).labels) for i in range(5)]
+    run(tmp_path / "few", (part, sets[1]), dataclasses.replace(TINY, max_instances=int(part.counts().max())))
     assert "more than" not in capsys.readouterr().out
     run(tmp_path / "run", sets, dataclasses.replace(TINY, max_instances=4))
     above = sum(count > 4 for count in counts)

@@ -128,7 +128,7 @@ def test_a_record_that_only_names_the_question_is_not_replaced(tmp_path, data):
     ask = [*map(str, ask), "--out", str(out)]
     assert main(ask) == 0
     asked = record(out, "knn-backbone")["hashes"]["asked"]
-    for text in (json.dumps({"notes": [asked]}), "{"):
+    for text in (json.dumps({"notes": [asked]}), "{", "[]"):
         (out / "knn-backbone.json").write_text(text)
         assert main(ask) == 0
         assert (out / "knn-backbone.json").read_text() == text and len(list(out.glob("*.json"))) == 2

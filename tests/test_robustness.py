@@ -138,6 +138,10 @@ def test_an_incomplete_imagenet_c_is_named(imagenet_c_folder, tmp_path):
         check(imagenet_c_folder, THREE[:2])
     with pytest.raises(DataError, match=r"8 x 8, and the model takes 16 x 16: ImageNet-C is read as stored"):
         check(imagenet_c_folder, THREE, shape=(16, 16))
+    with pytest.raises(DataError, match=r"8 x 8, and the model takes 16 x 16: ImageNet-C is read as stored"):
+        imagenet_c({"reads": Reads(3)}, imagenet_c_folder, THREE, dataclasses.replace(LOADING, shape=(16, 16)))
+    with pytest.raises(DataError, match="gaussian_noise"):
+        read(tmp_path / "nothing", THREE)
 
 
 @pytest.mark.parametrize("which", ["a", "r"])

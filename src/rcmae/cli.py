@@ -521,7 +521,7 @@ def evaluate_worth_it(
 
     if how.out:
         _check_folder(how.out)
-    if (how.which, how.labels, how.seed) != ("both", 100, 0):
+    if any(getattr(how, name) != getattr(Compared, name) for name in ("which", "labels", "seed")):
         raise ConfigError("worth-it compares all networks, at --percents and over --seeds; leave out --which, --labels and --seed")
     found = worth_it(backbone, task, tuning, how, _console().print)
     if not found["rows"]:  # not the first rank

@@ -117,11 +117,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if it cannot be read."""
+    """A JSON object; empty if it cannot be read or is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def circumstances(machine: Machine, device: torch.device, precision: str, world: World) -> dict[str, Any]:

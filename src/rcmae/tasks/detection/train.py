@@ -81,7 +81,7 @@ class Run(Training):
         super().__init__(s, place, train, load_detect, about)
         if full := int((train.counts() > s.max_instances).sum()):
             said = f"note: {full:,} training images show more than {s.max_instances} objects"
-            place.screen.say(f"{said}; a view marks so many, the others pass for background (--settings max_instances=N)")
+            place.screen.say(f"{said}; a view marks no more, what else it shows passes for background (--settings max_instances=N)")
         if s.warmup_steps >= self.total:
             raise ConfigError(f"warmup_steps {s.warmup_steps} is not below the run's {self.total} steps; give --settings warmup_steps=N")
         if s.preset == "benchmarking" and self.world.size > 1 and self.device.type != "cuda":
