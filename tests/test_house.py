@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import rcmae
 from benchmarks import tables
 from rcmae.config import Machine, Recipe, fields, flat, sections
 from rcmae.methods import METHODS
@@ -44,6 +46,18 @@ def test_the_loop_names_no_method():
     text = (SOURCE / "loop.py").read_text()
     code = text.split('"""', 2)[2]
     assert not re.search(r"\b(MAE|RCMAE|rcmae\.rcmae|teacher)\b", code)
+
+
+def test_the_suite_tests_this_checkout(tmp_path):
+    """Whatever `rcmae` is installed, and from whichever folder: pytest puts `src` first."""
+    assert Path(rcmae.__file__).parent == SOURCE
+    installed = tmp_path / "rcmae"
+    installed.mkdir()
+    (installed / "__init__.py").write_text("raise ImportError('the installed one')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "--collect-only", "tests/test_digits.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_readme_tables_are_those_of_the_results():
