@@ -58,12 +58,10 @@ def ours(size: str, name: str, precision: str, batch: int, device: torch.device)
     recipe = recipe_of(size, name, batch)
     method = METHODS[name](recipe, *IMAGENET).to(device)
     run = Pretraining.__new__(Pretraining)
-    for key, value in dict(
-        recipe=recipe, machine=Machine(), device=device, world=World(), precision=precision, method=method, net=method,
-        optimizer=adamw(method.student, recipe.optim, 1e-3), batch_size=batch, watch=None, logs=False, window=LogWindow(device),
-        batches=itertools.repeat(batch_of(method, batch, device)),
-    ).items():  # fmt: skip
-        setattr(run, key, value)
+    run.recipe, run.machine, run.device, run.world, run.precision = recipe, Machine(), device, World(), precision
+    run.method = run.net = method
+    run.optimizer, run.batch_size, run.window = adamw(method.student, recipe.optim, 1e-3), batch, LogWindow(device)
+    run.batches, run.watch, run.logs = itertools.repeat(batch_of(method, batch, device)), None, False
     return lambda: run.update(Progress(5, 100, 10)) and None
 
 

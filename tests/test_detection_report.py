@@ -15,13 +15,13 @@ import rcmae.tasks.detection.train as dt
 from rcmae.cli import main
 from rcmae.errors import Preempted
 from rcmae.tasks.detection.coco import SCENES, open_coco
+from tests.conftest import stop_at
 from tests.test_detection_train import TINY, run
 from tests.test_report import chromium, curves, part, run_directory, words
 
 LONGER = dataclasses.replace(TINY, steps=15)
 "scored twice"
 pytestmark = pytest.mark.usefixtures("drawn")
-from tests.conftest import stop_at
 
 
 @pytest.fixture(scope="module")

@@ -35,13 +35,13 @@ from rcmae.tasks.detection.examples import read_examples
 from rcmae.tasks.detection.files import load_detector
 from rcmae.tasks.detection.predict import predict
 from rcmae.tasks.detection.settings import Detect, Detection, check_detect, load_detect
+from tests.conftest import stop_at
 
 CPU = torch.device("cpu")
 TINY = Detect(
     steps=6, size=64, jitter=(0.8, 1.25), flip=True, window=0, rel_pos=False, scales=(2.0, 1.0), width=16, box_width=32, box_convs=1,
     mask_convs=1, proposals=20, drop_path=0.2, layer_decay=0.8, batch_size=4, lr=2e-3, warmup_steps=2, clip=1.0,
 )  # fmt: skip
-from tests.conftest import stop_at
 
 
 def backbone(seed: int = 0) -> Backbone:

@@ -9,19 +9,28 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
 import rcmae.pretraining as pretraining
 from rcmae.config import Machine
+from rcmae.engine import signals
 from rcmae.engine.checkpoint import checkpoints
+from rcmae.engine.console import Screen
+from rcmae.engine.distributed import World
 from rcmae.engine.metrics import read_metrics
+from rcmae.engine.schedules import spread, usual_log_every
 from rcmae.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError
 from rcmae.interop.load import load
+from rcmae.tasks.probe import Probes
+from rcmae.trainer import Trainer
 from tests.conftest import small, stop_at
 from tests.processes import start
 
@@ -344,3 +353,130 @@ def test_a_bad_image_is_replaced_named_once_and_changes_no_other(tmp_path, folde
 
 def test_results_are_frozen():
     assert dataclasses.is_dataclass(pretraining.Result)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.integers(0, 60))
+def test_whatever_number_of_probes_is_asked_for_is_made(total, count):
+    """As many as there are steps, at most; evenly, the last one at the end. Reconstructions are kept as often as before."""
+    run = SimpleNamespace(total=total, recipe=small(probes=count))
+    milestones = pretraining.Pretraining.milestone_steps(run)
+    probes = sorted(run.probe_steps)
+    assert len(probes) == min(count, total)
+    assert set(probes) | spread(total, pretraining.SNAPSHOTS) == milestones
+    assert all(1 <= step <= total for step in milestones)
+    if count:
+        gaps = np.diff([0, *probes])
+        assert probes[-1] == total and gaps.max() - gaps.min() <= 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 3000), st.none() | st.integers(1, 700))
+def test_log_lines_are_as_many_as_asked_for(total, every):
+    """Through the loop itself, on steps that do nothing."""
+    made = Hollow(total, every)
+    made.train()
+    every = every or usual_log_every(total)
+    assert made.logged == sorted({*range(every, total + 1, every), total})
+    assert made.saved == sorted(made.milestone_steps())
+
+
+class Hollow(Trainer):
+    """A trainer whose steps do nothing, to see what the loop calls when."""
+
+    def __init__(self, total: int, log_every: int | None):
+        self.total, self.step, self.seconds, self.skipped, self.last_milestone = total, 0, 0.0, 0, 0
+        self.steps_per_epoch, self.device, self.world, self.screen, self.out = 10, torch.device("cpu"), World(), Screen(False), Path()
+        self.machine = Machine(log_every=log_every, save_every="9d")
+        self.logged, self.saved, self.measured = [], [], []
+
+    def resume_or_begin(self): ...
+
+    def loader(self, start, stop):
+        return iter(())
+
+    def begin(self): ...
+
+    def update(self, t):
+        return torch.ones(())
+
+    def milestone_steps(self):
+        return spread(self.total, 7) | spread(self.total, 3)
+
+    def milestone(self):
+        self.measured.append(self.step)
+
+    def log(self, t):
+        self.logged.append(t.step)
+
+    def save(self):
+        self.saved.append(self.step)
+
+    def more_state(self): ...
+
+    def restore(self, state): ...
+
+    def finish(self):
+        assert self.measured == self.saved
+
+
+def test_probes_are_made_whatever_their_number(tmp_path, folder):
+    run(tmp_path / "run", folder, steps=12, probes=5, probe_train=20, probe_test=10)
+    probes = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "probe"]
+    assert probes == [2, 5, 7, 10, 12]
+
+
+def test_a_time_that_setting_up_has_eaten_is_refused_with_what_it_needs(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(pretraining.Pretraining, "measure_step", lambda self: 0.5)
+    with pytest.raises(ConfigError, match=r"--time 4s holds \d steps: .*a step 0.50 s; give --time 1m, which holds 100 steps$"):
+        run(tmp_path / "run", folder, steps=None, time="4s")
+    with pytest.raises(ConfigError, match="or fewer --probes"):
+        run(tmp_path / "other", folder, steps=None, time="4s", probes=9, probe_train=20, probe_test=10)
+
+
+def test_a_signal_in_the_middle_of_a_step_leaves_it_unmade(tmp_path, folder, straight, monkeypatch):
+    """The step that gradients are computed for is dropped, the state before it saved, and the run resumed to the same bit."""
+    from rcmae.methods.rcmae import RCMAE
+
+    compare = RCMAE.compare
+
+    def signaled(method, batch):
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        calls.append(1)
+        return compare(method, batch)
+
+    with monkeypatch.context() as patch:
+        calls: list[int] = []
+        patch.setattr(RCMAE, "compare", signaled)
+        with pytest.raises(Preempted, match="SIGTERM; saved at step 4"):
+            run(tmp_path / "run", folder, steps=12)
+    run(tmp_path / "run", folder, steps=12)
+    assert weights(tmp_path / "run") == weights(straight)
+
+
+def test_a_signal_within_a_milestone_repeats_it_after_the_resume(tmp_path, folder, monkeypatch):
+    settings = {"steps": 12, "probes": 3, "probe_train": 20, "probe_test": 10}
+    run(tmp_path / "straight", folder, **settings)
+    score = Probes.score
+
+    def signaled(probes, backbones, step):
+        signal.raise_signal(signal.SIGINT)
+        return score(probes, backbones, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Probes, "score", signaled)
+        with pytest.raises(Preempted, match="SIGINT; saved at step 4"):
+            run(tmp_path / "run", folder, **settings)
+    run(tmp_path / "run", folder, **settings)
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+    lines = [[line for line in read_metrics(tmp_path / name) if line["kind"] == "probe"] for name in ("straight", "run")]
+    assert lines[0] == lines[1]
+
+
+def test_a_signal_before_the_first_step_ends_the_run_where_it_stands(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(Probes, "baselines", lambda *args: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(signals.Interrupted) as e:
+        run(tmp_path / "run", folder, probes=2, probe_train=20, probe_test=10)
+    assert e.value.exit_code == 130
+    assert not checkpoints(tmp_path / "run" / "checkpoints")

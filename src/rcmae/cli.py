@@ -24,7 +24,8 @@ app = App(
     version=__version__,
     help="Self-supervised pre-training of Vision Transformers with RC-MAE.",
     help_epilogue="Exit codes: 0 done, 1 unexpected (or verify found a difference), 2 usage or recipe, 3 data, 4 checkpoint, "
-    "5 diverged or an alarm, 6 storage, 7 lost process, 8 memory, 75 stopped and saved (run the same command again), 130 Ctrl-C and 143 SIGTERM before anything was saved. "
+    "5 diverged or an alarm, 6 storage, 7 lost process, 8 memory, 75 stopped and saved (run the same command again), "
+    "130 Ctrl-C and 143 SIGTERM before anything was saved. "
     "--debug shows the traceback of an error.",
 )
 
@@ -714,15 +715,11 @@ WAITS = {"pretrain", "check", "import", "lab", "verify", "compare", "evaluate", 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Every expected failure is one line on stderr and its documented exit code."""
-    program, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     with signals.answered():
         try:
-            code = _run(argv)
+            return _run(list(sys.argv[1:] if argv is None else argv))
         except signals.Interrupted as e:
-            code = _fail(f"{e}; nothing is lost that was saved: the same command begins or resumes", e.exit_code, "stopped")
-        if program and signals.asked():
-            signals.end_at_once(code)  # what loader processes are doing is of no use any more
-    return code
+            return _fail(f"stopped by {e}; nothing that was saved is lost: run the same command again", e.exit_code, "stopped")
 
 
 def _run(argv: list[str]) -> int:

@@ -88,7 +88,7 @@ class Pretraining(Trainer):
         self.watch: Watch | None = None
         self.alarm: Alarm | None = None
         self.next_report = 0.0
-        self.resume_or_begin(self.method, optimizer, {"images": images.fingerprint()})
+        self.hold(self.method, optimizer, {"images": images.fingerprint()})
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation of each channel, in units of 0 to 1."""
@@ -141,7 +141,6 @@ class Pretraining(Trainer):
         """Plan a new run: its baselines, how many steps, and a first checkpoint that also proves the disk."""
         baselines, seconds = {}, 0.0
         if self.probes:
-            self.screen.say("baselines: probing raw pixels and the untrained encoder")
             baselines, seconds = self.probes.baselines(self.method.backbone("student"))
             self.method.train()
         self.total = self.world.from_first(self.plan(self.recipe.probe.probes * len(self.method.networks) * seconds))
@@ -214,7 +213,8 @@ class Pretraining(Trainer):
 
     # --- on the way -----------------------------------------------------------------------------------------------------
 
-    def train(self) -> Result:
+    def resume_or_begin(self) -> None:
+        super().resume_or_begin()
         if self.step >= self.total:
             self.screen.say(f"{self.out} is finished at step {self.step:,}")
             if not all((self.out / "export" / which).is_dir() for which in self.method.networks):
@@ -225,7 +225,6 @@ class Pretraining(Trainer):
             self.warn(self.watch.at_start(Progress(self.step, self.total, self.steps_per_epoch), self.drift))
         if any(self.world.agree(bool(self.stops()))):
             self.stop(self.stops())
-        return super().train()
 
     def log_more(self, t: Progress, line: dict[str, float]) -> dict[str, float]:
         more: dict[str, float] = {}
@@ -278,7 +277,7 @@ class Pretraining(Trainer):
     def probes(self) -> Probes | None:
         """What is probed on the way, by rank 0; None without labels."""
         chosen = probe_set(self.images, self.recipe, self.screen.progress) if self.world.first else None
-        return Probes(chosen, self.out, self.device, self.precision) if chosen else None
+        return Probes(chosen, self.out, self.device, self.precision, self.screen.progress) if chosen else None
 
     @cached_property
     def fixed(self) -> dict[str, Tensor]:

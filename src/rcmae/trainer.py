@@ -6,7 +6,7 @@
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from .errors import CheckpointError, DataError, Preempted
 class Trainer(ABC):
     """One run in its directory, from wherever it stands to its end.
 
-    A subclass calls `resume_or_begin` once it has built what is trained, and implements the abstract methods below.
+    A subclass calls `hold` once it has built what is trained, and implements the abstract methods below.
     """
 
     remedy = "lower --base-lr, set --clip 1"
@@ -95,21 +95,25 @@ class Trainer(ABC):
 
     # --- beginning and resuming -----------------------------------------------------------------------------------------
 
-    def resume_or_begin(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any], backbone: str = "", load: Any = None
-    ) -> None:
-        """Take what is trained, and continue from the newest whole checkpoint, or begin.
+    def hold(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any], backbone: str = "",
+        load: Callable[[str], Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Take what is trained. `data` tells the images and labels, `backbone` what the network was made from: neither may change in
+        a resumed run. `load` reads recipe.toml."""
+        self.model, self.optimizer, self.data, self.backbone, self.load = model, optimizer, data, backbone, load
+        self.net = distributed.wrap(model, self.world)
 
-        `data` tells the images and labels, `backbone` what the network was made from: neither may change. `load` reads recipe.toml.
+    def resume_or_begin(self) -> None:
+        """Continue from the newest whole checkpoint, or begin.
+
         Raises ConfigError, DataError or CheckpointError when the run in this directory is another one.
         """
-        self.model, self.optimizer, self.data, self.backbone = model, optimizer, data, backbone
-        self.net = distributed.wrap(model, self.world)
         if self.world.first:
-            record_recipe(self.out, self.recipe, load)
+            record_recipe(self.out, self.recipe, self.load)
         path = newest(self.out / "checkpoints", warn=self.screen.say)
         if path is not None:
-            state = load_checkpoint(path, model, optimizer)
+            state = load_checkpoint(path, self.model, self.optimizer)
             self._check_same(state, path)
             self.step, self.total, self.skipped = state["step"], state["total_steps"], state["skipped"]
             self.seconds, self.last_milestone = state["seconds"], state["last_milestone"]
@@ -150,6 +154,7 @@ class Trainer(ABC):
 
     def train(self) -> Any:
         """From wherever the run stands to its end. Raises Preempted when a signal asked it to stop; the state is saved by then."""
+        self.resume_or_begin()
         self.window, self.skips = LogWindow(self.device), Skips(self.out / "checkpoints", self.remedy)
         try:
             with signals.held():

@@ -15,10 +15,13 @@ class Screen:
     """Prints for rank 0 and is silent on the others; a context around the loop."""
 
     LINES = 30
-    "lines of progress a run where there is no terminal to hold a bar"
+    "lines of progress a run, at least, where there is no terminal to hold a bar"
+
+    SECONDS = 60.0
+    "and the longest time between two of them, if there is anything to tell"
 
     def __init__(self, first: bool):
-        self.told = -1
+        self.told, self.last = -1, time.monotonic()
         self.console = Console(quiet=not first, soft_wrap=True, highlight=False)
         self.bar: Progress | None = None
 
@@ -45,8 +48,8 @@ class Screen:
         text = describe(line)
         if self.bar:
             self.bar.update(self.task, description=text)
-        elif done == total or done * self.LINES // total > self.told:
-            self.told = done * self.LINES // total
+        elif done == total or done * self.LINES // total > self.told or time.monotonic() - self.last > self.SECONDS:
+            self.told, self.last = done * self.LINES // total, time.monotonic()
             self.say(f"step {done:>6,}/{total:,}  {text}  {clock(left)} left")
 
     def stop(self) -> None:
@@ -61,22 +64,28 @@ class Screen:
         Nothing is said of what ends within 5 seconds.
         """
         began = told = time.monotonic()
+        inside = self.bar  # of training, which goes on afterwards
 
         def tick(done: int) -> None:
             nonlocal told
+            if inside:
+                inside.update(self.task, description=f"{what}: {done:,} of {total:,}")
+                return
             self.step(done)
             now = time.monotonic()
             if self.bar is None and done and now - told > (5 if told == began else min(30, 10 + (now - began) / 20)):
                 told = now
                 self.say(f"{what}: {done:,} of {total:,}, {clock((now - began) * (total - done) / done)} left")
 
-        self.start(total, 0)
+        if not inside:
+            self.start(total, 0)
         if self.bar:
             self.bar.update(self.task, description=what)
         try:
             yield tick
         finally:
-            self.stop()
+            if not inside:
+                self.stop()
 
     def __enter__(self) -> "Screen":
         return self

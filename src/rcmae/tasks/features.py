@@ -34,8 +34,12 @@ def features(
     precision: str = "fp32",
     batch: int = 256,
     tokens: bool = False,
+    tick: Callable[[int], None] = lambda done: None,
 ) -> tuple[Float[np.ndarray, "n d"], Float[Tensor, "n t d"] | None]:
-    """The mean over the patch tokens of each image, and if asked all tokens in half precision; `precision` is that of the products."""
+    """The mean over the patch tokens of each image, and if asked all tokens in half precision; `precision` is that of the products.
+
+    `tick` is told how many images are done.
+    """
     backbone, means, kept = backbone.to(device).eval(), [], []
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for part in images.split(batch):
@@ -43,6 +47,7 @@ def features(
             means.append(seen.mean.cpu().numpy())
             if tokens:
                 kept.append(seen.tokens.half())
+            tick(sum(map(len, means)))
     return np.concatenate(means), torch.cat(kept) if tokens else None
 
 

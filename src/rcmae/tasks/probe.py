@@ -62,11 +62,13 @@ class ProbeSet:
         side = [min(s, 32) for s in self.train.shape[2:]]
         return self.right(*(F.adaptive_avg_pool2d(x.float() / 255, side).flatten(1).numpy() for x in (self.train, self.test)))
 
-    def backbone(self, backbone: Backbone, device: torch.device, precision: str) -> Right:
+    def backbone(self, backbone: Backbone, device: torch.device, precision: str, progress: Progress | None = None, name: str = "") -> Right:
         """Of a backbone, linear and k-NN probe see the mean over the patches, the attentive one all tokens."""
-        (train, tokens), (test, test_tokens) = (
-            features(backbone, x, device, precision, tokens=self.attentive) for x in (self.train, self.test)
-        )
+        with progress(f"probing {name}", len(self.train) + len(self.test)) if progress else nullcontext(lambda done: None) as tick:
+            train, tokens = features(backbone, self.train, device, precision, tokens=self.attentive, tick=tick)
+            test, test_tokens = features(
+                backbone, self.test, device, precision, tokens=self.attentive, tick=lambda done: tick(len(self.train) + done)
+            )
         right = self.right(train, test)
         if tokens is not None and test_tokens is not None:
             right["attentive"] = attentive_right(tokens, self.labels, test_tokens, self.truth)
@@ -76,19 +78,22 @@ class ProbeSet:
 class Probes:
     """The probes of one run: scores in percent by network; which test images were right is kept in probes/, for paired comparisons."""
 
-    def __init__(self, chosen: ProbeSet, run: Path, device: torch.device, precision: str):
-        self.set, self.folder, self.device, self.precision = chosen, run / "probes", device, precision
+    def __init__(self, chosen: ProbeSet, run: Path, device: torch.device, precision: str, progress: Progress | None = None):
+        self.set, self.folder, self.device, self.precision, self.progress = chosen, run / "probes", device, precision, progress
 
     def baselines(self, untrained: Backbone) -> tuple[dict[str, Scores], float]:
         """Scores that need no training, of raw pixels and of the encoder as it is drawn, and the seconds that probing a network takes."""
         started = time.monotonic()
-        right = self.set.backbone(untrained, self.device, self.precision)
+        right = self._right("the untrained encoder", untrained)
         seconds = time.monotonic() - started
         return self._keep({"raw_pixels": self.set.pixels(), "untrained": right}, 0), seconds
 
     def score(self, backbones: dict[str, Backbone], step: int) -> dict[str, Scores]:
         """Scores of networks as they are at an optimizer step."""
-        return self._keep({name: self.set.backbone(b, self.device, self.precision) for name, b in backbones.items()}, step)
+        return self._keep({name: self._right(f"the {name}", backbone) for name, backbone in backbones.items()}, step)
+
+    def _right(self, name: str, backbone: Backbone) -> Right:
+        return self.set.backbone(backbone, self.device, self.precision, self.progress, name)
 
     def _keep(self, right: dict[str, Right], step: int) -> dict[str, Scores]:
         self.folder.mkdir(exist_ok=True)

@@ -54,9 +54,9 @@ class Supervised(Trainer):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any], backbone: str, load: Callable[[str], Any],
         images: str, **facts: Any,
     ) -> None:  # fmt: skip
-        """Take what is trained, see `resume_or_begin`; `images` says in words, and `facts` by name, what it is trained on."""
+        """Take what is trained, see `hold`; `images` says in words, and `facts` by name, what it is trained on."""
         self.images_in_words, self.facts = images, facts
-        self.resume_or_begin(model, optimizer, data, backbone, load)
+        self.hold(model, optimizer, data, backbone, load)
 
     # --- what a subclass says -------------------------------------------------------------------------------------------
 
