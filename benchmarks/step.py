@@ -31,6 +31,7 @@ from rcmae.engine.run import describe_machine, keep_freed_memory
 from rcmae.engine.schedules import Progress
 from rcmae.loop import Run, Window
 from rcmae.methods import METHODS
+from rcmae.methods.recipes import recipe_type
 from rcmae.models.backbone import IMAGENET
 
 # name: (model, side of the image, batch on a CPU, batch on a GPU)
@@ -45,7 +46,7 @@ REFERENCE = "plain RC-MAE fp32"
 
 def recipe_of(size: str, method: str, batch: int) -> Recipe:
     model, side, *_ = SIZES[size]
-    return Recipe(method=method, images=Images(size=side), network=Network(model=model), optim=Optim(batch_size=batch))
+    return recipe_type(method)(images=Images(size=side), network=Network(model=model), optim=Optim(batch_size=batch))
 
 
 def batch_of(method: Any, batch: int, device: torch.device) -> dict[str, torch.Tensor]:

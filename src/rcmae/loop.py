@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .config import Machine, Recipe, check, check_machine, parse_time, recipe_hash
+from .config import Machine, Recipe, check, parse_time, recipe_hash
 from .data.dataset import BadFiles, Images, collate, measure_statistics
 from .data.loader import batches_of
 from .data.sampler import BatchSampler, check_parts
@@ -45,6 +45,7 @@ from .interop.timm_export import PLAIN, export
 from .lab.alarms import Alarm, Alarms, called_before
 from .lab.monitor import Monitor
 from .methods import METHODS, Method
+from .methods.recipes import load_recipe
 from .models.backbone import usual_statistics
 from .report import write_report
 from .tasks.probe import ProbeSet, Right, Scores, percent, probe_set
@@ -65,7 +66,7 @@ def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
     Raises the errors of `rcmae.errors`; Preempted when a signal asked it to stop and the state is saved.
     """
     check(recipe)
-    check_machine(machine)
+    check(machine)
     if problems := METHODS[recipe.method].problems(recipe):
         raise ConfigError("; ".join(problems))
     device = distributed.pick_device(machine.device)
@@ -107,7 +108,7 @@ class Run:
         self.net = distributed.wrap(self.method, world)
         self.bad = BadFiles(self.out, len(self.source), machine.bad_share, machine.strict)
         if world.first:
-            record_recipe(self.out, recipe)
+            record_recipe(self.out, recipe, load_recipe)
         self.step, self.total, self.skipped, self.seconds = 0, 0, 0, 0.0
         self.probe: dict[str, dict[str, float]] = {}
         self.drift: float | None = None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import Machine, flat, load_recipe, to_toml
+from ..config import Machine, flat, to_toml
 from ..errors import ConfigError, OutOfMemoryError, ProcessError, StorageError, first_line
 from .checkpoint import checkpoints, replace_file
 from .distributed import World
@@ -52,7 +52,7 @@ def owned(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any] = load_recipe) -> None:
+def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
     """Write recipe.toml at a fresh start; else compare with the one that is there. Raises ConfigError naming what differs.
 
     Where the data lies may change: whether it is the same is told by its fingerprint in the checkpoint. A run without any

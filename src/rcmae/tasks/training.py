@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import Workplace, check_machine, parse_time, recipe_hash
+from ..config import Workplace, check, parse_time, recipe_hash
 from ..data.dataset import BadFiles
 from ..data.sampler import BatchSampler, check_parts
 from ..data.sources import Source
@@ -55,7 +55,7 @@ def taken(machine: Workplace, what: str) -> Iterator[Place]:
 
     torch's own generators are as they were before when it is left. Raises the errors of `rcmae.errors`.
     """
-    check_machine(machine)
+    check(machine)
     if machine.out is None:
         raise ConfigError(f"{what} needs a directory: give --out")
     out, device = Path(machine.out), distributed.pick_device(machine.device)
