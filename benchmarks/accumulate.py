@@ -8,26 +8,28 @@ import sys
 
 import torch
 
-from rcmae.config import load_recipe, replace
+from rcmae.config import changed
 from rcmae.data.dataset import Images, collate
 from rcmae.data.sampler import BatchSampler
 from rcmae.data.sources import open_source
 from rcmae.engine.schedules import Progress
 from rcmae.methods import METHODS
+from rcmae.methods.recipes import digits_recipe
 from rcmae.models.backbone import IMAGENET
 
 
 def main() -> int:
-    embedded = load_recipe("embedded")
-    source = open_source(embedded.data, size=embedded.images.size)
+    source = open_source("embedded:digits", size=digits_recipe("rcmae").images.size)
     worst = 0.0
-    for name, mask in (*((name, "same") for name, method in METHODS.items() if not method.whole_batch), ("rcmae", "different")):
-        recipe = embedded if name in ("mae", "rcmae") else load_recipe(f"{name}-embedded")
+    recipes = {name: digits_recipe(name) for name in METHODS}
+    recipes = {name: recipe for name, recipe in recipes.items() if not METHODS[name].whole_batch(recipe)}
+    recipes["rcmae, the teacher under its own masks"] = changed(recipes["rcmae"], teacher_mask="different")
+    for said, recipe in recipes.items():
         gradients = []
         for micro in (1, 4):
             torch.manual_seed(0)
-            method = METHODS[name](replace(recipe, rcmae=replace(recipe.rcmae, teacher_mask=mask)), *IMAGENET)
-            if name == "rcmae":  # else the two agree under any mask
+            method = METHODS[recipe.method](recipe, *IMAGENET)
+            if recipe.method == "rcmae":  # else the two agree under any mask
                 method.teacher.model.decoder.pred.weight.mul_(1.1)
             data = Images(source, method.views(), recipe.seed)
             for keys in BatchSampler(len(source), 64, micro=micro, start=0, stop=1, seed=recipe.seed):
@@ -36,7 +38,6 @@ def main() -> int:
             gradients.append({n: p.grad for n, p in method.student.named_parameters() if p.requires_grad})
         largest = max(g.abs().max() for g in gradients[0].values())
         gap = torch.stack([(gradients[0][n] - gradients[1][n]).abs().max() / largest for n in gradients[0]]).max().item()
-        said = name if mask == "same" else f"{name}, the teacher under its own masks"
         print(f"{said}: 1 x 64 against 4 x 16, largest difference {gap:.1e} of the largest gradient")
         worst = max(worst, gap) if gap < math.inf else math.inf
     return int(worst > 1e-6)

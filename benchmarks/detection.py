@@ -24,12 +24,13 @@ import torch
 from scipy import stats
 
 from benchmarks.evaluation import PRETRAINED, ROOT, pretrained
-from rcmae.config import Workplace, changed, load_recipe, recipe_hash
+from rcmae.config import Workplace, changed, recipe_hash
 from rcmae.engine.console import clock
 from rcmae.engine.distributed import pick_precision
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import describe_machine, write_json
 from rcmae.interop.load import load, scratch
+from rcmae.methods.recipes import load_recipe
 from rcmae.tasks.detection.coco import SCENES, CocoSet, few, open_coco
 from rcmae.tasks.detection.settings import Detect, load_detect
 from rcmae.tasks.detection.train import train

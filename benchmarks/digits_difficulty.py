@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rcmae.config import load_recipe
 from rcmae.data.digits import GENERATOR, DigitsSource, scene, set_hash
 from rcmae.data.sources import open_source
 from rcmae.engine.run import describe_machine
 from rcmae.methods import METHODS
+from rcmae.methods.recipes import load_recipe
 from rcmae.models.backbone import IMAGENET
 from rcmae.tasks.probe import percent, probe_set
 

@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from rcmae.config import parse_recipe
 from rcmae.data.digits import GENERATOR, set_hash
 from rcmae.engine.metrics import read_metrics
+from rcmae.methods.recipes import parse_recipe
 
 
 def main(run: Path) -> None:

@@ -22,13 +22,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from rcmae.config import Machine, changed, load_recipe, recipe_hash
+from rcmae.config import Machine, changed, recipe_hash
 from rcmae.data.labelled import open_labelled
 from rcmae.data.sources import Subset
 from rcmae.engine.console import Screen, clock
 from rcmae.engine.distributed import World, pick_precision
 from rcmae.engine.run import describe_machine, write_json
 from rcmae.interop.load import load, scratch
+from rcmae.methods.recipes import load_recipe
 from rcmae.models.backbone import Features, Pixels
 from rcmae.pretraining import pretrain
 from rcmae.tasks.evaluate import Subject, fine_tune, fit_attentive, fit_linear, knn

@@ -13,6 +13,7 @@ import json
 import multiprocessing as mp
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,12 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import rcmae.pretraining as pretraining
-from rcmae.config import Machine, Probe, changed, load_recipe, replace
+from rcmae.config import Machine, Probe, changed
 from rcmae.data.sources import open_source
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import write_json
 from rcmae.interop.load import load
+from rcmae.methods.recipes import load_recipe
 from rcmae.tasks.probe import percent, probe_set
 
 ROOT = Path(__file__).parent.parent

@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +29,12 @@ import torch
 
 import rcmae.pretraining as pretraining
 from benchmarks.alarms import broken
-from rcmae.config import Machine, Network, Recipe, load_recipe, replace
+from rcmae.config import Machine, Network, Recipe
 from rcmae.engine.run import describe_machine
 from rcmae.errors import Preempted
 from rcmae.lab.monitor import LIDAR_EVERY, Monitor, cadence
 from rcmae.lab.watch import Watch
+from rcmae.methods.recipes import load_recipe
 
 BOUND = 0.02
 MILESTONES = 6

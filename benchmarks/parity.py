@@ -19,13 +19,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from benchmarks.parity_distillation import compare_distillation
-from rcmae.config import MAE as MAEConfig
-from rcmae.config import RCMAE as RCMAEConfig
-from rcmae.config import Images, Network, Optim, Recipe, Teacher
+from rcmae.config import Images, Network, Optim, changed
 from rcmae.engine.optim import adamw
 from rcmae.engine.schedules import Progress
 from rcmae.interop.official import load_official, ours
-from rcmae.methods.rcmae import RCMAE
+from rcmae.methods.rcmae import RCMAE, RCMAERecipe
 
 LIMITS = {"prediction": 1e-5, "mask": 0.0, "loss": 1e-5, "gradient": 1e-5, "final weight": 1e-4, "key bias": 1.0}
 
@@ -111,17 +109,17 @@ def build(meta: dict[str, str]) -> RCMAE:
     """The method that the recorded configuration describes; its images are already standardised."""
     number = {k: int(v) for k, v in meta.items() if v.isdigit()}
     channels = number.get("in_chans", 3)
-    recipe = Recipe(
+    recipe = RCMAERecipe(
         images=Images(size=number["img_size"], channels=channels),
         network=Network(
             patch=number["patch_size"], width=number["embed_dim"], depth=number["depth"], heads=number["num_heads"],
             decoder_width=number["decoder_embed_dim"], decoder_depth=number["decoder_depth"],
             decoder_heads=number["decoder_num_heads"],
         ),
-        mae=MAEConfig(
-            mask_ratio=float(meta["mask_ratio"]), target="normalised" if meta["norm_pix_loss"] == "True" else "pixels"
-        ),
-        rcmae=RCMAEConfig(gamma=float(meta["gamma"])), teacher=Teacher(schedule="released", momentum=float(meta["momentum"])),
+    )  # fmt: skip
+    recipe = changed(
+        recipe, mask_ratio=float(meta["mask_ratio"]), target="normalised" if meta["norm_pix_loss"] == "True" else "pixels",
+        gamma=float(meta["gamma"]), schedule="released", momentum=float(meta["momentum"]),
     )  # fmt: skip
     # Standardising with mean 0 and deviation 1/255 leaves recorded images as they are.
     return RCMAE(recipe, (0.0,) * channels, (1 / 255,) * channels)

@@ -29,6 +29,7 @@ from rcmae.engine.optim import adamw
 from rcmae.engine.run import describe_machine, keep_freed_memory
 from rcmae.engine.schedules import Progress
 from rcmae.methods import METHODS
+from rcmae.methods.recipes import recipe_type
 from rcmae.models.backbone import IMAGENET
 from rcmae.pretraining import LogWindow, Pretraining
 
@@ -44,7 +45,7 @@ REFERENCE = "plain RC-MAE fp32"
 
 def recipe_of(size: str, method: str, batch: int) -> Recipe:
     model, side, *_ = SIZES[size]
-    return Recipe(method=method, images=Images(size=side), network=Network(model=model), optim=Optim(batch_size=batch))
+    return recipe_type(method)(images=Images(size=side), network=Network(model=model), optim=Optim(batch_size=batch))
 
 
 def batch_of(method: Any, batch: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 
 import rcmae.config as c
 from rcmae.data.views import rng
+from rcmae.methods.recipes import recipe_type
 from rcmae.report import curves
 
 torch.set_num_threads(1)
@@ -53,15 +54,14 @@ def drawn():
 
 def small(method: str = "rcmae", **changes) -> c.Recipe:
     """A recipe of a second: 16 px, patch 4, two blocks. Keyword arguments replace fields of any section."""
-    base = c.Recipe(
-        method=method, steps=6, images=c.Images(size=16, crop_scale=(1.0, 1.0), flip=False),
+    base = recipe_type(method)(
+        steps=6, images=c.Images(size=16, crop_scale=(1.0, 1.0), flip=False),
         network=c.Network(model="vit_tiny_small_images", width=24, depth=2, heads=2, decoder_width=16, decoder_depth=2, decoder_heads=2),
-        mae=c.MAE(target_eps=0.1), teacher=c.Teacher(half_life="2 steps"), optim=c.Optim(batch_size=8, base_lr=0.03),
-        probe=c.Probe(probes=0),
-        crops=c.Crops(local_crops=0 if method == "mocov3" else 2, local_size=8),
-        distill=c.Distill(prototypes=12, head_width=20, embedding=8),
+        optim=c.Optim(batch_size=8, base_lr=0.03), probe=c.Probe(probes=0),
     )  # fmt: skip
-    return c.changed(base, **changes)
+    own = {"target_eps": 0.1, "half_life": "2 steps", "local_crops": 0 if method == "mocov3" else 2, "local_size": 8}
+    own |= {"prototypes": 12, "head_width": 20, "embedding": 8}
+    return c.changed(base, **{k: v for k, v in own.items() if k in c.flags(type(base))} | changes)
 
 
 def method_for(recipe: c.Recipe, mean: float = 0.5, std: float = 0.25):
@@ -81,7 +81,7 @@ def batch_for(method, size: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
         return default_collate([method.views()(picture, rng(seed, 0, i)) for i, picture in enumerate(pictures)])
     images = torch.randint(0, 256, (size, method.recipe.images.channels, h, w), dtype=torch.uint8, generator=g)
     batch = {"image": images, "order": torch.stack([torch.randperm(method.patches, generator=g) for _ in range(size)])}
-    if method.recipe.rcmae.teacher_mask == "different":
+    if getattr(method.views(), "orders", ())[1:]:
         batch["teacher_order"] = torch.stack([torch.randperm(method.patches, generator=g) for _ in range(size)])
     return batch
 

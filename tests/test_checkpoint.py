@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rcmae.config import load_recipe
 from rcmae.engine import checkpoint as cp
 from rcmae.engine.metrics import Metrics, read_metrics
 from rcmae.engine.optim import adamw
 from rcmae.engine.run import owned, record_recipe
 from rcmae.engine.schedules import Progress
 from rcmae.errors import CheckpointError, ConfigError, StorageError
+from rcmae.methods.recipes import load_recipe
 from tests.conftest import batch_for, method_for, small
 
 STATE = {"total_steps": 9, "skipped": 0}
@@ -138,15 +138,15 @@ def test_a_resume_goes_on_in_the_same_place_of_every_sink(tmp_path, monkeypatch)
 
 def test_a_run_without_a_checkpoint_has_not_begun(tmp_path):
     """What a failed start left does not bind the next one; a checkpoint does. Moved data is no other recipe."""
-    record_recipe(tmp_path, small(seed=1))
+    record_recipe(tmp_path, small(seed=1), load_recipe)
     (tmp_path / "bad_files.jsonl").write_text('{"index": 0}\n')
-    record_recipe(tmp_path, small(seed=2, data="here"))
+    record_recipe(tmp_path, small(seed=2, data="here"), load_recipe)
     assert load_recipe(str(tmp_path / "recipe.toml")).seed == 2
     assert not (tmp_path / "bad_files.jsonl").exists()
     save(tmp_path / "checkpoints", 0)
-    record_recipe(tmp_path, small(seed=2, data="there"))
+    record_recipe(tmp_path, small(seed=2, data="there"), load_recipe)
     with pytest.raises(ConfigError, match=r"was begun with seed 2 \(now 3\); use another --out"):
-        record_recipe(tmp_path, small(seed=3, data="there"))
+        record_recipe(tmp_path, small(seed=3, data="there"), load_recipe)
 
 
 def test_a_full_disk_under_the_lock_is_one_line(tmp_path, monkeypatch):

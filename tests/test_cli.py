@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from rcmae.cli import main
+from rcmae.config import Machine, flags, sections
+from rcmae.methods.recipes import recipe_type
 from tests import images as kinds
 from tests.conftest import GOLDEN
 
@@ -42,7 +44,14 @@ FAILURES = [
     (["pretrain", "--patch", "-4", "--registers", "-1"], 2, "registers must be 0 or more, not -1; patch must be above 0, not -4"),
     (["pretrain", "--half-life", "1.2.3%"], 2, "'1.2.3%' is no half-life"),
     (["pretrain", "{tmp}/latin.toml"], 2, "latin.toml is not UTF-8 text"),
-    (["pretrain", "--mask-ratio", "1.0", "--warmup", "2"], 2, "mask_ratio must lie between 0 and 1, not 1.0; warmup is a share"),
+    (["pretrain", "--mask-ratio", "1.0", "--warmup", "2"], 2, "not 2.0; mask_ratio must lie between 0 and 1, not 1.0"),
+    (["pretrain", "mae-vits16-in1k", "--gamma", "3"], 2, "--gamma is a setting of rcmae; this run's method is mae"),
+    (["pretrain", "folder", "--method", "mae", "--half-life=5%"], 2, "--half-life is a setting of rcmae, dino, ibot, msn and mocov3; this"),
+    (["pretrain", "--no-sinkhorn"], 2, "--no-sinkhorn is a setting of dino, ibot and msn; this run's method is rcmae"),
+    (["pretrain", "folder", "--method", "mae", "--data", "{tmp}/nowhere"], 3, "{tmp}/nowhere does not exist"),
+    (["pretrain", "--method=rcmea"], 2, "method must be one of mae, rcmae, dino, ibot, msn, mocov3, not 'rcmea'; did you mean rcmae?"),
+    (["verify", "rcmea"], 2, "not 'rcmea'; did you mean rcmae?"),
+    (["compare", "cost", "--methods", "mae", "rcmea"], 2, "--methods must be one of mae, rcmae, dino, ibot, msn, mocov3, not 'rcmea'"),
     (["pretrain", "--size", "30", "--out", "{tmp}/run"], 2, "size 30 x 30 is not a multiple of the patch, 4"),
     (["pretrain", "--model", "vit_bas"], 2, "there is no model 'vit_bas'"),
     (["pretrain", "--device", "tpu"], 2, "'tpu' is no device"),
@@ -114,7 +123,9 @@ def test_the_main_job_resume_and_report(tmp_path, capsys, monkeypatch):
     assert "fresh start in" in capsys.readouterr().out
     assert main(command) == 0
     assert "is finished at step 2" in capsys.readouterr().out
-    assert main(["pretrain", "--out", str(run)]) == 0, "a run's own recipe is taken when only --out is given"
+    assert main(["pretrain", "--out", str(run)]) == 0, "a run's own recipe is taken when no other is named"
+    assert main(["pretrain", "--out", str(run), "--base-lr", "1"]) == 2
+    assert "was begun with base_lr 0.006 (now 1.0);" in capsys.readouterr().err, "and is what flags change"
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").exists()
@@ -175,9 +186,26 @@ def test_import_and_list_and_help(tmp_path, capsys):
     assert not re.search(r"--(which|labels|seed)\b", out), "what it refuses is not offered"
 
 
-def test_help_is_quick_and_does_not_import_torch():
-    code = "import sys; from rcmae.cli import main; main(['pretrain', '--help']); sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("argv", [[], ["check"], ["verify"], ["evaluate", "finetune"]])
+def test_help_is_quick_and_does_not_import_torch(argv):
+    """But that of `pretrain`, which is its method's."""
+    code = f"import sys; from rcmae.cli import main; main({[*argv, '--help']}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "method"),
+    [([], "rcmae"), (["dino-vits16-in1k"], "dino"), (["folder", "--method", "mae"], "mae"), (["--out", "{tmp}"], "ibot")],
+)
+def test_help_of_pretrain_shows_the_settings_of_its_method_alone(tmp_path, capsys, monkeypatch, argv, method):
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "recipe.toml").write_text('method = "ibot"')
+    assert main(["pretrain", *(a.format(tmp=tmp_path) for a in argv), "--help"]) == 0
+    out = capsys.readouterr().out
+    shown = set(re.findall(r"^│ --([a-z-]+)", out, re.MULTILINE))
+    assert shown == {name.replace("_", "-") for name in flags(recipe_type(method)) | flags(Machine)}
+    titles = re.findall(r"─ (\w+) ─", out)
+    assert titles == ["Arguments", "Recipe", *sections(recipe_type(method)), "Machine"]
 
 
 def test_python_dash_m(tmp_path):

@@ -1,6 +1,9 @@
 """Recipes: strict, hashed, and the same in both directions."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
 
 import pytest
 from hypothesis import given
@@ -11,11 +14,11 @@ from rcmae.config import (
     Machine,
     Optim,
     Recipe,
+    changed,
     check,
+    flags,
     flat,
-    load_recipe,
     parse_half_life,
-    parse_recipe,
     parse_time,
     recipe_hash,
     sections,
@@ -23,11 +26,14 @@ from rcmae.config import (
     to_toml,
 )  # fmt: skip
 from rcmae.errors import ConfigError
+from rcmae.methods import METHODS
+from rcmae.methods.recipes import digits_recipe, load_recipe, parse_recipe, recipe_type, with_method
 
 
 @given(
     st.builds(
-        Recipe, data=st.text(max_size=20), seed=st.integers(0, 2**40), epochs=st.none() | st.floats(0.1, 1e6),
+        lambda method, **settings: recipe_type(method)(**settings), st.sampled_from(list(METHODS)),
+        data=st.text(max_size=20), seed=st.integers(0, 2**40), epochs=st.none() | st.floats(0.1, 1e6),
         images=st.builds(Images, size=st.integers(1, 999), flip=st.booleans(), crop_scale=st.sampled_from([(0.2, 1.0), (1.0, 1.0)])),
         optim=st.builds(Optim, base_lr=st.floats(1e-9, 1e3), clip=st.none() | st.floats(0.1, 9)),
     )
@@ -58,12 +64,17 @@ def test_shipped_recipes_read_and_say_how_to_run_them(name):
         ("[images]\ncrop_scale = [1.0]", "must be a list of 2 values"),
         ("images = 3", r"images is a section: write \[images\]"),
         ("seed = ", "my.toml is not TOML"),
-        ("[mae]\nmask_ratio = 1.0\n[optim]\nwarmup = 1.0", "mask_ratio must lie between 0 and 1, not 1.0; warmup is a share"),
+        ("[mae]\nmask_ratio = 1.0\n[optim]\nwarmup = 1.0", "warmup is a share .*, not 1.0; mask_ratio must lie between 0 and 1, not 1.0"),
         ("epochs = 3\nsteps = 4", "give one of epochs, steps and time, not epochs and steps"),
         ("time = '10 parsecs'", "'10 parsecs' is no length of time"),
         ("[teacher]\nhalf_life = 'long'", "'long' is no half-life"),
         ("[optim]\nbase_lr = nan", "base_lr must be of type float, not nan"),
         ("[teacher]\nmomentum = 1.5", "momentum must lie in 0 to 1"),
+        ("method = 'mae'\n[rcmae]\ngamma = 1.0", r"my.toml: \[rcmae\] is a section of rcmae; this recipe's method is mae"),
+        ("[crops]\ngrey = 0.1", r"\[crops\] is a section of dino, ibot, msn and mocov3; this recipe's method is rcmae"),
+        ("method = 'dino'\n[dino]\nprototypes = 1\n[head]\nembedding = 1", "embedding must be 2 or more, not 1; prototypes must be 2"),
+        ("[distill]\nprototypes = 2", "my.toml: unknown key distill"),
+        ("method = ['mae']", r"method must be one of .*, not \['mae'\]"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_that_names_it(text, message):
@@ -85,28 +96,49 @@ def test_recipes_by_name(tmp_path, monkeypatch):
 
 
 def test_the_hash_names_the_recipe_not_the_place():
-    one = Recipe()
+    one = recipe_type("rcmae")()
     assert recipe_hash(one) == recipe_hash(dataclasses.replace(one, data="elsewhere"))
     assert recipe_hash(one) != recipe_hash(dataclasses.replace(one, seed=1))
 
 
-def test_no_flag_has_two_meanings():
-    names = [f.name for cls in (*sections().values(), Machine) for f in dataclasses.fields(cls)]
-    names += [f.name for f in dataclasses.fields(Recipe) if f.name not in sections()]
+@pytest.mark.parametrize("method", METHODS)
+def test_no_flag_has_two_meanings(method):
+    cls = recipe_type(method)
+    names = [f.name for part in (*sections(cls).values(), Machine) for f in dataclasses.fields(part)]
+    names += [f.name for f in dataclasses.fields(cls) if f.name not in sections(cls)]
     assert len(names) == len(set(names))
-    assert set(flat(Recipe())) <= set(names)
+    assert set(flat(cls())) <= set(flags(cls)) <= set(names)
 
 
-def test_every_field_has_its_help():
+@pytest.mark.parametrize("method", METHODS)
+def test_every_field_has_its_help_and_every_section_its_title(method):
     """A field's help is the string below it: as many strings as fields."""
-    import ast
-    import inspect
+    for cls in (recipe_type(method), Machine, *sections(recipe_type(method)).values()):
+        assert not cls.__doc__.startswith(cls.__name__), "that is what a dataclass without a docstring says"
+        for part in filter(dataclasses.is_dataclass, cls.__mro__):
+            fields = {"method", *sections(part)} if part is not Recipe else sections(part)  # told by what they stand for
+            for node, below in itertools.pairwise(ast.parse(inspect.getsource(part)).body[0].body):
+                if isinstance(node, ast.AnnAssign) and node.target.id not in fields:
+                    assert isinstance(below, ast.Expr), f"{part.__name__}.{node.target.id}"
 
-    for cls in (Recipe, Machine, *sections().values()):
-        body = ast.parse(inspect.getsource(cls)).body[0].body
-        fields = [i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign) and node.target.id not in sections()]
-        for i in fields:
-            assert isinstance(body[i + 1], ast.Expr), f"{cls.__name__}.{body[i].target.id}"
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_takes_over_what_both_have(name):
+    """The recipe of another method keeps its common settings, takes the shared ones, and is one that can be written and read."""
+    mine = changed(load_recipe("folder"), half_life="7%", size=96)
+    other = check(with_method(mine, name))
+    assert (other.method, type(other)) == (name, recipe_type(name))
+    assert (other.images, other.network, other.optim) == (mine.images, mine.network, mine.optim)
+    assert not hasattr(other, "teacher") or other.teacher == mine.teacher
+    assert parse_recipe(to_toml(other), "x") == other
+    assert METHODS[name].problems(digits_recipe(name)) == []
+    assert digits_recipe(name).data == "embedded:digits"
+
+
+def test_a_section_keeps_the_values_that_its_method_gives_it():
+    """MoCo v3 has no small crops by default: a file that says another thing of its crops doesn't change that."""
+    assert parse_recipe("method = 'mocov3'\n[crops]\ngrey = 0.5", "x").crops.local_crops == 0
+    assert parse_recipe("method = 'dino'\n[crops]\ngrey = 0.5", "x").crops.local_crops == 8
 
 
 def test_units():
@@ -118,4 +150,6 @@ def test_units():
 
 def test_impossible_values_are_told_together():
     with pytest.raises(ConfigError, match=r"size must be above 0.*batch_size must be above 0"):
-        check(Recipe(images=Images(size=0), optim=Optim(batch_size=0)))
+        check(recipe_type("mae")(images=Images(size=0), optim=Optim(batch_size=0)))
+    with pytest.raises(ConfigError, match="method is mae in a MAERecipe, not rcmae"):
+        check(changed(recipe_type("mae")(), method="rcmae"))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import rcmae.tasks.finetune as ft
-from rcmae.config import Machine, flat, load_recipe, shipped_recipes, to_toml
+from rcmae.config import Machine, flat, shipped_recipes, to_toml
 from rcmae.data.dataset import Images
 from rcmae.data.loader import batches_of
 from rcmae.data.sources import Subset, open_source
@@ -22,6 +22,7 @@ from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.metrics import read_metrics
 from rcmae.errors import CheckpointError, ConfigError, DataError, DivergedError, Preempted
 from rcmae.interop.timm_export import export, import_backbone, import_classifier
+from rcmae.methods.recipes import load_recipe
 from rcmae.models.backbone import Backbone
 from rcmae.models.classifier import Classifier, classifier
 from rcmae.models.encoder import build_vit

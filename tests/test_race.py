@@ -17,13 +17,14 @@ from torch.utils.data import default_collate
 from rcmae.cli import main
 from rcmae.compare.cost import T
 from rcmae.compare.race import ARMS, AVERAGED, Budget, Setting, arms, interval, parse_budget, plan, verdict
-from rcmae.config import load_recipe, with_settings
+from rcmae.config import with_settings
 from rcmae.data.dataset import Images
 from rcmae.data.digits import DigitsSource
 from rcmae.data.sampler import BatchSampler
 from rcmae.engine.metrics import read_metrics
 from rcmae.errors import ConfigError
 from rcmae.methods import METHODS
+from rcmae.methods.recipes import load_recipe
 from rcmae.tasks.attentive import attentive_right
 
 TINY = [
@@ -92,8 +93,8 @@ def test_a_budget_is_time_flops_or_images(text, budget):
 
 
 def test_settings_by_name_reach_every_section_and_say_what_is_wrong():
-    recipe = with_settings(load_recipe("embedded"), ["steps=7", "depth=2", "sinkhorn=true", "half_life=2%"], "x")
-    assert (recipe.steps, recipe.network.depth, recipe.distill.sinkhorn, recipe.teacher.half_life) == (7, 2, True, "2%")
+    recipe = with_settings(load_recipe("dino-embedded"), ["steps=7", "depth=2", "sinkhorn=false", "half_life=2%"], "x")
+    assert (recipe.steps, recipe.network.depth, recipe.dino.sinkhorn, recipe.teacher.half_life) == (7, 2, False, "2%")
     for wrong, says in (
         ("dephth=2", "did you mean depth"),
         ("depth", "write key=value"),

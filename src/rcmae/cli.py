@@ -4,16 +4,16 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
-from cyclopts import App, CycloptsError, Parameter, Token
+from cyclopts import App, CycloptsError, Group, Parameter, Token
 from cyclopts.config import Dict
 
 from . import __version__
-from .config import Machine, MethodName, Recipe, Workplace, check, check_machine, flat, load_recipe, parse_recipe, sections, shipped_recipes
+from .config import Machine, Recipe, Workplace, check, flags, flat, sections, shipped_recipes
 from .engine import signals
 from .errors import ConfigError, Preempted, RcmaeError, first_line
 from .tasks.detection.settings import Detection, Scoring
@@ -41,22 +41,11 @@ def _whole(kind: type, tokens: Sequence[Token]) -> int:
 Whole = Annotated[int, Parameter(converter=_whole)]
 Many = Parameter(consume_multiple=True, negative_iterable=())
 Flat = Parameter(name="*", negative_iterable=())
-for section in (
-    *sections().values(),
-    Recipe,
-    Workplace,
-    Machine,
-    Evaluation,
-    KNN,
-    Linear,
-    Attentive,
-    Tuning,
-    Robustness,
-    Worth,
-    Detection,
-    Scoring,
-):
-    Flat(section)  # `--size`, not `--images.size`
+
+
+def _as_flags(section: type, how: Parameter = Flat) -> None:
+    """`--size`, not `--images.size`."""
+    how(section)
     for field in fields(section):
         if field.type in (int, int | None):
             section.__annotations__[field.name] = Whole if field.type is int else Whole | None
@@ -64,24 +53,39 @@ for section in (
             section.__annotations__[field.name] = Annotated[field.type, Many]
 
 
-@app.command
-def pretrain(
-    recipe: str | None = None, /, *,
-    settings: Annotated[Recipe, Parameter(name="*", negative_iterable=(), show_default=False)] = Recipe(),
-    machine: Annotated[Machine, Flat] = Machine(),
-) -> None:  # fmt: skip
-    """Pre-train a Vision Transformer; a run that is already in --out goes on.
+for options in (Workplace, Machine, Evaluation, KNN, Linear, Attentive, Tuning, Robustness, Worth, Detection, Scoring):
+    _as_flags(options)
 
-    Parameters
-    ----------
-    recipe
-        A recipe's name (`rcmae list`) or the path of a TOML file [default: embedded]. What it sets can be replaced by options.
-    """
-    from .pretraining import pretrain as run
 
-    if recipe is not None and app.config[0].source != f"recipe {recipe}":  # its values came too late to be defaults
-        raise ConfigError(f"write the recipe first: rcmae pretrain {recipe} --...")
-    run(settings, machine)
+def _pretrain(cls: type[Recipe], given: str | None = None) -> Callable[..., None]:
+    """The command `pretrain` with the flags of a method's recipe; `given` is the recipe whose values are their defaults."""
+
+    def pretrain(
+        recipe: str | None = None, /, *,
+        settings: Annotated[cls, Parameter(name="*", negative_iterable=(), show_default=False, group=Group("Recipe", sort_key=1))] = cls(),  # type: ignore
+        machine: Annotated[Machine, Parameter(name="*", negative_iterable=(), group=Group("Machine", sort_key=99))] = Machine(),
+    ) -> None:  # fmt: skip
+        """Pre-train a Vision Transformer; a run that is already in --out goes on.
+
+        Parameters
+        ----------
+        recipe
+            A recipe's name (`rcmae list`) or the path of a TOML file [default: embedded]. What it sets can be replaced by options.
+        """
+        from .pretraining import pretrain as run
+
+        if recipe != given:  # its values came too late to be defaults
+            raise ConfigError(f"write the recipe first: rcmae pretrain {recipe} --...")
+        run(settings, machine)
+
+    for i, (name, section) in enumerate(sections(cls).items(), 2):
+        title = Group(name, help=(section.__doc__ or "").splitlines()[0], sort_key=i)
+        _as_flags(section, Parameter(name="*", negative_iterable=(), group=title))
+    _as_flags(cls)
+    return pretrain
+
+
+app.command(_pretrain(Recipe), name="pretrain")
 
 
 @app.command(name="check")
@@ -109,6 +113,7 @@ def check_data(
         Also write the findings to this file.
     """
     from .data.audit import audit, render, to_json
+    from .methods.recipes import load_recipe
 
     _check_place(json)
     chosen = load_recipe(recipe or ("embedded" if path.startswith("embedded:") else "folder"))
@@ -117,7 +122,7 @@ def check_data(
     if channels is not None:
         chosen = replace(chosen, images=replace(chosen.images, channels=channels))
     check(chosen)
-    check_machine(Machine(bad_share=bad_share))
+    check(Machine(bad_share=bad_share))
     found = audit(path, val=val, recipe=chosen, bad_share=bad_share)
     _console().print(render(found))
     if json:
@@ -246,7 +251,7 @@ def lab_gradients(
 
 @app.command
 def verify(
-    method: MethodName, /, *, recipe: str | None = None, data: str | None = None, steps: Whole = 5, batch_size: Whole = 32,
+    method: str, /, *, recipe: str | None = None, data: str | None = None, steps: Whole = 5, batch_size: Whole = 32,
     device: str = "auto", json: Path | None = None,
 ) -> int:  # fmt: skip
     """Is training the same however it is carried out here? Micro-batches, kill and resume, two processes, compiled; a yes or no each.
@@ -273,11 +278,11 @@ def verify(
 
     from .lab.verify import to_json
     from .lab.verify import verify as run
+    from .methods.recipes import digits_recipe, load_recipe, with_method
 
     _check_place(json)
-    own = f"{method}-embedded"
-    chosen = load_recipe(recipe or (own if own in shipped_recipes() else "embedded"))
-    chosen = replace(chosen, method=method, data=data or chosen.data)
+    chosen = with_method(load_recipe(recipe), method) if recipe else digits_recipe(method)
+    chosen = replace(chosen, data=data or chosen.data)
     rows = run(chosen, steps=steps, batch_size=batch_size, device=device, say=_console().print)
     parts = list(dict.fromkeys(part for row in rows for part in row.differences))
     table = Table(f"{method}, {steps} steps in fp32", "", *parts, title="Largest difference, relative", title_justify="left")
@@ -300,7 +305,7 @@ app.command(compare)
 @compare.command(name="cost")
 def compare_cost(
     *, models: Annotated[tuple[str, ...], Many] = ("vit_small_patch16", "vit_base_patch16"),
-    methods: Annotated[tuple[MethodName, ...], Many] = get_args(MethodName),
+    methods: Annotated[tuple[str, ...], Many] = (),
     batch_size: Whole = 128, precision: Literal["bf16", "fp32"] = "bf16", measure: bool = False, measured_batch: Whole = 16,
     device: str = "auto", fit: float | None = None, out: Path = Path("runs/compare-cost"),
 ) -> None:  # fmt: skip
@@ -311,7 +316,7 @@ def compare_cost(
     models
         Named sizes (`rcmae list`) or timm:NAME.
     methods
-        Methods; ratios are to the first one.
+        Methods; ratios are to the first one [default: all].
     batch_size
         Batch size for the highest memory of a step.
     precision
@@ -331,16 +336,21 @@ def compare_cost(
 
     from .compare.cost import study, write_page
     from .engine.distributed import pick_device
+    from .methods import METHODS
+    from .methods.recipes import recipe_type
 
     _check_folder(out)
     if fit is not None and fit <= 0:
         raise ConfigError(f"fit must be above 0, not {fit}")
     if min(batch_size, measured_batch) < 2:
         raise ConfigError("batch_size and measured_batch must be 2 or more: some methods compare images")
+    for name in methods:
+        recipe_type(name, "--methods")
     where = str(pick_device(device)) if measure else None
     found = study(
-        models, methods, batch=batch_size, precision=precision, device=where, measured_batch=measured_batch, fit=fit, say=_console().print
-    )
+        models, methods or tuple(METHODS), batch=batch_size, precision=precision, device=where, measured_batch=measured_batch, fit=fit,
+        say=_console().print,
+    )  # fmt: skip
     for model in models:
         rows = [r for r in found["rows"] if r["model"] == model]
         heads = ["", "GFLOP", "x", "kept MB", "x", "static", f"peak at {batch_size}", *([f"fits {fit:g} GiB"] if fit else [])]
@@ -683,6 +693,7 @@ def list_all() -> None:
     from rich.table import Table
 
     from .methods import METHODS
+    from .methods.recipes import parse_recipe
     from .models.autoencoder import SIZES
 
     table = Table("recipe", "method", "what for", title="Recipes", title_justify="left")
@@ -728,7 +739,7 @@ def _run(argv: list[str]) -> int:
     if argv[:1] and argv[0] in WAITS and not {"--help", "-h"} & set(argv) and os.environ.get("RANK", "0") == "0":
         print(f"rcmae {' '.join(argv)}", flush=True)  # the first line within a second, whatever is loaded after it
     try:
-        app.config = _recipe_defaults(argv)
+        app.config = _pretrain_defaults(argv) if argv[:1] == ["pretrain"] else ()
         result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as e:
         return _fail(" ".join(str(e).split()), 2)
@@ -753,25 +764,33 @@ def _run(argv: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _recipe_defaults(argv: list[str]) -> tuple[Dict, ...]:
-    """The recipe that `pretrain` was given, as defaults of its flags; an unfinished run's own recipe if only --out is given."""
-    if argv[:1] != ["pretrain"] or {"--help", "-h"} & set(argv):
-        return ()
-    given = {a.removeprefix("--").partition("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
-    name = next((a for a in argv[1:2] if not a.startswith("-")), None)
-    out = next((v for a, v in zip(argv, [*argv[1:], ""], strict=True) if a == "--out"), "") or next(
-        (a.partition("=")[2] for a in argv if a.startswith("--out=")), ""
-    )
-    if "out" in given and not out:
+def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:
+    """Give `pretrain` the flags of the method that it is called for, and the values of the recipe as their defaults.
+
+    The recipe is the one that is named, or that of the run in --out. Raises ConfigError for a flag that another method has.
+    """
+    from .methods import METHODS
+    from .methods.recipes import load_recipe, spoken, with_method
+
+    given = {}
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word.startswith("--"):
+            key, equals, value = word.removeprefix("--").partition("=")
+            given[key.replace("-", "_")] = value if equals else following
+    if given.get("out") == "":
         raise ConfigError("--out is empty; name a folder")
-    settings = {f.name for f in fields(Recipe)} | set(flat(Recipe()))
-    begun = Path(out) / "recipe.toml"
-    if name is None and out and begun.exists() and not given & settings:
-        recipe = load_recipe(str(begun))
-    else:
-        recipe = load_recipe(name or "embedded")
+    name = next((a for a in argv[1:2] if not a.startswith("-")), None)
+    begun = Path(given.get("out", "")) / "recipe.toml"
+    recipe = load_recipe(str(begun) if name is None and "out" in given and begun.exists() else name or "embedded")
+    recipe = with_method(recipe, given.get("method", recipe.method))
+    for key in given.keys() - flags(type(recipe)).keys() - flags(Machine).keys():
+        owners = [other for other, method in METHODS.items() if key.removeprefix("no_") in flags(method.recipe_type)]
+        if owners and recipe.method not in owners:
+            raise ConfigError(f"--{key.replace('_', '-')} is a setting of {spoken(owners)}; this run's method is {recipe.method}")
+    del app["pretrain"]
+    app.command(_pretrain(type(recipe), name), name="pretrain")
     values = flat(recipe)
-    if given & {"epochs", "steps", "time"}:  # a length on the command line replaces the recipe's, in whatever unit
+    if given.keys() & {"epochs", "steps", "time"}:  # a length on the command line replaces the recipe's, in whatever unit
         values = {k: v for k, v in values.items() if k not in ("epochs", "steps", "time")}
     return (Dict({"pretrain": values}, source=f"recipe {name or 'embedded'}"),)
 

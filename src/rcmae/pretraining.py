@@ -34,6 +34,7 @@ from .interop.timm_export import PLAIN, export
 from .lab.alarms import Alarm
 from .lab.watch import Watch
 from .methods import METHODS, Method
+from .methods.recipes import load_recipe
 from .models.backbone import usual_statistics
 from .report import write_report
 from .tasks.probe import Probes, probe_set
@@ -88,7 +89,7 @@ class Pretraining(Trainer):
         self.watch: Watch | None = None
         self.alarm: Alarm | None = None
         self.next_report = 0.0
-        self.hold(self.method, optimizer, {"images": images.fingerprint()})
+        self.hold(self.method, optimizer, {"images": images.fingerprint()}, load=load_recipe)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation of each channel, in units of 0 to 1."""

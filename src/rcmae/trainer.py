@@ -96,9 +96,8 @@ class Trainer(ABC):
     # --- beginning and resuming -----------------------------------------------------------------------------------------
 
     def hold(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any], backbone: str = "",
-        load: Callable[[str], Any] | None = None,
-    ) -> None:  # fmt: skip
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any], load: Callable[[str], Any], backbone: str = ""
+    ) -> None:
         """Take what is trained. `data` tells the images and labels, `backbone` what the network was made from: neither may change in
         a resumed run. `load` reads recipe.toml."""
         self.model, self.optimizer, self.data, self.backbone, self.load = model, optimizer, data, backbone, load

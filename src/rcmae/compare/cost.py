@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..config import Recipe, changed, load_recipe
+from ..config import Recipe, changed
 from ..data.dataset import collate
 from ..engine.checkpoint import replace_file
 from ..engine.optim import adamw
@@ -38,6 +38,7 @@ from ..engine.schedules import Progress
 from ..errors import ConfigError, OutOfMemoryError
 from ..methods import METHODS, Method
 from ..methods.ibot import IBOT
+from ..methods.recipes import load_recipe
 from ..models import blocks
 from ..models.autoencoder import build_encoder
 from ..report.build import template
@@ -173,9 +174,9 @@ def _traced(recipe: Recipe, batch: int, like: str = "cuda") -> Iterator[tuple[Me
     attend = blocks.attend if like == "cpu" else F.scaled_dot_product_attention
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, mock.patch.object(blocks, "attend", attend):
         method.to_empty(device="cpu")
-        if isinstance(method, IBOT) and recipe.distill.patch_head == "masked":
-            low, high = recipe.distill.masked_share
-            count = round(2 * batch * method.patches * recipe.distill.masked_images * (low + high) / 2)
+        if isinstance(method, IBOT) and recipe.ibot.patch_head == "masked":
+            low, high = recipe.ibot.masked_share
+            count = round(2 * batch * method.patches * recipe.ibot.masked_images * (low + high) / 2)
             method.chosen = lambda masked: torch.zeros(count, dtype=torch.long)  # as many as there are on average
         yield method, _views(method, recipe, batch, mode)
 

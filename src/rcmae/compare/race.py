@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool
 from safetensors.numpy import load_file
 
-from ..config import Recipe, changed, hint, load_recipe, parse_time, recipe_hash, replace, shipped_recipes, to_toml, with_settings
+from ..config import Recipe, changed, hint, parse_time, recipe_hash, shipped_recipes, to_toml, with_settings
 from ..data.sources import open_source
 from ..engine import signals
 from ..engine.checkpoint import replace_file
@@ -41,6 +41,7 @@ from ..engine.metrics import read_metrics
 from ..engine.run import owned, write_json
 from ..errors import ConfigError, DataError, Preempted, ProcessError, RcmaeError
 from ..methods import METHODS
+from ..methods.recipes import digits_recipe, load_recipe, with_method
 from ..report.build import template
 from ..report.curves import Line, plot, standalone
 from ..tasks.interval import interval
@@ -86,7 +87,7 @@ def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] 
         recipe = replace(recipe, data=data or recipe.data)
         paid = recipe
         if head == AVERAGED:
-            recipe, paid = changed(recipe, gamma=0.0), replace(recipe, method="mae")
+            recipe, paid = changed(recipe, gamma=0.0), with_method(recipe, "mae")
         found.append(Arm(name, recipe, METHODS[recipe.method].networks[-1], paid))
     names = [arm.name for arm in found]
     problems = [f"{name!r} races twice" for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -109,9 +110,10 @@ def _recipe(name: str, embedded: bool) -> Recipe:
             raise ConfigError(f"there is no method, recipe or recipe file {name!r}{hint(name, known)} (`rcmae list` shows all)")
         return load_recipe(name)
     if not embedded:
-        folder = load_recipe("folder")
-        return changed(load_recipe(f"{name}-vits16-in1k"), batch_size=folder.optim.batch_size, **dataclasses.asdict(folder.teacher))
-    return replace(load_recipe("embedded" if name in ("mae", "rcmae") else f"{name}-embedded"), method=name)  # type: ignore[arg-type]
+        folder, recipe = load_recipe("folder"), load_recipe(f"{name}-vits16-in1k")
+        memory = {"teacher": folder.teacher} if hasattr(recipe, "teacher") else {}
+        return replace(changed(recipe, batch_size=folder.optim.batch_size), **memory)
+    return digits_recipe(name)
 
 
 @dataclass(frozen=True)

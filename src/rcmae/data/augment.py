@@ -8,7 +8,7 @@ import torchvision.transforms.v2.functional as tf
 from jaxtyping import UInt8
 from torch import Tensor
 
-from ..config import Crops, Images
+from ..config import Images, Rules, Section
 from .views import flip, random_resized_crop
 
 JITTER = 0.8
@@ -16,6 +16,40 @@ JITTER = 0.8
 
 SIGMA = (0.1, 2.0)
 "Deviation of the blur in pixels, of small crops too, where the image is 224 px wide; drawn evenly."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops(Section):
+    """The views of self-distillation: two crops as [images] says, and small ones, in changed colours."""
+
+    local_crops: int = 8
+    "small crops an image (MSN's focal views)"
+    local_size: int = 96
+    "their side in pixels; a multiple of the patch"
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    "share of the image's area that they cover"
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    "change of brightness, contrast, saturation and hue in 80 % of the crops; images of other than 3 channels keep theirs"
+    grey: float = 0.2
+    "share of the crops without colour"
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    "share of the crops that are blurred: of the first global one, the second, the small ones"
+    solarize: float = 0.2
+    "share of the second global crops whose bright pixels are inverted"
+
+    def rules(self) -> Rules:
+        low, high = self.local_scale
+        shares = {"grey": self.grey, "solarize": self.solarize} | {f"blur {i}": v for i, v in enumerate(self.blur)}
+        return [
+            (self.local_crops >= 0, f"local_crops must be 0 or more, not {self.local_crops}"),
+            (self.local_size > 0, f"local_size must be above 0, not {self.local_size}"),
+            (0 < low <= high <= 1, f"local_scale must satisfy 0 < low <= high <= 1, not {self.local_scale}"),
+            (
+                all(v >= 0 for v in self.jitter) and self.jitter[3] <= 0.5,
+                f"jitter must be 0 or more, its hue at most 0.5, not {self.jitter}",
+            ),
+            *((0 <= v <= 1, f"{k} is a share, from 0 to 1, not {v}") for k, v in shares.items()),
+        ]
 
 
 @dataclass(frozen=True)

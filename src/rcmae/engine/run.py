@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import __version__
-from ..config import Workplace, check_machine, flat, load_recipe, to_toml
+from ..config import Workplace, check, flat, to_toml
 from ..errors import ConfigError, OutOfMemoryError, ProcessError, StorageError, first_line
 from . import distributed, signals
 from .checkpoint import checkpoints, replace_file
@@ -42,7 +42,7 @@ def run_context(machine: Workplace, out: Path | None, advice: str) -> Iterator[R
     Signals are answered within it, failures come out as errors of `rcmae.errors`, lacks of memory with `advice`, and torch's own
     generators are left as they were. Raises ConfigError without `out`.
     """
-    check_machine(machine)
+    check(machine)
     if out is None:
         raise ConfigError("a run needs a directory: give --out")
     device = distributed.pick_device(machine.device)
@@ -84,7 +84,7 @@ def owned(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any] | None = None) -> None:
+def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
     """Write recipe.toml at a fresh start; else compare with the one that is there. Raises ConfigError naming what differs.
 
     Where the data lies may change: whether it is the same is told by its fingerprint in the checkpoint. A run without any
@@ -97,7 +97,7 @@ def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any] | None = No
         for path in run.glob("bad_*.jsonl"):
             path.unlink()
         return
-    old, new = flat((load or load_recipe)(str(path))), flat(recipe)
+    old, new = flat(load(str(path))), flat(recipe)
     differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if k != "data" and old.get(k) != new.get(k)]
     if differ:
         raise ConfigError(f"{run} was begun with {', '.join(differ)}; use another --out, or the same recipe to go on")

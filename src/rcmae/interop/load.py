@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from timm.models.vision_transformer import VisionTransformer
 
-from ..config import load_recipe
 from ..errors import CheckpointError, ConfigError, first_line
 from ..methods import METHODS
+from ..methods.recipes import load_recipe
 from ..models.backbone import Backbone
 from ..models.classifier import Classifier
 from .official import official_backbone, plain_backbone, plain_classifier, read_pth

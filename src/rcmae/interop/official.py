@@ -16,9 +16,12 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..config import Images, Network, Recipe, Teacher, to_toml
+from ..config import Images, Network, to_toml
 from ..engine.checkpoint import write_folder
 from ..errors import CheckpointError, ConfigError, first_line
+from ..methods.mae import MAERecipe
+from ..methods.mean_teacher import TeacherSettings
+from ..methods.rcmae import RCMAERecipe
 from ..models.autoencoder import SIZES, Autoencoder, build
 from ..models.backbone import IMAGENET, Backbone
 from ..models.classifier import Classifier
@@ -213,13 +216,14 @@ def import_pth(file: Path, out: Path, heads: tuple[int, int] | None = None) -> l
     models = {"student": model}
     if official.teacher is not None:
         models["teacher"], *_ = autoencoder(official.teacher, heads)
-    method = "rcmae" if official.teacher is not None else "mae"
-    recipe = Recipe(method=method, images=images, network=network, teacher=Teacher(schedule="released"))
+    recipe = MAERecipe(images=images, network=network)
+    if official.teacher is not None:
+        recipe = RCMAERecipe(images=images, network=network, teacher=TeacherSettings(schedule="released"))
     weights = {f"{who}.{k}": v.contiguous() for who, m in models.items() for k, v in m.state_dict().items()}
     write_folder(out, {"recipe.toml": to_toml(recipe).encode(), "weights.safetensors": save(weights)})
     for who, m in models.items():
         about = {
-            "method": method,
+            "method": recipe.method,
             "network": who,
             "source": file.name,
             "epoch": official.epoch if isinstance(official.epoch, int) else None,

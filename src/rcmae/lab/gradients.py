@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import load_recipe, parse_recipe
 from ..data.dataset import Images, collate, measure_statistics
 from ..data.sampler import BatchSampler
 from ..data.sources import open_source
@@ -26,6 +25,7 @@ from ..engine.optim import adamw
 from ..engine.schedules import Progress
 from ..errors import CheckpointError, ConfigError, DataError, DivergedError
 from ..methods import METHODS, Method
+from ..methods.recipes import load_recipe, parse_recipe
 from ..models.backbone import usual_statistics
 from ..report.build import template
 from ..report.curves import Line, by_depth, plot, standalone

@@ -8,4 +8,11 @@ from .mocov3 import MoCoV3
 from .msn import MSN
 from .rcmae import RCMAE
 
-METHODS: dict[str, type[Method]] = {"mae": MAE, "rcmae": RCMAE, "dino": DINO, "ibot": IBOT, "msn": MSN, "mocov3": MoCoV3}
+METHODS: dict[str, type[Method]] = {
+    "mae": MAE,
+    "rcmae": RCMAE,
+    "dino": DINO,
+    "ibot": IBOT,
+    "msn": MSN,
+    "mocov3": MoCoV3,
+}

@@ -41,6 +41,9 @@ class Comparison(NamedTuple):
 class Method(nn.Module):
     """A way of learning without labels. One file a method; the loop calls these and nothing else."""
 
+    recipe_type: type[Recipe]
+    "what the method is told: the sections that every method has, and those it shares or has alone, each with its rules"
+    recipe: Recipe
     student: nn.Module
     "every trained parameter lives here"
     patch: int

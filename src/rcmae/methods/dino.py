@@ -5,36 +5,83 @@
 t, s: the cosines of an image's class token with the prototypes, from the teacher and from the student.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import Recipe
+from ..config import Rules, Section
 from ..engine.schedules import Progress
 from ..models.heads import PrototypeHead
-from .distillation import LOOKED_AT, Centre, SelfDistillation, spread_of
+from .distillation import LOOKED_AT, Centre, SelfDistillation, SelfDistillationRecipe, spread_of
 from .losses import across_views, balanced, centred
 
 LONGEST_FREEZE = 0.1
 "Share of the run in which the last layer may be frozen: an epoch of a large set can be longer than a run."
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(Section):
+    """Prototypes, temperatures and the centre."""
+
+    prototypes: int = 65536
+    "width of the head's output"
+    head_norm: bool = False
+    "BatchNorm between the head's layers, an option of both codes"
+    student_temperature: float = 0.1
+    "of the student's softmax"
+    teacher_temperature: float = 0.04
+    "of the teacher's softmax"
+    teacher_temperature_start: float = 0.04
+    "where the teacher's temperature starts"
+    teacher_temperature_warmup: float = 0.0
+    "share of the run in which it rises linearly"
+    centre_momentum: float = 0.9
+    "what a centre keeps of itself in a step"
+    sinkhorn: bool = False
+    "balance the targets over the prototypes in place of the centre, as DINOv2 does"
+    freeze_last: float = 1.0
+    "epochs in which the head's last layer does not move, within the first tenth of the run"
+
+    def rules(self) -> Rules:
+        temperatures = ("student_temperature", "teacher_temperature", "teacher_temperature_start")
+        warmup = self.teacher_temperature_warmup
+        return [
+            (self.prototypes >= 2, f"prototypes must be 2 or more, not {self.prototypes}"),
+            (0 <= self.centre_momentum < 1, f"centre_momentum must lie in 0 to below 1, not {self.centre_momentum}"),
+            (0 <= warmup <= 1, f"teacher_temperature_warmup is a share of the run, not {warmup}"),
+            *((getattr(self, k) > 0, f"{k} must be above 0, not {getattr(self, k)}") for k in temperatures),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINORecipe(SelfDistillationRecipe):
+    """What `dino` is told."""
+
+    method: str = "dino"
+    dino: Settings = Settings()
+
+
 class DINO(SelfDistillation):
     """Self-distillation across crops, with a centred and sharpened teacher."""
 
-    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
+    recipe_type = DINORecipe
+    recipe: DINORecipe
+
+    def __init__(self, recipe: DINORecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
-        self.centre = Centre(recipe.distill.prototypes, recipe.distill.centre_momentum)
+        self.centre = Centre(recipe.dino.prototypes, recipe.dino.centre_momentum)
 
     @classmethod
-    def whole_batch(cls, recipe: Recipe) -> str:
-        own = {"the head's statistics": recipe.distill.head_norm, "the balance of the targets": recipe.distill.sinkhorn}
+    def whole_batch(cls, recipe: DINORecipe) -> str:
+        own = {"the head's statistics": recipe.dino.head_norm, "the balance of the targets": recipe.dino.sinkhorn}
         names = " and ".join(name for name, there in own.items() if there)
         return f"{names} are those of a micro-batch" if names else ""
 
     def head(self, inputs: int) -> PrototypeHead:
-        d = self.recipe.distill
-        return PrototypeHead(inputs, d.head_width, d.embedding, d.prototypes, d.head_norm)
+        head, own = self.recipe.head, self.recipe.dino
+        return PrototypeHead(inputs, head.head_width, head.embedding, own.prototypes, own.head_norm)
 
     def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
         teacher, temperature = self.teacher.model, self.teacher_temperature(t)
@@ -42,18 +89,18 @@ class DINO(SelfDistillation):
             said = teacher.head(self.tokens(teacher, batch["image"])[:, :, 0])
         self.centre.see(said)
         target = self.target(said, self.centre, temperature)
-        loss = across_views(self.student.head(self.classes(batch)), target, self.recipe.distill.student_temperature)
+        loss = across_views(self.student.head(self.classes(batch)), target, self.recipe.dino.student_temperature)
         return {"loss": loss} | self.spread(said, temperature)
 
     def target(self, said: Float[Tensor, "*s c"], centre: Centre, temperature: float) -> Float[Tensor, "*s c"]:
         """What the teacher says as probabilities that do not all fall to one prototype."""
-        if self.recipe.distill.sinkhorn:
+        if self.recipe.dino.sinkhorn:
             return balanced((said.flatten(0, -2) / temperature).softmax(-1)).view_as(said)
         return centred(said, centre.value, temperature)
 
     def spread(self, said: Float[Tensor, "*s c"], temperature: float) -> dict[str, Tensor]:
         """Of the teacher's answers, see `spread_of`; what is balanced is looked at before."""
-        shift = 0.0 if self.recipe.distill.sinkhorn else self.centre.value
+        shift = 0.0 if self.recipe.dino.sinkhorn else self.centre.value
         return spread_of(((said.flatten(0, -2)[:LOOKED_AT] - shift) / temperature).softmax(-1))
 
     def classes(self, batch: dict[str, Tensor]) -> Tensor:
@@ -62,13 +109,13 @@ class DINO(SelfDistillation):
         return torch.cat([self.tokens(self.student, images)[:, :, 0] for images in sizes])
 
     def teacher_temperature(self, t: Progress) -> float:
-        d = self.recipe.distill
+        d = self.recipe.dino
         rise = min(1.0, t.fraction / d.teacher_temperature_warmup) if d.teacher_temperature_warmup else 1.0
         return d.teacher_temperature_start + rise * (d.teacher_temperature - d.teacher_temperature_start)
 
     def before_step(self, t: Progress, applied: Tensor) -> None:
         super().before_step(t, applied)
-        if t.epoch < self.recipe.distill.freeze_last and t.fraction < LONGEST_FREEZE:
+        if t.epoch < self.recipe.dino.freeze_last and t.fraction < LONGEST_FREEZE:
             self.student.head.last.grad = None
 
     def after_step(self, t: Progress, applied: Tensor) -> None:

@@ -1,19 +1,29 @@
 """What the methods of self-distillation share: an encoder with a head, several crops of an image, and a mean teacher."""
 
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from ..config import Recipe, parse_half_life
-from ..data.augment import MultiCrop
+from ..config import parse_half_life
+from ..data.augment import Crops, MultiCrop
 from ..engine.distributed import average
 from ..models.autoencoder import build_encoder
 from ..models.encoder import Encoder
+from ..models.heads import HeadSettings
 from ..models.patches import take
 from ..models.teacher import Teacher
-from .mean_teacher import MeanTeacher
+from .mean_teacher import MeanTeacher, MeanTeacherRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfDistillationRecipe(MeanTeacherRecipe):
+    """Of every method of self-distillation."""
+
+    crops: Crops = Crops()
+    head: HeadSettings = HeadSettings()
 
 
 class Siamese(nn.Module):
@@ -28,7 +38,9 @@ class Siamese(nn.Module):
 class SelfDistillation(MeanTeacher):
     """Views of an image are told of each other by a teacher. Letters: v views, b images, t tokens, d width."""
 
-    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
+    recipe: SelfDistillationRecipe
+
+    def __init__(self, recipe: SelfDistillationRecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.recipe = recipe
         self.standardise_by(mean, std)
@@ -39,7 +51,7 @@ class SelfDistillation(MeanTeacher):
         self.teacher = Teacher(self.followed)
 
     @classmethod
-    def problems(cls, recipe: Recipe) -> list[str]:
+    def problems(cls, recipe: SelfDistillationRecipe) -> list[str]:
         c, optim = recipe.crops, recipe.optim
         with torch.device("meta"):
             encoder = build_encoder(recipe.images, recipe.network)

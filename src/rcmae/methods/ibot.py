@@ -7,19 +7,49 @@ for class tokens and patches, a centre for each.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor, nn
 
-from ..config import Distill, Recipe
+from ..config import Rules, Section
 from ..data.augment import MultiCrop
 from ..data.masking import block_mask, random_order
 from ..engine.schedules import Progress
-from .dino import DINO
+from .dino import DINO, DINORecipe
 from .distillation import Centre, Siamese
 from .losses import across_views, masked_patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Section):
+    """What iBOT adds to DINO: masked patches."""
+
+    masked_images: float = 0.5
+    "share of the global crops of which patches are masked"
+    masked_share: tuple[float, float] = (0.1, 0.5)
+    "share of the patches of such a crop that is masked"
+    mask_shape: Literal["block", "random"] = "block"
+    "how masked patches lie"
+    patch_head: Literal["all", "masked"] = "all"
+    "patches that the head is put on: all, as the reference code does, or the masked ones, on which alone the loss is"
+
+    def rules(self) -> Rules:
+        low, high = self.masked_share
+        return [
+            (0 <= low <= high <= 1, f"masked_share must satisfy 0 <= low <= high <= 1, not {self.masked_share}"),
+            (0 <= self.masked_images <= 1, f"masked_images is a share, from 0 to 1, not {self.masked_images}"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IBOTRecipe(DINORecipe):
+    """What `ibot` is told."""
+
+    method: str = "ibot"
+    ibot: Settings = Settings()
 
 
 @dataclass(frozen=True)
@@ -28,15 +58,15 @@ class MaskedCrops:
 
     crops: MultiCrop
     grid: tuple[int, int]
-    distill: Distill
+    settings: Settings
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
         return self.crops(image, rng) | {"masked": torch.stack([self._mask(rng) for _ in range(2)])}
 
     def _mask(self, rng: np.random.Generator) -> Tensor:
         n = self.grid[0] * self.grid[1]
-        count = round(n * rng.uniform(*self.distill.masked_share)) if rng.random() < self.distill.masked_images else 0
-        if self.distill.mask_shape == "block":
+        count = round(n * rng.uniform(*self.settings.masked_share)) if rng.random() < self.settings.masked_images else 0
+        if self.settings.mask_shape == "block":
             return torch.from_numpy(block_mask(self.grid, count, rng)).flatten()
         mask = torch.zeros(n, dtype=torch.bool)
         mask[torch.from_numpy(random_order(n, rng))[:count]] = True
@@ -46,16 +76,19 @@ class MaskedCrops:
 class IBOT(DINO):
     """DINO that also foretells masked patches."""
 
-    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
+    recipe_type = IBOTRecipe
+    recipe: IBOTRecipe
+
+    def __init__(self, recipe: IBOTRecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
-        self.patch_centre = Centre(recipe.distill.prototypes, recipe.distill.centre_momentum)
+        self.patch_centre = Centre(recipe.dino.prototypes, recipe.dino.centre_momentum)
 
     def grow(self, net: Siamese) -> Siamese:
         net.mask_token = nn.Parameter(torch.zeros(net.encoder.width))
         return net
 
     def views(self) -> MaskedCrops:
-        return MaskedCrops(super().views(), self.student.encoder.grid, self.recipe.distill)
+        return MaskedCrops(super().views(), self.student.encoder.grid, self.recipe.ibot)
 
     def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
         teacher, temperature, prefix = self.teacher.model, self.teacher_temperature(t), self.student.encoder.prefix
@@ -71,7 +104,7 @@ class IBOT(DINO):
         classes = tokens[:, :, 0]
         if "local" in batch:
             classes = torch.cat([classes, self.tokens(self.student, batch["local"])[:, :, 0]])
-        ts = self.recipe.distill.student_temperature
+        ts = self.recipe.dino.student_temperature
         across = across_views(self.student.head(classes), target, ts)
         foretold = self.student.head(_at(tokens[:, :, prefix:], chosen))
         within = masked_patches(foretold, self.target(patches_said, self.patch_centre, temperature), masked, ts, chosen)
@@ -79,7 +112,7 @@ class IBOT(DINO):
 
     def chosen(self, masked: Bool[Tensor, "v b n"]) -> Int[Tensor, " k"] | None:
         """Places, among all patches of all views, on which the head is put; None: on every one."""
-        if self.recipe.distill.patch_head == "all":
+        if self.recipe.ibot.patch_head == "all":
             return None
         places = masked.flatten().nonzero().squeeze(1)
         return places if len(places) else places.new_zeros(1)  # nobody masked anything: one patch, of no weight

@@ -8,6 +8,7 @@ the visible quarter.
 
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..config import Images, Recipe
+from ..config import Images, Recipe, Rules, Section
 from ..data.masking import random_order, visible_count
 from ..data.views import flip, random_resized_crop
 from ..engine.schedules import Progress
@@ -24,6 +25,32 @@ from ..models.backbone import Backbone
 from ..models.patches import standardise, take
 from .base import Method
 from .loss import squared_errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Section):
+    """Masked auto-encoding."""
+
+    mask_ratio: float = 0.75
+    "share of the patches that is hidden"
+    target: Literal["normalised", "pixels"] = "normalised"
+    "what a hidden patch is compared with: standardised by its own mean and variance, or plain pixels"
+    target_eps: float = 1e-6
+    "added to a patch's variance before it is divided by; larger on small patches, where flat ones are noise"
+
+    def rules(self) -> Rules:
+        return [
+            (0 < self.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, not {self.mask_ratio}"),
+            (self.target_eps > 0, f"target_eps must be above 0, not {self.target_eps}"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAERecipe(Recipe):
+    """What `mae` is told."""
+
+    method: str = "mae"
+    mae: Settings = Settings()
 
 
 @dataclass(frozen=True)
@@ -44,7 +71,10 @@ class CropAndOrder:
 class MAE(Method):
     """Masked auto-encoding."""
 
-    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
+    recipe_type = MAERecipe
+    recipe: MAERecipe
+
+    def __init__(self, recipe: MAERecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         """`mean` and `std` standardise the pixels, a value a channel, in units of 0 to 1."""
         super().__init__()
         self.recipe = recipe

@@ -1,10 +1,12 @@
 """What all methods with a mean teacher share: when it moves, how far, and what it is worth knowing of it."""
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from ..config import Recipe, parse_half_life
+from ..config import Recipe, Rules, Section, parse_half_life, readable
 from ..engine.schedules import Progress, cosine
 from ..models.backbone import Backbone
 from ..models.teacher import Teacher
@@ -14,11 +16,39 @@ MSN_STRETCH = 1.25
 "MSN's momentum rises in a straight line that would reach 1 after 1.25 runs (its code)."
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(Section):
+    """The mean teacher."""
+
+    schedule: Literal["half-life", "described", "released", "linear"] = "half-life"
+    "teacher momentum: constant, from `half_life`; a cosine to 1 (RC-MAE's text, DINO); constant (RC-MAE's code); linear towards 1 (MSN)"
+    momentum: float = 0.996
+    "where `described` and `linear` start, where `released` stays; `half-life` does not use it"
+    half_life: str = "0.5%"
+    "how long a student stays half remembered: '0.5%' of the run, '173 steps', '2e6 images', '0.5 epochs' or 'auto'"
+    ema_updates: int = 1
+    "teacher updates an optimizer step; the official code makes one a micro-batch (ViT-B and L: 2)"
+
+    def rules(self) -> Rules:
+        return [
+            (0 <= self.momentum <= 1, f"momentum must lie in 0 to 1, not {self.momentum}"),
+            (self.ema_updates >= 1, f"ema_updates must be 1 or more, not {self.ema_updates}"),
+            readable(parse_half_life, self.half_life),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanTeacherRecipe(Recipe):
+    """Of every method with a mean teacher."""
+
+    teacher: TeacherSettings = TeacherSettings()
+
+
 class MeanTeacher(Method):
     """A method with a teacher, an exponential moving average of the student, that moves after every applied optimizer step."""
 
     networks = ("student", "teacher")
-    recipe: Recipe
+    recipe: MeanTeacherRecipe
     teacher: Teacher
 
     def before_step(self, t: Progress, applied: Tensor) -> None:

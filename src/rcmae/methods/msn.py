@@ -13,13 +13,48 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from ..config import Recipe
+from ..config import Rules, Section
 from ..data.augment import MultiCrop
 from ..data.masking import random_order
 from ..engine.schedules import Progress
 from ..models.heads import mlp
-from .distillation import SelfDistillation, Siamese, Student, spread_of
+from .distillation import SelfDistillation, SelfDistillationRecipe, Siamese, Student, spread_of
 from .losses import assignments, balanced, entropy_gap, sharpened
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Section):
+    """Prototypes, anchors and targets."""
+
+    prototypes: int = 65536
+    "number of prototypes"
+    student_temperature: float = 0.1
+    "of the softmax over the prototypes"
+    sharpen: float = 0.25
+    "temperature that sharpens the targets"
+    sinkhorn: bool = False
+    "balance the targets over the prototypes"
+    anchor_drop: float = 0.15
+    "share of the patches that a large anchor view loses"
+    entropy: float = 1.0
+    "weight of the mean entropy that is maximised"
+
+    def rules(self) -> Rules:
+        return [
+            (self.prototypes >= 2, f"prototypes must be 2 or more, not {self.prototypes}"),
+            (self.student_temperature > 0, f"student_temperature must be above 0, not {self.student_temperature}"),
+            (self.sharpen > 0, f"sharpen must be above 0, not {self.sharpen}"),
+            (0 <= self.anchor_drop < 1, f"anchor_drop must lie in 0 to below 1, not {self.anchor_drop}"),
+            (self.entropy >= 0, f"entropy must be 0 or more, not {self.entropy}"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSNRecipe(SelfDistillationRecipe):
+    """What `msn` is told."""
+
+    method: str = "msn"
+    msn: Settings = Settings()
 
 
 @dataclass(frozen=True)
@@ -45,16 +80,19 @@ class Prototypes(nn.Module):
 class MSN(SelfDistillation):
     """Assigns masked and small views to the prototypes that the teacher chooses for the whole one."""
 
+    recipe_type = MSNRecipe
+    recipe: MSNRecipe
+
     @classmethod
-    def whole_batch(cls, recipe: Recipe) -> str:
+    def whole_batch(cls, recipe: MSNRecipe) -> str:
         return "the mean entropy and the head's statistics are those of a micro-batch"
 
     def head(self, inputs: int) -> nn.Module:
-        d = self.recipe.distill
-        return mlp([inputs, d.head_width, d.head_width, d.embedding], norm=True)
+        h = self.recipe.head
+        return mlp([inputs, h.head_width, h.head_width, h.embedding], norm=True)
 
     def grow(self, net: Siamese) -> Student:
-        return Student(net, Prototypes(self.recipe.distill.prototypes, self.recipe.distill.embedding))
+        return Student(net, Prototypes(self.recipe.msn.prototypes, self.recipe.head.embedding))
 
     @property
     def followed(self) -> Siamese:
@@ -64,8 +102,8 @@ class MSN(SelfDistillation):
         return AnchoredCrops(super().views(), self.patches)
 
     def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
-        d, teacher, trunk = self.recipe.distill, self.teacher.model, self.student.trunk
-        kept = batch["anchor_order"][:, : max(1, int((1 - d.anchor_drop) * self.patches))]
+        own, teacher, trunk = self.recipe.msn, self.teacher.model, self.student.trunk
+        kept = batch["anchor_order"][:, : max(1, int((1 - own.anchor_drop) * self.patches))]
         classes = [self.tokens(trunk, batch["image"][:, 1:], ids=kept)]
         classes += [self.tokens(trunk, batch["local"])] if "local" in batch else []
         with torch.no_grad():
@@ -74,9 +112,9 @@ class MSN(SelfDistillation):
         with torch.autocast(z.device.type, enabled=False):
             prototypes = self.student.top.weight
             with torch.no_grad():
-                said = sharpened(assignments(z.float(), prototypes, d.student_temperature), d.sharpen)
-                target = balanced(said) if d.sinkhorn else said
-            p = assignments(z_anchor.float(), prototypes, d.student_temperature)
+                said = sharpened(assignments(z.float(), prototypes, own.student_temperature), own.sharpen)
+                target = balanced(said) if own.sinkhorn else said
+            p = assignments(z_anchor.float(), prototypes, own.student_temperature)
             agreement = -torch.special.xlogy(target.repeat(len(z_anchor) // len(target), 1), p).sum(1).mean()
             gap = entropy_gap(p)
-        return {"loss": agreement + d.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(said)
+        return {"loss": agreement + own.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(said)

@@ -7,26 +7,52 @@ t: the reconstruction of the mean teacher from the same visible patches (S, the 
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import Recipe, parse_half_life
+from ..config import Rules, Section, parse_half_life
 from ..engine.distributed import average
 from ..engine.schedules import Progress
 from ..models.patches import take
 from ..models.teacher import Teacher
 from .base import Comparison
 from .loss import squared_errors
-from .mae import MAE, CropAndOrder
-from .mean_teacher import MeanTeacher
+from .mae import MAE, CropAndOrder, MAERecipe
+from .mean_teacher import MeanTeacher, MeanTeacherRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Section):
+    """What RC-MAE adds to MAE."""
+
+    gamma: float = 1.0
+    "weight of the consistency with the teacher; 0 is MAE"
+    teacher_mask: Literal["same", "different"] = "same"
+    "the teacher sees the student's visible patches (the paper's S), or draws its own (D)"
+
+    def rules(self) -> Rules:
+        return [(self.gamma >= 0, f"gamma must be 0 or more, not {self.gamma}")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RCMAERecipe(MAERecipe, MeanTeacherRecipe):
+    """What `rcmae` is told."""
+
+    method: str = "rcmae"
+    rcmae: Settings = Settings()
 
 
 class RCMAE(MeanTeacher, MAE):
     """MAE that also agrees with a slow average of itself."""
 
-    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
+    recipe_type = RCMAERecipe
+    recipe: RCMAERecipe
+
+    def __init__(self, recipe: RCMAERecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
         self.teacher = Teacher(self.student)
         # The half-life in steps where it is steered: a part of the checkpoint. 0 until the length of the run is known.

@@ -1,13 +1,31 @@
 """What self-distillation puts on an encoder. Weights are drawn anew for each head; nothing here is evaluated."""
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..config import Rules, Section
 from ..engine.distributed import average, mean_with_gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings(Section):
+    """The head on the encoder."""
+
+    head_width: int = 2048
+    "hidden width of the head"
+    embedding: int = 256
+    "width in which similarity is measured: before the prototypes, or (MoCo v3) of queries and keys"
+
+    def rules(self) -> Rules:
+        return [
+            (self.head_width > 0, f"head_width must be above 0, not {self.head_width}"),
+            (self.embedding > 1, f"embedding must be 2 or more, not {self.embedding}"),
+        ]
 
 
 class BatchNorm(nn.Module):

@@ -8,9 +8,10 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, Template
 from markupsafe import Markup, escape
 
-from ..config import Recipe, flat, parse_recipe, recipe_hash
+from ..config import Recipe, flat, recipe_hash
 from ..engine.metrics import read_metrics
 from ..engine.run import read_json
+from ..methods.recipes import parse_recipe
 from . import pictures, severity
 from .curves import Line, column, plot
 from .files import bad_files

@@ -56,7 +56,7 @@ class Supervised(Trainer):
     ) -> None:  # fmt: skip
         """Take what is trained, see `hold`; `images` says in words, and `facts` by name, what it is trained on."""
         self.images_in_words, self.facts = images, facts
-        self.hold(model, optimizer, data, backbone, load)
+        self.hold(model, optimizer, data, load, backbone)
 
     # --- what a subclass says -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,35 @@
+"""Lengths of time and half-lives, as one writes them."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ConfigError
+
+
+def parse_time(text: str) -> float:
+    """'90s', '10m', '1.5h', '2d' or plain seconds, in seconds."""
+    m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*([smhd]?)\s*", text)
+    if m is None or not (seconds := float(m[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[m[2]]) > 0:
+        raise ConfigError(f"{text!r} is no length of time; write 90s, 10m, 8h or 2d")
+    return seconds
+
+
+def parse_half_life(text: str) -> tuple[float, str]:
+    """'0.5%', '173 steps', '2e6 images' or '0.5 epochs' as (number, unit), the unit of a share is '%'; 'auto' as (0, 'auto')."""
+    if text.strip() == "auto":
+        return 0.0, "auto"
+    m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*(%|steps?|images?|epochs?)\s*", text)
+    if m is None or not float(m[1]) > 0:
+        raise ConfigError(f"{text!r} is no half-life; write '0.5%' (of the run), '173 steps', '2e6 images', '0.5 epochs' or 'auto'")
+    return float(m[1]), m[2] if m[2] == "%" else m[2].rstrip("s") + "s"
+
+
+def readable(parse: Callable[[str], Any], text: str | None) -> tuple[bool, str]:
+    """The rule that `parse` can read a text, if there is one: (fine, message)."""
+    try:
+        if text is not None:
+            parse(text)
+    except ConfigError as e:
+        return False, str(e)
+    return True, ""
