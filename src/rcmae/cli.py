@@ -95,7 +95,7 @@ def check_data(
     val
         A validation set, to look for images that are in both.
     recipe
-        The recipe to plan for [default: folder, or embedded for such a set].
+        The recipe to plan for [default: the one that suits the data].
     channels
         Bands of an image [default: the recipe's].
     batch_size
@@ -106,9 +106,10 @@ def check_data(
         Also write the findings to this file.
     """
     from .data.audit import audit, render, to_json
+    from .data.sources import recipe_for
 
     _check_place(json)
-    chosen = load_recipe(recipe or ("embedded" if path.startswith("embedded:") else "folder"))
+    chosen = load_recipe(recipe or recipe_for(path))
     if batch_size is not None:
         chosen = replace(chosen, optim=replace(chosen.optim, batch_size=batch_size))
     if channels is not None:

@@ -158,7 +158,7 @@ class Run:
             len(self.source), r.optim.batch_size, rank=self.world.rank, world=self.world.size, micro=m.accumulate,
             start=start, stop=stop, seed=r.seed,
         )  # fmt: skip
-        return batches_of(dataset, sampler, self.source.kind, m.workers, self.device, self.bad.note)
+        return batches_of(dataset, sampler, self.source, m.workers, self.device, self.bad.note)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 

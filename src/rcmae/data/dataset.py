@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import DataError, RcmaeError, StorageError
+from .base import Source
 from .decode import BadImage, decode
 from .sampler import Key
-from .sources import Source
 from .views import rng
 
 ATTEMPTS = 20

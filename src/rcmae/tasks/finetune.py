@@ -257,7 +257,7 @@ class Run(Training):
             vit.patch_embed.img_size, *self.statistics, scale=s.crop_scale, flip=s.flip, randaugment=s.randaugment, erasing=s.erasing
         )
         dataset = Images(self.train_set, view, s.seed, vit.in_chans, labelled=True)
-        return batches_of(dataset, self.sampler(start, stop), self.train_set.kind, self.machine.workers, self.device, self.bad.note)
+        return batches_of(dataset, self.sampler(start, stop), self.train_set, self.machine.workers, self.device, self.bad.note)
 
     def rate(self, t: Progress) -> float:
         return warmup_cosine(self.settings.peak_lr, self.settings.min_lr, self.warmup, t)

@@ -92,7 +92,7 @@ class Tuning:
     """End-to-end fine-tuning."""
 
     recipe: str | None = None
-    "a fine-tuning recipe (`rcmae list`) or TOML file; default: embedded for that set, else folder"
+    "a fine-tuning recipe (`rcmae list`) or TOML file; default: the one that suits the data"
     settings: tuple[str, ...] = ()
     "settings of the recipe that are replaced: --settings epochs=20 batch_size=256"
     accumulate: int = 1

@@ -118,7 +118,7 @@ class Detection:
     heads: int | None = None
     "attention heads, for weights that come without a configuration"
     recipe: str | None = None
-    "a detection recipe (`rcmae list`) or TOML file; default: embedded for the scenes, else vitdet-base (a width of 1,024 or more: -large)"
+    "a detection recipe (`rcmae list`) or TOML file; default: what suits the data, else vitdet-base (a width of 1,024 or more: -large)"
     settings: tuple[str, ...] = ()
     "settings of the recipe that are replaced: --settings epochs=25 size=512"
 
