@@ -91,6 +91,8 @@ class Run:
         if (why := METHODS[recipe.method].whole_batch(recipe)) and recipe.optim.batch_size // machine.accumulate < 2:
             raise ConfigError(f"{recipe.method} learns nothing from micro-batches of one image, as {why}: give a smaller --accumulate")
         self.source = open_source(recipe.data, recipe.images.channels, size=recipe.images.size)
+        for note in self.source.notes:
+            screen.say(f"note: {note}")
         batch = recipe.optim.batch_size
         if len(self.source) < batch:
             have = f"{recipe.data} holds {len(self.source)} images, fewer than the batch of {batch}"

@@ -213,7 +213,10 @@ class Drawn(Source):
 
 
 class DigitsSource(Drawn):
-    """Single digits as a data source, drawn once into memory. Behind another colon stands a split other than train."""
+    """Bundled: digits over photographs, with labels; no download.
+
+    Drawn once, into memory. Behind another colon may stand a split, train or test.
+    """
 
     form = "embedded:digits"
 
@@ -255,7 +258,10 @@ class DigitsSource(Drawn):
 
 
 class ScenesSource(Drawn):
-    """Scenes as a data source, each drawn when it is first needed (some 5 ms at 128 px) and kept. Without labels: an image has many."""
+    """Bundled: scenes of many digits, without labels; no download.
+
+    Each is drawn when it is first needed (some 5 ms at 128 px), and kept.
+    """
 
     form, has_objects = "embedded:scenes", True
 

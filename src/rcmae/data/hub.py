@@ -3,11 +3,10 @@
 import errno
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, first_line
+from ..errors import DataError, first_line, optional
 from .base import Asked, Source
 
 SCHEME = "hub:"
@@ -31,7 +30,7 @@ class Hub(Source):
         if spec.count(":") > 1:
             return None
         try:
-            splits = _datasets().get_dataset_split_names(spec.removeprefix(SCHEME))
+            splits = optional("datasets", "hub").get_dataset_split_names(spec.removeprefix(SCHEME))
         except (OSError, ValueError) as e:
             raise DataError(f"{spec} cannot be loaded: {type(e).__name__}: {e}") from e
         for test in ("validation", "val", "test"):
@@ -42,7 +41,7 @@ class Hub(Source):
         )
 
     def __init__(self, name: str):
-        datasets = _datasets()
+        datasets = optional("datasets", "hub")
         path, _, split = name.removeprefix(SCHEME).partition(":")
         try:
             self.table = datasets.load_dataset(path, split=split or "train")
@@ -72,9 +71,3 @@ class Hub(Source):
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self.name} {len(self)} {self.table._fingerprint}".encode()).hexdigest()
-
-
-def _datasets() -> Any:
-    from ..engine.metrics import optional  # only here: it loads torch, which help does without
-
-    return optional("datasets", "hub")

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ..config import Recipe
-from ..data.dataset import read_image
 from ..data.decode import BadImage
+from ..data.pixels import read_image
 from ..data.sources import Source
 from ..data.views import center
 from ..models.backbone import Backbone

@@ -18,7 +18,7 @@ class Evaluation:
     """What every task is told."""
 
     data: str = "embedded:digits"
-    "labelled images: a folder with train/ and val/, a folder of classes, tar shards, hub:NAME or embedded:digits"
+    "labelled images: a folder with train/ and val/, a folder of classes, or another source that `rcmae list` shows"
     val: str | None = None
     "the part to score on, where it is not in data"
     which: Which = "teacher"

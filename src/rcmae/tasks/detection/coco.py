@@ -22,9 +22,9 @@ from PIL import Image
 
 from ...config import hint
 from ...data.base import Asked, Source, Strings, printable
-from ...data.dataset import read_image
 from ...data.decode import PIXEL_LIMIT
 from ...data.files import Files
+from ...data.pixels import read_image
 from ...data.sources import SOURCES, kind_of, namesakes
 from ...engine.metrics import optional
 from ...errors import ConfigError, DataError

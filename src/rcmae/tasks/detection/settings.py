@@ -108,7 +108,7 @@ class Detection:
     """What `rcmae detect train` is told beside the machine."""
 
     data: str = "embedded:scenes"
-    "a folder with annotations/*.json and images, a JSON file, or embedded:scenes"
+    "a folder with annotations/*.json and images, a JSON file, or a source with objects (`rcmae list`)"
     val: str | None = None
     "the folder or JSON file to score on, where data does not hold it"
     which: Literal["teacher", "student"] = "teacher"
@@ -128,7 +128,7 @@ class Scoring:
     """What `rcmae detect eval` is told."""
 
     data: str | None = None
-    "a folder with annotations/*.json and images, a JSON file, or embedded:scenes; its test part is scored; default: what it was trained on"
+    "as `rcmae detect train` takes it; its test part is scored; default: what the detector was trained on"
     results: Path | None = None
     "score this file of COCO results instead of running the detector"
     areas: Literal["auto", "coco", "relative"] = "auto"
