@@ -1024,7 +1024,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         forgets_what_it_named,
         "test_data.py::test_each_bad_file_is_named_once_and_changes_no_other_sample",
     ),
-    "file names reach the terminal as they are": ("rcmae.data.sources:printable", raw_names, "test_data.py::test_odd_names"),
+    "file names reach the terminal as they are": ("rcmae.data.files:printable", raw_names, "test_data.py::test_odd_names"),
     "the test split has training glyphs": (
         "rcmae.data.digits:_glyphs",
         one_split,

@@ -23,10 +23,11 @@ from rcmae.config import Images as ImagesConfig
 from rcmae.data import audit as audit_module
 from rcmae.data import decode as decode_module
 from rcmae.data.audit import _unfit, audit, to_json
+from rcmae.data.base import Strings, printable
 from rcmae.data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker, read_image
 from rcmae.data.decode import BadImage, decode
 from rcmae.data.sampler import BatchSampler, order
-from rcmae.data.sources import Strings, open_source, printable
+from rcmae.data.sources import open_source
 from rcmae.data.views import center, crop_box, flip, random_resized_crop, rng
 from rcmae.errors import ConfigError, DataError, StorageError
 from rcmae.methods.mae import CropAndOrder
@@ -506,7 +507,7 @@ def test_what_is_no_source_is_one_line(tmp_path):
     fill(tmp_path / "empty" / "sub", {"notes.md": b"x"})
     for spec, message in (
         (tmp_path / "x.tar", "is not a whole tar file"),
-        (tmp_path / "x.csv", "is neither a folder, nor a list"),
+        (tmp_path / "x.csv", "is none of these: folder, list"),
         (tmp_path / "empty", r"holds no images \(1 other files\); looked for .jpg"),
         (tmp_path / "none", "does not exist"),
     ):
@@ -530,6 +531,41 @@ def test_the_fingerprint_is_of_the_content_not_the_place(tmp_path):
     assert one.fingerprint() == two.fingerprint()
     fill(tmp_path / "b", {"00.png": b"longer or shorter"})
     assert open_source(str(tmp_path / "b")).fingerprint() != one.fingerprint()
+
+
+def pinned(root: Path) -> dict[str, str]:
+    """A folder, a list, shards and the folder of these: the same bytes everywhere, whatever encodes images."""
+    files = {f"{c}/{i}.png": f"{c}{i}".encode() * (i + 1) for c in ("dog", "cat") for i in (10, 9, 2)}
+    fill(root / "folder", files | {"notes.txt": b"x", ".hidden.png": b"x"})
+    (root / "list.txt").write_text("".join(f"folder/{name}\t{name[:3]}\n" for name in files))
+    (root / "shards").mkdir()
+    for k in (1, 0):
+        with tarfile.open(root / "shards" / f"x-{k}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, raw in [*list(files.items())[3 * k : 3 * k + 3], (("dog/10.cls", b"7"), ("cat/2.cls", b"9"))[k], ("readme.md", b"x")]:
+                info = tarfile.TarInfo(name.replace("/", "_"))
+                info.size = len(raw)
+                tar.addfile(info, io.BytesIO(raw))
+    return {name: str(root / name) for name in ("folder", "list.txt", "shards")}
+
+
+PINNED = {
+    "folder": (["cat10", "cat2c", "cat9c", "dog10", "dog2d", "dog9d"], [0, 0, 0, 1, 1, 1], ["cat", "dog"], "3c73a3e39e8cabf7"),
+    "list.txt": (["dog10", "dog9d", "dog2d", "cat10", "cat9c", "cat2c"], [1, 1, 1, 0, 0, 0], ["cat", "dog"], "5a3c9d071e4191d1"),
+    "shards": (["dog10", "dog9d", "dog2d", "cat10", "cat9c", "cat2c"], [0, -1, -1, -1, -1, 1], ["7", "9"], "ce940e963cf69219"),
+}
+
+
+def test_order_labels_and_fingerprints_are_those_that_runs_recorded(tmp_path):
+    """A run goes on with the data that its checkpoint names by fingerprint: these may never change."""
+    for name, spec in pinned(tmp_path).items():
+        source = open_source(spec)
+        found = (
+            [source.read(i).decode()[:5] for i in range(len(source))],
+            source.labels.tolist(),
+            source.classes,
+            source.fingerprint()[:16],
+        )
+        assert found == PINNED[name], name
 
 
 def test_a_million_names_are_two_arrays():
@@ -586,7 +622,7 @@ def test_more_shards_than_open_files(tmp_path):
             tar.addfile(info, io.BytesIO(ODD["grey.png"][0]))
     code = (
         "import resource, sys\nfrom rcmae.data.sources import open_source\nresource.setrlimit(resource.RLIMIT_NOFILE, (90, 90))\n"
-        "source = open_source(sys.argv[1])\nprint(len({source.read(i) for i in range(100)}), len(source.open))\n"
+        "source = open_source(sys.argv[1])\nprint(len({source.read(i) for i in range(100)}), len(source.opened))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "d")], capture_output=True, text=True, check=False)
     assert done.stdout == "1 64\n", done.stderr

@@ -324,7 +324,7 @@ def test_run_lengths_are_read_as_they_are_written():
 
 def test_scenes_are_a_set_whose_objects_are_what_was_drawn():
     train, test = open_coco("embedded:scenes", train_images=6, test_images=3, size=96)
-    assert (len(train), len(test), train.kind, train.classes) == (6, 3, "embedded", [str(d) for d in range(10)])
+    assert (len(train), len(test), train.in_memory, train.classes) == (6, 3, True, [str(d) for d in range(10)])
     for part, split in ((train, "train"), (test, "test")):
         for index in range(len(part)):
             image, instances = scene(0, split, index, 96)
@@ -347,7 +347,7 @@ def test_written_scenes_are_read_as_the_same(tmp_path):
 
 def test_scenes_are_a_source_of_images_without_labels():
     source = open_source("embedded:scenes", size=48)
-    assert (len(source), source.labels, source.classes, source.kind) == (4096, None, [], "embedded")
+    assert (len(source), source.labels, source.classes, source.kind) == (4096, None, (), "embedded")
     assert np.array_equal(source.read(4095), scene(0, "train", 4095, 48)[0])
     assert source.read(7) is not source.read(8) and np.array_equal(source.read(7), source.read(7))
     prints = {ScenesSource(split, count, size, seed).fingerprint() for split, count, size, seed in [

@@ -135,7 +135,7 @@ def test_every_sample_is_a_function_of_its_numbers(sets):
     one = {key: data[key]["image"] for key in keys}
     np.random.seed(1), torch.manual_seed(1)
     assert all(torch.equal(data[key]["image"], one[key]) for key in reversed(keys))
-    batches = batches_of(data, [keys[:8], keys[8:]], "folder", 1, torch.device("cpu"), lambda bad: None)
+    batches = batches_of(data, [keys[:8], keys[8:]], source, 1, torch.device("cpu"), lambda bad: None)
     assert torch.equal(torch.cat([b["image"] for b in batches]), torch.stack(list(one.values())))
     assert sum(torch.equal(one[0, i], one[1, i]) for i in range(8)) == 0
     assert torch.stack(list(one.values())).flatten(1).max(1).values.gt(1.01).any(), "noise has no bounds: something was erased"

@@ -1,6 +1,7 @@
 """The house itself: layers, tables, commands and dependencies are what the documents say."""
 
 import ast
+import inspect
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import rcmae
 from benchmarks import tables
 from rcmae.config import Machine, flags
+from rcmae.data.sources import SOURCES
 from rcmae.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +50,30 @@ def test_the_trainers_name_no_method():
     for name in ("trainer.py", "pretraining.py"):
         code = (SOURCE / name).read_text().split('"""', 2)[2]
         assert not re.search(r"\b(MAE|RCMAE|rcmae\.rcmae)\b", code), name
+
+
+def test_no_other_file_names_a_kind_of_source():
+    """Only a setting's default may, as a user would."""
+    schemes = {kind.form.partition(":")[0] + ":" for kind in SOURCES if ":" in kind.form}
+    kinds = {kind.kind for kind in SOURCES}
+    own = {Path(inspect.getfile(kind)) for kind in SOURCES}
+    assert len(schemes) > 1 and len(own) > 3
+    for path in set(SOURCE.rglob("*.py")) - own:
+        tree = ast.parse(path.read_text())
+        defaults = {n.value for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and getattr(n.target, "id", "") == "data"}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in defaults:
+                assert not any(re.search(rf"\b{scheme}(?! )", node.value) for scheme in schemes), (
+                    f"{path.name}:{node.lineno} {node.value!r}"
+                )
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                asked = any(isinstance(n, ast.Attribute) and n.attr == "kind" for n in sides)
+                named = {n.value for side in sides for n in ast.walk(side) if isinstance(n, ast.Constant)}
+                assert not (asked and named & kinds), f"{path.name}:{node.lineno} asks for a kind by name"
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                names = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+                assert not names & {kind.__name__ for kind in SOURCES}, f"{path.name}:{node.lineno} asks for a class"
 
 
 def test_the_suite_tests_this_checkout(pytestconfig):

@@ -98,11 +98,11 @@ def check_data(
     Parameters
     ----------
     path
-        Folder, list file, tar shards, hub:NAME, embedded:digits or embedded:scenes.
+        The images: a folder, or another source that `rcmae list` shows.
     val
         A validation set, to look for images that are in both.
     recipe
-        The recipe to plan for [default: folder, or embedded for such a set].
+        The recipe to plan for [default: the one that suits the data].
     channels
         Bands of an image [default: the recipe's].
     batch_size
@@ -112,18 +112,24 @@ def check_data(
     json
         Also write the findings to this file.
     """
-    from .data.audit import audit, render, to_json
+    from .engine.console import Screen
     from .methods.recipes import load_recipe
 
     _check_place(json)
-    chosen = load_recipe(recipe or ("embedded" if path.startswith("embedded:") else "folder"))
+    screen = Screen(True)
+    screen.say(f"checking {path}{f' against {val}' if val else ''}")  # first: what follows takes seconds to load
+
+    from .data.audit import audit, render, to_json
+    from .data.sources import recipe_for
+
+    chosen = load_recipe(recipe or recipe_for(path))
     if batch_size is not None:
         chosen = replace(chosen, optim=replace(chosen.optim, batch_size=batch_size))
     if channels is not None:
         chosen = replace(chosen, images=replace(chosen.images, channels=channels))
     check(chosen)
     check(Machine(bad_share=bad_share))
-    found = audit(path, val=val, recipe=chosen, bad_share=bad_share)
+    found = audit(path, val=val, recipe=chosen, bad_share=bad_share, screen=screen)
     _console().print(render(found))
     if json:
         json.write_text(to_json(found), encoding="utf-8")
@@ -689,13 +695,18 @@ def detect_export(checkpoint: Path, /, *, out: Path = Path("pyramid.pt2")) -> No
 
 @app.command(name="list")
 def list_all() -> None:
-    """Show methods, models and recipes."""
+    """Show data, methods, models and recipes."""
     from rich.table import Table
 
+    from .data.sources import SOURCES
     from .methods import METHODS
     from .methods.recipes import parse_recipe
     from .models.autoencoder import SIZES
 
+    table = Table("--data", "", "objects", title="Data", title_justify="left")
+    for kind in reversed(SOURCES):
+        table.add_row(kind.form, (kind.__doc__ or "").splitlines()[0], "yes" if kind.has_objects else "")
+    _console().print(table)
     table = Table("recipe", "method", "what for", title="Recipes", title_justify="left")
     for name, file in shipped_recipes().items():
         text = file.read_text(encoding="utf-8")

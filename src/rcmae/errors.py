@@ -1,5 +1,8 @@
 """What can go wrong, each with the exit code the command ends with. A message is one line: what, where, what to do."""
 
+import importlib
+from typing import Any
+
 
 class RcmaeError(Exception):
     """An expected failure. `rcmae` prints its message as one line and exits with `exit_code`."""
@@ -64,3 +67,11 @@ class Preempted(RcmaeError):
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, or the error's kind where it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def optional(module: str, extra: str) -> Any:
+    """Import a module of an extra. Raises ConfigError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise ConfigError(f"{module} is not installed; it comes with the {extra} extra: pip install 'rcmae[{extra}]'") from e

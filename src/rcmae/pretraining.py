@@ -78,7 +78,7 @@ class Pretraining(Trainer):
 
     def __init__(self, recipe: Recipe, context: RunContext):
         self.began = time.monotonic()
-        images = open_images(recipe)
+        images = open_images(recipe, context.screen)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
         if (why := METHODS[recipe.method].whole_batch(recipe)) and self.batch_size // self.machine.accumulate < 2:
             raise ConfigError(f"{recipe.method} learns nothing from micro-batches of one image, as {why}: give a smaller --accumulate")
@@ -93,8 +93,11 @@ class Pretraining(Trainer):
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation of each channel, in units of 0 to 1."""
-        images = self.recipe.images
-        return usual_statistics(images) or self.world.from_first(measure_statistics(self.images, images.channels))
+        images, count = self.recipe.images, min(1000, len(self.images))
+        if usual := usual_statistics(images):
+            return usual
+        with self.screen.progress(f"measuring mean and deviation of {count:,} images", count) as tick:
+            return self.world.from_first(measure_statistics(self.images, images.channels, count, tick) if self.world.first else None)
 
     def build(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Method:
         """The method with weights drawn from the seed, on the device."""
@@ -110,7 +113,7 @@ class Pretraining(Trainer):
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         dataset = Images(self.images, self.method.views(), self.seed, self.recipe.images.channels)
-        return batches_of(dataset, self.sampler(start, stop), self.images.kind, self.machine.workers, self.device, self.bad.note)
+        return batches_of(dataset, self.sampler(start, stop), self.images, self.machine.workers, self.device, self.bad.note)
 
     # --- the step -------------------------------------------------------------------------------------------------------
 
@@ -350,9 +353,13 @@ class Pretraining(Trainer):
         return Result(self.out, self.step, self.scores)
 
 
-def open_images(recipe: Recipe) -> Source:
+def open_images(recipe: Recipe, screen: Screen) -> Source:
     """The images of a recipe. Raises DataError where they are fewer than a batch."""
-    images, batch = open_source(recipe.data, recipe.images.channels, size=recipe.images.size), recipe.optim.batch_size
+    with screen.progress(f"indexing {recipe.data}", 100) as tick:
+        images = open_source(recipe.data, recipe.images.channels, size=recipe.images.size, tick=lambda share: tick(round(100 * share)))
+    for note in images.notes:
+        screen.say(f"note: {note}")
+    batch = recipe.optim.batch_size
     if len(images) < batch:
         have = f"{recipe.data} holds {len(images)} images, fewer than the batch of {batch}"
         raise DataError(f"{have}; give --batch-size {2 ** (max(len(images), 1).bit_length() - 1)} or more images")

@@ -32,7 +32,7 @@ from jaxtyping import Bool
 from safetensors.numpy import load_file
 
 from ..config import Recipe, changed, hint, parse_time, recipe_hash, shipped_recipes, to_toml, with_settings
-from ..data.sources import open_source
+from ..data.sources import open_source, recipe_for
 from ..engine import signals
 from ..engine.checkpoint import replace_file
 from ..engine.console import clock
@@ -76,13 +76,13 @@ class Arm:
 def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] = ()) -> list[Arm]:
     """Names to arms: a method, or a recipe's name or file; behind commas its own settings: "rcmae, half_life=5%".
 
-    A method stands for its recipe on the embedded set, or on other `data` for its ViT-S recipe; `settings` hold for every arm.
+    A method stands for its recipe on the bundled set, or on other `data` for its ViT-S recipe; `settings` hold for every arm.
     The network that a method trains for is judged: its teacher, where it has one. Raises ConfigError.
     """
     found = []
     for name in names:
         head, *own = (part.strip() for part in re.split(r",(?![^\[]*\])", name))
-        recipe = _recipe("rcmae" if head == AVERAGED else head, embedded=(data or "embedded:").startswith("embedded:"))
+        recipe = _recipe("rcmae" if head == AVERAGED else head, suited=recipe_for(data or Recipe.data))
         recipe = with_settings(recipe, [*settings, *own], name)
         recipe = replace(recipe, data=data or recipe.data)
         paid = recipe
@@ -102,14 +102,14 @@ def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] 
     return found
 
 
-def _recipe(name: str, embedded: bool) -> Recipe:
-    """A method's recipe for the embedded set, or for other images: its ViT-S recipe with the batch and the memory of recipe `folder`."""
+def _recipe(name: str, suited: str) -> Recipe:
+    """A method's recipe of the `suited` kind, or beside `folder` its ViT-S recipe with the batch and the memory of that one."""
     if name not in METHODS:
         known = [*METHODS, AVERAGED, *shipped_recipes()]
         if name not in known and not Path(name).is_file():
             raise ConfigError(f"there is no method, recipe or recipe file {name!r}{hint(name, known)} (`rcmae list` shows all)")
         return load_recipe(name)
-    if not embedded:
+    if suited == "folder":
         folder, recipe = load_recipe("folder"), load_recipe(f"{name}-vits16-in1k")
         memory = {"teacher": folder.teacher} if hasattr(recipe, "teacher") else {}
         return replace(changed(recipe, batch_size=folder.optim.batch_size), **memory)

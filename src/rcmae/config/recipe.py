@@ -154,7 +154,7 @@ class Recipe(Section):
     method: str = ""
     "what is learned: see `rcmae list`"
     data: str = "embedded:digits"
-    "folder, list file (.txt), tar shards (folder or pattern), hub:NAME, embedded:digits or embedded:scenes"
+    "the images: a folder, or another source that `rcmae list` shows"
     seed: int = 0
     "every crop, mask and initial weight is a function of it"
     epochs: float | None = None

@@ -6,6 +6,7 @@ import io
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +15,17 @@ from rich.console import Group
 from rich.table import Table
 
 from ..config import Recipe
-from .dataset import read_image
+from ..engine.console import Screen
+from .base import Source
 from .decode import FORMATS, BadImage
-from .sources import Source, open_source
+from .pixels import moments, read_image
+from .sources import open_source
 
 FLAT = 2.0
 "Deviation of the pixels (of 255) below which an image is called nearly constant."
+
+EVERY = 5.0
+"Seconds between lines of progress, where there is no terminal."
 
 SHOWN = 10
 "Lines of a list that are shown; the JSON holds all."
@@ -57,15 +63,15 @@ class Audit:
         )
 
 
-def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_share: float = 0.01) -> Audit:
-    """Read every image of `path` once (and the bytes of `val`). Raises the DataErrors of `open_source`."""
-    channels = recipe.images.channels
-    source, other = (open_source(p, channels, recipe.images.size, recipe.seed) if p else None for p in (path, val))
+def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_share: float = 0.01, screen: Screen | None = None) -> Audit:
+    """Read every image of `path` once (and the bytes of `val`), with progress on the `screen`. Raises the DataErrors of `open_source`."""
+    channels, screen = recipe.images.channels, screen or Screen(False)
+    source, other = (_indexed(p, recipe, screen) if p else None for p in (path, val))
     formats, modes, sizes = Counter[str](), Counter[str](), []
     unreadable, constant = [], []
     hashes: dict[bytes, list[int]] = {}
     sums, squares, seconds = np.zeros(channels), np.zeros(channels), 0.0
-    for i in range(len(source)):
+    for i in _each(source, "reading", screen):
         try:
             raw, digest = _bytes(source, i)
             start = time.perf_counter()
@@ -75,13 +81,13 @@ def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_shar
             unreadable.append((source.where(i), str(e)))
             continue
         hashes.setdefault(digest, []).append(i)
-        form, mode = _header(raw) if source.kind != "embedded" else ("drawn", "RGB")
+        form, mode = _header(raw)
         formats[form] += 1
         modes[mode] += 1
         sizes.append(pixels.shape[:2])
-        values = pixels.reshape(-1, channels) / 255.0
-        sums, squares = sums + values.mean(0), squares + (values**2).mean(0)
-        if 255 * values.std(0).max() < FLAT:
+        mean, square = moments(pixels)
+        sums, squares = sums + mean, squares + square
+        if 255 * np.sqrt(np.maximum(square - mean**2, 0)).max() < FLAT:
             constant.append(source.where(i))
     count = len(sizes)
     mean = sums / max(count, 1)
@@ -90,27 +96,46 @@ def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_shar
         name=path, kind=source.kind, images=len(source), formats=dict(formats), modes=dict(modes),
         widths=_range(widths), heights=_range(heights), unreadable=unreadable,
         duplicates=[tuple(source.where(i) for i in same) for same in hashes.values() if len(same) > 1],
-        leaks=_leaks(source, hashes, other) if other else [],
+        leaks=_leaks(source, hashes, other, screen) if other else [],
         constant=constant, mean=tuple(mean.tolist()), std=tuple(np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0)).tolist()),
         images_per_second=count / max(seconds, 1e-9), classes=_classes(source), plan=_plan(len(source), heights, widths, recipe),
         bad_share=bad_share,
     )  # fmt: skip
 
 
-def _bytes(source: Source, index: int) -> tuple[bytes, bytes]:
+def _indexed(path: str, recipe: Recipe, screen: Screen) -> Source:
+    with screen.progress(f"looking for the images of {path}, %", 100, EVERY) as tick:
+        source = open_source(path, recipe.images.channels, recipe.images.size, recipe.seed, lambda share: tick(int(100 * share)))
+    screen.say(f"{path}: {len(source):,} images ({source.kind})")
+    for note in source.notes:
+        screen.say(f"note: {note}")
+    return source
+
+
+def _each(source: Source, what: str, screen: Screen) -> Iterator[int]:
+    """The numbers of all images, with progress."""
+    with screen.progress(f"{what} {source.name}", len(source), EVERY) as tick:
+        for i in range(len(source)):
+            yield i
+            tick(i + 1)
+
+
+def _bytes(source: Source, index: int) -> tuple[bytes | np.ndarray, bytes]:
     try:
         raw = source.read(index)
     except OSError as e:
         raise BadImage(e.strerror or "cannot be read") from e
-    raw = raw.tobytes() if isinstance(raw, np.ndarray) else raw
-    return raw, hashlib.sha256(raw).digest()
+    return raw, hashlib.sha256(raw.tobytes() if isinstance(raw, np.ndarray) else raw).digest()
 
 
-def _header(raw: bytes) -> tuple[str, str]:
+def _header(raw: bytes | np.ndarray) -> tuple[str, str]:
+    """Format and mode."""
+    if isinstance(raw, np.ndarray):
+        return "pixels", {1: "L", 3: "RGB"}.get(raw.shape[2], f"{raw.shape[2]} bands")
     try:
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
             return image.format or "?", image.mode
-    except Exception:  # multi-band TIFF and pixels in memory have no header that Pillow reads
+    except Exception:  # a multi-band TIFF has no header that Pillow reads
         return "other", "other"
 
 
@@ -118,9 +143,9 @@ def _range(values: np.ndarray) -> tuple[int, int, int]:
     return int(values.min()), int(np.median(values)), int(values.max())
 
 
-def _leaks(source: Source, hashes: dict[bytes, list[int]], val: Source) -> list[tuple[str, str]]:
+def _leaks(source: Source, hashes: dict[bytes, list[int]], val: Source, screen: Screen) -> list[tuple[str, str]]:
     found = []
-    for i in range(len(val)):
+    for i in _each(val, "comparing", screen):
         try:
             _, digest = _bytes(val, i)
         except BadImage:

@@ -1,7 +1,6 @@
 """Samples from a source, and what becomes of images that cannot be read."""
 
 import ctypes
-import errno
 import fcntl
 import json
 import signal
@@ -17,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..engine import signals
 from ..errors import DataError, RcmaeError, StorageError
-from .decode import BadImage, decode
+from .base import Source
+from .decode import BadImage
+from .pixels import moments, read_image
 from .sampler import Key
-from .sources import Source
 from .views import rng
 
 ATTEMPTS = 20
@@ -72,23 +72,6 @@ class Images(Dataset):
         raise DataError(f"{bad[0][1]} cannot be read ({bad[0][2]}), nor can {ATTEMPTS} others; look with `rcmae check`")
 
 
-def read_image(source: Source, index: int, channels: int, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """Image `index`, uint8 [h, w, channels]. Raises BadImage, also where it is not of the (height, width) `shape`.
-
-    With a shape, an image that has it as stored is taken as stored, whatever EXIF says, and else turned.
-    """
-    try:
-        raw = source.read(index)
-    except OSError as e:
-        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # not the image's fault
-            raise StorageError(f"{source.where(index)} cannot be opened: {e.strerror}; raise `ulimit -n` or use fewer --workers") from e
-        raise BadImage(e.strerror or "cannot be read") from e
-    pixels = raw if isinstance(raw, np.ndarray) else decode(raw, channels, shape=shape)
-    if shape and pixels.shape[:2] != shape:
-        raise BadImage(f"is {pixels.shape[1]} x {pixels.shape[0]} pixels, not {shape[1]} x {shape[0]} as its annotations say")
-    return pixels
-
-
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of tensors, and under "bad" the list of all unreadable images."""
     bad = [b for sample in samples for b in sample.pop("bad")]
@@ -131,17 +114,23 @@ class BadFiles:
         self.known.add(index)
 
 
-def measure_statistics(source: Source, channels: int, samples: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel over the pixels of a fixed random subset, in units of 0 to 1."""
+def measure_statistics(
+    source: Source, channels: int, samples: int = 1000, tick: Callable[[int], None] = lambda done: None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel over the pixels of a fixed random subset, in units of 0 to 1.
+
+    `tick` is told how many of the min(samples, len(source)) images are done. Raises DataError when none can be read.
+    """
     chosen = np.random.Generator(np.random.Philox(key=0)).permutation(len(source))[:samples]
     sums, squares, count = np.zeros(channels), np.zeros(channels), 0
-    for i in chosen:
+    for done, i in enumerate(chosen):
+        tick(done)
         try:
-            pixels = read_image(source, int(i), channels).reshape(-1, channels) / 255.0
+            mean, square = moments(read_image(source, int(i), channels))
         except BadImage:
             continue
         # Every image counts alike, whatever its size.
-        sums, squares, count = sums + pixels.mean(0), squares + (pixels**2).mean(0), count + 1
+        sums, squares, count = sums + mean, squares + square, count + 1
     if not count:
         raise DataError(f"none of {len(chosen)} sampled images of {source.name} can be read; look with `rcmae check`")
     mean = sums / count

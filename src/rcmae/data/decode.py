@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..engine.metrics import optional
-from ..errors import ConfigError, RcmaeError
+from ..errors import ConfigError, RcmaeError, optional
 
 PIXEL_LIMIT = 100_000_000
 "Pixels above which an image is refused before it is decoded: a hundred megapixels, 300 MB as RGB."

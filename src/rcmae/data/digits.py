@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
+
+from ..errors import ConfigError
+from .base import Asked, Source
 
 GENERATOR = 1
 "Version of the drawing. Raise it when an image changes: results of different versions are not comparable."
@@ -48,6 +50,8 @@ class Instance:
 @functools.cache
 def _glyphs() -> tuple[Float[np.ndarray, "n 64 64"], Int[np.ndarray, " n"], dict[str, Int[np.ndarray, " m"]]]:
     """Masks with values 0 to 1, labels, and the glyphs of each split: every fifth of a class, shuffled once, is test."""
+    from sklearn.datasets import load_digits  # only here: help does without
+
     digits = load_digits()
     images = [Image.fromarray(g.astype(np.float32) / 16).resize((_FINE, _FINE), Image.Resampling.BICUBIC) for g in digits.images]
     masks = np.clip((np.stack([np.asarray(i) for i in images]) - 0.3) / 0.4, 0, 1).astype(np.float32)
@@ -63,6 +67,8 @@ def _glyphs() -> tuple[Float[np.ndarray, "n 64 64"], Int[np.ndarray, " n"], dict
 @functools.cache
 def _textures(split: str) -> list[UInt8[np.ndarray, "h w 3"]]:
     """Photographs at three scales; the left three quarters are for training, the rest for testing."""
+    from sklearn.datasets import load_sample_images
+
     parts = []
     for photo in load_sample_images().images:
         cut = photo.shape[1] * 3 // 4
@@ -186,13 +192,51 @@ def set_hash(size: int = 32, count: int = 64) -> str:
     return digest.hexdigest()
 
 
-class DigitsSource:
-    """Single digits as a data source, drawn once into memory."""
+TEST_IMAGES = 4000
+"Digits of the test part, where no number is asked for."
 
-    kind = "embedded"
+
+class Drawn(Source):
+    """What the two embedded sets share: they lie in memory, in 3 channels, and have a recipe of their own."""
+
+    kind, recipe, in_memory = "embedded", "embedded", True
+    split: str
+
+    @classmethod
+    def check(cls, asked: Asked) -> None:
+        """Refuse what is not drawn. Raises ConfigError."""
+        if asked.channels != 3:
+            raise ConfigError(f"{cls.form} is drawn in 3 channels, not {asked.channels}; leave --channels out")
+
+    def where(self, index: int) -> str:
+        return f"{self.name}/{self.split}/{index}"
+
+
+class DigitsSource(Drawn):
+    """Bundled: digits over photographs, with labels; no download.
+
+    Drawn once, into memory. Behind another colon may stand a split, train or test.
+    """
+
+    form = "embedded:digits"
+
+    @classmethod
+    def matches(cls, spec: str) -> bool:
+        return spec in (cls.form, *(f"{cls.form}:{split}" for split in _SPLITS))
+
+    @classmethod
+    def open(cls, spec: str, asked: Asked) -> "DigitsSource":
+        cls.check(asked)
+        if spec.endswith(":test"):
+            return cls("test", TEST_IMAGES, asked.size, asked.seed)
+        return cls("train", size=asked.size, seed=asked.seed)
+
+    @classmethod
+    def parts(cls, spec: str) -> tuple[str, str] | None:
+        return (spec, f"{spec}:test") if spec == cls.form else None
 
     def __init__(self, split: str = "train", count: int = 16384, size: int = 32, seed: int = 0):
-        self.name, self.classes = "embedded:digits", [str(d) for d in range(10)]
+        self.name, self.classes = self.form, [str(d) for d in range(10)]
         self.split, self.size, self.seed = split, size, seed
         parts = [_draw(seed, split, np.arange(i, min(i + 256, count)), size) for i in range(0, count, 256)]
         self.images = np.concatenate([p[0] for p in parts])
@@ -204,22 +248,37 @@ class DigitsSource:
     def read(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
         return self.images[index]
 
-    def where(self, index: int) -> str:
-        return f"{self.name}/{self.split}/{index}"
-
     def fingerprint(self) -> str:
         about = f"{GENERATOR} {self.split} {len(self)} {self.size} {self.seed} {set_hash()}"
         return hashlib.sha256(about.encode()).hexdigest()
 
+    def for_probes(self, train: int, test: int, seed: int) -> tuple[Source, Source]:
+        """Of the split train other images than those trained on."""
+        return DigitsSource("train", train, self.size, seed + 1), DigitsSource("test", test, self.size, seed)
 
-class ScenesSource:
-    """Scenes as a data source, each drawn when it is first needed (some 5 ms at 128 px) and kept. Without labels: an image has many."""
 
-    kind, labels = "embedded", None
+class ScenesSource(Drawn):
+    """Bundled: scenes of many digits, without labels; no download.
+
+    Each is drawn when it is first needed (some 5 ms at 128 px), and kept.
+    """
+
+    form, has_objects = "embedded:scenes", True
+
+    @classmethod
+    def open(cls, spec: str, asked: Asked) -> "ScenesSource":
+        cls.check(asked)
+        return cls("train", size=asked.size, seed=asked.seed)
+
+    @classmethod
+    def with_objects(cls, split: str, images: int, asked: Asked) -> tuple[Source, dict[str, Any]]:
+        if asked.channels != 3:
+            raise ConfigError(f"{cls.form} are drawn in 3 channels, and the backbone takes {asked.channels}")
+        scenes = cls(split, images, asked.size, asked.seed)
+        return scenes, scenes.coco()
 
     def __init__(self, split: str = "train", count: int = 4096, size: int = 128, seed: int = 0):
-        self.name, self.classes = "embedded:scenes", []
-        self.split, self.size, self.seed = split, size, seed
+        self.name, self.split, self.size, self.seed = self.form, split, size, seed
         self.images = np.zeros((count, size, size, 3), dtype=np.uint8)  # of which the system gives only what is drawn
         self.drawn = np.zeros(count, dtype=bool)
 
@@ -236,9 +295,6 @@ class ScenesSource:
         if not self.drawn[index]:
             self.objects(index)
         return self.images[index]
-
-    def where(self, index: int) -> str:
-        return f"{self.name}/{self.split}/{index}"
 
     def fingerprint(self) -> str:
         about = f"{GENERATOR} scenes {self.split} {len(self)} {self.size} {self.seed} {set_hash()}"

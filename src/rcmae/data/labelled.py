@@ -2,23 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
 from ..errors import DataError
-from .digits import DigitsSource
-from .sources import Source, Subset, open_source
+from .base import Source, Subset
+from .sources import kind_of, open_source
 
 HELD = 5
 "Without a validation part, every fifth image of a class is one."
-
-EMBEDDED_TEST = 4000
-"Test images of the embedded set."
-
-TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test")
-"What the two parts are called, as folders, as shards (`train-000.tar`) or as splits of a hub data set."
 
 
 @dataclass(frozen=True)
@@ -32,17 +25,15 @@ class Labelled:
 
 
 def open_labelled(data: str, val: str | None = None, *, channels: int = 3, size: int = 32, tested: str | None = None) -> Labelled:
-    """`data` is a folder with train/ and val/ in it, a pair of shards, hub:NAME, embedded:digits, or one labelled set.
+    """`data` holds two parts, as a folder with train/ and val/ in it does, or is one labelled set.
 
     One set without `val` is divided: every fifth image of a class is scored on. A classifier that comes fitted is scored on these if they
     are the images it was tested on (`tested`, the start of their fingerprint), as it was trained on the others; else on all of the set.
-    `size` is for the embedded set, which has 16,384 and 4,000 images. Raises DataError when there are no labels, fewer than two classes, or
-    classes to score on that the training part lacks.
+    `size` is for what is drawn. Raises DataError when there are no labels, fewer than two classes, or classes to score on that the training
+    part lacks.
     """
-    if data.startswith("embedded:") and val is None:
-        first = open_source(data, channels, size)
-        return _parts(first, DigitsSource("test", EMBEDDED_TEST, size))
-    names = (data, val) if val else _two_parts(data)
+    kind = kind_of(data)
+    names = (data, val) if val else kind.parts(data) if kind else None
     if names:
         return _parts(*(open_source(name, channels, size) for name in names))
     whole = open_source(data, channels, size)
@@ -57,38 +48,6 @@ def open_labelled(data: str, val: str | None = None, *, channels: int = 3, size:
         train = test = Subset(whole, np.flatnonzero(known))
         note = f"{data} has no validation part: all of it is scored on, also what the classifier may have been trained on"
     return _checked(train, test, (note, *_unlabelled(whole, labels)))
-
-
-def _two_parts(data: str) -> tuple[str, str] | None:
-    """The names of the two parts that one name holds."""
-    if data.startswith("hub:") and data.count(":") == 1:
-        return f"{data}:train", _hub_test(data)
-    root = Path(data)
-    if not root.is_dir():
-        return None
-    for train in TRAIN:
-        for test in TEST:
-            if (root / train).is_dir() and (root / test).is_dir():
-                return str(root / train), str(root / test)
-            if any(root.glob(f"{train}*.tar")) and any(root.glob(f"{test}*.tar")):
-                return str(root / f"{train}*.tar"), str(root / f"{test}*.tar")
-    if any((root / train).is_dir() for train in TRAIN) and len([p for p in root.iterdir() if p.is_dir()]) == 1:
-        raise DataError(f"{data} holds train/ alone; name the other part with --val, or give {data}/train to have it divided")
-    return None
-
-
-def _hub_test(data: str) -> str:
-    from ..engine.metrics import optional
-
-    path = data.removeprefix("hub:")
-    try:
-        splits = optional("datasets", "hub").get_dataset_split_names(path)
-    except (OSError, ValueError) as e:
-        raise DataError(f"{data} cannot be loaded: {type(e).__name__}: {e}") from e
-    for test in ("validation", "val", "test"):
-        if test in splits:
-            return f"{data}:{test}"
-    raise DataError(f"{data} has no split called validation or test (it has {', '.join(splits)}); name one with --val hub:NAME:SPLIT")
 
 
 def _parts(train: Source, test: Source) -> Labelled:
@@ -125,7 +84,7 @@ def _checked(train: Subset, test: Subset, notes: tuple[str, ...]) -> Labelled:
         raise DataError(f"{train.name} has no image of {_count(missing)}: {_some(missing)}")
     if absent := [classes[i] for i in np.setdiff1d(np.arange(len(classes)), test.labels)]:
         notes = (*notes, f"{test.name} has no image of {_count(absent)}, which are not scored: {_some(absent)}")
-    return Labelled(train, test, classes, notes)
+    return Labelled(train, test, classes, (*notes, *dict.fromkeys([*train.notes, *test.notes])))
 
 
 def _unlabelled(source: Source, labels: Int[np.ndarray, " n"]) -> tuple[str, ...]:

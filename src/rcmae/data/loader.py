@@ -8,27 +8,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .base import Source
 from .dataset import Bad, collate, plain_errors, quiet_worker
 
 
-def processes(kind: str, workers: int | None) -> int:
-    """Loader processes for a source of a `kind`, where `workers` does not say: by its images and the cores."""
+def processes(source: Source, workers: int | None) -> int:
+    """Loader processes, where `workers` does not say: by the cores, but none for images that lie in memory."""
     if workers is not None:
         return workers
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 0 if kind == "embedded" else min(8, max(1, share - 1))
+    return 0 if source.in_memory else min(8, max(1, share - 1))
 
 
 def batches_of(
-    dataset: Dataset, keys: Iterable[list], kind: str, workers: int | None, device: torch.device, note: Callable[[list[Bad]], None],
+    dataset: Dataset, keys: Iterable[list], source: Source, workers: int | None, device: torch.device, note: Callable[[list[Bad]], None],
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]] = collate,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The samples of `dataset` by lists of keys, each a batch of tensors on the device; unreadable images are told to `note`.
 
-    What `collate` joins to anything but a tensor stays as it is. `kind` is the source's; without `workers` there are as many loader
-    processes as its images and the cores ask for.
+    What `collate` joins to anything but a tensor stays as it is. Images are those of `source`; without `workers` there are as many loader
+    processes as they and the cores ask for.
     """
-    workers = processes(kind, workers)
+    workers = processes(source, workers)
     loader = DataLoader(
         dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers, worker_init_fn=quiet_worker,
         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,

@@ -1,14 +1,13 @@
 """The record of a run: one JSON object a line in metrics.jsonl, and the optional sinks that show the same numbers."""
 
 import contextlib
-import importlib
 import json
 import math
 import secrets
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, StorageError
+from ..errors import StorageError, optional
 from .checkpoint import replace_file
 
 
@@ -74,14 +73,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             if isinstance(line, dict):
                 lines.append(line)
     return lines
-
-
-def optional(module: str, extra: str) -> Any:
-    """Import a module of an extra. Raises ConfigError that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise ConfigError(f"{module} is not installed; it comes with the {extra} extra: pip install 'rcmae[{extra}]'") from e
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ from ..data.dataset import Bad, Images
 from ..data.labelled import Labelled, open_labelled
 from ..data.loader import batches_of, processes
 from ..data.sampler import BatchSampler
-from ..data.sources import Subset
+from ..data.sources import Subset, recipe_for
 from ..data.views import Image, center, flip, random_resized_crop
 from ..engine import distributed
 from ..engine.checkpoint import replace_file
@@ -163,7 +163,7 @@ class Subject:
         crops = Images(part, view, self.how.seed, self.backbone.channels, labelled=True)
         backbone = self.backbone.to(self.device).eval()
         with self.screen.progress("fit", steps) as tick:
-            for step, images in enumerate(batches_of(crops, sampler, part.kind, self.how.workers, self.device, self.note)):
+            for step, images in enumerate(batches_of(crops, sampler, part, self.how.workers, self.device, self.note)):
                 with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     seen = backbone(images["image"].float() / 255)
                 yield seen, images["label"]
@@ -279,7 +279,7 @@ def fine_tune(subject: Subject, task: Tuning) -> Found:
     how, world = subject.how, subject.world
     if isinstance(subject.backbone, Pixels):
         raise ConfigError("pixels have no weights to fine-tune; give a backbone, or scratch:BACKBONE for new weights")
-    name = task.recipe or ("embedded" if how.data.startswith("embedded:") else "folder")
+    name = task.recipe or recipe_for(how.data)
     recipe = load_finetune(name)
     if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in task.settings):
         recipe = replace(recipe, steps=None, epochs=None)
@@ -330,7 +330,7 @@ def robustness(subject: Subject, task: Robustness) -> Found:
             found = fit_linear(subject, Linear()) if task.probe == "linear" else fit_attentive(subject, Attentive())
         model, fitted = found.model, {"probe_settings": found.settings | {"precision": subject.precision}}
         subject.screen.say(f"fitted: {task.probe} probe, on {len(subject.part('train')):,} images: {found.metrics['top1']:.1f} % right")
-    workers = processes(subject.set.test.kind, subject.how.workers)
+    workers = processes(subject.set.test, subject.how.workers)
     loading = Loading(tuple(subject.backbone.shape), subject.device, workers=workers)
     subject.precision = "fp32"  # of what is recorded: images are judged, and attacked, without autocast
     of = study(model, classes, subject.set.test, task, loading, subject.how.seed, subject.screen.say)

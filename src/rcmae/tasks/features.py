@@ -108,7 +108,7 @@ def extract(
             found: dict[str, list[Tensor]] = {"cls": [], "mean": []} | ({"tokens": []} if tokens else {})
             readable, done = [], rows.start
             keys = [list(rows[i : i + batch]) for i in range(0, len(rows), batch)]
-            for images in batches_of(centers, keys, part.kind, workers, device, note):
+            for images in batches_of(centers, keys, part, workers, device, note):
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     seen: Features = backbone(images["image"].float() / 255)
                 for name, values in found.items():

@@ -259,7 +259,7 @@ class FineTuning(Supervised):
             vit.patch_embed.img_size, *self.statistics, scale=s.crop_scale, flip=s.flip, randaugment=s.randaugment, erasing=s.erasing
         )
         dataset = Images(self.images, view, s.seed, vit.in_chans, labelled=True)
-        return batches_of(dataset, self.sampler(start, stop), self.images.kind, self.machine.workers, self.device, self.bad.note)
+        return batches_of(dataset, self.sampler(start, stop), self.images, self.machine.workers, self.device, self.bad.note)
 
     def rate(self, t: Progress) -> float:
         return warmup_cosine(self.recipe.peak_lr, self.recipe.min_lr, self.warmup, t)

@@ -14,9 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..config import Recipe
-from ..data.dataset import read_image
 from ..data.decode import BadImage
-from ..data.digits import DigitsSource
+from ..data.pixels import read_image
 from ..data.sources import Source
 from ..data.views import center
 from ..engine.checkpoint import replace_file
@@ -103,7 +102,7 @@ class Probes:
 
 
 def probe_set(source: Source, recipe: Recipe, progress: Progress | None = None) -> ProbeSet | None:
-    """The probe's images: the embedded set's own test split, else two parts of a labelled source; None without labels.
+    """The probe's images: what the source has for probes, else two parts of it; None without labels.
 
     Pre-training has seen the images of both parts (not the labels); what is in the first part is left out of the second.
 
@@ -113,9 +112,7 @@ def probe_set(source: Source, recipe: Recipe, progress: Progress | None = None) 
     p = recipe.probe
     if p.probes == 0 or source.labels is None:
         return None
-    if source.kind == "embedded":
-        size = recipe.images.size
-        parts = [DigitsSource("train", p.probe_train, size, recipe.seed + 1), DigitsSource("test", p.probe_test, size, recipe.seed)]
+    if parts := source.for_probes(p.probe_train, p.probe_test, recipe.seed):
         read = [_read(part, np.arange(len(part)), recipe, progress) for part in parts]
     else:
         rng = np.random.Generator(np.random.Philox(key=recipe.seed))

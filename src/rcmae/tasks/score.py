@@ -67,7 +67,7 @@ def score(
     keys = [list(own[i : i + batch]) for i in range(0, len(own), batch)]
     dataset = Centers(test, shape, channels)
     done = 0
-    for part in batches_of(dataset, keys, test.kind, workers, device, note):
+    for part in batches_of(dataset, keys, test, workers, device, note):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             best = model(part["image"].float() / 255).softmax(1).max(1)
         fine = part["fine"].float()

@@ -18,7 +18,7 @@ class Evaluation:
     """What every task is told."""
 
     data: str = "embedded:digits"
-    "labelled images: a folder with train/ and val/, a folder of classes, tar shards, hub:NAME or embedded:digits"
+    "labelled images: a folder with train/ and val/, a folder of classes, or another source that `rcmae list` shows"
     val: str | None = None
     "the part to score on, where it is not in data"
     which: Which = "teacher"
@@ -92,7 +92,7 @@ class Tuning:
     """End-to-end fine-tuning."""
 
     recipe: str | None = None
-    "a fine-tuning recipe (`rcmae list`) or TOML file; default: embedded for that set, else folder"
+    "a fine-tuning recipe (`rcmae list`) or TOML file; default: the one that suits the data"
     settings: tuple[str, ...] = ()
     "settings of the recipe that are replaced: --settings epochs=20 batch_size=256"
     accumulate: int = 1

@@ -1,4 +1,4 @@
-"""Objects in COCO's layout, from JSON files or from the embedded scenes; checked as a whole before any training.
+"""Objects in COCO's layout, from JSON files or from a source that has objects; checked as a whole before any training.
 
 Labels are 1 to K by ascending category id, 0 is background. Boxes and masks are those of the pixels as they are stored: an image is
 turned as EXIF says only where it has the annotated height and width that way alone.
@@ -21,15 +21,14 @@ from jaxtyping import Bool, Int64, UInt8
 from PIL import Image
 
 from ...config import hint
-from ...data.dataset import read_image
+from ...data.base import Asked, Source, Strings, printable
 from ...data.decode import PIXEL_LIMIT
-from ...data.digits import ScenesSource
-from ...data.sources import Files, Source, Strings, printable
+from ...data.files import Files
+from ...data.pixels import read_image
+from ...data.sources import SOURCES, kind_of, namesakes
 from ...engine.metrics import optional
 from ...errors import ConfigError, DataError
 from .masks import Masks
-
-SCENES = "embedded:scenes"
 
 FLAT_SHARE = 0.001
 "Share of the annotations whose boxes may have no area: COCO's train2017 has a few. They are left out of training."
@@ -70,14 +69,14 @@ class Objects(NamedTuple):
     masks: Sequence[Bool[np.ndarray, "h w"]]
 
 
-class CocoSet:
+class CocoSet(Source):
     """A source of images with their objects. Annotations are flat arrays and run lengths: loader processes share them."""
 
     def __init__(self, name: str, pictures: Source, found: dict[str, Any], codes: list[bytes], trained: list[bool], notes: list[str]):
         """`found` is in COCO's layout and checked, image i is picture i; of each annotation the compressed run lengths of the mask, and
         whether it is trained on. `notes` says in lines what the reader should know of the set.
         """
-        self.name, self.kind, self.labels, self.pictures, self.notes = name, pictures.kind, None, pictures, notes
+        self.name, self.in_memory, self.pictures, self.notes = name, pictures.in_memory, pictures, notes
         categories = sorted(found["categories"], key=lambda c: c["id"])
         self.category_ids = [int(c["id"]) for c in categories]
         self.classes = [str(c["name"]) for c in categories]
@@ -176,11 +175,11 @@ def few(whole: CocoSet, count: int, seed: int = 0) -> CocoSet:
 def open_coco(
     data: str, val: str | None = None, *, train_images: int = 1024, test_images: int = 256, size: int = 128, channels: int = 3
 ) -> tuple[CocoSet, CocoSet]:
-    """What is trained on and what is scored: `data` is a folder in COCO's layout, a JSON file, or embedded:scenes.
+    """What is trained on and what is scored: `data` is a folder in COCO's layout, a JSON file, or a source that has objects.
 
     In a folder the JSON files lie in annotations/, or else in the folder itself; "train" in its name chooses one, "val" (or else "test")
     the other, unless `val` names another folder or file. Images lie in the folder, in SPLIT/, images/SPLIT/ or images/, where the file
-    is instances_SPLIT.json. The numbers of images, their size in pixels and the channels are for the scenes. Raises ConfigError, or
+    is instances_SPLIT.json. The numbers of images, their size in pixels and the channels are for such a source. Raises ConfigError, or
     DataError with all that is wrong in both parts.
     """
     train = _part(data, "train", train_images, size, channels, alone=val is not None)
@@ -190,21 +189,28 @@ def open_coco(
 
 
 def open_test(data: str, *, images: int = 256, size: int = 128, channels: int = 3) -> CocoSet:
-    """What is scored, alone: a folder's file with "val" (or else "test") in its name, a JSON file, or embedded:scenes. Raises likewise."""
+    """What is scored, alone: a folder's file with "val" (or else "test") in its name, a JSON file, or a source with objects.
+
+    Raises likewise.
+    """
     [test] = _examined([_part(data, "test", images, size, channels, alone=True)])
     return test
 
 
+def forms() -> str:
+    """How objects can be given, in a line."""
+    return " or ".join(["a folder with annotations/*.json and images", "its JSON file", *(k.form for k in SOURCES if k.has_objects)])
+
+
 def _part(spec: str, split: str, images: int, size: int, channels: int, alone: bool) -> "_Part":
     if not spec.strip():
-        raise ConfigError(f"--data is empty; give a folder in COCO's layout, its JSON file or {SCENES}")
-    if spec.startswith("embedded:"):
-        if spec != SCENES:
-            raise ConfigError(f"{spec} has no objects{hint(spec, [SCENES]) or f'; there is {SCENES}'}")
-        if channels != 3:
-            raise ConfigError(f"{SCENES} are drawn in 3 channels, and the backbone takes {channels}")
-        scenes = ScenesSource(split, images, size)
-        return _Part(spec, scenes.coco(), scenes)
+        raise ConfigError(f"--data is empty; give {forms()}")
+    if (kind := kind_of(spec)) and kind.has_objects:
+        pictures, found = kind.with_objects(split, images, Asked(channels, size))
+        return _Part(spec, found, pictures)
+    if namesakes(spec):
+        known = [kind.form for kind in SOURCES if kind.has_objects]
+        raise ConfigError(f"{spec} has no objects{hint(spec, known) or '; there is ' + ' and '.join(known)}")
     path, root = _place(spec, ("train",) if split == "train" else ("val", "test"), alone)
     return _Part(str(path), _load(path), root=root)
 
@@ -241,7 +247,7 @@ def _place(spec: str, words: tuple[str, ...], alone: bool) -> tuple[Path, Path]:
         folder = path / "annotations" if (path / "annotations").is_dir() else path
         files = sorted(f for f in folder.iterdir() if f.suffix == ".json" and not f.name.startswith("."))
     except OSError as e:
-        raise DataError(f"{spec} cannot be read: {e.strerror}; give {flag} a folder in COCO's layout, its JSON file or {SCENES}") from e
+        raise DataError(f"{spec} cannot be read: {e.strerror}; give {flag} {forms()}") from e
     if alone and len(files) == 1:
         return files[0], path
     for word in words:
@@ -446,7 +452,7 @@ class _Part:
             many = len(odd) / len(looked) * len(names) > max(ODD, ODD_SHARE * len(names))
             kinds = self.wrong if many else self.noted
             kinds[f"images of another size than annotated, of {len(looked)} looked at"] = odd
-        self.pictures = Files(self.name, "coco", self.root, names, sizes, [b""] * len(names))
+        self.pictures = Files(self.name, self.root, names, sizes, [b""] * len(names))
 
 
 def _lines(kinds: dict[str, list[Any]]) -> list[str]:

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...config import Workplace, recipe_hash, replaced
+from ...config import Workplace, recipe_hash, replaced, shipped_recipes
 from ...data.dataset import Bad
+from ...data.sources import recipe_for
 from ...engine import distributed
 from ...engine.checkpoint import replace_file
 from ...engine.console import Screen
@@ -15,7 +16,7 @@ from ...engine.run import describe_machine, plain_failures, write_json
 from ...errors import ConfigError, DataError
 from ...interop.load import load
 from .average_precision import evaluate, kinds_of, load_results
-from .coco import SCENES, CocoSet, few, open_coco, open_test
+from .coco import CocoSet, few, open_coco, open_test
 from .files import Loaded, load_detector
 from .model import export_pyramid
 from .predict import predict
@@ -31,7 +32,7 @@ def train_detector(name: str, how: Detection, machine: Workplace) -> Path | None
 
     Returns the run directory, or None on ranks but the first. Raises the errors of `rcmae.errors`.
     """
-    recipe = how.recipe or ("embedded" if how.data == SCENES else "vitdet-base")
+    recipe = how.recipe or (suited if (suited := recipe_for(how.data)) in shipped_recipes("detection") else "vitdet-base")
     settings = settings_of(recipe, how.settings)
     backbone = load(name, how.which, how.heads, settings.seed)
     if how.recipe is None and recipe == "vitdet-base" and backbone.vit.embed_dim >= 1024:
@@ -81,7 +82,7 @@ def score_detector(checkpoint: Path, how: Scoring) -> dict[str, Any] | None:
     """
     check_scoring(how)
     loaded = load_detector(checkpoint)
-    data = how.data or loaded.about.get("val_name") or loaded.about.get("data_name") or SCENES
+    data = how.data or loaded.about.get("val_name") or loaded.about.get("data_name") or Detection.data
     device = distributed.pick_device(how.device)
     precision = distributed.pick_precision(how.precision, device)
     channels = loaded.model.mean.shape[1]

@@ -60,7 +60,7 @@ def predict(
     own = range(world.rank, len(images), world.size)
     keys = [list(own[i : i + batch]) for i in range(0, len(own), batch)]
     found: dict[int, list[dict[str, Any]]] = {}
-    for number, part in enumerate(batches_of(Whole(images, size, channels), keys, images.kind, workers, device, note, listed), 1):
+    for number, part in enumerate(batches_of(Whole(images, size, channels), keys, images, workers, device, note, listed), 1):
         if part["image"]:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 detections = model.detect([image.to(device) for image in part["image"]], part["original"])

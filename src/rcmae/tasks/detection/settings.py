@@ -108,7 +108,7 @@ class Detection:
     """What `rcmae detect train` is told beside the machine."""
 
     data: str = "embedded:scenes"
-    "a folder with annotations/*.json and images, a JSON file, or embedded:scenes"
+    "a folder with annotations/*.json and images, a JSON file, or a source with objects (`rcmae list`)"
     val: str | None = None
     "the folder or JSON file to score on, where data does not hold it"
     which: Literal["teacher", "student"] = "teacher"
@@ -118,7 +118,7 @@ class Detection:
     heads: int | None = None
     "attention heads, for weights that come without a configuration"
     recipe: str | None = None
-    "a detection recipe (`rcmae list`) or TOML file; default: embedded for the scenes, else vitdet-base (a width of 1,024 or more: -large)"
+    "a detection recipe (`rcmae list`) or TOML file; default: what suits the data, else vitdet-base (a width of 1,024 or more: -large)"
     settings: tuple[str, ...] = ()
     "settings of the recipe that are replaced: --settings epochs=25 size=512"
 
@@ -128,7 +128,7 @@ class Scoring:
     """What `rcmae detect eval` is told."""
 
     data: str | None = None
-    "a folder with annotations/*.json and images, a JSON file, or embedded:scenes; its test part is scored; default: what it was trained on"
+    "as `rcmae detect train` takes it; its test part is scored; default: what the detector was trained on"
     results: Path | None = None
     "score this file of COCO results instead of running the detector"
     areas: Literal["auto", "coco", "relative"] = "auto"

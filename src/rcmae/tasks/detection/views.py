@@ -115,7 +115,7 @@ def detection_batches(
     dataset: Detections, keys: Iterable[list[Key]], workers: int | None, device: torch.device, note: Callable[[list[Bad]], None]
 ) -> Iterator[dict[str, Any]]:
     """Batches on the device: "image" uint8 [b c s s], and "targets", of each image "boxes", "labels" and "masks" as `Jitter` makes them."""
-    for batch in batches_of(dataset, keys, dataset.source.kind, workers, device, note, collate):
+    for batch in batches_of(dataset, keys, dataset.source, workers, device, note, collate):
         batch["masks"] = unpacked(batch["masks"], batch["image"].shape[-1])
         parts = zip(*(batch[k].split(batch["counts"]) for k in TARGET), strict=True)
         yield {"image": batch["image"], "targets": [dict(zip(TARGET, part, strict=True)) for part in parts]}

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from ...data import sources
 from ...data.dataset import plain_errors, quiet_worker, read_image
 from ...data.decode import BadImage
-from ...data.sources import Files, Source, open_source
+from ...data.files import Files
+from ...data.sources import Source, open_source
 from ...data.views import center
 from ...errors import ConfigError, DataError
 from .adversarial import Attack, Check, Model, attacked, sanity
