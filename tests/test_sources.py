@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from rcmae.loop import pretrain
+from rcmae.pretraining import pretrain
 
 from rcmae.cli import main
 from rcmae.compare.race import arms
