@@ -210,11 +210,24 @@ def silence_unwatched(old):
 
 
 def health_left_out(old):
-    return lambda health: None
+    return lambda health, remedy: None
 
 
 def momentum_as_told(old):
-    return lambda lines, key: old(lines, key.replace("measured_", "expected_"))
+    return lambda line, key: old(line, key.replace("measured_", "expected_") if isinstance(key, str) else key)
+
+
+def judged_as_reconstruction(old):
+    return classmethod(lambda cls, means, reference: [("bad", "The last losses are not finite.")])
+
+
+def drawn_without_data(old):
+    shown = importlib.import_module("rcmae.report.panels").Shown("figure-nothing", "<svg></svg>", "Nothing.")
+    return lambda figures, lines, reference: [*old(figures, lines, reference), shown]
+
+
+def a_flag_of_another(old):
+    return "lower --gamma"
 
 
 def one_network(old):
@@ -1084,6 +1097,21 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         alarms_unread,
         "test_report.py::test_an_alarm_is_the_first_thing_one_reads",
     ),
+    "the loss of every method is judged as a reconstruction": (
+        "rcmae.methods.dino:DINO.judge",
+        judged_as_reconstruction,
+        "test_diagnostics.py::test_the_page_speaks_of_its_own_method",
+    ),
+    "a figure is drawn that has no data": (
+        "rcmae.report.build:drawn",
+        drawn_without_data,
+        "test_diagnostics.py::test_the_page_speaks_of_its_own_method",
+    ),
+    "a page names a flag of another method": (
+        "rcmae.methods.diagnostics:Diagnostics.remedy",
+        a_flag_of_another,
+        "test_diagnostics.py::test_the_page_speaks_of_its_own_method",
+    ),
     "a run that was not watched is said to be without alarms": (
         "rcmae.report.build:alarm_sentences",
         silence_unwatched,
@@ -1095,7 +1123,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_report.py::test_the_instruments_are_shown",
     ),
     "the momentum drawn as measured is the expected one": (
-        "rcmae.report.panels:column",
+        "rcmae.report.panels:value",
         momentum_as_told,
         "test_report.py::test_curves_go_where_the_numbers_go",
     ),

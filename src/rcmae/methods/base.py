@@ -12,6 +12,7 @@ from ..config import Recipe
 from ..engine.schedules import Progress
 from ..models.backbone import Backbone
 from ..models.patches import patchify
+from .diagnostics import Diagnostics
 
 # image uint8 [h, w, c] and a generator -> named tensors of one sample (crops, masks); must pickle, for loader workers.
 Views = Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]]
@@ -38,7 +39,7 @@ class Comparison(NamedTuple):
         return ((difference.square().mean(2) * self.weight).sum(1) / self.weight.sum(1).clamp_min(1)).mean()
 
 
-class Method(nn.Module):
+class Method(Diagnostics, nn.Module):
     """A way of learning without labels. One file a method; the loop calls these and nothing else."""
 
     student: nn.Module

@@ -5,6 +5,9 @@
 t, s: the cosines of an image's class token with the prototypes, from the teacher and from the student.
 """
 
+import math
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,7 +15,8 @@ from torch import Tensor
 from ..config import Recipe
 from ..engine.schedules import Progress
 from ..models.heads import PrototypeHead
-from .distillation import LOOKED_AT, Centre, SelfDistillation, spread_of
+from .diagnostics import Curve, Figure, Numbers, Sentence
+from .distillation import LOOKED_AT, SPREAD, Centre, SelfDistillation, judge_spread, spread_figures, spread_of
 from .losses import across_views, balanced, centred
 
 LONGEST_FREEZE = 0.1
@@ -21,6 +25,8 @@ LONGEST_FREEZE = 0.1
 
 class DINO(SelfDistillation):
     """Self-distillation across crops, with a centred and sharpened teacher."""
+
+    losses: ClassVar[dict[str, str]] = {"loss": "loss"} | SPREAD
 
     def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
@@ -74,3 +80,22 @@ class DINO(SelfDistillation):
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)
         self.centre.move(applied)
+
+    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """The cross-entropy of a student whose answers are even, in nats."""
+        return {"even": math.log(self.recipe.distill.prototypes)}
+
+    @classmethod
+    def figures(cls) -> tuple[Figure, ...]:
+        text = (
+            "Cross-entropy of the student's answers on one view against the teacher's on another. It falls below even answers, and rises "
+        )
+        text += "again where the teacher's answers become harder; only zero, or even answers to the end, mean collapse."
+        across = Curve("loss", "", "student")
+        return (Figure("figure-loss", "cross-entropy between views", (across,), text, (("even answers", "even"),)), *spread_figures())
+
+    @classmethod
+    def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
+        text = f"The cross-entropy between views is {means['loss']:.3f} nats"
+        text += f"; even answers would score {reference['even']:.3f}." if "even" in reference else "."
+        return [("note", text), judge_spread(means, reference)]

@@ -13,6 +13,7 @@ from ..models.autoencoder import build_encoder
 from ..models.encoder import Encoder
 from ..models.patches import take
 from ..models.teacher import Teacher
+from .diagnostics import Curve, Figure, Numbers, Sentence
 from .mean_teacher import MeanTeacher
 
 
@@ -117,6 +118,9 @@ class Centre(nn.Module):
         self.value.copy_(torch.where((applied > 0) & (total > 0), torch.lerp(mean, self.value, self.momentum), self.value))
 
 
+SPREAD = {"entropy": "entropy", "prototypes_used": "prototypes"}
+"What `spread_of` finds, and its names on the line of progress."
+
 LOOKED_AT = 256
 "Rows of a step that `spread_of` looks at: what it costs does not grow with the batch."
 
@@ -132,3 +136,27 @@ def spread_of(p: Float[Tensor, "*s c"]) -> dict[str, Tensor]:
         "entropy": -torch.special.xlogy(p, p).sum(1).mean(),
         "prototypes_used": (-torch.special.xlogy(mean, mean).sum()).exp(),
     }
+
+
+def spread_figures() -> tuple[Figure, ...]:
+    """The two numbers of `spread_of`."""
+    used = (
+        "How many prototypes the teacher's answers to a batch use, before they are balanced. At 1 all images get the same answer: collapse."
+    )
+    sure = "Entropy of one answer of the teacher. At the dashed line an answer is even and tells nothing; far below it the teacher is sure."
+    return (
+        Figure("figure-prototypes", "prototypes in use", (Curve("prototypes_used", "", "teacher"),), used, (("collapse", 1.0),), log=True),
+        Figure("figure-entropy", "entropy, nats", (Curve("entropy", "", "teacher"),), sure, (("even", "even"),)),
+    )
+
+
+def judge_spread(means: Numbers, reference: Numbers) -> Sentence:
+    """Whether the teacher's answers tell images apart."""
+    used, entropy, even = means["prototypes_used"], means["entropy"], reference.get("even")
+    text = f"The teacher's answers to a batch use {used:,.1f} prototypes, with an entropy of {entropy:.2f} nats each"
+    text += f" ({even:.2f} where an answer is even). " if even else ". "
+    if used < 1.5:
+        return ("bad", text + "All images get the same answer: collapsed.")
+    if even and entropy > 0.98 * even:
+        return ("note", text + "Nearly even answers tell little apart: early in a run that is normal, later it is not.")
+    return ("good", text + "Images are told apart.")

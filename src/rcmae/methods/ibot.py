@@ -7,6 +7,7 @@ for class tokens and patches, a centre for each.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from ..config import Distill, Recipe
 from ..data.augment import MultiCrop
 from ..data.masking import block_mask, random_order
 from ..engine.schedules import Progress
+from .diagnostics import Curve, Figure, Numbers, Sentence
 from .dino import DINO
-from .distillation import Centre, Siamese
+from .distillation import SPREAD, Centre, Siamese, judge_spread
 from .losses import across_views, masked_patches
 
 
@@ -45,6 +47,8 @@ class MaskedCrops:
 
 class IBOT(DINO):
     """DINO that also foretells masked patches."""
+
+    losses: ClassVar[dict[str, str]] = {"loss": "loss", "across": "views", "within": "patches"} | SPREAD
 
     def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
@@ -87,6 +91,20 @@ class IBOT(DINO):
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)
         self.patch_centre.move(applied)
+
+    @classmethod
+    def figures(cls) -> tuple[Figure, ...]:
+        text = "Cross-entropy of the student's answers against the teacher's: on whole views against other views, and on masked patches of "
+        text += "the same view. Both fall below even answers; only zero, or even answers to the end, mean collapse."
+        loss, *others = super().figures()
+        both = Curve("across", "views", "student"), Curve("within", "masked patches", "both")
+        return (loss._replace(ylabel="cross-entropy", curves=both, caption=text), *others)
+
+    @classmethod
+    def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
+        text = f"The cross-entropy is {means['across']:.3f} nats between views and {means['within']:.3f} on masked patches"
+        text += f"; even answers would score {reference['even']:.3f} each." if "even" in reference else "."
+        return [("note", text), judge_spread(means, reference)]
 
 
 def _at(patches: Tensor, places: Tensor | None) -> Tensor:

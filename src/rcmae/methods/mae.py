@@ -8,6 +8,7 @@ the visible quarter.
 
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from ..models.autoencoder import build
 from ..models.backbone import Backbone
 from ..models.patches import standardise, take
 from .base import Method
+from .diagnostics import Curve, Figure, Numbers, Sentence
 from .loss import squared_errors
 
 
@@ -43,6 +45,8 @@ class CropAndOrder:
 
 class MAE(Method):
     """Masked auto-encoding."""
+
+    losses: ClassVar[dict[str, str]] = {"loss": "loss", "reconstruction": "rec"}
 
     def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
         """`mean` and `std` standardise the pixels, a value a channel, in units of 0 to 1."""
@@ -101,3 +105,25 @@ class MAE(Method):
         mean, std = self.statistics
         facts = {"patch": self.patch, "target": self.recipe.mae.target, "target_eps": self.recipe.mae.target_eps}
         return tensors, {k: str(v) for k, v in facts.items()} | {"mean": json.dumps(mean), "std": json.dumps(std)}
+
+    @classmethod
+    def figures(cls) -> tuple[Figure, ...]:
+        text = (
+            "Reconstruction loss on hidden patches. Dashed: what simple guesses score on these images. A quick fall and then a long slow "
+        )
+        levels = ("guessing nothing", "zero"), ("nearest visible patch", "nearest_visible"), ("true mean color", "patch_mean")
+        student = Curve("reconstruction", "student", "student")
+        return (Figure("figure-loss", "reconstruction loss", (student,), text + "one is normal.", levels, log=True),)
+
+    @classmethod
+    def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
+        loss = means["reconstruction"]
+        if not reference:
+            return [("note", f"The reconstruction loss is {loss:.4f}.")]
+        explained = 1 - loss / reference["zero"] if reference["zero"] else 0.0  # flat images hold nothing to explain
+        text = f"The reconstruction loss is {loss:.3f}. Guessing nothing would score {reference['zero']:.3f}, so {explained:.0%} of what "
+        text += f"is hidden is explained; painting each hidden patch in its own true mean color would score {reference['patch_mean']:.3f}, "
+        text += f"and copying the nearest visible patch {reference['nearest_visible']:.3f}. "
+        if explained <= 0.02:
+            return [("bad", text + "Nothing is learned yet: early in a run that is normal, later it is not.")]
+        return [("good", text + "That is a healthy loss: well below guessing, and never near zero, since hidden detail cannot be known.")]

@@ -6,12 +6,15 @@ q: unit vectors from encoder, projector and predictor of the student; k: from en
 of the batch on all ranks; the right answer is the other view of the same image.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ..config import Recipe
 from ..engine.schedules import Progress
 from ..models.heads import mlp
+from .diagnostics import Curve, Figure, Numbers, Sentence
 from .distillation import SelfDistillation, Siamese, Student
 from .losses import contrast
 
@@ -54,3 +57,24 @@ class MoCoV3(SelfDistillation):
     def project(self, net: Siamese, images: Tensor) -> list[Tensor]:
         """The projections of each view: statistics are those of one view."""
         return [net.head(tokens[:, 0]) for tokens in self.tokens(net, images)]
+
+    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """The loss where every image of a whole batch is as likely the right one."""
+        return {"chance": 4 * self.recipe.distill.student_temperature * math.log(self.recipe.optim.batch_size)}
+
+    @classmethod
+    def figures(cls) -> tuple[Figure, ...]:
+        text = "Contrastive loss: how hard the other view of an image is to find among all images of the batch. Dashed: by chance, in a "
+        text += "whole batch. It falls well below; a loss that stays there means that nothing is told apart."
+        return (Figure("figure-loss", "contrastive loss", (Curve("loss", "", "student"),), text, (("chance", "chance"),)),)
+
+    @classmethod
+    def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
+        loss, chance = means["loss"], reference.get("chance")
+        text = f"The contrastive loss is {loss:.3f}"
+        if not chance:
+            return [("note", text + ".")]
+        text += f"; finding the other view of an image by chance would score {chance:.3f}. "
+        if loss > 0.95 * chance:
+            return [("bad", text + "Nothing is told apart yet: early in a run that is normal, later it is not.")]
+        return [("good", text + "Images are told apart.")]

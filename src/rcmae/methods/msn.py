@@ -6,7 +6,9 @@ p: softmax of an anchor's cosines with the prototypes; the target is the same of
 large anchor, part of the patches is left out; the others are small.
 """
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +20,8 @@ from ..data.augment import MultiCrop
 from ..data.masking import random_order
 from ..engine.schedules import Progress
 from ..models.heads import mlp
-from .distillation import SelfDistillation, Siamese, Student, spread_of
+from .diagnostics import Curve, Figure, Numbers, Sentence
+from .distillation import SPREAD, SelfDistillation, Siamese, Student, judge_spread, spread_figures, spread_of
 from .losses import assignments, balanced, entropy_gap, sharpened
 
 
@@ -44,6 +47,8 @@ class Prototypes(nn.Module):
 
 class MSN(SelfDistillation):
     """Assigns masked and small views to the prototypes that the teacher chooses for the whole one."""
+
+    losses: ClassVar[dict[str, str]] = {"loss": "loss", "agreement": "agreement", "entropy_gap": "gap"} | SPREAD
 
     @classmethod
     def whole_batch(cls, recipe: Recipe) -> str:
@@ -80,3 +85,26 @@ class MSN(SelfDistillation):
             agreement = -torch.special.xlogy(target.repeat(len(z_anchor) // len(target), 1), p).sum(1).mean()
             gap = entropy_gap(p)
         return {"loss": agreement + d.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(said)
+
+    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """The cross-entropy of anchors whose assignments are even, in nats; also the largest entropy gap."""
+        return {"even": math.log(self.recipe.distill.prototypes)}
+
+    @classmethod
+    def figures(cls) -> tuple[Figure, ...]:
+        text = "Cross-entropy of the anchors' assignments against the targets. It falls below even assignments; only zero, or even "
+        text += "assignments to the end, mean collapse."
+        gap = "Entropy gap: 0 where all prototypes are used alike on average, at the dashed line where one is used for everything."
+        agreement = Curve("agreement", "", "student")
+        return (
+            Figure("figure-loss", "cross-entropy of the anchors", (agreement,), text, (("even assignments", "even"),)),
+            Figure("figure-gap", "entropy gap, nats", (Curve("entropy_gap", "", "student"),), gap, (("one prototype", "even"),)),
+            *spread_figures(),
+        )
+
+    @classmethod
+    def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
+        text = f"The cross-entropy of the anchors is {means['agreement']:.3f} nats"
+        text += f"; even assignments would score {reference['even']:.3f}. " if "even" in reference else ". "
+        text += f"The entropy gap is {means['entropy_gap']:.3f}: 0 where all prototypes are used alike."
+        return [("note", text), judge_spread(means, reference)]
