@@ -8,13 +8,13 @@ import pytest
 from rcmae import pretrain
 from rcmae.config import Machine, flat
 from rcmae.engine.metrics import read_metrics
-from rcmae.methods import METHODS
+from rcmae.methods import METHODS, Method
 from rcmae.report import write_report
 from tests.conftest import small
 from tests.test_loop import folder  # noqa: F401 - a fixture
 from tests.test_report import curves, part, words
 
-FLAGS = {"gamma": lambda method: method.compare is not METHODS["mae"].compare, "half-life": lambda method: "teacher" in method.networks}
+FLAGS = {"gamma": lambda method: method.compare is not Method.compare, "half-life": lambda method: "teacher" in method.networks}
 FLAGS |= dict.fromkeys(("momentum", "ema-updates"), FLAGS["half-life"])
 "Flags that some methods have, and which."
 
@@ -50,7 +50,7 @@ def test_the_page_speaks_of_its_own_method(runs, request, name):
     assert f">{loss.ylabel}<" in part(page, 'id="figure-loss"', "</figure>")
     own = {flag.replace("_", "-") for flag in [*flat(small(name)), *Machine.__dataclass_fields__]}
     own -= {flag for flag, has in FLAGS.items() if not has(method)}
-    assert set(re.findall(r"--([a-z][a-z-]*)", page.split("<h2>Settings")[0].split("</style>")[1])) <= own
+    assert set(re.findall(r"--([a-z][a-z-]*)", words(page.split("<h2>Settings")[0]))) <= own
 
 
 @pytest.mark.parametrize("name", METHODS)
