@@ -186,7 +186,7 @@ def optimizer_not_restored(old):
 def teacher_from_student(old):
     def load(path, method, optimizer):
         state = old(path, method, optimizer)
-        if hasattr(method, "teacher"):
+        if method.teacher is not None:
             method.teacher.model.load_state_dict(method.student.state_dict())
         return state
 

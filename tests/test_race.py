@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from rcmae.cli import main
 from rcmae.compare.cost import T
-from rcmae.compare.race import ARMS, AVERAGED, Budget, Setting, arms, interval, parse_budget, plan, verdict
+from rcmae.compare.race import ARMS, Budget, Setting, arms, interval, parse_budget, plan, verdict
 from rcmae.config import load_recipe, with_settings
 from rcmae.data.dataset import Images
 from rcmae.data.digits import DigitsSource
@@ -26,6 +26,8 @@ from rcmae.engine.run import StopSignals
 from rcmae.errors import ConfigError
 from rcmae.methods import METHODS
 from rcmae.tasks.attentive import attentive_right
+
+AVERAGED = "mae averaged"
 
 TINY = [
     "size=16",

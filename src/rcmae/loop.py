@@ -346,7 +346,7 @@ class Run:
         line |= {"lr": self.optimizer.param_groups[0]["lr"], "epoch": t.epoch, "images": self.step * self.recipe.optim.batch_size}
         self.write("train", **line)
         left = (self.total - self.step) * self.recipe.optim.batch_size / max(line["images_per_s"], 1e-9)
-        self.screen.report(self.step, self.total, line, left)
+        self.screen.report(self.step, self.total, line, left, self.method.losses)
 
     def call(self, alarms: list[Alarm]) -> None:
         """Say and record what is wrong; with `--on-alarm stop` the run ends with this step, or before its first one."""

@@ -74,6 +74,17 @@ class Panel(NamedTuple):
     more_title: str = ""
 
 
+class Variant(NamedTuple):
+    """A method with some settings replaced that is worth a row of its own beside it."""
+
+    name: str
+    settings: dict[str, Any]
+    note: str
+    "why it stands there, in a sentence"
+    pays: str = ""
+    "the method whose cost it has, where its own is not needed to learn the same"
+
+
 class Diagnostics:
     """What may be asked of a method, with answers that fit one that declares nothing but `losses`."""
 
@@ -81,6 +92,10 @@ class Diagnostics:
     "every value that `forward` returns, and its name on the line of progress"
     remedy: ClassVar[str] = "lower --base-lr or lengthen --warmup"
     "what helps against collapse"
+    variants: ClassVar[tuple[Variant, ...]] = ()
+    "rows of their own in `compare cost`"
+    controls: ClassVar[tuple[Variant, ...]] = ()
+    "arms of their own in `compare race`, before the method's own"
 
     @classmethod
     def figures(cls) -> tuple[Figure, ...]:

@@ -16,7 +16,7 @@ from ..config import Recipe
 from ..engine.schedules import Progress
 from ..models.heads import PrototypeHead
 from .diagnostics import Curve, Figure, Numbers, Sentence
-from .distillation import LOOKED_AT, SPREAD, Centre, SelfDistillation, judge_spread, spread_figures, spread_of
+from .distillation import LOOKED_AT, SPREAD, Batch, Centre, SelfDistillation, judge_answers, judge_spread, spread_figures, spread_of
 from .losses import across_views, balanced, centred
 
 LONGEST_FREEZE = 0.1
@@ -42,7 +42,7 @@ class DINO(SelfDistillation):
         d = self.recipe.distill
         return PrototypeHead(inputs, d.head_width, d.embedding, d.prototypes, d.head_norm)
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         teacher, temperature = self.teacher.model, self.teacher_temperature(t)
         with torch.no_grad():
             said = teacher.head(self.tokens(teacher, batch["image"])[:, :, 0])
@@ -62,7 +62,7 @@ class DINO(SelfDistillation):
         shift = 0.0 if self.recipe.distill.sinkhorn else self.centre.value
         return spread_of(((said.flatten(0, -2)[:LOOKED_AT] - shift) / temperature).softmax(-1))
 
-    def classes(self, batch: dict[str, Tensor]) -> Tensor:
+    def classes(self, batch: Batch) -> Tensor:
         """The student's class tokens of all views [v b d]."""
         sizes = [batch[k] for k in ("image", "local") if k in batch]
         return torch.cat([self.tokens(self.student, images)[:, :, 0] for images in sizes])
@@ -81,7 +81,7 @@ class DINO(SelfDistillation):
         super().after_step(t, applied)
         self.centre.move(applied)
 
-    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
+    def references(self, batch: Batch) -> dict[str, float]:
         """The cross-entropy of a student whose answers are even, in nats."""
         return {"even": math.log(self.recipe.distill.prototypes)}
 
@@ -96,6 +96,4 @@ class DINO(SelfDistillation):
 
     @classmethod
     def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
-        text = f"The cross-entropy between views is {means['loss']:.3f} nats"
-        text += f"; even answers would score {reference['even']:.3f}." if "even" in reference else "."
-        return [("note", text), judge_spread(means, reference)]
+        return [judge_answers("cross-entropy between views", means["loss"], reference), judge_spread(means, reference)]

@@ -1,6 +1,7 @@
 """What the methods of self-distillation share: an encoder with a head, several crops of an image, and a mean teacher."""
 
 from abc import abstractmethod
+from typing import NotRequired, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -15,6 +16,15 @@ from ..models.patches import take
 from ..models.teacher import Teacher
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .mean_teacher import MeanTeacher
+
+
+class Batch(TypedDict):
+    """What the crops of b images make together."""
+
+    image: UInt8[Tensor, "b 2 c h w"]
+    "the two global crops"
+    local: NotRequired[UInt8[Tensor, "b k c s s"]]
+    "k small ones"
 
 
 class Siamese(nn.Module):
@@ -80,7 +90,7 @@ class SelfDistillation(MeanTeacher):
             patches = take(patches, ids)
         return net.encoder(patches, ids, (h // self.patch, w // self.patch), masked).unflatten(0, (v, b))
 
-    def encode(self, batch: dict[str, Tensor]) -> Float[Tensor, "b t d"]:
+    def encode(self, batch: Batch) -> Float[Tensor, "b t d"]:
         return self.tokens(self.followed, batch["image"][:, :1])[0]
 
 
@@ -148,6 +158,17 @@ def spread_figures() -> tuple[Figure, ...]:
         Figure("figure-prototypes", "prototypes in use", (Curve("prototypes_used", "", "teacher"),), used, (("collapse", 1.0),), log=True),
         Figure("figure-entropy", "entropy, nats", (Curve("entropy", "", "teacher"),), sure, (("even", "even"),)),
     )
+
+
+def judge_answers(name: str, loss: float, reference: Numbers, what: str = "answers") -> Sentence:
+    """Of a cross-entropy in nats against the teacher's answers, called `name`."""
+    text, even = f"The {name} is {loss:.3f} nats", reference.get("even")
+    if even is None:
+        return ("note", text + ".")
+    text += f"; even {what} would score {even:.3f}. "
+    if loss > even:
+        return ("note", text + "It is above: sure and wrong. Early in a run that is normal; if it stays, lower --base-lr.")
+    return ("note", text + "It falls slowly, and need not fall to the end: the teacher's answers become harder.")
 
 
 def judge_spread(means: Numbers, reference: Numbers) -> Sentence:

@@ -18,10 +18,18 @@ from ..config import Distill, Recipe
 from ..data.augment import MultiCrop
 from ..data.masking import block_mask, random_order
 from ..engine.schedules import Progress
-from .diagnostics import Curve, Figure, Numbers, Sentence
+from .diagnostics import Curve, Figure, Numbers, Sentence, Variant
 from .dino import DINO
-from .distillation import SPREAD, Centre, Siamese, judge_spread
+from .distillation import SPREAD, Centre, Siamese, judge_answers, judge_spread
+from .distillation import Batch as Crops
 from .losses import across_views, masked_patches
+
+
+class Batch(Crops):
+    """Crops, and what is masked."""
+
+    masked: Bool[Tensor, "b 2 n"]
+    "patches of the global crops that the student does not see"
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,12 @@ class IBOT(DINO):
     """DINO that also foretells masked patches."""
 
     losses: ClassVar[dict[str, str]] = {"loss": "loss", "across": "views", "within": "patches"} | SPREAD
+    variants: ClassVar[tuple[Variant, ...]] = (
+        Variant(
+            "ibot, head on masked", {"patch_head": "masked"},
+            "iBOT stands here twice: with its head on all patches, as in its code, and on the masked ones, which its loss reads.",
+        ),
+    )  # fmt: skip
 
     def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
@@ -61,7 +75,7 @@ class IBOT(DINO):
     def views(self) -> MaskedCrops:
         return MaskedCrops(super().views(), self.student.encoder.grid, self.recipe.distill)
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         teacher, temperature, prefix = self.teacher.model, self.teacher_temperature(t), self.student.encoder.prefix
         masked = batch["masked"].transpose(0, 1)  # v b n
         chosen = self.chosen(masked)
@@ -88,6 +102,13 @@ class IBOT(DINO):
         places = masked.flatten().nonzero().squeeze(1)
         return places if len(places) else places.new_zeros(1)  # nobody masked anything: one patch, of no weight
 
+    def average_shapes(self, images: int) -> None:
+        d = self.recipe.distill
+        if d.patch_head == "masked":
+            low, high = d.masked_share
+            count = round(2 * images * self.patches * d.masked_images * (low + high) / 2)
+            self.chosen = lambda masked: torch.zeros(count, dtype=torch.long)
+
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)
         self.patch_centre.move(applied)
@@ -102,9 +123,8 @@ class IBOT(DINO):
 
     @classmethod
     def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
-        text = f"The cross-entropy is {means['across']:.3f} nats between views and {means['within']:.3f} on masked patches"
-        text += f"; even answers would score {reference['even']:.3f} each." if "even" in reference else "."
-        return [("note", text), judge_spread(means, reference)]
+        terms = {"across": "cross-entropy between views", "within": "cross-entropy on masked patches"}
+        return [*(judge_answers(name, means[key], reference) for key, name in terms.items()), judge_spread(means, reference)]
 
 
 def _at(patches: Tensor, places: Tensor | None) -> Tensor:

@@ -8,12 +8,12 @@ the visible quarter.
 
 import json
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from ..config import Images, Recipe
@@ -26,6 +26,14 @@ from ..models.patches import standardise, take
 from .base import Method
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .loss import squared_errors
+
+
+class Batch(TypedDict):
+    """What the views of b images make together."""
+
+    image: UInt8[Tensor, "b c h w"]
+    order: Int[Tensor, "b n"]
+    "of the patches; the first ones are visible"
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,15 @@ class MAE(Method):
         """What the hidden patches are compared with."""
         return standardise(hidden, self.recipe.mae.target_eps) if self.recipe.mae.target == "normalised" else hidden
 
-    def encode(self, batch: dict[str, Tensor]) -> Float[Tensor, "b t d"]:
+    def encode(self, batch: Batch) -> Float[Tensor, "b t d"]:
         seen = batch["order"][:, : self.visible]
         return self.student.encoder(take(self.cut(batch["image"]), seen), seen)
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+    def masked_anew(self, batch: Batch, generator: torch.Generator) -> Batch:
+        order = torch.stack([torch.randperm(self.patches, generator=generator) for _ in batch["order"]])
+        return batch | {"order": order.to(batch["order"].device)}
+
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         patches, order = self.cut(batch["image"]), batch["order"]
         prediction = self.student(patches, order, self.visible)
         return squared_errors(prediction, self.target(take(patches, order[:, self.visible :])))
@@ -79,7 +91,7 @@ class MAE(Method):
         return Backbone(self.student.encoder.vit, *self.statistics)
 
     @torch.no_grad()
-    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
+    def references(self, batch: Batch) -> dict[str, float]:
         """The reconstruction loss of three guesses: nothing (0), each patch's own mean colour, the nearest visible patch."""
         patches, order = self.cut(batch["image"]), batch["order"]
         seen, hidden = order[:, : self.visible], order[:, self.visible :]
@@ -94,7 +106,7 @@ class MAE(Method):
         return {name: F.mse_loss(guess, target).item() for name, guess in guesses.items()}
 
     @torch.no_grad()
-    def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def snapshot(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, str]]:
         order = batch["order"]
         tensors = {
             "image": batch["image"],

@@ -22,7 +22,7 @@ class MeanTeacher(Method):
     memory_text = "The teacher's memory over the run: it follows its schedule."
     "what the report says under the half-life"
     recipe: Recipe
-    teacher: Teacher
+    teacher: Teacher  # not None here
 
     def before_step(self, t: Progress, applied: Tensor) -> None:
         # RC-MAE's code moves the teacher after every micro-batch, all but the last towards the student as it was.
@@ -88,7 +88,7 @@ class MeanTeacher(Method):
         )  # fmt: skip
         drift = "Gap in weights: |student − teacher| / |student|. A sudden rise means a learning rate that is too high."
         more = (Figure("figure-drift", "weight gap", (Curve("drift", "", "both"),), drift, log=True),)
-        return (Panel("teacher", "The mean teacher", text, rows, figures, more, "More on the teacher: gradients and distances"),)
+        return (Panel("teacher", "The mean teacher", text, rows, figures, more, "More on the teacher: distance in weights"),)
 
 
 def _number(value: float | None) -> str:

@@ -15,7 +15,7 @@ from ..config import Recipe
 from ..engine.schedules import Progress
 from ..models.heads import mlp
 from .diagnostics import Curve, Figure, Numbers, Sentence
-from .distillation import SelfDistillation, Siamese, Student
+from .distillation import Batch, SelfDistillation, Siamese, Student
 from .losses import contrast
 
 
@@ -45,7 +45,7 @@ class MoCoV3(SelfDistillation):
     def followed(self) -> Siamese:
         return self.student.trunk
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         tau = self.recipe.distill.student_temperature
         with torch.no_grad():
             k = self.project(self.teacher.model, batch["image"])
@@ -58,7 +58,7 @@ class MoCoV3(SelfDistillation):
         """The projections of each view: statistics are those of one view."""
         return [net.head(tokens[:, 0]) for tokens in self.tokens(net, images)]
 
-    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
+    def references(self, batch: Batch) -> dict[str, float]:
         """The loss where every image of a whole batch is as likely the right one."""
         return {"chance": 4 * self.recipe.distill.student_temperature * math.log(self.recipe.optim.batch_size)}
 

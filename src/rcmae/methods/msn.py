@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
 from ..config import Recipe
@@ -21,8 +21,16 @@ from ..data.masking import random_order
 from ..engine.schedules import Progress
 from ..models.heads import mlp
 from .diagnostics import Curve, Figure, Numbers, Sentence
-from .distillation import SPREAD, SelfDistillation, Siamese, Student, judge_spread, spread_figures, spread_of
+from .distillation import SPREAD, SelfDistillation, Siamese, Student, judge_answers, judge_spread, spread_figures, spread_of
+from .distillation import Batch as Crops
 from .losses import assignments, balanced, entropy_gap, sharpened
+
+
+class Batch(Crops):
+    """Crops, and which patches of the anchor stay."""
+
+    anchor_order: Int[Tensor, "b n"]
+    "of the patches of the second global crop; the last ones are left out"
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class MSN(SelfDistillation):
     def views(self) -> AnchoredCrops:
         return AnchoredCrops(super().views(), self.patches)
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         d, teacher, trunk = self.recipe.distill, self.teacher.model, self.student.trunk
         kept = batch["anchor_order"][:, : max(1, int((1 - d.anchor_drop) * self.patches))]
         classes = [self.tokens(trunk, batch["image"][:, 1:], ids=kept)]
@@ -86,7 +94,7 @@ class MSN(SelfDistillation):
             gap = entropy_gap(p)
         return {"loss": agreement + d.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(said)
 
-    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
+    def references(self, batch: Batch) -> dict[str, float]:
         """The cross-entropy of anchors whose assignments are even, in nats; also the largest entropy gap."""
         return {"even": math.log(self.recipe.distill.prototypes)}
 
@@ -104,7 +112,6 @@ class MSN(SelfDistillation):
 
     @classmethod
     def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
-        text = f"The cross-entropy of the anchors is {means['agreement']:.3f} nats"
-        text += f"; even assignments would score {reference['even']:.3f}. " if "even" in reference else ". "
-        text += f"The entropy gap is {means['entropy_gap']:.3f}: 0 where all prototypes are used alike."
-        return [("note", text), judge_spread(means, reference)]
+        agreement = judge_answers("cross-entropy of the anchors", means["agreement"], reference, "assignments")
+        gap = f"The entropy gap is {means['entropy_gap']:.3f} nats: 0 where all prototypes are used alike on average."
+        return [agreement, ("note", gap), judge_spread(means, reference)]

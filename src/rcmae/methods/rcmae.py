@@ -7,10 +7,11 @@ t: the reconstruction of the mean teacher from the same visible patches (S, the 
 """
 
 import math
-from typing import ClassVar
+from typing import ClassVar, NotRequired
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..config import Recipe, parse_half_life
@@ -19,10 +20,18 @@ from ..engine.schedules import Progress
 from ..models.patches import take
 from ..models.teacher import Teacher
 from .base import Comparison
-from .diagnostics import BlockFigure, Curve, Figure, Numbers, Panel, Sentence
+from .diagnostics import BlockFigure, Curve, Figure, Numbers, Panel, Sentence, Variant
 from .loss import squared_errors
 from .mae import MAE, CropAndOrder
+from .mae import Batch as BatchOfMAE
 from .mean_teacher import MeanTeacher
+
+
+class Batch(BatchOfMAE):
+    """As MAE's."""
+
+    teacher_order: NotRequired[Int[Tensor, "b n"]]
+    "D: the first patches are what the teacher sees"
 
 
 class RCMAE(MeanTeacher, MAE):
@@ -30,6 +39,9 @@ class RCMAE(MeanTeacher, MAE):
 
     losses: ClassVar[dict[str, str]] = {"loss": "loss", "reconstruction": "rec", "consistency": "cons", "teacher_reconstruction": "teacher"}
     remedy = "lower --base-lr or --gamma, or lengthen --warmup"
+    controls: ClassVar[tuple[Variant, ...]] = (
+        Variant("mae averaged", {"gamma": 0.0}, "Averaged weights cost what MAE costs: with gamma 0 the student is MAE to the bit.", "mae"),
+    )
     memory_text = (
         "The teacher's memory over the run. Steered by --half-life auto, it grows while the teacher is ahead and shrinks while it is "
     )
@@ -51,29 +63,30 @@ class RCMAE(MeanTeacher, MAE):
     def last_layer(self) -> nn.Linear:
         return self.student.decoder.pred
 
-    def compare(self, batch: dict[str, Tensor]) -> Comparison:
-        patches, order = self.cut(batch["image"]), batch["order"]
+    def compare(self, batch: Batch) -> Comparison:
+        patches, order, gamma = self.cut(batch["image"]), batch["order"], self.recipe.rcmae.gamma
         target = self.target(take(patches, order[:, self.visible :]))
         # The teacher runs first: nothing of it is kept when the student's activations are.
         if "teacher_order" not in batch:
             guess = self.teacher(patches, order, self.visible)
-            return Comparison(self.student(patches, order, self.visible), target, guess)
+            return Comparison(self.student(patches, order, self.visible), target, guess, gamma=gamma)
         # D: consistency on the patches hidden from both (the paper leaves open on which; ours is stated).
         teacher_order, (b, n) = batch["teacher_order"], order.shape
         guess = self.teacher(patches, teacher_order, self.visible)
         rank = torch.empty_like(order).scatter_(1, teacher_order, torch.arange(n, device=order.device).expand(b, n))
         place = take(rank.unsqueeze(2), order[:, self.visible :]).squeeze(2) - self.visible  # below 0: the teacher saw it
-        return Comparison(self.student(patches, order, self.visible), target, take(guess, place.clamp_min(0)), (place >= 0).float())
+        guess, counts = take(guess, place.clamp_min(0)), (place >= 0).float()
+        return Comparison(self.student(patches, order, self.visible), target, guess, counts, gamma)
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
-        gamma, c = self.recipe.rcmae.gamma, self.compare(batch)
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
+        c = self.compare(batch)
         self.watch(c)
         if c.weight is None:
-            losses = squared_errors(c.prediction, c.target, c.guess, gamma)
+            losses = squared_errors(c.prediction, c.target, c.guess, c.gamma)
         else:
             reconstruction, consistency = F.mse_loss(c.prediction, c.target), c.mean(c.prediction - c.guess)
             losses = {
-                "loss": reconstruction + gamma * consistency,
+                "loss": reconstruction + c.gamma * consistency,
                 "reconstruction": reconstruction.detach(),
                 "consistency": consistency.detach(),
                 "teacher_reconstruction": c.mean(c.guess - c.target),
@@ -105,7 +118,7 @@ class RCMAE(MeanTeacher, MAE):
         return super().half_life(t) if self.memory is None else self.memory.clamp(*auto_bounds(t))
 
     @torch.no_grad()
-    def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def snapshot(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, facts = super().snapshot(batch)
         return tensors | {"teacher": self.teacher(self.cut(batch["image"]), batch["order"], self.visible)}, facts
 
@@ -180,7 +193,7 @@ class RCMAE(MeanTeacher, MAE):
             Figure("figure-gap", "output gap", (Curve(_gap, "", "both"),), gap, log=True),
             *teacher.more,
         )
-        return (teacher._replace(figures=figures, more=more),)
+        return (teacher._replace(figures=figures, more=more, more_title="More on the teacher: gradients and distances"),)
 
 
 def advantage(line: Numbers) -> float | None:

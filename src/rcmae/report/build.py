@@ -77,7 +77,7 @@ def verdict(
     done = total is not None and last["step"] >= total
     said.append(("good" if done else "note", f"{'Finished' if done else 'Running or stopped'} at step {last['step']:,} of {total or 0:,}."))
     means = recent(train)
-    said += method.judge(means, reference or {}) if "loss" in means else [("bad", "The last losses are not finite.")]
+    said += method.judge(means, reference or {}) if method.losses.keys() <= means.keys() else [("bad", "The last losses are not finite.")]
     if floor and probes:
         best = "teacher" if "teacher" in probes[-1] else "student"
         score, raw, untrained = probes[-1][best]["linear"], floor["raw_pixels"]["linear"], floor["untrained"]["linear"]
