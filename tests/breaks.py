@@ -293,6 +293,14 @@ def one_draw(old):
     return lambda self, indices, draw: old(self, indices, 0)
 
 
+def every_method_compares(old):
+    return classmethod(lambda cls: True)
+
+
+def no_controls(old):
+    return ()
+
+
 def losses_swapped(old):
     return lambda method, batch: old(method, batch)[::-1]
 
@@ -1091,6 +1099,16 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.lab.gradients:both_gradients",
         losses_swapped,
         "test_gradients.py::test_the_numbers_are_those_of_autograd",
+    ),
+    "gradients are asked of methods without two losses": (
+        "rcmae.methods.base:Method.compares",
+        every_method_compares,
+        "test_diagnostics.py::test_a_command_works_or_says_why_not",
+    ),
+    "a method's control does not race": (
+        "rcmae.methods.rcmae:RCMAE.controls",
+        no_controls,
+        "test_race.py::test_averaged_mae_is_mae_to_the_bit_and_costs_what_mae_costs",
     ),
     "an alarm is not in the report": (
         "rcmae.report.build:alarm_sentences",

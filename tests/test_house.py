@@ -45,22 +45,20 @@ def test_imports_point_down():
 ASKS = ["report", "lab", "compare", "engine", "loop.py", "trainer.py", "pretrain.py", "cli.py"]
 "What serves every method, and so asks the method and names none."
 
-MAY_NAME = {
-    "cli.py": {"rcmae"},  # the command, which is called as the package is
-    "lab/linear.py": {"rcmae"},  # the table's heading of the paper's proposition
-}
-"Files that may hold the name of a method, and which one."
+MAY_NAME = {"cli.py": {"mae"}}
+"Files that may hold the name of a method, and which one: the package says in its help what it is for."
 
 
 def methods_named(path: Path) -> set[str]:
-    """Names of methods in a file's code, as a name of Python's or a word of a text; docstrings are no code. The package's own name, rcmae,
-    counts where it stands alone or as a part of a recipe."""
+    """Names of methods in a file's code, as a name of Python's or a word of a text; docstrings are no code. "rcmae", which is also the
+    package's name, counts as a text where something is compared with it."""
     tree, names, found = ast.parse(path.read_text()), set(METHODS), set()
     notes = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    compared = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Compare) for part in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in notes:
             words = set(re.findall(r"[a-z0-9]+", node.value.lower()))
-            found |= words & (names - {"rcmae"}) | ({"rcmae"} & {node.value})
+            found |= words & (names - {"rcmae"}) | ({"rcmae"} & {node.value} if id(node) in compared else set())
         elif isinstance(node, (ast.Name, ast.Attribute, ast.alias)):
             name = {ast.Name: "id", ast.Attribute: "attr", ast.alias: "name"}[type(node)]
             found |= {getattr(node, name).split(".")[-1].lower()} & names
