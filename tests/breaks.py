@@ -186,7 +186,7 @@ def optimizer_not_restored(old):
 def teacher_from_student(old):
     def load(path, method, optimizer):
         state = old(path, method, optimizer)
-        if hasattr(method, "teacher"):
+        if method.teacher is not None:
             method.teacher.model.load_state_dict(method.student.state_dict())
         return state
 
@@ -210,11 +210,24 @@ def silence_unwatched(old):
 
 
 def health_left_out(old):
-    return lambda health: None
+    return lambda health, remedy: None
 
 
 def momentum_as_told(old):
-    return lambda lines, key: old(lines, key.replace("measured_", "expected_"))
+    return lambda line, key: old(line, key.replace("measured_", "expected_") if isinstance(key, str) else key)
+
+
+def judged_as_reconstruction(old):
+    return classmethod(lambda cls, means, reference: [("bad", "The last losses are not finite.")])
+
+
+def drawn_without_data(old):
+    shown = importlib.import_module("rcmae.report.panels").Shown("figure-nothing", "<svg></svg>", "Nothing.")
+    return lambda figures, lines, reference: [*old(figures, lines, reference), shown]
+
+
+def a_flag_of_another(old):
+    return "lower --gamma"
 
 
 def one_network(old):
@@ -278,6 +291,14 @@ def too_stable(old):
 
 def one_draw(old):
     return lambda self, indices, draw: old(self, indices, 0)
+
+
+def every_method_compares(old):
+    return classmethod(lambda cls: True)
+
+
+def no_controls(old):
+    return ()
 
 
 def losses_swapped(old):
@@ -1079,10 +1100,35 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         losses_swapped,
         "test_gradients.py::test_the_numbers_are_those_of_autograd",
     ),
+    "gradients are asked of methods without two losses": (
+        "rcmae.methods.base:Method.compares",
+        every_method_compares,
+        "test_diagnostics.py::test_a_command_works_or_says_why_not",
+    ),
+    "a method's control does not race": (
+        "rcmae.methods.rcmae:RCMAE.controls",
+        no_controls,
+        "test_race.py::test_averaged_mae_is_mae_to_the_bit_and_costs_what_mae_costs",
+    ),
     "an alarm is not in the report": (
         "rcmae.report.build:alarm_sentences",
         alarms_unread,
         "test_report.py::test_an_alarm_is_the_first_thing_one_reads",
+    ),
+    "the loss of every method is judged as a reconstruction": (
+        "rcmae.methods.dino:DINO.judge",
+        judged_as_reconstruction,
+        "test_diagnostics.py::test_the_page_speaks_of_its_own_method",
+    ),
+    "a figure is drawn that has no data": (
+        "rcmae.report.build:drawn",
+        drawn_without_data,
+        "test_diagnostics.py::test_the_page_speaks_of_its_own_method",
+    ),
+    "a page names a flag of another method": (
+        "rcmae.methods.diagnostics:Diagnostics.remedy",
+        a_flag_of_another,
+        "test_diagnostics.py::test_the_page_speaks_of_its_own_method",
     ),
     "a run that was not watched is said to be without alarms": (
         "rcmae.report.build:alarm_sentences",
@@ -1095,7 +1141,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_report.py::test_the_instruments_are_shown",
     ),
     "the momentum drawn as measured is the expected one": (
-        "rcmae.report.panels:column",
+        "rcmae.report.panels:value",
         momentum_as_told,
         "test_report.py::test_curves_go_where_the_numbers_go",
     ),

@@ -111,7 +111,11 @@ def test_failures_are_one_line(tmp_path, capsys, folder, finished):  # noqa: F81
     recipe = small(data=str(folder))
     (tmp_path / "wild.toml").write_text(to_toml(dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, base_lr=1e30))))
     cases = [
-        ([str(tmp_path / "mae")], 2, "mae has no teacher to look at"),
+        (
+            [str(tmp_path / "mae")],
+            2,
+            "whose gradients are compared here; give a run of rcmae",
+        ),
         ([str(tmp_path / "bare")], 2, "is no run directory: recipe.toml is missing"),
         ([str(tmp_path / "nowhere")], 2, "there is no recipe"),
         ([str(tmp_path / "begun")], 4, "holds no checkpoint"),

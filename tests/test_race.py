@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from rcmae.cli import main
 from rcmae.compare.cost import T
-from rcmae.compare.race import ARMS, AVERAGED, Budget, Setting, arms, interval, parse_budget, plan, verdict
+from rcmae.compare.race import ARMS, LOOKS, Budget, Setting, arms, interval, parse_budget, plan, verdict, write_page
 from rcmae.config import with_settings
 from rcmae.data.dataset import Images
 from rcmae.data.digits import DigitsSource
@@ -26,6 +26,8 @@ from rcmae.errors import ConfigError
 from rcmae.methods import METHODS
 from rcmae.methods.recipes import load_recipe
 from rcmae.tasks.attentive import attentive_right
+
+AVERAGED = "mae averaged"
 
 TINY = [
     "size=16",
@@ -236,6 +238,16 @@ def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
     before = {run.name: (run / "metrics.jsonl").stat().st_mtime_ns for run in runs}
     assert main(argv) == 0
     assert before == {run.name: (run / "metrics.jsonl").stat().st_mtime_ns for run in runs}
+
+
+def test_the_recorded_race_can_be_drawn_again(tmp_path):
+    """Its arms are still arms, each with a look of its own."""
+    found = json.loads((Path(__file__).parent.parent / "results" / "race.json").read_text())
+    names = [row["arm"] for row in found["rows"]]
+    assert set(names) <= set(ARMS) and len({LOOKS[name] for name in ARMS}) == len(ARMS)
+    page = write_page(found, tmp_path).read_text()
+    assert all(name in page for name in names)
+    assert "Averaged weights cost what MAE costs" in page
 
 
 def test_equal_flops_are_equal(tmp_path):

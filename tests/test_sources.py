@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from rcmae.pretraining import pretrain
 
 from rcmae.cli import main
 from rcmae.compare.race import arms
@@ -14,6 +13,7 @@ from rcmae.data import sources
 from rcmae.data.base import Asked, Source
 from rcmae.data.loader import processes
 from rcmae.errors import ConfigError
+from rcmae.pretraining import pretrain
 from rcmae.tasks.detection.coco import open_coco
 from tests.conftest import small
 

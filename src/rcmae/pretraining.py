@@ -83,6 +83,7 @@ class Pretraining(Trainer):
         if (why := METHODS[recipe.method].whole_batch(recipe)) and self.batch_size // self.machine.accumulate < 2:
             raise ConfigError(f"{recipe.method} learns nothing from micro-batches of one image, as {why}: give a smaller --accumulate")
         self.method = self.build(*self.statistics())
+        self.loss_names = self.method.losses
         optimizer = adamw(self.method.student, recipe.optim, linear_rule(recipe.optim))
         self.scores: dict[str, dict[str, float]] = {}
         self.drift: float | None = None

@@ -6,8 +6,9 @@
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ class Trainer(ABC):
 
     remedy = "lower --base-lr, set --clip 1"
     "what to try when steps are not finite"
+
+    loss_names: Mapping[str, str] = MappingProxyType({"loss": "loss"})
+    "losses by their key in the log, and what the line of progress calls them"
 
     def __init__(self, recipe: Any, context: RunContext, images: Source, batch_size: int, seed: int):
         """`recipe` is all that changes the result; `images` are those that are trained on, `batch_size` of them in an optimizer step.
@@ -256,7 +260,7 @@ class Trainer(ABC):
         line |= {"lr": lr, "epoch": t.epoch, "images": self.step * self.batch_size}
         self.write("train", **line)
         left = (self.total - self.step) * self.batch_size / max(line["images_per_s"], 1e-9)
-        self.screen.report(self.step, self.total, line, left)
+        self.screen.report(self.step, self.total, line, left, self.loss_names)
 
     def save(self) -> None:
         """A checkpoint, by rank 0. No signal ends it in the middle."""

@@ -37,7 +37,6 @@ from ..engine.run import describe_machine, write_json
 from ..engine.schedules import Progress
 from ..errors import ConfigError, OutOfMemoryError
 from ..methods import METHODS, Method
-from ..methods.ibot import IBOT
 from ..methods.recipes import load_recipe
 from ..models import blocks
 from ..models.autoencoder import build_encoder
@@ -174,10 +173,7 @@ def _traced(recipe: Recipe, batch: int, like: str = "cuda") -> Iterator[tuple[Me
     attend = blocks.attend if like == "cpu" else F.scaled_dot_product_attention
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, mock.patch.object(blocks, "attend", attend):
         method.to_empty(device="cpu")
-        if isinstance(method, IBOT) and recipe.ibot.patch_head == "masked":
-            low, high = recipe.ibot.masked_share
-            count = round(2 * batch * method.patches * recipe.ibot.masked_images * (low + high) / 2)
-            method.chosen = lambda masked: torch.zeros(count, dtype=torch.long)  # as many as there are on average
+        method.average_shapes(batch)
         yield method, _views(method, recipe, batch, mode)
 
 
@@ -193,7 +189,7 @@ def _views(method: Method, recipe: Recipe, batch: int, mode: FakeTensorMode) -> 
 def _count(recipe: Recipe, batch: int, precision: str) -> dict[str, Any]:
     with _traced(recipe, batch) as (method, views):
         counter, kept = _Phases(), _Kept({p.untyped_storage()._cdata for p in method.parameters()})
-        if hasattr(method, "teacher"):
+        if method.teacher is not None:
             counter.watch(method.teacher)
         with counter, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             with saved_tensors_hooks(kept.pack, lambda t: t):
@@ -292,10 +288,9 @@ class _Kept:
 def recipes(model: str, names: Sequence[str]) -> dict[str, Recipe]:
     """A row's name -> its recipe: the settings of each reference code for ViT-S up to its width, else for ViT-B, at this model.
 
-    iBOT stands there twice: with its head on all patches, as in its code, and on the masked ones alone. Raises ConfigError that names
-    all methods that cannot work with the model.
+    Behind a method stand its variants. Raises ConfigError that names all methods that cannot work with the model.
     """
-    plain = load_recipe("mae-vitb16-in1k")
+    plain = load_recipe(f"{names[0]}-vitb16-in1k")
     with torch.device("meta"):
         width = build_encoder(plain.images, changed(plain, model=model).network).width
     size = "s" if width <= 384 else "b"
@@ -305,8 +300,7 @@ def recipes(model: str, names: Sequence[str]) -> dict[str, Recipe]:
     rows = {}
     for name, recipe in found.items():
         rows[name] = recipe
-        if name == "ibot":
-            rows["ibot, head on masked"] = changed(recipe, patch_head="masked")
+        rows |= {variant.name: changed(recipe, **variant.settings) for variant in METHODS[name].variants}
     if problems := [text for recipe in found.values() for text in METHODS[recipe.method].problems(recipe)]:
         raise ConfigError(f"{model}: {'; '.join(problems)}; leave them out with --methods")
     return rows
@@ -316,7 +310,7 @@ def study(
     models: Sequence[str], names: Sequence[str] = tuple(METHODS), *, batch: int = 128, precision: str = "bf16",
     device: str | None = None, measured_batch: int = 16, fit: float | None = None, say=lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Rows of plain numbers for every model and method; ratios are to MAE, the first row of a model.
+    """Rows of plain numbers for every model and method; ratios are to the first row of a model.
 
     `device` asks for measurements there too, at `measured_batch` images; `fit` for the largest batch within so many GiB.
     """
@@ -354,6 +348,9 @@ def write_page(found: dict[str, Any], out: Path) -> Path:
     """Write cost.json and cost.html; returns the page."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "cost.json", found)
-    page = template("cost.html.j2", "rcmae.compare").render(title="What a training step costs", **found)
+    names = {row["name"] for row in found["rows"]}
+    notes = [variant.note for method in METHODS.values() for variant in method.variants if variant.name in names]
+    ours = load_recipe("embedded").method
+    page = template("cost.html.j2", "rcmae.compare").render(title="What a training step costs", notes=notes, ours=ours, **found)
     replace_file(out / "cost.html", page)
     return out / "cost.html"

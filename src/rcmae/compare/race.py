@@ -48,10 +48,11 @@ from ..tasks.interval import interval
 from ..tasks.probe import probe_set
 from .cost import cost
 
-AVERAGED = "mae averaged"
-"MAE whose weights are averaged for evaluation only: the teacher of RC-MAE with gamma 0, whose student is MAE to the bit."
+CONTROLS = {control.name: (name, control) for name, method in METHODS.items() for control in method.controls}
+"Arms that methods declare beside themselves: name to method and control."
 
-ARMS = ("mae", AVERAGED, "rcmae", "dino", "ibot", "msn", "mocov3")
+ARMS = tuple(arm for name, method in METHODS.items() for arm in (*(control.name for control in method.controls), name))
+"What races by default."
 
 KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
 "What is probed; the first one, which reads the mean over the patches, is judged."
@@ -82,12 +83,14 @@ def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] 
     found = []
     for name in names:
         head, *own = (part.strip() for part in re.split(r",(?![^\[]*\])", name))
-        recipe = _recipe("rcmae" if head == AVERAGED else head, suited=recipe_for(data or Recipe.data))
+        method, control = CONTROLS.get(head, (head, None))
+        recipe = _recipe(method, suited=recipe_for(data or Recipe.data))
         recipe = with_settings(recipe, [*settings, *own], name)
         recipe = replace(recipe, data=data or recipe.data)
         paid = recipe
-        if head == AVERAGED:
-            recipe, paid = changed(recipe, gamma=0.0), with_method(recipe, "mae")
+        if control:
+            paid = with_method(recipe, control.pays) if control.pays else recipe
+            recipe = changed(recipe, **control.settings)
         found.append(Arm(name, recipe, METHODS[recipe.method].networks[-1], paid))
     names = [arm.name for arm in found]
     problems = [f"{name!r} races twice" for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -105,7 +108,7 @@ def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] 
 def _recipe(name: str, suited: str) -> Recipe:
     """A method's recipe of the `suited` kind, or beside `folder` its ViT-S recipe with the batch and the memory of that one."""
     if name not in METHODS:
-        known = [*METHODS, AVERAGED, *shipped_recipes()]
+        known = [*METHODS, *CONTROLS, *shipped_recipes()]
         if name not in known and not Path(name).is_file():
             raise ConfigError(f"there is no method, recipe or recipe file {name!r}{hint(name, known)} (`rcmae list` shows all)")
         return load_recipe(name)
@@ -341,7 +344,7 @@ def verdict(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
 def curve(own: list[Run], flops: float) -> list[dict[str, Any]]:
     """The probes of an arm on the way, each a value a seed, with the images, FLOPs and seconds (the median seed's) they came after.
 
-    Averaged MAE is trained as RC-MAE with gamma 0, whose teacher's work is taken off its seconds as it is off its FLOPs.
+    A control that pays another method's cost has the work of its own teacher taken off its seconds as it is off its FLOPs.
     """
     points, arm = [], own[0].arm
     share = 1.0 if arm.paid == arm.recipe else flops / cost(arm.recipe).flops
@@ -368,21 +371,21 @@ def _seconds(run: Run, step: int) -> float:
 
 
 def _health(run: Run) -> dict[str, float]:
-    """Is it alive? The last word on the features' rank and spread, and on the use of the prototypes where there are any."""
+    """Is it alive? The last word on the features' rank and spread, and on what the method itself logs beside its loss."""
     last: dict[str, Any] = {}
     for line in read_metrics(run.place):
         if line["kind"] in ("train", "health"):
             last |= line
-    return {key: last[key] for key in ("rankme", "spread", "entropy", "prototypes_used") if key in last}
+    own = [key for key in METHODS[run.recipe.method].losses if key != "loss"]
+    return {key: last[key] for key in ("rankme", "spread", *own) if key in last}
 
 
 # --- what one sees ----------------------------------------------------------------------------------------------------
 
-LOOKS = {
-    "mae": ("ink", "-"), AVERAGED: ("ink", "--"), "rcmae": ("teacher", "-"), "dino": ("student", "-"), "ibot": ("both", "-"),
-    "msn": ("good", "-"), "mocov3": ("gold", "-"),
-}  # fmt: skip
-"Colour and line of what races by default; others take what is left."
+PALETTE = ("ink", "teacher", "student", "both", "good", "gold", "memory1")
+LOOKS = {name: (colour, "-") for name, colour in zip(METHODS, PALETTE, strict=False)}
+LOOKS |= {name: (LOOKS.get(control.pays or method, ("floor", "-"))[0], "--") for name, (method, control) in CONTROLS.items()}
+"Colour and line of what races by default, in the order of METHODS, a control as the method whose cost it has; others take what is left."
 
 AXES = {"images": ("thousand images", 1e-3), "flops": ("teraFLOP", 1e-12), "seconds": ("minutes of training", 1 / 60)}
 
@@ -399,7 +402,12 @@ def write_page(found: dict[str, Any], out: Path) -> Path:
     for name, svg in figures.items():
         replace_file(out / f"{name}.svg", standalone(svg))
     page = template("race.html.j2", "rcmae.compare").render(
-        title="Which method, at equal cost", figures=figures, kinds=KINDS, axes=AXES, **found
+        title="Which method, at equal cost",
+        figures=figures,
+        kinds=KINDS,
+        axes=AXES,
+        notes=[CONTROLS[name][1].note for name in names if name in CONTROLS],
+        **found,
     )
     replace_file(out / "race.html", page)
     return out / "race.html"

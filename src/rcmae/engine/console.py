@@ -2,13 +2,16 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+LOSS = {"loss": "loss"}
+"What is shown of a log line where nothing else is asked for."
 
 
 class Screen:
@@ -43,9 +46,9 @@ class Screen:
         if self.bar:
             self.bar.update(self.task, completed=done)
 
-    def report(self, done: int, total: int, line: dict[str, float], left: float) -> None:
-        """The numbers of one log step; `left` is the expected time to the end in seconds."""
-        text = describe(line)
+    def report(self, done: int, total: int, line: dict[str, float], left: float, labels: Mapping[str, str] = LOSS) -> None:
+        """The numbers of one log step; `left` is the expected time to the end in seconds, `labels` as in `describe`."""
+        text = describe(line, labels)
         if self.bar:
             self.bar.update(self.task, description=text)
         elif done == total or done * self.LINES // total > self.told or time.monotonic() - self.last > self.SECONDS:
@@ -103,10 +106,9 @@ class Screen:
         self.console.print(table)
 
 
-def describe(line: dict[str, float]) -> str:
-    """A metrics line in one short line of text."""
-    names = {"loss": "loss", "reconstruction": "rec", "consistency": "cons", "teacher_reconstruction": "teacher"}
-    parts = [f"{short} {line[name]:.4f}" for name, short in names.items() if line.get(name) is not None]
+def describe(line: dict[str, float], labels: Mapping[str, str] = LOSS) -> str:
+    """A metrics line in one short line of text; `labels` are the keys to show and their short names."""
+    parts = [f"{short} {line[name]:.4f}" for name, short in labels.items() if line.get(name) is not None]
     parts.append(f"{line['images_per_s']:,.0f} img/s")
     parts.append(f"data wait {line['data_wait']:.0%}")
     parts.append(f"{line['memory_gib']:.1f} GiB")

@@ -136,6 +136,8 @@ def _folder(path: Path, which: str) -> Path:
         raise CheckpointError(
             f"{path} is a run of fine-tuning: it holds a classifier, which `rcmae evaluate robustness` takes, and no backbone"
         )
+    if (path / "export" / "detector").is_dir():
+        raise CheckpointError(f"{path} is a run of detection: it holds a detector, which `rcmae detect eval` takes, and no backbone")
     student = path / "export" / "student"
     if which == "student" or not (student / "config.json").exists():
         raise CheckpointError(f"{path} holds no backbone; a run writes export/ at its first checkpoint")

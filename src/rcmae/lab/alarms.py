@@ -41,7 +41,7 @@ class Alarms:
     def __init__(self, method: Method, total: int, steps_per_epoch: int, called: Iterable[str] = ()):
         """`called` names the alarms that were called before a resume: they are not called again."""
         self.method, self.total, self.steps_per_epoch = method, total, steps_per_epoch
-        self.teacher: nn.Module | None = getattr(method, "teacher", None)
+        self.teacher = method.teacher
         self.called = set(called)
         self.rows: dict[str, int] = {}
         self.first_buffers = _buffers(method.followed), _buffers(self.teacher.model) if self.teacher is not None else {}
@@ -112,7 +112,7 @@ class Alarms:
         constant = monitor.seen and _constant(monitor.seen[0].prediction, monitor.seen[0].target)
         if constant or health["rankme"] < 1.5 or health["spread"] < 1e-3:
             what = "the same prediction for every image" if constant else f"features of effective rank {health['rankme']:.1f}"
-            return self._new([Alarm("collapse", f"{what} at step {t.step}: collapsed; lower --base-lr or --gamma, or lengthen --warmup")])
+            return self._new([Alarm("collapse", f"{what} at step {t.step}: collapsed; {self.method.remedy}")])
         return []
 
     def _new(self, found: list[Alarm]) -> list[Alarm]:

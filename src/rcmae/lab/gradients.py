@@ -29,6 +29,7 @@ from ..methods.recipes import load_recipe, parse_recipe
 from ..models.backbone import usual_statistics
 from ..report.build import template
 from ..report.curves import Line, by_depth, plot, standalone
+from ..report.files import kind_of
 from .monitor import blocks, both_gradients
 
 CONDITIONS = {
@@ -62,7 +63,7 @@ class Study:
     """A method from the newest checkpoint of a run, or a new one of a recipe, ready to go on in float32."""
 
     def __init__(self, run: str, setting: Setting):
-        """Raises ConfigError for a method without a teacher, CheckpointError for a run without a checkpoint."""
+        """Raises ConfigError for a method whose losses cannot be compared, CheckpointError for a run without a checkpoint."""
         rules = [
             (setting.batches >= 2, f"an interval needs 2 batches or more, not {setting.batches}"),
             (setting.lr is None or 0 < setting.lr < math.inf, f"lr must be above 0, not {setting.lr}"),
@@ -73,9 +74,14 @@ class Study:
             raise ConfigError("; ".join(problems))
         folder = Path(run)
         begun = (folder / "recipe.toml").exists()
-        if folder.is_dir() and not begun:
-            raise ConfigError(f"{run} is no run directory: recipe.toml is missing")
+        if folder.is_dir() and (kind := kind_of(folder)) != "pre-training":
+            what = f"is a run of {kind}" if kind else "is no run directory: recipe.toml is missing"
+            raise ConfigError(f"{run} {what}; give a run of `rcmae pretrain`")
         self.recipe = parse_recipe((folder / "recipe.toml").read_text(encoding="utf-8"), run) if begun else load_recipe(run)
+        if not METHODS[self.recipe.method].compares():
+            known = " or ".join(name for name, method in METHODS.items() if method.compares())
+            why = "has no reconstruction and consistency losses under a teacher, whose gradients are compared here"
+            raise ConfigError(f"{self.recipe.method} {why}; give a run of {known}")
         self.device = pick_device(setting.device)
         self.source = open_source(self.recipe.data, self.recipe.images.channels, size=self.recipe.images.size)
         self.batch_size = setting.batch_size or min(self.recipe.optim.batch_size, 128)
@@ -85,8 +91,6 @@ class Study:
             )
         torch.manual_seed(self.recipe.seed)
         self.method: Method = METHODS[self.recipe.method](self.recipe, *self._statistics(folder)).to(self.device)
-        if not hasattr(self.method, "teacher"):
-            raise ConfigError(f"{self.recipe.method} has no teacher to look at; take a run of one that has (`rcmae list`)")
         optim = self.recipe.optim
         self.lr = setting.lr or optim.base_lr * self.batch_size / 256 / 2
         self.optimizer = adamw(self.method.student, optim, self.lr)

@@ -42,7 +42,7 @@ class Monitor:
     def __init__(self, method: Method, total: int):
         self.method, self.total = method, total
         self.every = cadence(total)
-        self.teacher: nn.Module | None = getattr(method, "teacher", None)
+        self.teacher = method.teacher
         self.expected = 1.0
         self.seen: list[Comparison] | None = None
         self.features: Tensor | None = None
@@ -101,12 +101,9 @@ class Monitor:
         """After that step: what to add to its log line, whose `means` are given."""
         self.looking = False
         seen, self.method.watched = self.method.watched, None
-        found: dict[str, float] = {}
-        own, theirs = means.get("reconstruction"), means.get("teacher_reconstruction")
-        if own and theirs is not None:
-            found["teacher_advantage"] = (own - theirs) / own
+        found = self.method.derived(means)
         if seen and self.entered is not None:
-            found |= last_layer(seen[0], self.entered[: len(seen[0].prediction)].float(), self.method.recipe.rcmae.gamma)
+            found |= last_layer(seen[0], self.entered[: len(seen[0].prediction)].float())
         if self.before:
             found |= self._measured_momentum()
         self.seen, self.entered, self.before = seen, None, []
@@ -141,11 +138,11 @@ class Monitor:
             found |= health(self.features)
         if self.teacher is not None:
             found["distance"] = distance_by_block(self.method.followed, self.teacher.model)
-            if self.batch is not None and (parts := both_gradients(self.method, self.batch)):
-                found["gradient"] = relation(*parts, self.method.recipe.rcmae.gamma)
+            if self.seen and self.batch is not None:
+                parts, gamma = both_gradients(self.method, self.batch), self.seen[0].gamma
+                found["gradient"] = relation(*parts, gamma)
                 found["gradient_by_block"] = {
-                    block: relation(*([part[name] for name in names] for part in parts), self.method.recipe.rcmae.gamma)
-                    for block, names in blocks(parts[0]).items()
+                    block: relation(*([part[name] for name in names] for part in parts), gamma) for block, names in blocks(parts[0]).items()
                 }
         return found
 
@@ -156,15 +153,13 @@ class Monitor:
     @torch.no_grad()
     def lidar(self, batch: dict[str, Tensor], views: int = 8) -> float | None:
         """LiDAR of the student on fixed images under `views` masks each; None for a method without masks."""
-        if "order" not in batch:
+        generator, pooled = torch.Generator().manual_seed(0), []
+        masked = self.method.masked_anew(batch, generator)
+        if masked is None:
             return None
-        generator = torch.Generator().manual_seed(0)
-        n = batch["order"].shape[1]
-        pooled: list[Tensor] = []
         hook = self.method.backbone("student").vit.norm.register_forward_hook(self._pool(pooled))
-        for _ in range(views):
-            order = torch.stack([torch.randperm(n, generator=generator) for _ in range(len(batch["order"]))])
-            self.method.encode(batch | {"order": order.to(batch["order"].device)})
+        for i in range(views):
+            self.method.encode(self.method.masked_anew(batch, generator) if i else masked)
         hook.remove()
         return lidar(torch.stack(pooled, 1))
 
@@ -172,24 +167,22 @@ class Monitor:
 # --- gradients of the two losses --------------------------------------------------------------------------------------
 
 
-def last_layer(c: Comparison, entered: Tensor, gamma: float) -> dict[str, float]:
+def last_layer(c: Comparison, entered: Tensor) -> dict[str, float]:
     """Both losses' gradients of the last layer's weight, exactly, from its input; and the cosine of the two errors."""
     e, d = c.prediction - c.target, c.prediction - c.guess
     if c.weight is not None:
         d = d * (c.weight * (c.weight.shape[1] / c.weight.sum(1, keepdim=True).clamp_min(1))).unsqueeze(2)
     of_x, of_t = (torch.einsum("bmp,bmw->pw", error, entered) for error in (e, d))
-    found = relation([of_x], [of_t], gamma)
+    found = relation([of_x], [of_t], c.gamma)
     return {f"last_{k}": v for k, v in found.items()} | {"output_cosine": _cosine([e], [d])}
 
 
-def both_gradients(method: Method, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-    """Gradients of reconstruction and of consistency (without gamma) by parameter name, in float32; None without a comparison."""
+def both_gradients(method: Method, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of reconstruction and of consistency (without gamma) by parameter name, in float32, of a method that compares."""
     trained = {name: p for name, p in method.student.named_parameters() if p.requires_grad}
     device = next(iter(trained.values())).device
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         c = method.compare(batch)
-        if c is None:
-            return None
         losses = F.mse_loss(c.prediction, c.target), c.mean(c.prediction - c.guess)
         found = [torch.autograd.grad(loss, list(trained.values()), retain_graph=i == 0) for i, loss in enumerate(losses)]
     return tuple(dict(zip(trained, gradients, strict=True)) for gradients in found)

@@ -12,6 +12,8 @@ from ..config import Recipe
 from ..engine.schedules import Progress
 from ..models.backbone import Backbone
 from ..models.patches import patchify
+from ..models.teacher import Teacher
+from .diagnostics import Diagnostics
 
 # image uint8 [h, w, c] and a generator -> named tensors of one sample (crops, masks); must pickle, for loader workers.
 Views = Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]]
@@ -30,6 +32,8 @@ class Comparison(NamedTuple):
     "the teacher's prediction"
     weight: Float[Tensor, "b m"] | None = None
     "1 where the guess counts, 0 where the teacher saw the patch; None: it counts everywhere"
+    gamma: float = 1.0
+    "weight of the consistency |prediction - guess|^2 in the loss"
 
     def mean(self, difference: Float[Tensor, "b m p"]) -> Tensor:
         """Mean square over the patches on which the guess counts: of each image, then over the images, however a batch is cut."""
@@ -38,7 +42,7 @@ class Comparison(NamedTuple):
         return ((difference.square().mean(2) * self.weight).sum(1) / self.weight.sum(1).clamp_min(1)).mean()
 
 
-class Method(nn.Module):
+class Method(Diagnostics, nn.Module):
     """A way of learning without labels. One file a method; the loop calls these and nothing else."""
 
     recipe_type: type[Recipe]
@@ -46,6 +50,8 @@ class Method(nn.Module):
     recipe: Recipe
     student: nn.Module
     "every trained parameter lives here"
+    teacher: Teacher | None
+    "follows the student and gives it its targets; None without one"
     patch: int
     "side of a patch in pixels"
     statistics: tuple[tuple[float, ...], tuple[float, ...]]
@@ -54,6 +60,10 @@ class Method(nn.Module):
     "what is probed and exported, the one to use last"
     watched: list[Comparison] | None = None
     "where `forward` leaves what it compared, if somebody looks"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = None
 
     @property
     def followed(self) -> nn.Module:
@@ -88,6 +98,11 @@ class Method(nn.Module):
         """Scalars on the device: "loss" is what is minimised, the rest is logged."""
         raise NotImplementedError
 
+    @classmethod
+    def compares(cls) -> bool:
+        """Whether there is a reconstruction and a teacher's, so that `compare` can be asked."""
+        return cls.compare is not Method.compare
+
     def compare(self, batch: dict[str, Tensor]) -> Comparison | None:
         """The student against the target and the teacher; None for a method that does not reconstruct under a teacher."""
         return None
@@ -105,11 +120,19 @@ class Method(nn.Module):
         """The student's tokens [b t d] of what a batch shows."""
         raise NotImplementedError
 
+    def masked_anew(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor] | None:
+        """The batch with other masks, drawn on the CPU, of what `encode` reads; None for a method that shows it everything."""
+        return None
+
     def watch(self, comparison: Comparison) -> None:
         """Leave a part of what a step compared to whoever asked for it by setting `watched` to a list."""
         if self.watched is not None:
             few = max(8, WATCHED // comparison.prediction[0].numel())
-            self.watched[:] = [Comparison(*(v if v is None else v[:few].detach().clone() for v in comparison))]
+            parts = {name: v[:few].detach().clone() for name, v in comparison._asdict().items() if isinstance(v, Tensor)}
+            self.watched[:] = [comparison._replace(**parts)]
+
+    def average_shapes(self, images: int) -> None:
+        """Make shapes that depend on what was drawn those of the average of so many images, for who counts and does not learn."""
 
     def before_step(self, t: Progress, applied: Tensor) -> None:
         """Once an optimizer step, after the gradients are there and before the weights move.

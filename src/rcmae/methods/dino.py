@@ -5,7 +5,9 @@
 t, s: the cosines of an image's class token with the prototypes, from the teacher and from the student.
 """
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,7 +16,19 @@ from torch import Tensor
 from ..config import Rules, Section
 from ..engine.schedules import Progress
 from ..models.heads import PrototypeHead
-from .distillation import LOOKED_AT, Centre, SelfDistillation, SelfDistillationRecipe, spread_of
+from .diagnostics import Curve, Figure, Numbers, Sentence
+from .distillation import (
+    LOOKED_AT,
+    SPREAD,
+    Batch,
+    Centre,
+    SelfDistillation,
+    SelfDistillationRecipe,
+    judge_answers,
+    judge_spread,
+    spread_figures,
+    spread_of,
+)
 from .losses import across_views, balanced, centred
 
 LONGEST_FREEZE = 0.1
@@ -68,6 +82,7 @@ class DINO(SelfDistillation):
 
     recipe_type = DINORecipe
     recipe: DINORecipe
+    losses: ClassVar[dict[str, str]] = {"loss": "loss"} | SPREAD
 
     def __init__(self, recipe: DINORecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
@@ -83,7 +98,7 @@ class DINO(SelfDistillation):
         head, own = self.recipe.head, self.recipe.dino
         return PrototypeHead(inputs, head.head_width, head.embedding, own.prototypes, own.head_norm)
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         teacher, temperature = self.teacher.model, self.teacher_temperature(t)
         with torch.no_grad():
             said = teacher.head(self.tokens(teacher, batch["image"])[:, :, 0])
@@ -103,7 +118,7 @@ class DINO(SelfDistillation):
         shift = 0.0 if self.recipe.dino.sinkhorn else self.centre.value
         return spread_of(((said.flatten(0, -2)[:LOOKED_AT] - shift) / temperature).softmax(-1))
 
-    def classes(self, batch: dict[str, Tensor]) -> Tensor:
+    def classes(self, batch: Batch) -> Tensor:
         """The student's class tokens of all views [v b d]."""
         sizes = [batch[k] for k in ("image", "local") if k in batch]
         return torch.cat([self.tokens(self.student, images)[:, :, 0] for images in sizes])
@@ -121,3 +136,20 @@ class DINO(SelfDistillation):
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)
         self.centre.move(applied)
+
+    def references(self, batch: Batch) -> dict[str, float]:
+        """The cross-entropy of a student whose answers are even, in nats."""
+        return {"even": math.log(self.recipe.dino.prototypes)}
+
+    @classmethod
+    def figures(cls) -> tuple[Figure, ...]:
+        text = (
+            "Cross-entropy of the student's answers on one view against the teacher's on another. It falls below even answers, and rises "
+        )
+        text += "again where the teacher's answers become harder; only zero, or even answers to the end, mean collapse."
+        across = Curve("loss", "", "student")
+        return (Figure("figure-loss", "cross-entropy between views", (across,), text, (("even answers", "even"),)), *spread_figures())
+
+    @classmethod
+    def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
+        return [judge_answers("cross-entropy between views", means["loss"], reference), judge_spread(means, reference)]

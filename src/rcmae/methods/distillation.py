@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -15,6 +16,7 @@ from ..models.encoder import Encoder
 from ..models.heads import HeadSettings
 from ..models.patches import take
 from ..models.teacher import Teacher
+from .diagnostics import Curve, Figure, Numbers, Sentence
 from .mean_teacher import MeanTeacher, MeanTeacherRecipe
 
 
@@ -24,6 +26,15 @@ class SelfDistillationRecipe(MeanTeacherRecipe):
 
     crops: Crops = Crops()
     head: HeadSettings = HeadSettings()
+
+
+class Batch(TypedDict):
+    """What the crops of b images make together."""
+
+    image: UInt8[Tensor, "b 2 c h w"]
+    "the two global crops"
+    local: NotRequired[UInt8[Tensor, "b k c s s"]]
+    "k small ones"
 
 
 class Siamese(nn.Module):
@@ -91,7 +102,7 @@ class SelfDistillation(MeanTeacher):
             patches = take(patches, ids)
         return net.encoder(patches, ids, (h // self.patch, w // self.patch), masked).unflatten(0, (v, b))
 
-    def encode(self, batch: dict[str, Tensor]) -> Float[Tensor, "b t d"]:
+    def encode(self, batch: Batch) -> Float[Tensor, "b t d"]:
         return self.tokens(self.followed, batch["image"][:, :1])[0]
 
 
@@ -129,6 +140,9 @@ class Centre(nn.Module):
         self.value.copy_(torch.where((applied > 0) & (total > 0), torch.lerp(mean, self.value, self.momentum), self.value))
 
 
+SPREAD = {"entropy": "entropy", "prototypes_used": "prototypes"}
+"What `spread_of` finds, and its names on the line of progress."
+
 LOOKED_AT = 256
 "Rows of a step that `spread_of` looks at: what it costs does not grow with the batch."
 
@@ -144,3 +158,38 @@ def spread_of(p: Float[Tensor, "*s c"]) -> dict[str, Tensor]:
         "entropy": -torch.special.xlogy(p, p).sum(1).mean(),
         "prototypes_used": (-torch.special.xlogy(mean, mean).sum()).exp(),
     }
+
+
+def spread_figures() -> tuple[Figure, ...]:
+    """The two numbers of `spread_of`."""
+    used = (
+        "How many prototypes the teacher's answers to a batch use, before they are balanced. At 1 all images get the same answer: collapse."
+    )
+    sure = "Entropy of one answer of the teacher. At the dashed line an answer is even and tells nothing; far below it the teacher is sure."
+    return (
+        Figure("figure-prototypes", "prototypes in use", (Curve("prototypes_used", "", "teacher"),), used, (("collapse", 1.0),), log=True),
+        Figure("figure-entropy", "entropy, nats", (Curve("entropy", "", "teacher"),), sure, (("even", "even"),)),
+    )
+
+
+def judge_answers(name: str, loss: float, reference: Numbers, what: str = "answers") -> Sentence:
+    """Of a cross-entropy in nats against the teacher's answers, called `name`."""
+    text, even = f"The {name} is {loss:.3f} nats", reference.get("even")
+    if even is None:
+        return ("note", text + ".")
+    text += f"; even {what} would score {even:.3f}. "
+    if loss > even:
+        return ("note", text + "It is above: sure and wrong. Early in a run that is normal; if it stays, lower --base-lr.")
+    return ("note", text + "It falls slowly, and need not fall to the end: the teacher's answers become harder.")
+
+
+def judge_spread(means: Numbers, reference: Numbers) -> Sentence:
+    """Whether the teacher's answers tell images apart."""
+    used, entropy, even = means["prototypes_used"], means["entropy"], reference.get("even")
+    text = f"The teacher's answers to a batch use {used:,.1f} prototypes, with an entropy of {entropy:.2f} nats each"
+    text += f" ({even:.2f} where an answer is even). " if even else ". "
+    if used < 1.5:
+        return ("bad", text + "All images get the same answer: collapsed.")
+    if even and entropy > 0.98 * even:
+        return ("note", text + "Nearly even answers tell little apart: early in a run that is normal, later it is not.")
+    return ("good", text + "Images are told apart.")

@@ -7,7 +7,7 @@ for class tokens and patches, a centre for each.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from ..config import Rules, Section
 from ..data.augment import MultiCrop
 from ..data.masking import block_mask, random_order
 from ..engine.schedules import Progress
+from .diagnostics import Curve, Figure, Numbers, Sentence, Variant
 from .dino import DINO, DINORecipe
-from .distillation import Centre, Siamese
+from .distillation import SPREAD, Centre, Siamese, judge_answers, judge_spread
+from .distillation import Batch as Crops
 from .losses import across_views, masked_patches
 
 
@@ -52,6 +54,13 @@ class IBOTRecipe(DINORecipe):
     ibot: Settings = Settings()
 
 
+class Batch(Crops):
+    """Crops, and what is masked."""
+
+    masked: Bool[Tensor, "b 2 n"]
+    "patches of the global crops that the student does not see"
+
+
 @dataclass(frozen=True)
 class MaskedCrops:
     """Crops, and under "masked" which patches of the two global ones the student does not see."""
@@ -78,6 +87,13 @@ class IBOT(DINO):
 
     recipe_type = IBOTRecipe
     recipe: IBOTRecipe
+    losses: ClassVar[dict[str, str]] = {"loss": "loss", "across": "views", "within": "patches"} | SPREAD
+    variants: ClassVar[tuple[Variant, ...]] = (
+        Variant(
+            "ibot, head on masked", {"patch_head": "masked"},
+            "iBOT stands here twice: with its head on all patches, as in its code, and on the masked ones, which its loss reads.",
+        ),
+    )  # fmt: skip
 
     def __init__(self, recipe: IBOTRecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
@@ -90,7 +106,7 @@ class IBOT(DINO):
     def views(self) -> MaskedCrops:
         return MaskedCrops(super().views(), self.student.encoder.grid, self.recipe.ibot)
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         teacher, temperature, prefix = self.teacher.model, self.teacher_temperature(t), self.student.encoder.prefix
         masked = batch["masked"].transpose(0, 1)  # v b n
         chosen = self.chosen(masked)
@@ -117,9 +133,29 @@ class IBOT(DINO):
         places = masked.flatten().nonzero().squeeze(1)
         return places if len(places) else places.new_zeros(1)  # nobody masked anything: one patch, of no weight
 
+    def average_shapes(self, images: int) -> None:
+        d = self.recipe.ibot
+        if d.patch_head == "masked":
+            low, high = d.masked_share
+            count = round(2 * images * self.patches * d.masked_images * (low + high) / 2)
+            self.chosen = lambda masked: torch.zeros(count, dtype=torch.long)
+
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)
         self.patch_centre.move(applied)
+
+    @classmethod
+    def figures(cls) -> tuple[Figure, ...]:
+        text = "Cross-entropy of the student's answers against the teacher's: on whole views against other views, and on masked patches of "
+        text += "the same view. Both fall below even answers; only zero, or even answers to the end, mean collapse."
+        loss, *others = super().figures()
+        both = Curve("across", "views", "student"), Curve("within", "masked patches", "both")
+        return (loss._replace(ylabel="cross-entropy", curves=both, caption=text), *others)
+
+    @classmethod
+    def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
+        terms = {"across": "cross-entropy between views", "within": "cross-entropy on masked patches"}
+        return [*(judge_answers(name, means[key], reference) for key, name in terms.items()), judge_spread(means, reference)]
 
 
 def _at(patches: Tensor, places: Tensor | None) -> Tensor:

@@ -8,12 +8,12 @@ the visible quarter.
 
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from ..config import Images, Recipe, Rules, Section
@@ -24,6 +24,7 @@ from ..models.autoencoder import build
 from ..models.backbone import Backbone
 from ..models.patches import standardise, take
 from .base import Method
+from .diagnostics import Curve, Figure, Numbers, Sentence
 from .loss import squared_errors
 
 
@@ -53,6 +54,14 @@ class MAERecipe(Recipe):
     mae: Settings = Settings()
 
 
+class Batch(TypedDict):
+    """What the views of b images make together."""
+
+    image: UInt8[Tensor, "b c h w"]
+    order: Int[Tensor, "b n"]
+    "of the patches; the first ones are visible"
+
+
 @dataclass(frozen=True)
 class CropAndOrder:
     """One random crop, and for each name in `orders` a random order of its patches (the visible ones first)."""
@@ -73,6 +82,7 @@ class MAE(Method):
 
     recipe_type = MAERecipe
     recipe: MAERecipe
+    losses: ClassVar[dict[str, str]] = {"loss": "loss", "reconstruction": "rec"}
 
     def __init__(self, recipe: MAERecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         """`mean` and `std` standardise the pixels, a value a channel, in units of 0 to 1."""
@@ -92,11 +102,15 @@ class MAE(Method):
         """What the hidden patches are compared with."""
         return standardise(hidden, self.recipe.mae.target_eps) if self.recipe.mae.target == "normalised" else hidden
 
-    def encode(self, batch: dict[str, Tensor]) -> Float[Tensor, "b t d"]:
+    def encode(self, batch: Batch) -> Float[Tensor, "b t d"]:
         seen = batch["order"][:, : self.visible]
         return self.student.encoder(take(self.cut(batch["image"]), seen), seen)
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+    def masked_anew(self, batch: Batch, generator: torch.Generator) -> Batch:
+        order = torch.stack([torch.randperm(self.patches, generator=generator) for _ in batch["order"]])
+        return batch | {"order": order.to(batch["order"].device)}
+
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         patches, order = self.cut(batch["image"]), batch["order"]
         prediction = self.student(patches, order, self.visible)
         return squared_errors(prediction, self.target(take(patches, order[:, self.visible :])))
@@ -105,7 +119,7 @@ class MAE(Method):
         return Backbone(self.student.encoder.vit, *self.statistics)
 
     @torch.no_grad()
-    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
+    def references(self, batch: Batch) -> dict[str, float]:
         """The reconstruction loss of three guesses: nothing (0), each patch's own mean colour, the nearest visible patch."""
         patches, order = self.cut(batch["image"]), batch["order"]
         seen, hidden = order[:, : self.visible], order[:, self.visible :]
@@ -120,7 +134,7 @@ class MAE(Method):
         return {name: F.mse_loss(guess, target).item() for name, guess in guesses.items()}
 
     @torch.no_grad()
-    def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def snapshot(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, str]]:
         order = batch["order"]
         tensors = {
             "image": batch["image"],
@@ -131,3 +145,25 @@ class MAE(Method):
         mean, std = self.statistics
         facts = {"patch": self.patch, "target": self.recipe.mae.target, "target_eps": self.recipe.mae.target_eps}
         return tensors, {k: str(v) for k, v in facts.items()} | {"mean": json.dumps(mean), "std": json.dumps(std)}
+
+    @classmethod
+    def figures(cls) -> tuple[Figure, ...]:
+        text = (
+            "Reconstruction loss on hidden patches. Dashed: what simple guesses score on these images. A quick fall and then a long slow "
+        )
+        levels = ("guessing nothing", "zero"), ("nearest visible patch", "nearest_visible"), ("true mean color", "patch_mean")
+        student = Curve("reconstruction", "student", "student")
+        return (Figure("figure-loss", "reconstruction loss", (student,), text + "one is normal.", levels, log=True),)
+
+    @classmethod
+    def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
+        loss = means["reconstruction"]
+        if not reference:
+            return [("note", f"The reconstruction loss is {loss:.4f}.")]
+        explained = 1 - loss / reference["zero"] if reference["zero"] else 0.0  # flat images hold nothing to explain
+        text = f"The reconstruction loss is {loss:.3f}. Guessing nothing would score {reference['zero']:.3f}, so {explained:.0%} of what "
+        text += f"is hidden is explained; painting each hidden patch in its own true mean color would score {reference['patch_mean']:.3f}, "
+        text += f"and copying the nearest visible patch {reference['nearest_visible']:.3f}. "
+        if explained <= 0.02:
+            return [("bad", text + "Nothing is learned yet: early in a run that is normal, later it is not.")]
+        return [("good", text + "That is a healthy loss: well below guessing, and never near zero, since hidden detail cannot be known.")]

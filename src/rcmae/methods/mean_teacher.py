@@ -11,6 +11,7 @@ from ..engine.schedules import Progress, cosine
 from ..models.backbone import Backbone
 from ..models.teacher import Teacher
 from .base import Method
+from .diagnostics import BlockFigure, Curve, Figure, Panel
 
 MSN_STRETCH = 1.25
 "MSN's momentum rises in a straight line that would reach 1 after 1.25 runs (its code)."
@@ -48,8 +49,10 @@ class MeanTeacher(Method):
     """A method with a teacher, an exponential moving average of the student, that moves after every applied optimizer step."""
 
     networks = ("student", "teacher")
+    memory_text = "The teacher's memory over the run: it follows its schedule."
+    "what the report says under the half-life"
     recipe: MeanTeacherRecipe
-    teacher: Teacher
+    teacher: Teacher  # not None here
 
     def before_step(self, t: Progress, applied: Tensor) -> None:
         # RC-MAE's code moves the teacher after every micro-batch, all but the last towards the student as it was.
@@ -85,6 +88,41 @@ class MeanTeacher(Method):
 
     def state(self, t: Progress) -> dict[str, float | Tensor]:
         return teacher_clock(self.momentum_per_step(t), t, self.recipe.optim.batch_size) | {"drift": self.teacher.drift(self.followed)}
+
+    @classmethod
+    def panels(cls) -> tuple[Panel, ...]:
+        """The clock of the teacher in all units, whether it keeps to it, and how far it is from the student."""
+        text = "The teacher is a slow average of past students, and the student is asked to agree with it. Its half-life says how long a "
+        text += "student stays half remembered, and means the same at every batch size and length."
+        rows = (
+            ("momentum an optimizer step", "momentum", lambda v: f"{v:.5f}"),
+            ("half-life in steps", "half_life_steps", _number),
+            ("half-life in images", "half_life_images", _number),
+            ("half-life in epochs", "half_life_epochs", _number),
+            ("half-life as a share of the run", "half_life_share", lambda v: "never" if v is None else f"{100 * v:.2f} %"),
+        )
+        kept = "What the teacher kept of itself in a step, measured on its weights, against what the recipe says. The thin line belongs "
+        kept += "inside the broad one: above it the teacher stands still, below it moves too often, for example once a micro-batch."
+        apart = (
+            "Distance of student and teacher in each block, as a share of its weights: it falls with the learning rate. A block far above "
+        )
+        apart += "its neighbors still changes fast; one without a point does not learn."
+        both = Curve("expected_momentum", "expected", "teacher", "band"), Curve("measured_momentum", "measured", "ink")
+        figures = (
+            Figure("figure-momentum", "momentum a step", both, kept, span=0.01),
+            Figure(
+                "figure-half-life", "half-life, steps", (Curve("half_life_steps", "", "teacher"),), cls.memory_text, changing=True,
+                right=("% of the run", "half_life_share", 100.0),
+            ),
+            BlockFigure("figure-distance", "distance", "distance", apart, times=3, log=True),
+        )  # fmt: skip
+        drift = "Gap in weights: |student − teacher| / |student|. A sudden rise means a learning rate that is too high."
+        more = (Figure("figure-drift", "weight gap", (Curve("drift", "", "both"),), drift, log=True),)
+        return (Panel("teacher", "The mean teacher", text, rows, figures, more, "More on the teacher: distance in weights"),)
+
+
+def _number(value: float | None) -> str:
+    return "never forgets" if value is None else f"{value:.3f}" if value < 1 else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def teacher_clock(momentum: float, t: Progress, batch_size: int) -> dict[str, float]:

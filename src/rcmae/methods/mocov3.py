@@ -6,6 +6,7 @@ q: unit vectors from encoder, projector and predictor of the student; k: from en
 of the batch on all ranks; the right answer is the other view of the same image.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from ..config import Rules, Section
 from ..data.augment import Crops
 from ..engine.schedules import Progress
 from ..models.heads import mlp
-from .distillation import SelfDistillation, SelfDistillationRecipe, Siamese, Student
+from .diagnostics import Curve, Figure, Numbers, Sentence
+from .distillation import Batch, SelfDistillation, SelfDistillationRecipe, Siamese, Student
 from .losses import contrast
 
 
@@ -70,7 +72,7 @@ class MoCoV3(SelfDistillation):
     def followed(self) -> Siamese:
         return self.student.trunk
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         tau = self.recipe.mocov3.student_temperature
         with torch.no_grad():
             k = self.project(self.teacher.model, batch["image"])
@@ -82,3 +84,24 @@ class MoCoV3(SelfDistillation):
     def project(self, net: Siamese, images: Tensor) -> list[Tensor]:
         """The projections of each view: statistics are those of one view."""
         return [net.head(tokens[:, 0]) for tokens in self.tokens(net, images)]
+
+    def references(self, batch: Batch) -> dict[str, float]:
+        """The loss where every image of a whole batch is as likely the right one."""
+        return {"chance": 4 * self.recipe.mocov3.student_temperature * math.log(self.recipe.optim.batch_size)}
+
+    @classmethod
+    def figures(cls) -> tuple[Figure, ...]:
+        text = "Contrastive loss: how hard the other view of an image is to find among all images of the batch. Dashed: by chance, in a "
+        text += "whole batch. It falls well below; a loss that stays there means that nothing is told apart."
+        return (Figure("figure-loss", "contrastive loss", (Curve("loss", "", "student"),), text, (("chance", "chance"),)),)
+
+    @classmethod
+    def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
+        loss, chance = means["loss"], reference.get("chance")
+        text = f"The contrastive loss is {loss:.3f}"
+        if not chance:
+            return [("note", text + ".")]
+        text += f"; finding the other view of an image by chance would score {chance:.3f}. "
+        if loss > 0.95 * chance:
+            return [("bad", text + "Nothing is told apart yet: early in a run that is normal, later it is not.")]
+        return [("good", text + "Images are told apart.")]

@@ -6,11 +6,13 @@ p: softmax of an anchor's cosines with the prototypes; the target is the same of
 large anchor, part of the patches is left out; the others are small.
 """
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
 from ..config import Rules, Section
@@ -18,7 +20,19 @@ from ..data.augment import MultiCrop
 from ..data.masking import random_order
 from ..engine.schedules import Progress
 from ..models.heads import mlp
-from .distillation import SelfDistillation, SelfDistillationRecipe, Siamese, Student, spread_of
+from .diagnostics import Curve, Figure, Numbers, Sentence
+from .distillation import (
+    SPREAD,
+    SelfDistillation,
+    SelfDistillationRecipe,
+    Siamese,
+    Student,
+    judge_answers,
+    judge_spread,
+    spread_figures,
+    spread_of,
+)
+from .distillation import Batch as Crops
 from .losses import assignments, balanced, entropy_gap, sharpened
 
 
@@ -57,6 +71,13 @@ class MSNRecipe(SelfDistillationRecipe):
     msn: Settings = Settings()
 
 
+class Batch(Crops):
+    """Crops, and which patches of the anchor stay."""
+
+    anchor_order: Int[Tensor, "b n"]
+    "of the patches of the second global crop; the last ones are left out"
+
+
 @dataclass(frozen=True)
 class AnchoredCrops:
     """Crops, and under "anchor_order" an order of the patches of the second one, of which the last are left out."""
@@ -82,6 +103,7 @@ class MSN(SelfDistillation):
 
     recipe_type = MSNRecipe
     recipe: MSNRecipe
+    losses: ClassVar[dict[str, str]] = {"loss": "loss", "agreement": "agreement", "entropy_gap": "gap"} | SPREAD
 
     @classmethod
     def whole_batch(cls, recipe: MSNRecipe) -> str:
@@ -101,7 +123,7 @@ class MSN(SelfDistillation):
     def views(self) -> AnchoredCrops:
         return AnchoredCrops(super().views(), self.patches)
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         own, teacher, trunk = self.recipe.msn, self.teacher.model, self.student.trunk
         kept = batch["anchor_order"][:, : max(1, int((1 - own.anchor_drop) * self.patches))]
         classes = [self.tokens(trunk, batch["image"][:, 1:], ids=kept)]
@@ -118,3 +140,25 @@ class MSN(SelfDistillation):
             agreement = -torch.special.xlogy(target.repeat(len(z_anchor) // len(target), 1), p).sum(1).mean()
             gap = entropy_gap(p)
         return {"loss": agreement + own.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(said)
+
+    def references(self, batch: Batch) -> dict[str, float]:
+        """The cross-entropy of anchors whose assignments are even, in nats; also the largest entropy gap."""
+        return {"even": math.log(self.recipe.msn.prototypes)}
+
+    @classmethod
+    def figures(cls) -> tuple[Figure, ...]:
+        text = "Cross-entropy of the anchors' assignments against the targets. It falls below even assignments; only zero, or even "
+        text += "assignments to the end, mean collapse."
+        gap = "Entropy gap: 0 where all prototypes are used alike on average, at the dashed line where one is used for everything."
+        agreement = Curve("agreement", "", "student")
+        return (
+            Figure("figure-loss", "cross-entropy of the anchors", (agreement,), text, (("even assignments", "even"),)),
+            Figure("figure-gap", "entropy gap, nats", (Curve("entropy_gap", "", "student"),), gap, (("one prototype", "even"),)),
+            *spread_figures(),
+        )
+
+    @classmethod
+    def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
+        agreement = judge_answers("cross-entropy of the anchors", means["agreement"], reference, "assignments")
+        gap = f"The entropy gap is {means['entropy_gap']:.3f} nats: 0 where all prototypes are used alike on average."
+        return [agreement, ("note", gap), judge_spread(means, reference)]

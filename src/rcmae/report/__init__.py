@@ -14,7 +14,7 @@ def write_report(run: Path) -> Path:
     Raises ConfigError where there is no such run, and StorageError.
     """
     if not (run / "recipe.toml").exists():
-        raise ConfigError(f"{run} is no run directory: recipe.toml is missing")
+        raise ConfigError(f"{run} is no run directory: recipe.toml is missing; give a run of `rcmae pretrain` or `rcmae detect train`")
     kind, render = kind_of(run), build.render
     if kind == "fine-tuning":
         raise ConfigError(f"{run} is a run of fine-tuning, which has no page: its accuracy is in the report of the run that it began from")

@@ -8,14 +8,15 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, Template
 from markupsafe import Markup, escape
 
-from ..config import Recipe, flat, recipe_hash
+from ..config import flat, recipe_hash
 from ..engine.metrics import read_metrics
 from ..engine.run import read_json
+from ..methods import METHODS, Method
 from ..methods.recipes import parse_recipe
 from . import pictures, severity
 from .curves import Line, column, plot
 from .files import bad_files
-from .panels import health_panel, teacher_panel
+from .panels import apart, drawn, health_panel, panel
 
 IMAGES = 4
 "Images whose reconstructions are shown."
@@ -27,22 +28,23 @@ CHAPTERS = 5
 def render(run: Path) -> str:
     """The page as text."""
     recipe = parse_recipe((run / "recipe.toml").read_text(encoding="utf-8"), "recipe.toml")
-    lines = read_metrics(run)
+    method, lines = METHODS[recipe.method], read_metrics(run)
     machine = read_json(run / "machine.json")
     by_kind = {kind: [line for line in lines if line.get("kind") == kind] for kind in ("train", "probe", "event", "health", "alarm")}
     floor = next((line for line in lines if line.get("kind") == "floor"), None)
     reference = next((line for line in lines if line.get("kind") == "reference"), None)
     bad = bad_files(run / "bad_files.jsonl")
     train, probes, health, alarms = (by_kind[kind] for kind in ("train", "probe", "health", "alarm"))
-    watched = bool(health) or any("teacher_advantage" in line for line in train)
+    watched, seen = bool(health) or any("teacher_advantage" in line for line in train), [*train, *health]
+    panels = (panel(declared, train, seen, reference or {}) for declared in method.panels())
     told = [line | {"text": f"alarm {line['name']}: {line['text']}", "tone": "bad"} for line in alarms]
     total = machine.get("steps")
     return template("page.html.j2").render(
         title=f"{recipe.method} on {recipe.data}",
         run=run.resolve().name, path=run.as_posix(), step=train[-1]["step"] if train else 0, total=total,
-        verdict=alarm_sentences(alarms, watched) + verdict(recipe, train, probes, floor, reference, bad, total),
-        table=score_table(floor, probes), loss=loss_figure(train, reference), accuracy=probe_figure(probes, floor),
-        rates=rate_figures(train), teacher=teacher_panel(train, health), health=health_panel(health),
+        verdict=alarm_sentences(alarms, watched) + verdict(method, train, probes, floor, reference, bad, total),
+        table=score_table(floor, probes), learning=drawn(method.figures(), train, reference or {}), accuracy=probe_figure(probes, floor),
+        rates=rate_figures(train), panels=[p for p in panels if p], health=health_panel(health, method.remedy),
         shots=reconstructions(run), strip=strip(run),
         recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad,
         events=sorted(by_kind["event"][-20:] + told, key=lambda line: line["step"]), export=exports(run),
@@ -64,9 +66,9 @@ def template(name: str, room: str = "rcmae.report") -> Template:
 
 
 def verdict(
-    recipe: Recipe, train: list[dict], probes: list[dict], floor: dict | None, reference: dict | None, bad: list, total: int | None
+    method: type[Method], train: list[dict], probes: list[dict], floor: dict | None, reference: dict | None, bad: list, total: int | None
 ) -> list[tuple[str, str]]:
-    """Sentences that answer: is it done, is the loss normal, does it learn, does the teacher help, was anything wrong.
+    """Sentences that answer: is it done, is the loss normal (the method's own), does it learn, was anything wrong.
 
     Each is (good | note | bad, text).
     """
@@ -75,7 +77,8 @@ def verdict(
     last, said = train[-1], []
     done = total is not None and last["step"] >= total
     said.append(("good" if done else "note", f"{'Finished' if done else 'Running or stopped'} at step {last['step']:,} of {total or 0:,}."))
-    said += _loss_sentence(train, reference)
+    means = recent(train)
+    said += method.judge(means, reference or {}) if method.losses.keys() <= means.keys() else [("bad", "The last losses are not finite.")]
     if floor and probes:
         best = "teacher" if "teacher" in probes[-1] else "student"
         score, raw, untrained = probes[-1][best]["linear"], floor["raw_pixels"]["linear"], floor["untrained"]["linear"]
@@ -90,18 +93,6 @@ def verdict(
                 "The images have no labels (or probes are off), so accuracy could not be watched; the loss is all there is to see.",
             )
         )
-    ahead, own = last.get("teacher_reconstruction"), last.get("reconstruction")
-    if ahead is not None and own:
-        share = (own - ahead) / own
-        if abs(share) < 0.002:
-            said.append(("note", "Teacher and student reconstruct equally well now, so the teacher neither pulls ahead nor holds back."))
-        else:
-            text = f"On the same batches the teacher reconstructs {abs(share):.1%} {'better' if share > 0 else 'worse'} than the student: "
-            text += (
-                "it is ahead, so agreeing with it adds information." if share > 0 else "it lags, so agreeing with it slows the student down"
-            )
-            text += "" if share > 0 else " (normal early in a run; if it stays, shorten --half-life)."
-            said.append(("good" if share > 0 else "note", text))
     return said + failure_sentences(train, bad)
 
 
@@ -125,47 +116,14 @@ def alarm_sentences(alarms: list[dict], watched: bool) -> list[tuple[str, str]]:
     return [("bad", f"Alarm {line['name']} at step {line['step']:,}: {line['text'].rstrip('.')}.") for line in alarms]
 
 
-def _loss_sentence(train: list[dict], reference: dict | None) -> list[tuple[str, str]]:
-    tail = [line["reconstruction"] for line in train[-max(1, len(train) // 20) :] if line.get("reconstruction") is not None]
-    if not tail:
-        return [("bad", "The last losses are not finite.")]
-    loss = sum(tail) / len(tail)
-    if not reference:
-        return [("note", f"The reconstruction loss is {loss:.4f}.")]
-    explained = 1 - loss / reference["zero"] if reference["zero"] else 0.0  # flat images hold nothing to explain
-    text = f"The reconstruction loss is {loss:.3f}. Guessing nothing would score {reference['zero']:.3f}, so {explained:.0%} of what "
-    text += f"is hidden is explained; painting each hidden patch in its own true mean colour would score {reference['patch_mean']:.3f}, "
-    text += f"and copying the nearest visible patch {reference['nearest_visible']:.3f}. "
-    if explained <= 0.02:
-        return [("bad", text + "Nothing is learned yet: early in a run that is normal, later it is not.")]
-    return [("good", text + "That is a healthy loss: well below guessing, and never near zero, since hidden detail cannot be known.")]
+def recent(train: list[dict]) -> dict[str, float]:
+    """Means over the last twentieth of the log lines of every number that was finite there."""
+    last = train[-max(1, len(train) // 20) :]
+    values = {key: [line[key] for line in last if isinstance(line.get(key), (int, float))] for key in last[-1]}
+    return {key: sum(v) / len(v) for key, v in values.items() if v}
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def loss_figure(train: list[dict], reference: dict | None) -> str | None:
-    if not train:
-        return None
-    x = column(train, "step")
-    lines = [Line("student", "student", x, column(train, "reconstruction"))]
-    if any(v is not None for v in column(train, "teacher_reconstruction")):
-        lines.append(Line("teacher", "teacher", x, column(train, "teacher_reconstruction")))
-    names = {"zero": "guessing nothing", "nearest_visible": "nearest visible patch", "patch_mean": "true mean colour"}
-    levels = {names[k]: reference[k] for k in names} if reference else {}
-    return plot(lines, _apart(levels), "reconstruction loss", log=True)
-
-
-def _apart(levels: dict[str, float]) -> dict[str, float]:
-    """Levels that lie on one another share a line and a label."""
-    kept: dict[str, float] = {}
-    for name, value in sorted(levels.items(), key=lambda x: x[1]):
-        twin = next((k for k, v in kept.items() if v and abs(value / v - 1) < 0.04), None)
-        if twin:
-            kept[f"{twin}, {name}"] = kept.pop(twin)
-        elif value > 0:
-            kept[name] = value
-    return kept
 
 
 def probe_figure(probes: list[dict], floor: dict | None) -> str | None:
@@ -177,7 +135,7 @@ def probe_figure(probes: list[dict], floor: dict | None) -> str | None:
         Line(who, who, [0, *x], [start, *(line[who]["linear"] for line in probes)]) for who in ("student", "teacher") if who in probes[-1]
     ]
     levels = {"raw pixels": floor["raw_pixels"]["linear"], "untrained encoder": start}
-    return plot(lines, _apart(levels), "linear probe, % right", markers=True)
+    return plot(lines, apart(levels), "linear probe, % right", markers=True)
 
 
 def rate_figures(train: list[dict], schedule: str = "cosine") -> dict[str, str]:

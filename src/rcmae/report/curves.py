@@ -81,7 +81,7 @@ def plot(
         if xlabel == "step":
             axes.set_xlim(left=0)
         if ticks:
-            small = len("".join(ticks.values())) > 40
+            small = len("".join(ticks.values())) > 30
             axes.set_xticks(list(ticks), list(ticks.values()), rotation=90 if small else 0, fontsize=7 if small else 8)
         sides = [axes]
         if right:
