@@ -79,6 +79,10 @@ def test_an_arm_has_its_own_settings_and_those_of_all():
     one, two = arms(["rcmae, half_life = 5%, crop_scale=[0.5, 1.0]", "dino"], settings=["base_lr=1e-3"])
     assert (one.recipe.teacher.half_life, one.recipe.images.crop_scale) == ("5%", (0.5, 1.0))
     assert one.recipe.optim.base_lr == two.recipe.optim.base_lr == 1e-3
+    one, two = arms(["mae", "dino"], settings=["prototypes=9"])
+    assert two.recipe.dino.prototypes == 9, "and MAE has none"
+    with pytest.raises(ConfigError, match="mae: 'prototypes=9' is no setting"):
+        arms(["mae", "rcmae"], settings=["prototypes=9"])
     dino, averaged = arms(["dino", AVERAGED], data="photos")
     assert dino.recipe.network.model == "vit_small_patch16"
     assert (dino.recipe.optim.batch_size, dino.recipe.teacher) == (256, load_recipe("folder").teacher)

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool
 from safetensors.numpy import load_file
 
-from ..config import Recipe, changed, hint, parse_time, recipe_hash, shipped_recipes, to_toml, with_settings
+from ..config import Recipe, changed, flags, hint, parse_time, recipe_hash, shipped_recipes, to_toml, with_settings
 from ..data.sources import open_source
 from ..engine.checkpoint import replace_file
 from ..engine.console import clock
@@ -75,14 +75,18 @@ class Arm:
 def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] = ()) -> list[Arm]:
     """Names to arms: a method, or a recipe's name or file; behind commas its own settings: "rcmae, half_life=5%".
 
-    A method stands for its recipe on the embedded set, or on other `data` for its ViT-S recipe; `settings` hold for every arm.
+    A method stands for its recipe on the embedded set, or on other `data` for its ViT-S recipe; `settings` hold for every arm whose
+    method has them.
     The network that a method trains for is judged: its teacher, where it has one. Raises ConfigError.
     """
+    parts = [[part.strip() for part in re.split(r",(?![^\[]*\])", name)] for name in names]
+    embedded = (data or "embedded:").startswith("embedded:")
+    bare = [_recipe("rcmae" if head == AVERAGED else head, embedded) for head, *_ in parts]
     found = []
-    for name in names:
-        head, *own = (part.strip() for part in re.split(r",(?![^\[]*\])", name))
-        recipe = _recipe("rcmae" if head == AVERAGED else head, embedded=(data or "embedded:").startswith("embedded:"))
-        recipe = with_settings(recipe, [*settings, *own], name)
+    for name, (head, *own), recipe in zip(names, parts, bare, strict=True):
+        others = {flag for other in bare for flag in flags(type(other))} - flags(type(recipe)).keys()
+        shared = [text for text in settings if text.partition("=")[0].strip() not in others]
+        recipe = with_settings(recipe, [*shared, *own], name)
         recipe = replace(recipe, data=data or recipe.data)
         paid = recipe
         if head == AVERAGED:
