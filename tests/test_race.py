@@ -1,7 +1,6 @@
 """The race: equal starts and budgets, honest intervals, words that follow from numbers; all of it, small, stopped and resumed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -36,7 +35,6 @@ TINY = [
     "decoder_width=16",
     "decoder_depth=1",
     "decoder_heads=2",
-    "local_size=8",
     "batch_size=16",
 ]
 
@@ -207,7 +205,7 @@ def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
     argv = ["compare", "race", "mae", AVERAGED, "--budget", "640 images", "--seeds", "2", "--probes", "2", "--probe-train", "60"]
     argv += ["--probe-test", "50", "--jobs", "2", "--device", "cpu", "--out", str(out), "--settings", *TINY]
     command = [sys.executable, "-m", "rcmae", *argv]
-    first = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(out.glob("*/checkpoints/*")) and first.poll() is None:
         time.sleep(0.1)
     first.send_signal(signal.SIGTERM)
