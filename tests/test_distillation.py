@@ -1,5 +1,7 @@
 """DINO, iBOT, MSN and MoCo v3: their losses against plain loops and recorded numbers, and what each may and may not see."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -347,7 +349,7 @@ def test_a_run_goes_on_to_the_same_bit(name, tmp_path, monkeypatch):
     recipe = small(name, data=str(data), steps=5)
     machine = c.Machine(out=tmp_path / "straight", device="cpu", workers=0)
     pretrain(recipe, machine)
-    again = c.replace(machine, out=tmp_path / "stopped")
+    again = replace(machine, out=tmp_path / "stopped")
     for step in (1, 3):
         with monkeypatch.context() as patch:
             stop_at(patch, Pretraining, step)

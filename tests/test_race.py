@@ -1,7 +1,6 @@
 """The race: equal starts and budgets, honest intervals, words that follow from numbers; all of it, small, stopped and resumed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -37,7 +36,6 @@ TINY = [
     "decoder_width=16",
     "decoder_depth=1",
     "decoder_heads=2",
-    "local_size=8",
     "batch_size=16",
 ]
 
@@ -80,6 +78,10 @@ def test_an_arm_has_its_own_settings_and_those_of_all():
     one, two = arms(["rcmae, half_life = 5%, crop_scale=[0.5, 1.0]", "dino"], settings=["base_lr=1e-3"])
     assert (one.recipe.teacher.half_life, one.recipe.images.crop_scale) == ("5%", (0.5, 1.0))
     assert one.recipe.optim.base_lr == two.recipe.optim.base_lr == 1e-3
+    one, two = arms(["mae", "dino"], settings=["prototypes=9"])
+    assert two.recipe.dino.prototypes == 9, "and MAE has none"
+    with pytest.raises(ConfigError, match="mae: 'prototypes=9' is no setting"):
+        arms(["mae", "rcmae"], settings=["prototypes=9"])
     dino, averaged = arms(["dino", AVERAGED], data="photos")
     assert dino.recipe.network.model == "vit_small_patch16"
     assert (dino.recipe.optim.batch_size, dino.recipe.teacher) == (256, load_recipe("folder").teacher)
@@ -204,7 +206,7 @@ def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
     argv = ["compare", "race", "mae", AVERAGED, "--budget", "640 images", "--seeds", "2", "--probes", "2", "--probe-train", "60"]
     argv += ["--probe-test", "50", "--jobs", "2", "--device", "cpu", "--out", str(out), "--settings", *TINY]
     command = [sys.executable, "-m", "rcmae", *argv]
-    first = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(out.glob("*/checkpoints/*")) and first.poll() is None:
         time.sleep(0.1)
     first.send_signal(signal.SIGTERM)

@@ -396,7 +396,7 @@ def compare_race(
     data
         Labelled images: a folder of classes, or whatever pretrain takes [default: the recipes'].
     settings
-        Settings of every arm: --settings model=vit_tiny_patch16 batch_size=64.
+        Settings of every arm whose method has them: --settings model=vit_tiny_patch16 batch_size=64.
     seeds
         Runs an arm; arms are compared within a seed.
     probes

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool
 from safetensors.numpy import load_file
 
-from ..config import Recipe, changed, hint, parse_time, recipe_hash, shipped_recipes, to_toml, with_settings
+from ..config import Recipe, changed, flags, hint, parse_time, recipe_hash, shipped_recipes, to_toml, with_settings
 from ..data.sources import open_source, recipe_for
 from ..engine import signals
 from ..engine.checkpoint import replace_file
@@ -77,15 +77,20 @@ class Arm:
 def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] = ()) -> list[Arm]:
     """Names to arms: a method, or a recipe's name or file; behind commas its own settings: "rcmae, half_life=5%".
 
-    A method stands for its recipe on the bundled set, or on other `data` for its ViT-S recipe; `settings` hold for every arm.
+    A method stands for its recipe on the bundled set, or on other `data` for its ViT-S recipe; `settings` hold for every arm whose
+    method has them.
     The network that a method trains for is judged: its teacher, where it has one. Raises ConfigError.
     """
-    found = []
-    for name in names:
-        head, *own = (part.strip() for part in re.split(r",(?![^\[]*\])", name))
+    parts = [[part.strip() for part in re.split(r",(?![^\[]*\])", name)] for name in names]
+    bare = []
+    for head, *_ in parts:
         method, control = CONTROLS.get(head, (head, None))
-        recipe = _recipe(method, suited=recipe_for(data or Recipe.data))
-        recipe = with_settings(recipe, [*settings, *own], name)
+        bare.append((_recipe(method, suited=recipe_for(data or Recipe.data)), control))
+    found = []
+    for name, (_, *own), (recipe, control) in zip(names, parts, bare, strict=True):
+        others = {flag for other, _ in bare for flag in flags(type(other))} - flags(type(recipe)).keys()
+        shared = [text for text in settings if text.partition("=")[0].strip() not in others]
+        recipe = with_settings(recipe, [*shared, *own], name)
         recipe = replace(recipe, data=data or recipe.data)
         paid = recipe
         if control:
