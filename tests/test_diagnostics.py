@@ -154,3 +154,11 @@ def test_a_folder_of_another_kind_is_one_line(runs, tmp_path, capsys, kind, comm
     assert "rcmae: error: " in said
     assert kind in said or "is no run directory" in said or command is report
     assert "`rcmae pretrain`" in said or command is report
+
+
+def test_a_run_of_detection_is_no_backbone(tmp_path, capsys):
+    (tmp_path / "export" / "detector").mkdir(parents=True)
+    assert main(["evaluate", "knn", str(tmp_path), "--data", "embedded:digits", "--device", "cpu"]) == 4
+    said = capsys.readouterr().err
+    assert "holds a detector, which `rcmae detect eval` takes" in said
+    assert said.count("\n") == 1

@@ -117,7 +117,7 @@ class Method(Diagnostics, nn.Module):
         return 1.0
 
     def encode(self, batch: dict[str, Tensor]) -> Tensor:
-        """The student's tokens [b t d] of what a batch shows."""
+        """The student's tokens [b t d] of what a batch shows, of a method that compares or masks anew."""
         raise NotImplementedError
 
     def masked_anew(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor] | None:

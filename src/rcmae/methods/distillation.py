@@ -102,9 +102,6 @@ class SelfDistillation(MeanTeacher):
             patches = take(patches, ids)
         return net.encoder(patches, ids, (h // self.patch, w // self.patch), masked).unflatten(0, (v, b))
 
-    def encode(self, batch: Batch) -> Float[Tensor, "b t d"]:
-        return self.tokens(self.followed, batch["image"][:, :1])[0]
-
 
 class Student(nn.Module):
     """A student with something that the teacher has not."""
