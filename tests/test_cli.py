@@ -180,6 +180,20 @@ def test_help_is_quick_and_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
+def test_check_says_what_it_does_before_anything_is_loaded(tmp_path):
+    """torch, which takes seconds to load, is never needed."""
+    root = images(tmp_path / "data")
+    code = (
+        "import sys; from rcmae.cli import main; from rcmae.engine.console import Screen; say = Screen.say\n"
+        "def first(self, text): print('PIL' in sys.modules); Screen.say = say; say(self, text)\n"
+        "Screen.say = first; code = main(['check', sys.argv[1], '--batch-size', '4'])\n"
+        "sys.exit(code or 10 * ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["False", f"checking {root}"]
+
+
 def test_python_dash_m(tmp_path):
     done = subprocess.run([sys.executable, "-m", "rcmae", "report", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
