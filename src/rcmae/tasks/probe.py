@@ -1,5 +1,7 @@
 """Online probes: is the backbone learning anything? Linear, k-NN and attentive accuracy on a small labelled subset."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,26 +65,28 @@ class ProbeSet:
         return right
 
 
-def probe_set(source: Source, recipe: Recipe) -> ProbeSet | None:
+def probe_set(source: Source, recipe: Recipe, tick: Callable[[int], None] = lambda done: None) -> ProbeSet | None:
     """The probe's images: what the source has for probes, else two parts of it; None without labels.
 
     Pre-training has seen the images of both parts (not the labels); what is in the first part is left out of the second.
 
-    A labelled source gives at most one class in twenty training images, so that each has enough of them.
+    A labelled source gives at most one class in twenty training images, so that each has enough of them. `tick` is told how many of at
+    most probe_train + probe_test images are read.
     """
     p = recipe.probe
     if p.probes == 0 or source.labels is None:
         return None
     if parts := source.for_probes(p.probe_train, p.probe_test, recipe.seed):
-        read = [_read(part, np.arange(len(part)), recipe) for part in parts]
+        chosen = [(part, np.arange(len(part))) for part in parts]
     else:
         rng = np.random.Generator(np.random.Philox(key=recipe.seed))
         classes = np.unique(source.labels[source.labels >= 0])
         classes = classes[np.linspace(0, len(classes) - 1, min(len(classes), max(2, p.probe_train // 20))).astype(int)]
-        chosen = rng.permutation(np.flatnonzero(np.isin(source.labels, classes)))[: p.probe_train + p.probe_test]
-        cut = len(chosen) * p.probe_train // (p.probe_train + p.probe_test)
-        read = [_read(source, part, recipe) for part in (chosen[:cut], chosen[cut:])]
-    (train, labels), (test, truth) = read
+        drawn = rng.permutation(np.flatnonzero(np.isin(source.labels, classes)))[: p.probe_train + p.probe_test]
+        cut = len(drawn) * p.probe_train // (p.probe_train + p.probe_test)
+        chosen = [(source, drawn[:cut]), (source, drawn[cut:])]
+    done = itertools.count()
+    (train, labels), (test, truth) = (_read(part, indices, recipe, lambda: tick(next(done))) for part, indices in chosen)
     known = {image.numpy().tobytes() for image in train}
     new = np.array([image.numpy().tobytes() not in known for image in test], dtype=bool)
     test, truth = test[torch.from_numpy(new)], truth[new]
@@ -91,9 +95,10 @@ def probe_set(source: Source, recipe: Recipe) -> ProbeSet | None:
     return ProbeSet(train, labels, test, truth, p.attentive)
 
 
-def _read(source: Source, indices: np.ndarray, recipe: Recipe) -> tuple[Tensor, np.ndarray]:
+def _read(source: Source, indices: np.ndarray, recipe: Recipe, tick: Callable[[], None]) -> tuple[Tensor, np.ndarray]:
     images, labels = [], []
     for i in indices:
+        tick()
         try:
             image = read_image(source, int(i), recipe.images.channels)
         except BadImage:
