@@ -5,6 +5,7 @@ A break replaces one function by a wrong one and names the test that must notice
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import itertools
 import re
@@ -1038,6 +1039,26 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.data.sampler:BatchSampler.__iter__",
         starts_over,
         "test_data.py::test_ranks_and_micro_batches_share_one_batch",
+    ),
+    "a folder is known by its names alone": (
+        "rcmae.data.files:Files.fingerprint",
+        lambda old: lambda self: hashlib.sha256(self.names.data.tobytes()).hexdigest(),
+        "test_data.py::test_order_labels_and_fingerprints_are_those_that_runs_recorded",
+    ),
+    "loader processes read what lies in memory": (
+        "rcmae.data.loader:processes",
+        lambda old: lambda source, workers: 1 if workers is None else workers,
+        "test_sources.py::test_it_is_offered_and_asked_like_all_others",
+    ),
+    "every source has the recipe of a folder": (
+        "rcmae.data.sources:recipe_for",
+        lambda old: lambda spec: "folder",
+        "test_sources.py::test_a_seventh_kind_is_one_class_and_one_line",
+    ),
+    "squares are not counted by the pixel": (
+        "rcmae.data.dataset:moments",
+        lambda old: lambda pixels: (old(pixels)[0], old(pixels)[0] ** 2),
+        "test_data.py::test_statistics_are_those_of_the_data",
     ),
     "16-bit images are clipped": ("rcmae.data.decode:_eight_bits", clipped, "test_data.py::test_odd_images_show_what_they_hold"),
     "bad files are named again": (

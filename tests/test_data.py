@@ -26,9 +26,11 @@ from rcmae.data.audit import _unfit, audit, to_json
 from rcmae.data.base import Strings, printable
 from rcmae.data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker, read_image
 from rcmae.data.decode import BadImage, decode
+from rcmae.data.pixels import moments
 from rcmae.data.sampler import BatchSampler, order
 from rcmae.data.sources import open_source
 from rcmae.data.views import center, crop_box, flip, random_resized_crop, rng
+from rcmae.engine.console import Screen
 from rcmae.errors import ConfigError, DataError, StorageError
 from rcmae.methods.mae import CropAndOrder
 from rcmae.tasks.probe import probe_set
@@ -372,6 +374,7 @@ def test_folders_flat_and_nested_and_with_classes(tmp_path):
     classes = open_source(str(fill(tmp_path / "classes", files)))
     assert classes.classes == ["cats", "dogs"]
     assert classes.labels.tolist() == [0, 0, 1, 1, 1]
+    assert (classes.notes, flat.notes) == ((f"left out of {tmp_path / 'classes'}: 1 files of other kinds",), ())
     one = open_source(str(fill(tmp_path / "one", {f"a/{k}": v for k, v in good(2).items()})))
     assert one.labels is None, "one class is no label"
     mixed = open_source(str(fill(tmp_path / "mixed", files | good(1))))
@@ -389,7 +392,9 @@ def test_ten_images_stay_ten(tmp_path):
     (root / "again.png").symlink_to(root / "00.png")
     (root / "self.png").symlink_to(root / "self.png")
     (root / "nowhere.png").symlink_to(root / "gone.png")
-    assert len(open_source(str(root))) == 10
+    found = open_source(str(root))
+    assert len(found) == 10
+    assert found.notes == (f"left out of {root}: 3 links to what is there already, 2 links to nowhere",)
     outside = fill(tmp_path / "outside", good(4))
     (root / "more").symlink_to(outside)
     assert len(open_source(str(root))) == 14, "a linked folder is followed, once"
@@ -593,6 +598,31 @@ def test_the_audit_finds_what_is_there(tmp_path):
     assert found.plan["smaller_than_crop"] == 1.0
     assert json.loads(to_json(found))["fit"] is True
     assert not audit(str(fill(tmp_path / "bad", {f"{i}.png": b"x" for i in range(12)})), recipe=small()).fit
+
+
+def test_whoever_waits_is_told_how_much_is_done(tmp_path, monkeypatch, capsys):
+    for spec in pinned(tmp_path).values():
+        told: list[float] = []
+        count = len(open_source(spec, tick=told.append))
+        assert len(told) >= count and sorted(told) == told and 0 <= told[0] < told[-1] <= 1, spec
+    root = str(fill(tmp_path / "train", good(6)))
+    done: list[int] = []
+    measure_statistics(open_source(root), 3, samples=4, tick=done.append)
+    assert done == [0, 1, 2, 3]
+    monkeypatch.setattr(audit_module, "EVERY", 0.0)
+    audit(root, val=root, recipe=small(), screen=Screen(True))
+    out = capsys.readouterr().out
+    assert all(f"{what}: 3 of 6, 0:00 left" in out for what in (f"reading {root}", f"comparing {root}"))
+    assert f"looking for the images of {root}, %: 50 of 100" in out and f"{root}: 6 images (folder)" in out
+
+
+def test_moments_of_any_picture_are_those_of_its_pixels():
+    for shape in ((1, 1, 1), (5, 7, 3), (3, 400_000, 3), (1100, 1000, 5)):
+        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        values = pixels.reshape(-1, shape[2]) / 255
+        mean, square = moments(pixels)
+        np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(square, (values**2).mean(0), rtol=1e-12)
 
 
 def test_a_wrong_validation_set_is_told_before_the_work(tmp_path, monkeypatch):
