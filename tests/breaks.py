@@ -470,6 +470,10 @@ def mixtures_of_a_micro_batch(old):
     return lambda self, images, labels, step, part: old(self, images, labels, step, 0)
 
 
+def a_bit_always_kept(old):
+    return lambda image, bits, **unused: old(image, max(bits, 1))
+
+
 def generators_left_alone(old):
     return lambda rng: contextlib.nullcontext()
 
@@ -1293,6 +1297,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.data.supervised:Mixing.__call__",
         mixtures_of_a_micro_batch,
         "test_finetune.py::test_accumulation_gives_the_gradients_of_the_whole_batch",
+    ),
+    "fine-tuning: an image keeps a bit": (
+        "rcmae.data.supervised:posterize",
+        a_bit_always_kept,
+        "test_augmentations.py::test_an_image_that_keeps_no_bit_is_black_and_one_that_keeps_four_has_sixteen_levels",
     ),
     "fine-tuning: draws are those of the process": (
         "rcmae.data.supervised:seeded",
