@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import multiprocessing as mp
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -164,7 +165,7 @@ FAULTS = {
     "the teacher moves twice a step": Fault(
         "teacher-moves-twice", {}, "rcmae.methods.rcmae:RCMAE.before_step", once_a_micro_batch, accumulate=2
     ),
-    "the teacher is stale after a resume": Fault("teacher-stale", {}, "rcmae.loop:load_checkpoint", rebuilt_from_student, resumes=True),
+    "the teacher is stale after a resume": Fault("teacher-stale", {}, "rcmae.trainer:load_checkpoint", rebuilt_from_student, resumes=True),
     "momentum 1 from the start": Fault("momentum-one", {"schedule": "released", "momentum": 1.0}),
     "a buffer is missed": Fault("buffer-missed", {}, "rcmae.models.decoder:Decoder.__init__", running_statistics),
     "the teacher is in training mode": Fault("teacher-training", {}, "rcmae.models.teacher:Teacher.__init__", not_in_evaluation_mode),
@@ -204,13 +205,14 @@ def fewer_images(old: Any) -> Any:
 
 
 def stops_at(step: int) -> Callable[[Any], Any]:
-    """The run is asked to stop in that step, as a signal would."""
+    """A signal arrives when that step is made."""
 
     def wrong(old):
-        def update(run, batches, t, window):
+        def update(run, t):
+            applied = old(run, t)
             if t.step + 1 == step:
-                run.stop.asked = "SIGTERM"
-            return old(run, batches, t, window)
+                signal.raise_signal(signal.SIGTERM)
+            return applied
 
         return update
 
@@ -235,7 +237,7 @@ def suffer(name: str, folder: Path) -> dict[str, Any]:
     flags = ["--steps", str(STEPS), "--accumulate", str(fault.accumulate)]
     flags += [part for k, v in fault.settings.items() for part in ("--" + k.replace("_", "-"), str(v))]
     if fault.resumes:
-        with broken("rcmae.loop:Run.update", stops_at(STEPS // 2)):
+        with broken("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2)):
             pretrain(out, flags)
     with broken(fault.place, fault.wrong):
         code, lines = pretrain(out, flags)

@@ -29,8 +29,8 @@ from rcmae.engine.console import Screen, clock
 from rcmae.engine.distributed import World, pick_precision
 from rcmae.engine.run import describe_machine, write_json
 from rcmae.interop.load import load, scratch
-from rcmae.loop import pretrain
 from rcmae.models.backbone import Features, Pixels
+from rcmae.pretraining import pretrain
 from rcmae.tasks.evaluate import Subject, fine_tune, fit_attentive, fit_linear, knn
 from rcmae.tasks.interval import interval
 from rcmae.tasks.robustness import sets

@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-import rcmae.loop as loop
+import rcmae.pretraining as pretraining
 from rcmae.config import Machine, Probe, changed, load_recipe, replace
 from rcmae.data.sources import open_source
 from rcmae.engine.metrics import read_metrics
@@ -44,9 +44,9 @@ def run(out: Path, name: str, seed: int, steps: int) -> None:
     place = place_of(out, name, seed)
     recipe = changed(load_recipe("embedded"), seed=seed, steps=steps, probes=0, **RUNS[name])
     if not (place / "scores.json").exists():
-        loop.Run.report = lambda run: None  # a page at every milestone would cost a fifth of so short a run
+        pretraining.Pretraining.report = lambda run: None  # a page at every milestone would cost a fifth of so short a run
         with contextlib.redirect_stdout(io.StringIO()):
-            loop.pretrain(recipe, Machine(out=place, device="cpu", threads=1))
+            pretraining.pretrain(recipe, Machine(out=place, device="cpu", threads=1))
         # Probed once, at the end, with what a run's own probes do.
         probes = probe_set(open_source(recipe.data, size=recipe.images.size), replace(recipe, probe=PROBE))
         precision = json.loads((place / "machine.json").read_text())["precision"]

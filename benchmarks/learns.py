@@ -12,7 +12,8 @@ import torch
 from rcmae.compare.cost import cost
 from rcmae.compare.race import Budget, Run, Setting, arms, carry_out, judge
 from rcmae.data.sources import open_source
-from rcmae.engine.run import StopSignals, write_json
+from rcmae.engine import signals
+from rcmae.engine.run import write_json
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("dino", "ibot", "msn", "mocov3")
@@ -30,8 +31,8 @@ def main() -> None:
     data = open_source(recipe.data, recipe.images.channels, size=recipe.images.size).fingerprint()
     costs = {arm.name: cost(arm.recipe).flops for arm in contestants}
     runs = [Run(arm, seed, args.out, arm.recipe.steps or 0, setting, data) for seed in range(1, args.seeds + 1) for arm in contestants]
-    with StopSignals() as stop:
-        carry_out(runs, [run.steps * costs[run.arm.name] for run in runs], setting, stop, lambda text: print(text, flush=True))
+    with signals.answered():
+        carry_out(runs, [run.steps * costs[run.arm.name] for run in runs], setting, lambda text: print(text, flush=True))
     found = judge(runs, costs, setting)
     write_json(ROOT / "results" / "learns.json", {part: found[part] for part in ("rows", "machine")} | {"seeds": args.seeds})
     for row in found["rows"]:

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -25,12 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 
-import rcmae.loop as loop
+import rcmae.pretraining as pretraining
 from benchmarks.alarms import broken
 from rcmae.config import Machine, Network, Recipe, load_recipe, replace
 from rcmae.engine.run import describe_machine
 from rcmae.errors import Preempted
 from rcmae.lab.monitor import LIDAR_EVERY, Monitor, cadence
+from rcmae.lab.watch import Watch
 
 BOUND = 0.02
 MILESTONES = 6
@@ -61,25 +63,25 @@ class Clock:
         self.begins: list[float] = []
         self.line: list[float] = []
         self.slow: dict[str, list[float]] = {}
-        self.monitor: Monitor | None = None
+        self.watch: Watch | None = None
 
     def on(self, block: int) -> bool:
         """In the order on, off, off, on: what drifts evenly cancels."""
         return block % 4 in (0, 3)
 
     def around_update(self, old: Any) -> Any:
-        def update(run, batches, t, window):
-            self.monitor = self.monitor or run.monitor
+        def update(run, t):
+            self.watch = self.watch or run.watch
             block, within = divmod(len(self.begins) - self.steps, self.steps)  # a block to get warm
             wait(run.device)
             self.begins.append(time.perf_counter())
             if block == 2 * self.pairs:
-                run.stop.asked = "the end of the measurement"
-                run.monitor = self.monitor
+                signal.raise_signal(signal.SIGTERM)  # the end of the measurement
+                run.watch = self.watch
                 self.time_slow(run, t)
             elif within == 0:
-                run.monitor = self.monitor if self.on(block) else None
-            return old(run, batches, t, window)
+                run.watch = self.watch if self.on(block) else None
+            return old(run, t)
 
         return update
 
@@ -95,10 +97,10 @@ class Clock:
         return part
 
     def time_slow(self, run: Any, t: Any) -> None:
-        self.monitor.features = torch.randn(2048, run.method.student.encoder.width, device=run.device)  # the ring at its fullest
+        self.watch.monitor.features = torch.randn(2048, run.method.student.encoder.width, device=run.device)  # the ring at its fullest
         parts = {
-            "gradients and health": lambda: run.alarms.at_health(t, self.monitor.slow(), self.monitor),
-            "LiDAR": lambda: self.monitor.lidar(run.fixed),
+            "gradients and health": lambda: self.watch.alarms.at_health(t, self.watch.monitor.slow(), self.watch.monitor),
+            "LiDAR": lambda: self.watch.monitor.lidar(run.fixed),
         }
         for name, part in parts.items():
             for _ in range(TIMED):
@@ -123,7 +125,7 @@ def measure(size: str, pairs: int, machine: Machine) -> dict[str, Any]:
     """One run, until its blocks are made."""
     recipe, images = recipe_of(size)
     total = recipe.steps
-    log_every = loop.usual_log_every(total)
+    log_every = pretraining.usual_log_every(total)
     clock = Clock(pairs, LOG_EVERY)
 
     def few(old):
@@ -131,14 +133,14 @@ def measure(size: str, pairs: int, machine: Machine) -> dict[str, Any]:
 
     with (
         broken("rcmae.data.digits:DigitsSource.__init__", few),
-        broken("rcmae.loop:Run.update", clock.around_update),
+        broken("rcmae.pretraining:Pretraining.update", clock.around_update),
         broken("rcmae.lab.monitor:Monitor.due", lambda old: lambda self, step, log_every: False),
         broken("rcmae.lab.monitor:Monitor.look", clock.timed),
         broken("rcmae.lab.monitor:Monitor.read", clock.timed),
         broken("rcmae.lab.alarms:Alarms.at_log", clock.timed),
     ):
         try:
-            loop.pretrain(recipe, machine)
+            pretraining.pretrain(recipe, machine)
         except Preempted:
             if not clock.slow:  # a true signal
                 raise
@@ -171,13 +173,13 @@ def times(name: str, total: int, log_every: int) -> int:
     """How often a slow instrument comes in a run, asked of the instrument itself."""
     monitor = SimpleNamespace(total=total, every=cadence(total))
     if name == "LiDAR":
-        return sum(Monitor.due(monitor, step, total // MILESTONES, LIDAR_EVERY) for step in loop.spread(total, MILESTONES))
+        return sum(Monitor.due(monitor, step, total // MILESTONES, LIDAR_EVERY) for step in pretraining.spread(total, MILESTONES))
     return sum(Monitor.due(monitor, step, log_every) for step in range(1, total + 1) if step % log_every == 0 or step == total)
 
 
 def by_length(total: int, line: float, step: float, slow: dict[str, list[float]]) -> float:
     """The share of the time in a run of another length, from the timed parts."""
-    log_every = loop.usual_log_every(total)
+    log_every = pretraining.usual_log_every(total)
     return (line / log_every + sum(statistics.median(v) * times(k, total, log_every) for k, v in slow.items()) / total) / step
 
 
@@ -204,8 +206,8 @@ def main() -> int:
         print(f"  in all, at {row['steps']:,} steps: {row['cost']:.2%} (bound {BOUND:.0%}); " + "from the timed parts, ", end="")
         print(", ".join(f"{n:,} steps {share:.2%}" for n, share in row["by_length"].items()), flush=True)
     if options.out:
-        device = loop.distributed.pick_device(options.device)
-        about = describe_machine(device, loop.distributed.pick_precision("auto", device)) | {"load_before": load}
+        device = pretraining.distributed.pick_device(options.device)
+        about = describe_machine(device, pretraining.distributed.pick_precision("auto", device)) | {"load_before": load}
         options.out.write_text(json.dumps({"machine": about, "bound": BOUND, "rows": rows}, indent=1) + "\n")
     return int(any(share > BOUND for row in rows for share in (row["cost"], *(v for n, v in row["by_length"].items() if n >= 1000))))
 

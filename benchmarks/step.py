@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,9 +28,9 @@ from rcmae.engine.distributed import World, pick_device, pick_precision
 from rcmae.engine.optim import adamw
 from rcmae.engine.run import describe_machine, keep_freed_memory
 from rcmae.engine.schedules import Progress
-from rcmae.loop import Run, Window
 from rcmae.methods import METHODS
 from rcmae.models.backbone import IMAGENET
+from rcmae.pretraining import LogWindow, Pretraining
 
 # name: (model, side of the image, batch on a CPU, batch on a GPU)
 SIZES = {
@@ -58,12 +57,14 @@ def ours(size: str, name: str, precision: str, batch: int, device: torch.device)
     """The product's own step, called on the few things it needs of a run."""
     recipe = recipe_of(size, name, batch)
     method = METHODS[name](recipe, *IMAGENET).to(device)
-    run = SimpleNamespace(
+    run = Pretraining.__new__(Pretraining)
+    for key, value in dict(
         recipe=recipe, machine=Machine(), device=device, world=World(), precision=precision, method=method, net=method,
-        optimizer=adamw(method.student, recipe.optim, 1e-3),
-    )  # fmt: skip
-    batches, window, t = itertools.repeat(batch_of(method, batch, device)), Window(device), Progress(5, 100, 10)
-    return lambda: Run.update(run, batches, t, window) and None
+        optimizer=adamw(method.student, recipe.optim, 1e-3), batch_size=batch, watch=None, logs=False, window=LogWindow(device),
+        batches=itertools.repeat(batch_of(method, batch, device)),
+    ).items():  # fmt: skip
+        setattr(run, key, value)
+    return lambda: run.update(Progress(5, 100, 10)) and None
 
 
 def plain(size: str, batch: int, device: torch.device) -> Callable[[], None]:

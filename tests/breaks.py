@@ -317,11 +317,11 @@ def impatient(old):
 
 
 def forgets_alarms(old):
-    return lambda self: set()
+    return lambda lines, step: set()
 
 
 def stops_for_nothing(old):
-    return lambda self, alarmed: None
+    return lambda self: ""
 
 
 # name: (where, the wrong version, the test file that must go red)
@@ -1040,24 +1040,24 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_report.py::test_hidden_pixels_cannot_reach_the_picture",
     ),
     "the optimizer is not restored": (
-        "rcmae.loop:load_checkpoint",
+        "rcmae.trainer:load_checkpoint",
         optimizer_not_restored,
-        "test_loop.py::test_a_stopped_run_goes_on_to_the_same_bit",
+        "test_pretraining.py::test_a_stopped_run_goes_on_to_the_same_bit",
     ),
     "the teacher is rebuilt from the student": (
-        "rcmae.loop:load_checkpoint",
+        "rcmae.trainer:load_checkpoint",
         teacher_from_student,
-        "test_loop.py::test_a_stopped_run_goes_on_to_the_same_bit",
+        "test_pretraining.py::test_a_stopped_run_goes_on_to_the_same_bit",
     ),
     "steps that are not finite are made": (
         "rcmae.engine.distributed:World.everywhere",
         never_skips,
-        "test_loop.py::test_a_step_that_is_not_finite_is_skipped_and_named",
+        "test_pretraining.py::test_a_step_that_is_not_finite_is_skipped_and_named",
     ),
     "a run never diverges": (
         "rcmae.engine.step:PATIENCE",
         endless_patience,
-        "test_loop.py::test_divergence_ends_with_the_last_good_checkpoint",
+        "test_pretraining.py::test_divergence_ends_with_the_last_good_checkpoint",
     ),
     "pickles are run": ("torch:load", any_pickle, "test_interop.py::test_no_code_in_a_file_is_run"),
     "verify sees no difference": ("rcmae.lab.verify:_relative", no_difference, "test_verify.py::test_micro_batches_are_a_batch"),
@@ -1168,12 +1168,12 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_alarms.py::test_a_fault_calls_its_own_alarm_once",
     ),
     "a resumed run forgets its alarms": (
-        "rcmae.loop:Run.alarms_before",
+        "rcmae.lab.watch:called_before",
         forgets_alarms,
         "test_alarms.py::test_stop_ends_the_run_and_the_same_command_goes_on",
     ),
     "--on-alarm stop goes on": (
-        "rcmae.loop:Run.end_on_alarm",
+        "rcmae.pretraining:Pretraining.stops",
         stops_for_nothing,
         "test_alarms.py::test_stop_ends_the_run_and_the_same_command_goes_on",
     ),
@@ -1289,7 +1289,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_finetune.py::test_a_stopped_run_goes_on_to_the_same_bit",
     ),
     "fine-tuning: the optimizer is not restored": (
-        "rcmae.tasks.training:load_checkpoint",
+        "rcmae.trainer:load_checkpoint",
         optimizer_not_restored,
         "test_finetune.py::test_a_stopped_run_goes_on_to_the_same_bit",
     ),
@@ -1850,7 +1850,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_detection_train.py::test_a_stopped_run_goes_on_to_the_same_bit",
     ),
     "detectors: the optimizer is not restored": (
-        "rcmae.tasks.training:load_checkpoint",
+        "rcmae.trainer:load_checkpoint",
         optimizer_not_restored,
         "test_detection_train.py::test_a_stopped_run_goes_on_to_the_same_bit",
     ),

@@ -9,6 +9,7 @@ from jaxtyping import install_import_hook
 with install_import_hook("rcmae", "beartype.beartype"):
     import rcmae.methods
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,19 @@ def batch_for(method, size: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
 def reference() -> dict[str, torch.Tensor]:
     """The numbers recorded from the official RC-MAE code."""
     return load_file(GOLDEN / "rcmae_reference.safetensors")
+
+
+def stop_at(monkeypatch, trainer: type, *steps: int) -> None:
+    """A signal arrives when these steps of a trainer are made."""
+    update = trainer.update
+
+    def signaled(self, t):
+        applied = update(self, t)
+        if t.step + 1 in steps:
+            signal.raise_signal(signal.SIGTERM)
+        return applied
+
+    monkeypatch.setattr(trainer, "update", signaled)
 
 
 if broken := os.environ.get("RCMAE_BREAK"):

@@ -2,12 +2,13 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-import rcmae.loop as loop
+import rcmae.pretraining as pretraining
 import rcmae.tasks.detection.train as dt
 from rcmae import cli
 from rcmae.data.sources import open_source
@@ -19,7 +20,7 @@ from rcmae.tasks.detection.coco import SCENES, CocoSet, open_coco
 from rcmae.tasks.detection.model import detector
 from rcmae.tasks.detection.predict import predict
 from tests import test_detection_train, test_finetune
-from tests.test_loop import run
+from tests.test_pretraining import run
 
 METHODS: dict[str, dict] = {name: {"method": name, "steps": 4, "base_lr": 0.003} for name in ("dino", "ibot", "msn", "mocov3")}
 METHODS["ibot"] |= {"sinkhorn": True, "head_norm": True, "patch_head": "masked"}
@@ -44,16 +45,17 @@ def main(out: Path, data: Path, case: str) -> int:
 
         RCMAE.forward = poisoned
     if case == "lost" and rank == 1:  # one rank is gone, as by SIGKILL
-        loop.Run.update = lambda *args: os._exit(9)
+        pretraining.Pretraining.update = lambda *args: os._exit(9)
     if case == "stop" and rank == 1:  # one rank alone gets the signal
-        update = loop.Run.update
+        update = pretraining.Pretraining.update
 
-        def stopping(self, batches, t, window):
+        def stopping(self, t):
+            applied = update(self, t)
             if t.step == 3:
-                self.stop.asked = "SIGTERM"
-            return update(self, batches, t, window)
+                signal.raise_signal(signal.SIGTERM)
+            return applied
 
-        loop.Run.update = stopping
+        pretraining.Pretraining.update = stopping
     if case == "finetune":
         sets = tuple(open_source(str(data / name)) for name in ("train", "test"))
         test_finetune.run(out, sets, test_finetune.FULL)
@@ -62,14 +64,14 @@ def main(out: Path, data: Path, case: str) -> int:
         sets = open_coco(SCENES, train_images=8, test_images=5, size=64)
         sets[0].notes.append("said once")
         commands.open_coco = lambda *names, **facts: sets
-        finish = dt.Run.finish
+        finish = dt.DetectionTraining.finish
 
         def kept(self):
             save_file(self.model.state_dict(), data / f"rank{rank}.safetensors")
             (data / f"found{rank}.json").write_text(json.dumps(untrained(sets[1], self.world)))
             return finish(self)
 
-        dt.Run.finish = kept
+        dt.DetectionTraining.finish = kept
         own = ["--recipe", f"{data}/tiny.toml", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
         return cli.main(["detect", "train", f"{data}/backbone", "--out", str(out), *own])
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import rcmae.loop as loop
+import rcmae.pretraining as pretraining
 from benchmarks.alarms import FAULTS, broken, stops_at
 from rcmae.cli import main
 from rcmae.config import Machine
@@ -43,15 +43,15 @@ def digits() -> DigitsSource:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, digits):
     """Small images that are drawn once; one milestone, without a page and an export."""
-    monkeypatch.setattr(loop, "open_source", lambda *args, **options: digits)
-    monkeypatch.setattr(loop, "write_report", lambda run: None)
-    monkeypatch.setattr(loop, "export", lambda *args: None)
-    monkeypatch.setattr(loop, "spread", lambda total, count: {total})
+    monkeypatch.setattr(pretraining, "open_source", lambda *args, **options: digits)
+    monkeypatch.setattr(pretraining, "write_report", lambda run: None)
+    monkeypatch.setattr(pretraining, "export", lambda *args: None)
+    monkeypatch.setattr(pretraining, "spread", lambda total, count: {total})
 
 
-def run(out: Path, machine: dict | None = None, **changes) -> loop.Result:
+def run(out: Path, machine: dict | None = None, **changes) -> pretraining.Result:
     own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"} | (machine or {})
-    return loop.pretrain(small(**{"steps": STEPS} | changes), Machine(out=out, **own))
+    return pretraining.pretrain(small(**{"steps": STEPS} | changes), Machine(out=out, **own))
 
 
 def recorded(out: Path) -> list[dict]:
@@ -67,7 +67,7 @@ def in_fault(name: str, out: Path, machine: dict | None = None) -> None:
     fault = FAULTS[name]
     machine = {"accumulate": fault.accumulate} | (machine or {})
     if fault.resumes:
-        with broken("rcmae.loop:Run.update", stops_at(STEPS // 2)), pytest.raises(Preempted):
+        with broken("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2)), pytest.raises(Preempted):
             run(out, machine, **fault.settings)
     with broken(fault.place, fault.wrong):
         run(out, machine, **fault.settings)
@@ -98,7 +98,7 @@ def test_a_fault_calls_its_own_alarm_once(tmp_path, capsys, name):
 )
 def test_a_healthy_run_calls_none(tmp_path, capsys, machine, changes):
     """Stopped and resumed on the way."""
-    with broken("rcmae.loop:Run.update", stops_at(STEPS // 2)), pytest.raises(Preempted):
+    with broken("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2)), pytest.raises(Preempted):
         run(tmp_path / "run", machine, **changes)
     run(tmp_path / "run", machine, **changes)
     assert recorded(tmp_path / "run") == []
@@ -157,7 +157,7 @@ def test_a_stale_teacher_is_never_saved(tmp_path):
     stop = {"on_alarm": "stop"}
     with pytest.raises(AlarmError, match=f"stopped at step {STEPS // 2}"):
         in_fault("the teacher is stale after a resume", tmp_path / "run", stop)
-    with broken("rcmae.loop:Run.update", stops_at(STEPS // 2 + 4)), pytest.raises(Preempted):
+    with broken("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2 + 4)), pytest.raises(Preempted):
         run(tmp_path / "run", stop)
     fault = FAULTS["the teacher is stale after a resume"]
     with broken(fault.place, fault.wrong), pytest.raises(AlarmError, match=f"stopped at step {STEPS // 2 + 4}"):

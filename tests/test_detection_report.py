@@ -21,6 +21,7 @@ from tests.test_report import chromium, curves, part, run_directory, words
 LONGER = dataclasses.replace(TINY, steps=15)
 "scored twice"
 pytestmark = pytest.mark.usefixtures("drawn")
+from tests.conftest import stop_at
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +50,7 @@ def page(out: Path) -> str:
 
 
 def test_a_detector_that_was_stopped_has_a_page_too(tmp_path, sets, monkeypatch):
-    update = dt.Run.update
-
-    def stopped(self, batches, t):
-        if t.step + 1 == 2:
-            self.stop.asked = "SIGTERM"
-        return update(self, batches, t)
-
-    monkeypatch.setattr(dt.Run, "update", stopped)
+    stop_at(monkeypatch, dt.DetectionTraining, 2)
     with pytest.raises(Preempted):
         run(tmp_path / "run", sets, log_every=1)
     text = page(tmp_path / "run")

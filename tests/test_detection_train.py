@@ -22,7 +22,7 @@ from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.console import Screen
 from rcmae.engine.distributed import World
 from rcmae.engine.metrics import read_metrics
-from rcmae.engine.run import StopSignals
+from rcmae.engine.run import RunContext
 from rcmae.engine.schedules import Progress
 from rcmae.errors import CheckpointError, ConfigError, DataError, Preempted
 from rcmae.interop.timm_export import export
@@ -35,13 +35,13 @@ from rcmae.tasks.detection.examples import read_examples
 from rcmae.tasks.detection.files import load_detector
 from rcmae.tasks.detection.predict import predict
 from rcmae.tasks.detection.settings import Detect, Detection, check_detect, load_detect
-from rcmae.tasks.training import Place
 
 CPU = torch.device("cpu")
 TINY = Detect(
     steps=6, size=64, jitter=(0.8, 1.25), flip=True, window=0, rel_pos=False, scales=(2.0, 1.0), width=16, box_width=32, box_convs=1,
     mask_convs=1, proposals=20, drop_path=0.2, layer_decay=0.8, batch_size=4, lr=2e-3, warmup_steps=2, clip=1.0,
 )  # fmt: skip
+from tests.conftest import stop_at
 
 
 def backbone(seed: int = 0) -> Backbone:
@@ -87,16 +87,9 @@ SHORT = dataclasses.replace(TINY, steps=3, warmup_steps=1)
 )
 def test_a_stopped_run_goes_on_to_the_same_bit(tmp_path, sets, straight, monkeypatch, stops, settings, machine):
     whole = straight if settings is TINY else (tmp_path / "whole", run(tmp_path / "whole", sets, settings, **machine))
-    update = dt.Run.update
     for stop in stops:
-
-        def counted(self, batches, t, stop=stop):
-            if t.step + 1 == stop:
-                self.stop.asked = "SIGTERM"
-            return update(self, batches, t)
-
         with monkeypatch.context() as patch:
-            patch.setattr(dt.Run, "update", counted)
+            stop_at(patch, dt.DetectionTraining, stop)
             with pytest.raises(Preempted, match=f"SIGTERM; saved at step {stop}, run the same command again"):
                 run(tmp_path / "run", sets, settings, **machine)
     found = run(tmp_path / "run", sets, settings, **machine)
@@ -182,7 +175,7 @@ def test_a_set_smaller_than_a_batch_lowers_it_and_a_long_warmup_is_refused(tmp_p
 
 
 def test_views_that_cannot_mark_all_objects_are_counted(tmp_path, sets, capsys, monkeypatch):
-    monkeypatch.setattr(dt.Run, "train", lambda self: None)
+    monkeypatch.setattr(dt.DetectionTraining, "train", lambda self: None)
     counts = [len(sets[0].objects(i).labels) for i in range(8)]
     assert sets[0].counts().tolist() == counts
     part = few(sets[0], 5, seed=3)
@@ -196,16 +189,16 @@ def test_views_that_cannot_mark_all_objects_are_counted(tmp_path, sets, capsys, 
 
 def test_the_recipe_of_the_scenes_is_scored_on_its_way(tmp_path, monkeypatch):
     whole, found = open_coco(SCENES, size=32), []
-    monkeypatch.setattr(dt.Run, "train", lambda self: found.append((self.total, self.scorings())))
+    monkeypatch.setattr(dt.DetectionTraining, "train", lambda self: found.append((self.total, self.scorings())))
     run(tmp_path / "run", whole, dataclasses.replace(load_detect("embedded"), size=32))
     assert found == [(4000, 7)], "the report draws precision over training"
 
 
 def test_batchnorm_of_several_ranks_wants_cuda(tmp_path, sets, monkeypatch):
-    monkeypatch.setattr(dt.Run, "learn", lambda *args: None)
-    place = Place(tmp_path, Machine(workers=0), CPU, World(0, 2), Screen(False), StopSignals())
+    monkeypatch.setattr(dt.DetectionTraining, "learn", lambda *args: None)
+    context = RunContext(tmp_path, Machine(workers=0), CPU, World(0, 2), Screen(False))
     with pytest.raises(ConfigError, match="shared by CUDA devices only; use one process on a CPU"):
-        dt.Run(backbone(), *sets, dataclasses.replace(TINY, preset="benchmarking"), place, {})
+        dt.DetectionTraining(backbone(), *sets, dataclasses.replace(TINY, preset="benchmarking"), context, {})
 
 
 @pytest.mark.parametrize(
@@ -353,19 +346,19 @@ def test_the_names_of_the_classes_and_the_channels_must_be_the_detectors(tmp_pat
 
 def test_a_skipped_step_leaves_the_running_statistics(tmp_path, sets, monkeypatch):
     seen = []
-    losses, update = dt.Run.losses, dt.Run.update
+    losses, update = dt.DetectionTraining.losses, dt.DetectionTraining.update
 
     def broken(self, batch, step, part):
         found = losses(self, batch, step, part)
         return found | {"loss": found["loss"] * float("nan")} if step == 1 else found
 
-    def watched(self, batches, t):
-        applied = update(self, batches, t)
+    def watched(self, t):
+        applied = update(self, t)
         seen.append([b.clone() for b in self.running])
         return applied
 
-    monkeypatch.setattr(dt.Run, "losses", broken)
-    monkeypatch.setattr(dt.Run, "update", watched)
+    monkeypatch.setattr(dt.DetectionTraining, "losses", broken)
+    monkeypatch.setattr(dt.DetectionTraining, "update", watched)
     run(tmp_path / "run", sets, dataclasses.replace(TINY, preset="benchmarking", steps=3))
     assert seen[0] and all((a == b).all() for a, b in zip(seen[0], seen[1], strict=True)), "step 1 was skipped"
     assert not all((a == b).all() for a, b in zip(seen[1], seen[2], strict=True))

@@ -14,10 +14,10 @@ from rcmae.data.masking import block_mask
 from rcmae.data.views import rng
 from rcmae.engine.schedules import Progress
 from rcmae.errors import ConfigError
-from rcmae.loop import pretrain
 from rcmae.methods.losses import across_views, assignments, balanced, contrast, entropy_gap, masked_patches
 from rcmae.models.heads import PrototypeHead
-from tests.conftest import GOLDEN, batch_for, method_for, small
+from rcmae.pretraining import pretrain
+from tests.conftest import GOLDEN, batch_for, method_for, small, stop_at
 
 NAMES = ("dino", "ibot", "msn", "mocov3")
 T0, LATER = Progress(0, 10, 2), Progress(5, 10, 2)
@@ -336,16 +336,7 @@ def test_a_run_goes_on_to_the_same_bit(name, tmp_path, monkeypatch):
     """Also across the epoch in which the last layer has no state yet, and with centres in the checkpoint."""
     from rcmae.engine.checkpoint import checkpoints
     from rcmae.errors import Preempted
-    from rcmae.loop import Run
-
-    update = Run.update
-
-    def stop_at(step):
-        def stopping(run, batches, t, window):
-            run.stop.asked = "SIGTERM" if t.step + 1 == step else run.stop.asked
-            return update(run, batches, t, window)
-
-        return stopping
+    from rcmae.pretraining import Pretraining
 
     data = tmp_path / "data"
     data.mkdir()
@@ -359,7 +350,7 @@ def test_a_run_goes_on_to_the_same_bit(name, tmp_path, monkeypatch):
     again = c.replace(machine, out=tmp_path / "stopped")
     for step in (1, 3):
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "update", stop_at(step))
+            stop_at(patch, Pretraining, step)
             with pytest.raises(Preempted):
                 pretrain(recipe, again)
     pretrain(recipe, again)

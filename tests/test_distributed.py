@@ -18,7 +18,7 @@ from tests import distributed_case, test_detection_train, test_finetune
 from tests.distributed_case import METHODS, untrained
 from tests.processes import ranks
 from tests.test_finetune import fill
-from tests.test_loop import folder, run  # noqa: F401 - a fixture
+from tests.test_pretraining import folder, run  # noqa: F401 - a fixture
 
 
 def together(out: Path, data: Path, case: str = "plain", ends: tuple[int, int] = (0, 0)) -> str:

@@ -25,7 +25,7 @@ from rcmae.interop.timm_export import export, import_backbone, import_classifier
 from rcmae.models.backbone import Backbone
 from rcmae.models.classifier import Classifier, classifier
 from rcmae.models.encoder import build_vit
-from tests.conftest import small
+from tests.conftest import small, stop_at
 
 STATISTICS = (0.5,) * 3, (0.25,) * 3
 PLAIN = ft.FineTune(
@@ -99,16 +99,9 @@ def test_it_learns_and_says_what_it_did(tmp_path, sets):
 
 @pytest.mark.parametrize("stops", [(1,), (3, 4)])
 def test_a_stopped_run_goes_on_to_the_same_bit(tmp_path, sets, straight, monkeypatch, stops):
-    update = ft.Run.update
     for stop in stops:
-
-        def counted(self, batches, t, stop=stop):
-            if t.step + 1 == stop:
-                self.stop.asked = "SIGTERM"
-            return update(self, batches, t)
-
         with monkeypatch.context() as patch:
-            patch.setattr(ft.Run, "update", counted)
+            stop_at(patch, ft.FineTuning, stop)
             with pytest.raises(Preempted, match=f"SIGTERM; saved at step {stop}, run the same command again"):
                 run(tmp_path / "run", sets, FULL)
     found = run(tmp_path / "run", sets, FULL)
@@ -271,13 +264,13 @@ def test_an_unreadable_test_image_is_wrong_and_named(tmp_path, sets):
 
 
 def poison(monkeypatch, steps) -> None:
-    losses = ft.Run.losses
+    losses = ft.FineTuning.losses
 
     def poisoned(self, batch, step, part):
         found = losses(self, batch, step, part)
         return {"loss": found["loss"] * float("nan")} if step in steps else found
 
-    monkeypatch.setattr(ft.Run, "losses", poisoned)
+    monkeypatch.setattr(ft.FineTuning, "losses", poisoned)
 
 
 def test_steps_that_are_not_finite_are_skipped_named_and_in_the_end_fatal(tmp_path, sets, monkeypatch):

@@ -12,7 +12,7 @@ from rcmae.cli import main
 from rcmae.config import to_toml
 from rcmae.lab.gradients import CONDITIONS, Setting, Study, findings
 from tests.conftest import small
-from tests.test_loop import folder, run  # noqa: F401 - a fixture
+from tests.test_pretraining import folder, run  # noqa: F401 - a fixture
 
 TINY = Setting(batches=2, batch_size=8, settle=3, device="cpu")
 

@@ -22,7 +22,6 @@ from rcmae.data.dataset import Images
 from rcmae.data.digits import DigitsSource
 from rcmae.data.sampler import BatchSampler
 from rcmae.engine.metrics import read_metrics
-from rcmae.engine.run import StopSignals
 from rcmae.errors import ConfigError
 from rcmae.methods import METHODS
 from rcmae.tasks.attentive import attentive_right
@@ -240,5 +239,5 @@ def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
 
 def test_equal_flops_are_equal(tmp_path):
     contestants = arms(["mae", "dino"], settings=["batch_size=10"])
-    steps = plan(contestants, Setting(Budget("FLOPs", 1e12), probes=1), {"mae": 1e9, "dino": 8e9}, "", tmp_path, StopSignals(), print)
+    steps = plan(contestants, Setting(Budget("FLOPs", 1e12), probes=1), {"mae": 1e9, "dino": 8e9}, "", tmp_path, print)
     assert steps == {"mae": 100, "dino": 12}

@@ -4,15 +4,17 @@ import json
 
 import pytest
 
-import rcmae.loop as loop
+import rcmae.pretraining as pretraining
+import rcmae.trainer as trainer
 from rcmae.cli import main
 from rcmae.config import to_toml
 from rcmae.data.sampler import BatchSampler
+from rcmae.errors import Preempted
 from rcmae.lab import verify
 from rcmae.lab.verify import Left, compare
 from rcmae.methods.rcmae import RCMAE
-from tests.conftest import small
-from tests.test_loop import StopAt, folder, run  # noqa: F401 - a fixture
+from tests.conftest import small, stop_at
+from tests.test_pretraining import folder, run  # noqa: F401 - a fixture
 
 STEPS = 4
 EVERY = {"save_every": "0.000001s", "keep": 99, "log_every": 1}
@@ -69,10 +71,10 @@ def test_micro_batches_that_repeat_are_found(tmp_path, folder, monkeypatch):  # 
 def test_a_resume_that_forgets_is_found(tmp_path, folder, monkeypatch, fault):  # noqa: F811
     straight = left(tmp_path / "straight", folder)
     with monkeypatch.context() as patch:
-        StopAt(patch, 2)
-        with pytest.raises(loop.Preempted):
+        stop_at(patch, pretraining.Pretraining, 2)
+        with pytest.raises(Preempted):
             left(tmp_path / "run", folder)
-    load = loop.load_checkpoint
+    load = trainer.load_checkpoint
 
     def forgetful(path, method, optimizer):
         state = load(path, method, optimizer)
@@ -82,7 +84,7 @@ def test_a_resume_that_forgets_is_found(tmp_path, folder, monkeypatch, fault):  
             method.teacher.model.load_state_dict(method.student.state_dict())
         return state
 
-    monkeypatch.setattr(loop, "load_checkpoint", forgetful)
+    monkeypatch.setattr(trainer, "load_checkpoint", forgetful)
     row = compare("", straight, left(tmp_path / "run", folder), exact=True)
     assert row.holds == (fault == "none"), row
     if fault == "none":

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "METHODS": "methods", "Backbone": "models.backbone", "Machine": "config", "Recipe": "config", "load": "interop.load",
-    "load_recipe": "config", "pretrain": "loop", "write_report": "report",
+    "load_recipe": "config", "pretrain": "pretraining", "write_report": "report",
 }  # fmt: skip
 __all__ = [*_NAMES, "__version__"]
 

@@ -1,6 +1,7 @@
 """The commands: each parses, calls one function, prints. torch is imported inside them, so that --help is quick."""
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from cyclopts.config import Dict
 
 from . import __version__
 from .config import Machine, MethodName, Recipe, Workplace, check, check_machine, flat, load_recipe, parse_recipe, sections, shipped_recipes
-from .errors import ConfigError, RcmaeError, first_line
+from .engine import signals
+from .errors import ConfigError, Preempted, RcmaeError, first_line
 from .tasks.detection.settings import Detection, Scoring
 from .tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Which, Worth
 
@@ -22,7 +24,7 @@ app = App(
     version=__version__,
     help="Self-supervised pre-training of Vision Transformers with RC-MAE.",
     help_epilogue="Exit codes: 0 done, 1 unexpected (or verify found a difference), 2 usage or recipe, 3 data, 4 checkpoint, "
-    "5 diverged or an alarm, 6 storage, 7 lost process, 8 memory, 75 stopped and saved (run the same command again), 130 Ctrl-C. "
+    "5 diverged or an alarm, 6 storage, 7 lost process, 8 memory, 75 stopped and saved (run the same command again), 130 Ctrl-C and 143 SIGTERM before anything was saved. "
     "--debug shows the traceback of an error.",
 )
 
@@ -74,7 +76,7 @@ def pretrain(
     recipe
         A recipe's name (`rcmae list`) or the path of a TOML file [default: embedded]. What it sets can be replaced by options.
     """
-    from .loop import pretrain as run
+    from .pretraining import pretrain as run
 
     if recipe is not None and app.config[0].source != f"recipe {recipe}":  # its values came too late to be defaults
         raise ConfigError(f"write the recipe first: rcmae pretrain {recipe} --...")
@@ -706,22 +708,39 @@ def list_all() -> None:
     _console().print(table)
 
 
+WAITS = {"pretrain", "check", "import", "lab", "verify", "compare", "evaluate", "detect"}
+"Commands that load PyTorch, which takes seconds, and then work on something."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Every expected failure is one line on stderr and its documented exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    program, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
+    with signals.answered():
+        try:
+            code = _run(argv)
+        except signals.Interrupted as e:
+            code = _fail(f"{e}; nothing is lost that was saved: the same command begins or resumes", e.exit_code, "stopped")
+        if program and signals.asked():
+            signals.end_at_once(code)  # what loader processes are doing is of no use any more
+    return code
+
+
+def _run(argv: list[str]) -> int:
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
+    if argv[:1] and argv[0] in WAITS and not {"--help", "-h"} & set(argv) and os.environ.get("RANK", "0") == "0":
+        print(f"rcmae {' '.join(argv)}", flush=True)  # the first line within a second, whatever is loaded after it
     try:
         app.config = _recipe_defaults(argv)
         result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as e:
         return _fail(" ".join(str(e).split()), 2)
+    except Preempted as e:
+        return _fail(str(e), e.exit_code, "stopped")
     except RcmaeError as e:
         if debug:
             traceback.print_exc()
         return _fail(str(e), e.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
     except MemoryError:
         return _fail("the host ran out of memory; try a smaller batch or fewer --workers", 8)
     except OSError as e:
@@ -772,8 +791,7 @@ def _check_place(json: Path | None) -> None:
         raise ConfigError(f"--json {json}: " + ("that is a folder" if json.is_dir() else f"there is no folder {json.parent}"))
 
 
-def _fail(message: str, code: int) -> int:
-    word = "stopped" if code == 75 else "error"
+def _fail(message: str, code: int, word: str = "error") -> int:
     print(f"rcmae: {word}: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -33,11 +33,12 @@ from safetensors.numpy import load_file
 
 from ..config import Recipe, changed, hint, load_recipe, parse_time, recipe_hash, replace, shipped_recipes, to_toml, with_settings
 from ..data.sources import open_source
+from ..engine import signals
 from ..engine.checkpoint import replace_file
 from ..engine.console import clock
 from ..engine.distributed import pick_device
 from ..engine.metrics import read_metrics
-from ..engine.run import StopSignals, owned, write_json
+from ..engine.run import owned, write_json
 from ..errors import ConfigError, DataError, Preempted, ProcessError, RcmaeError
 from ..methods import METHODS
 from ..report.build import template
@@ -163,13 +164,13 @@ def race(contestants: list[Arm], setting: Setting, out: Path, say: Callable[[str
     if (few := max(arm.recipe.optim.batch_size for arm in contestants)) > len(source):
         raise DataError(f"{recipe.data} holds {len(source)} images, fewer than a batch of {few}: give --settings batch_size=...")
     data = source.fingerprint()
-    with owned(out), StopSignals() as stop:
+    with owned(out), signals.answered():
         costs = {arm.name: cost(arm.paid).flops for arm in contestants}
-        steps = plan(contestants, setting, costs, data, out, stop, say)
+        steps = plan(contestants, setting, costs, data, out, say)
         # Seed 0 is the one that recipes are tried out on.
         runs = [Run(arm, seed, out, steps[arm.name], setting, data) for seed in range(1, setting.seeds + 1) for arm in contestants]
         weights = [run.steps * run.recipe.optim.batch_size * costs[run.arm.name] for run in runs]
-        carry_out(runs, weights, setting, stop, say)
+        carry_out(runs, weights, setting, say)
         found = judge(runs, costs, setting)
     return found
 
@@ -229,9 +230,7 @@ def _end_with_parent() -> None:
 _libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def plan(
-    contestants: list[Arm], setting: Setting, costs: dict[str, float], data: str, out: Path, stop: StopSignals, say: Callable
-) -> dict[str, int]:
+def plan(contestants: list[Arm], setting: Setting, costs: dict[str, float], data: str, out: Path, say: Callable) -> dict[str, int]:
     """Steps of each arm within the budget. A time is turned into steps by the images a second of a short run, made once, as many at a
     time as there will be. Raises ConfigError when they are too few."""
     rates = dict.fromkeys(costs, 0.0)
@@ -243,7 +242,7 @@ def plan(
             plain = dataclasses.replace(arm, name=arm.paid.method, recipe=arm.paid)
             short[arm.name] = Run(plain, 0, out / "measured", MEASURED, setting, " ".join([data, *where]), flags)
         once = list({run.place: run for run in short.values()}.values())
-        carry_out(once, [1.0] * len(once), setting, stop, say)
+        carry_out(once, [1.0] * len(once), setting, say)
         for name, run in short.items():
             seen = [line["images_per_s"] for line in read_metrics(run.place) if line["kind"] == "train"]
             rates[name] = statistics.median(seen[1:])  # the first one warmed up
@@ -257,7 +256,7 @@ def plan(
     return steps
 
 
-def carry_out(runs: list[Run], weights: list[float], setting: Setting, stop: StopSignals, say: Callable, every: float = 30.0) -> None:
+def carry_out(runs: list[Run], weights: list[float], setting: Setting, say: Callable, every: float = 30.0) -> None:
     """Make the runs that are not done, `jobs` at a time; a run that fails or a signal ends all of them, their state saved."""
     waiting = [run for run in runs if not run.done]
     share = {run.place: weight / sum(weights) for run, weight in zip(runs, weights, strict=True)}
@@ -275,13 +274,13 @@ def carry_out(runs: list[Run], weights: list[float], setting: Setting, stop: Sto
                 run.ended(going.pop(run).returncode)
                 finished += share[run.place]
                 told = 0.0
-            if stop.asked:
-                raise Preempted(f"stopped by {stop.asked}; every run is saved, give the same command again")
             if time.monotonic() - told > every:
                 told = time.monotonic()
                 now = finished + sum(share[run.place] * run.step / run.steps for run in going)
                 left = (told - began) * (1 - now) / (now - before) if now > before else 0.0
                 say(f"{len(runs) - len(waiting) - len(going)} of {len(runs)} runs, {now:.0%}, {clock(left)} left")
+    except signals.Interrupted as e:
+        raise Preempted(f"stopped by {e}; every run is saved, give the same command again") from e
     finally:
         for process in going.values():
             process.terminate()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..engine import signals
 from ..errors import DataError, RcmaeError, StorageError
 from .decode import BadImage, decode
 from .sampler import Key
@@ -161,7 +162,6 @@ def plain_errors(loader: DataLoader) -> Iterator[Any]:
 def quiet_worker(worker: int) -> None:
     """A loader process: one thread, deaf to the signals that stop the run, gone when its parent is."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    signals.ignore()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -55,16 +55,20 @@ class Screen:
             self.bar = None
 
     @contextmanager
-    def progress(self, what: str, total: int, every: float = 30.0) -> Iterator[Callable[[int], None]]:
-        """A bar for something that is no training; the body tells it how much is done. Without a terminal, a line every `every` seconds."""
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar for something that is no training; the body tells it how much is done. Without a terminal, a line now and then.
+
+        Nothing is said of what ends within 5 seconds.
+        """
         began = told = time.monotonic()
 
         def tick(done: int) -> None:
             nonlocal told
             self.step(done)
-            if self.bar is None and (now := time.monotonic()) - told > every:
+            now = time.monotonic()
+            if self.bar is None and done and now - told > (5 if told == began else min(30, 10 + (now - began) / 20)):
                 told = now
-                self.say(f"{what}: {done:,} of {total:,}, {clock((now - began) * (total - done) / max(done, 1))} left")
+                self.say(f"{what}: {done:,} of {total:,}, {clock((now - began) * (total - done) / done)} left")
 
         self.start(total, 0)
         if self.bar:

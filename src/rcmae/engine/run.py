@@ -1,4 +1,4 @@
-"""The run directory: who owns it, what it says of itself, and the signals that end a run politely."""
+"""The run directory: who owns it, what it says of itself, and the context that every run is carried out in."""
 
 import ctypes
 import fcntl
@@ -6,22 +6,54 @@ import json
 import os
 import platform
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import __version__
-from ..config import Machine, flat, load_recipe, to_toml
+from ..config import Workplace, check_machine, flat, load_recipe, to_toml
 from ..errors import ConfigError, OutOfMemoryError, ProcessError, StorageError, first_line
+from . import distributed, signals
 from .checkpoint import checkpoints, replace_file
+from .console import Screen
 from .distributed import World
+
+
+class RunContext(NamedTuple):
+    """Where a run happens."""
+
+    out: Path
+    machine: Workplace
+    device: torch.device
+    world: World
+    screen: Screen
+
+
+@contextmanager
+def run_context(machine: Workplace, out: Path | None, advice: str) -> Iterator[RunContext]:
+    """Everything that a run is carried out in: its device and threads, the other ranks, its directory `out`, locked, and the screen.
+
+    Signals are answered within it, failures come out as errors of `rcmae.errors`, lacks of memory with `advice`, and torch's own
+    generators are left as they were. Raises ConfigError without `out`.
+    """
+    check_machine(machine)
+    if out is None:
+        raise ConfigError("a run needs a directory: give --out")
+    device = distributed.pick_device(machine.device)
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with signals.answered(), distributed.joined(device) as world, plain_failures(device, world, advice):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with owned(out) if world.first else nullcontext(), Screen(world.first) as screen:
+                yield RunContext(out, machine, device, world, screen)
 
 
 @contextmanager
@@ -52,7 +84,7 @@ def owned(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any] = load_recipe) -> None:
+def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any] | None = None) -> None:
     """Write recipe.toml at a fresh start; else compare with the one that is there. Raises ConfigError naming what differs.
 
     Where the data lies may change: whether it is the same is told by its fingerprint in the checkpoint. A run without any
@@ -65,7 +97,7 @@ def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any] = load_reci
         for path in run.glob("bad_*.jsonl"):
             path.unlink()
         return
-    old, new = flat(load(str(path))), flat(recipe)
+    old, new = flat((load or load_recipe)(str(path))), flat(recipe)
     differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if k != "data" and old.get(k) != new.get(k)]
     if differ:
         raise ConfigError(f"{run} was begun with {', '.join(differ)}; use another --out, or the same recipe to go on")
@@ -125,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def circumstances(machine: Machine, device: torch.device, precision: str, world: World) -> dict[str, Any]:
+def describe_environment(machine: Workplace, device: torch.device, precision: str, world: World) -> dict[str, Any]:
     """What must not change if a resumed run is to be equal to the bit."""
     return {
         "torch": torch.__version__, "device": device.type, "precision": precision, "ranks": world.size,
@@ -133,7 +165,7 @@ def circumstances(machine: Machine, device: torch.device, precision: str, world:
     }  # fmt: skip
 
 
-def other_circumstances(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changed_environment(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A line for each that did change."""
     return [f"note: {k} was {v}, is {now[k]}: the run goes on, but not to the same bit" for k, v in then.items() if v != now[k]]
 
@@ -161,33 +193,6 @@ def plain_failures(device: torch.device, world: World, advice: str = ADVICE) -> 
         if "can't allocate memory" in text:  # what torch says of the host's
             raise OutOfMemoryError(f"the host ran out of memory; {advice}, or fewer --workers") from e
         raise
-
-
-class StopSignals:
-    """Within it, SIGTERM, SIGINT, SIGUSR1 and SIGHUP only raise `asked`; the loop polls it. A second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.asked: str | None = None
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            try:
-                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                    continue  # under nohup
-                self.before[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: whoever runs us there handles signals
-                break
-        return self
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.asked:
-            os._exit(128 + number)
-        self.asked = signal.Signals(number).name
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -1,22 +1,20 @@
-"""One optimizer step, framed: whatever learns here moves as a whole or not at all, and nothing waits for the device."""
+"""The parts of an optimizer step that all trainers share: a step moves everything or nothing, and nothing waits for the device."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import DivergedError
 from . import distributed
 from .checkpoint import newest
-from .distributed import World
 
 PATIENCE = 5
 "Non-finite steps in a row after which a run has diverged."
-
-Losses = dict[str, Tensor]
-"Scalars by name; `loss` is the one that is learned from."
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -25,48 +23,39 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def optimizer_step(
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[dict[str, Tensor]],
-    losses_of: Callable[[dict[str, Tensor], int], Losses],
-    window: "Window",
-    *,
-    images: int,
-    micro: int,
-    clip: float | None,
-    precision: str,
-    device: torch.device,
-    world: World,
-    before: Callable[[Tensor], None] = lambda applied: None,
-    after: Callable[[Tensor], None] = lambda applied: None,
-) -> Tensor:
-    """`micro` micro-batches, then everything moves, or nothing. Returns 1 or 0, on the device.
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """The weight decay of every group that has one."""
+    for group in optimizer.param_groups:
+        if group["weight_decay"]:
+            group["weight_decay"] = weight_decay
 
-    `losses_of(batch, i)` is asked for each micro-batch and must go through `net`; `images` is what the step sees over all ranks.
-    `before` and `after` are called around the optimizer with what is returned.
-    """
-    total: Losses = {}
-    for i in range(micro):
-        batch = window.wait(batches)
-        with distributed.only_last(net, i == micro - 1):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                losses = losses_of(batch, i)
-            (losses["loss"] / micro).backward()
-        total = {k: total.get(k, 0) + v.detach() / micro for k, v in losses.items()}
+
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
+    """Scale the gradients so that their norm is at most `limit`, if there is one. Returns the norm before."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if clip:
-        torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
-    # Decided on the device: no step waits for the host, and no rank goes its own way.
-    applied = world.everywhere((norm.isfinite() & total["loss"].isfinite()).float())
-    before(applied)
+    if limit:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def step_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """The step of a fused optimizer where `applied`, on the device, is 1; nothing moves where it is 0. Gradients are dropped."""
     optimizer.found_inf = 1 - applied  # the fused optimizer leaves everything alone where this is 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    after(applied)
-    window.add(total | {"grad_norm": norm}, applied, images)
-    return applied
+
+
+class Mean:
+    """The mean of named scalars over the micro-batches of a step, on the device."""
+
+    def __init__(self, parts: int):
+        self.parts = parts
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.values[name] = self.values.get(name, 0) + value.detach() / self.parts
 
 
 class Skips:
@@ -93,7 +82,7 @@ class Skips:
                 raise DivergedError(f"{PATIENCE} steps in a row were not finite, up to step {step}; {last} is kept; {advice}")
 
 
-class Window:
+class LogWindow:
     """Sums since the last log line, kept on the device; reading them is the only time the host waits for it."""
 
     def __init__(self, device: torch.device):
@@ -105,15 +94,19 @@ class Window:
         self.applied: Tensor | float = 0.0
         self.images, self.waited, self.since = 0, 0.0, time.monotonic()
 
-    def wait(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def wait(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next batch; how long it took is counted."""
         start = time.monotonic()
         batch = next(batches)
         self.waited += time.monotonic() - start
         return batch
 
-    def pause(self, seconds: float) -> None:
-        """Time that was no training: probes, pictures, checkpoints."""
-        self.since += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is no training: probes, pictures, checkpoints."""
+        start = time.monotonic()
+        yield
+        self.since += time.monotonic() - start
 
     def add(self, values: dict[str, Tensor], applied: Tensor, images: int) -> None:
         for name, value in values.items():

@@ -25,6 +25,7 @@ from ..data.sources import Source
 from ..data.supervised import Mixing, SupervisedView, path_seed
 from ..engine.checkpoint import replace_file
 from ..engine.console import clock
+from ..engine.run import RunContext, run_context
 from ..engine.schedules import Progress, warmup_cosine
 from ..errors import ConfigError, DataError
 from ..interop.timm_export import architecture_of, export
@@ -33,7 +34,7 @@ from ..models.classifier import Classifier, classifier
 from .features import identity
 from .layer_decay import layer_decay_groups
 from .score import Scored, score
-from .training import Place, Training, fitted_batch, taken
+from .supervised import ADVICE, Supervised, fitted_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +182,8 @@ def finetune(
         check_labels(source, len(classes))
     if settings.randaugment and backbone.vit.in_chans != 3:
         raise ConfigError(f"RandAugment is for images of 3 channels, not {backbone.vit.in_chans}; give --settings 'randaugment='")
-    with taken(machine, "fine-tuning") as place:
-        with contextlib.closing(Run(backbone, train, test, classes, settings, place, about or {})) as run:
+    with run_context(machine, machine.out, ADVICE) as context:
+        with contextlib.closing(FineTuning(backbone, train, test, classes, settings, context, about or {})) as run:
             return run.train()
 
 
@@ -204,18 +205,19 @@ def fitted(settings: FineTune, images: int, parts: int = 1) -> FineTune:
     return replace(settings, batch_size=batch, mix_group=math.gcd(settings.mix_group, batch // parts))
 
 
-class Run(Training):
-    """One run: everything that is built before the first step, then `train`."""
+class FineTuning(Supervised):
+    """One run: everything that is built before the first step, and what is learned and scored."""
 
     what, rate_name = "fine-tuning", "base_lr"
 
     def __init__(
-        self, backbone: Backbone, train: Source, test: Source, classes: list[str], settings: FineTune, place: Place, about: dict[str, Any]
+        self, backbone: Backbone, train: Source, test: Source, classes: list[str], settings: FineTune, context: RunContext,
+        about: dict[str, Any],
     ):  # fmt: skip
-        s = fitted(settings, len(train), place.world.size * place.machine.accumulate)
+        s = fitted(settings, len(train), context.world.size * context.machine.accumulate)
         if s.batch_size < settings.batch_size:
-            place.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
-        super().__init__(s, place, train, load_finetune, about)
+            context.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
+        super().__init__(s, context, train, about)
         self.test_set, self.classes = test, classes
         if s.mixes and self.part % s.mix_group:
             raise ConfigError(
@@ -241,37 +243,37 @@ class Run(Training):
         )
         self.bad_test = self.bad_files(len(test), "bad_test_files.jsonl")
         self.scored: Scored | None = None
-        origin = {
+        data = {
             "train": train.fingerprint(), "train_labels": _hash(train.labels), "test": test.fingerprint(),
             "test_labels": _hash(test.labels), "classes": classes,
         }  # fmt: skip
-        self.learn(model, torch.optim.AdamW(groups, lr=s.peak_lr, betas=s.betas, fused=True), origin, identity(backbone))
-        if not self.step:
-            images = f"{len(train):,} images of {len(classes)} classes, {len(test):,} to test on"
-            self.begin(images, train_images=len(train), test_images=len(test), classes=len(classes))
+        optimizer = torch.optim.AdamW(groups, lr=s.peak_lr, betas=s.betas, fused=True)
+        images = f"{len(train):,} images of {len(classes)} classes, {len(test):,} to test on"
+        facts = {"train_images": len(train), "test_images": len(test), "classes": len(classes)}
+        self.learn(model, optimizer, data, identity(backbone), load_finetune, images, **facts)
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches of the steps from `start` to before `stop`, on the device: "image" and "label"."""
-        s, vit = self.settings, self.model.vit
+        s, vit = self.recipe, self.model.vit
         view = SupervisedView(
             vit.patch_embed.img_size, *self.statistics, scale=s.crop_scale, flip=s.flip, randaugment=s.randaugment, erasing=s.erasing
         )
-        dataset = Images(self.train_set, view, s.seed, vit.in_chans, labelled=True)
-        return batches_of(dataset, self.sampler(start, stop), self.train_set.kind, self.machine.workers, self.device, self.bad.note)
+        dataset = Images(self.images, view, s.seed, vit.in_chans, labelled=True)
+        return batches_of(dataset, self.sampler(start, stop), self.images.kind, self.machine.workers, self.device, self.bad.note)
 
     def rate(self, t: Progress) -> float:
-        return warmup_cosine(self.settings.peak_lr, self.settings.min_lr, self.warmup, t)
+        return warmup_cosine(self.recipe.peak_lr, self.recipe.min_lr, self.warmup, t)
 
     def losses(self, batch: dict[str, Tensor], step: int, part: int) -> dict[str, Tensor]:
         """Cross-entropy with the mixed targets, of the `part`-th micro-batch of the step."""
         pixels = batch["image"]
         images, targets = self.mixing(pixels if pixels.is_floating_point() else pixels.float() / 255, batch["label"], step, part)
-        torch.manual_seed(path_seed(self.settings.seed, step, part))
+        torch.manual_seed(path_seed(self.recipe.seed, step, part))
         return {"loss": F.cross_entropy(self.net(images), targets)}
 
     def scorings(self) -> int:
         """How often the test images are scored: once an epoch, but on no more images than half of those that are trained on."""
-        affordable = self.total * self.settings.batch_size // (2 * len(self.test_set))
+        affordable = self.total * self.recipe.batch_size // (2 * len(self.test_set))
         return max(1, min(round(self.total / self.steps_per_epoch), affordable))
 
     def score(self) -> dict[str, float]:
@@ -295,7 +297,7 @@ class Run(Training):
         if self.world.first:
             kept = {"right": torch.from_numpy(right), "confidence": torch.from_numpy(confidence)}
             replace_file(self.out / "test.safetensors", save(kept))
-            about = self.about | {"task": "finetune", "step": self.step, "recipe_hash": recipe_hash(self.settings)}
+            about = self.about | {"task": "finetune", "step": self.step, "recipe_hash": recipe_hash(self.recipe)}
             folder = self.out / "export" / "classifier"
             export(self.model, folder, about, architecture_of(self.model.vit), self.classes)
             best, last = max(h["accuracy"] for h in self.history), self.history[-1]["accuracy"]

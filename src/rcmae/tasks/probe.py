@@ -1,11 +1,16 @@
 """Online probes: is the backbone learning anything? Linear, k-NN and attentive accuracy on a small labelled subset."""
 
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
+from safetensors.torch import save
 from torch import Tensor
 
 from ..config import Recipe
@@ -14,6 +19,7 @@ from ..data.decode import BadImage
 from ..data.digits import DigitsSource
 from ..data.sources import Source
 from ..data.views import center
+from ..engine.checkpoint import replace_file
 from ..models.backbone import Backbone
 from .attentive import attentive_right
 from .features import features
@@ -23,6 +29,9 @@ from .linear import linear_right, said
 Scores = dict[str, float]
 Right = dict[str, Bool[np.ndarray, " m"]]
 "By probe, which test images it got right."
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""`with progress(what, total) as tick: tick(done)`, as `Screen.progress`."""
 
 
 def percent(right: Right) -> Scores:
@@ -64,12 +73,37 @@ class ProbeSet:
         return right
 
 
-def probe_set(source: Source, recipe: Recipe) -> ProbeSet | None:
+class Probes:
+    """The probes of one run: scores in percent by network; which test images were right is kept in probes/, for paired comparisons."""
+
+    def __init__(self, chosen: ProbeSet, run: Path, device: torch.device, precision: str):
+        self.set, self.folder, self.device, self.precision = chosen, run / "probes", device, precision
+
+    def baselines(self, untrained: Backbone) -> tuple[dict[str, Scores], float]:
+        """Scores that need no training, of raw pixels and of the encoder as it is drawn, and the seconds that probing a network takes."""
+        started = time.monotonic()
+        right = self.set.backbone(untrained, self.device, self.precision)
+        seconds = time.monotonic() - started
+        return self._keep({"raw_pixels": self.set.pixels(), "untrained": right}, 0), seconds
+
+    def score(self, backbones: dict[str, Backbone], step: int) -> dict[str, Scores]:
+        """Scores of networks as they are at an optimizer step."""
+        return self._keep({name: self.set.backbone(b, self.device, self.precision) for name, b in backbones.items()}, step)
+
+    def _keep(self, right: dict[str, Right], step: int) -> dict[str, Scores]:
+        self.folder.mkdir(exist_ok=True)
+        tensors = {f"{who}/{probe}": torch.from_numpy(hits) for who, of in right.items() for probe, hits in of.items()}
+        replace_file(self.folder / f"{step:08d}.safetensors", save(tensors))
+        return {who: percent(of) for who, of in right.items()}
+
+
+def probe_set(source: Source, recipe: Recipe, progress: Progress | None = None) -> ProbeSet | None:
     """The probe's images: the embedded set's own test split, else two parts of a labelled source; None without labels.
 
     Pre-training has seen the images of both parts (not the labels); what is in the first part is left out of the second.
 
-    A labelled source gives at most one class in twenty training images, so that each has enough of them.
+    A labelled source gives at most one class in twenty training images, so that each has enough of them. `progress` is told how far
+    reading is.
     """
     p = recipe.probe
     if p.probes == 0 or source.labels is None:
@@ -77,14 +111,14 @@ def probe_set(source: Source, recipe: Recipe) -> ProbeSet | None:
     if source.kind == "embedded":
         size = recipe.images.size
         parts = [DigitsSource("train", p.probe_train, size, recipe.seed + 1), DigitsSource("test", p.probe_test, size, recipe.seed)]
-        read = [_read(part, np.arange(len(part)), recipe) for part in parts]
+        read = [_read(part, np.arange(len(part)), recipe, progress) for part in parts]
     else:
         rng = np.random.Generator(np.random.Philox(key=recipe.seed))
         classes = np.unique(source.labels[source.labels >= 0])
         classes = classes[np.linspace(0, len(classes) - 1, min(len(classes), max(2, p.probe_train // 20))).astype(int)]
         chosen = rng.permutation(np.flatnonzero(np.isin(source.labels, classes)))[: p.probe_train + p.probe_test]
         cut = len(chosen) * p.probe_train // (p.probe_train + p.probe_test)
-        read = [_read(source, part, recipe) for part in (chosen[:cut], chosen[cut:])]
+        read = [_read(source, part, recipe, progress) for part in (chosen[:cut], chosen[cut:])]
     (train, labels), (test, truth) = read
     known = {image.numpy().tobytes() for image in train}
     new = np.array([image.numpy().tobytes() not in known for image in test], dtype=bool)
@@ -94,14 +128,16 @@ def probe_set(source: Source, recipe: Recipe) -> ProbeSet | None:
     return ProbeSet(train, labels, test, truth, p.attentive)
 
 
-def _read(source: Source, indices: np.ndarray, recipe: Recipe) -> tuple[Tensor, np.ndarray]:
+def _read(source: Source, indices: np.ndarray, recipe: Recipe, progress: Progress | None) -> tuple[Tensor, np.ndarray]:
     images, labels = [], []
-    for i in indices:
-        try:
-            image = read_image(source, int(i), recipe.images.channels)
-        except BadImage:
-            continue  # the training loop counts and names it
-        images.append(center(image, recipe.images.shape))
-        labels.append(source.labels[i])
+    with progress("reading labelled images for the probes", len(indices)) if progress else nullcontext(lambda done: None) as tick:
+        for done, i in enumerate(indices, 1):
+            tick(done)
+            try:
+                image = read_image(source, int(i), recipe.images.channels)
+            except BadImage:
+                continue  # training counts and names it
+            images.append(center(image, recipe.images.shape))
+            labels.append(source.labels[i])
     shape = (0, recipe.images.channels, *recipe.images.shape)
     return torch.stack(images) if images else torch.zeros(shape, dtype=torch.uint8), np.array(labels, dtype=np.int64)

@@ -13,13 +13,13 @@ from ...config import Workplace, recipe_hash
 from ...data.supervised import path_seed
 from ...engine.checkpoint import replace_file
 from ...engine.console import clock
-from ...engine.run import write_json
+from ...engine.run import RunContext, run_context, write_json
 from ...engine.schedules import Progress, warmup_cosine
 from ...errors import ConfigError, DataError
 from ...interop.timm_export import architecture_of, blueprint
 from ...models.backbone import Backbone
 from ..features import identity
-from ..training import Place, Training, fitted_batch, taken
+from ..supervised import ADVICE, Supervised, fitted_batch
 from .average_precision import Precision, evaluate, library
 from .coco import CocoSet
 from .examples import write_examples
@@ -56,8 +56,8 @@ def train(
     library()  # said before the work, not after it
     if (train.category_ids, train.classes) != (test.category_ids, test.classes):
         raise DataError(f"{test.name} has other categories than {train.name}; give both parts the same ids and names")
-    with taken(machine, "detection") as place:
-        with contextlib.closing(Run(backbone, train, test, settings, place, about or {})) as run:
+    with run_context(machine, machine.out, ADVICE) as context:
+        with contextlib.closing(DetectionTraining(backbone, train, test, settings, context, about or {})) as run:
             return run.train()
 
 
@@ -69,19 +69,19 @@ def rate(s: Detect, t: Progress) -> float:
     return s.lr * risen * (0.1 if t.fraction >= 8 / 9 else 1.0) * (0.1 if t.fraction >= 26 / 27 else 1.0)
 
 
-class Run(Training):
-    """One run: everything that is built before the first step, then `train`."""
+class DetectionTraining(Supervised):
+    """One run: everything that is built before the first step, and what is learned and scored."""
 
     what = "detection"
 
-    def __init__(self, backbone: Backbone, train: CocoSet, test: CocoSet, settings: Detect, place: Place, about: dict[str, Any]):
-        s = replace(settings, batch_size=fitted_batch(settings.batch_size, len(train), place.world.size * place.machine.accumulate))
+    def __init__(self, backbone: Backbone, train: CocoSet, test: CocoSet, settings: Detect, context: RunContext, about: dict[str, Any]):
+        s = replace(settings, batch_size=fitted_batch(settings.batch_size, len(train), context.world.size * context.machine.accumulate))
         if s.batch_size < settings.batch_size:
-            place.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
-        super().__init__(s, place, train, load_detect, about)
+            context.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
+        super().__init__(s, context, train, about)
         if full := int((train.counts() > s.max_instances).sum()):
             said = f"note: {full:,} training images show more than {s.max_instances} objects"
-            place.screen.say(f"{said}; a view marks no more, what else it shows passes for background (--settings max_instances=N)")
+            context.screen.say(f"{said}; a view marks no more, what else it shows passes for background (--settings max_instances=N)")
         if s.warmup_steps >= self.total:
             raise ConfigError(f"warmup_steps {s.warmup_steps} is not below the run's {self.total} steps; give --settings warmup_steps=N")
         if s.preset == "benchmarking" and self.world.size > 1 and self.device.type != "cuda":
@@ -100,44 +100,46 @@ class Run(Training):
         self.running = [b for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
         self.bad_test = self.bad_files(len(test), "bad_test_files.jsonl")
         self.scored: tuple[list[dict[str, Any]], Precision, Precision] | None = None
-        origin = {"train": train.fingerprint(), "test": test.fingerprint(), "classes": train.classes}
-        self.learn(model, optimizer, origin, identity(backbone))
-        if not self.step:
-            images = f"{len(train):,} images of {len(train.classes)} classes, {len(test):,} to test on"
-            self.begin(images, train_images=len(train), test_images=len(test), classes=len(train.classes))
+        data = {"train": train.fingerprint(), "test": test.fingerprint(), "classes": train.classes}
+        images = f"{len(train):,} images of {len(train.classes)} classes, {len(test):,} to test on"
+        facts = {"train_images": len(train), "test_images": len(test), "classes": len(train.classes)}
+        self.learn(model, optimizer, data, identity(backbone), load_detect, images, **facts)
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Micro-batches of the steps from `start` to before `stop`, on the device: "image", and "targets" by image."""
-        s = self.settings
-        dataset = Detections(self.train_set, Jitter(s.size, s.jitter, s.flip, s.max_instances, self.mean), s.seed, self.channels)
+        s = self.recipe
+        dataset = Detections(self.images, Jitter(s.size, s.jitter, s.flip, s.max_instances, self.mean), s.seed, self.channels)
         return detection_batches(dataset, self.sampler(start, stop), self.machine.workers, self.device, self.bad.note)
 
     def rate(self, t: Progress) -> float:
-        return rate(self.settings, t)
+        return rate(self.recipe, t)
 
-    def update(self, batches: Iterator[dict[str, Any]], t: Progress) -> Tensor:
-        """Likewise for BatchNorm's running statistics: a step that is skipped leaves them as they were."""
+    def update(self, t: Progress) -> Tensor:
+        """Likewise for BatchNorm's running statistics: a step that is skipped, or left in the middle, leaves them as they were."""
         before = [b.clone() for b in self.running]
-        applied = super().update(batches, t)
-        for now, old in zip(self.running, before, strict=True):
-            now.copy_(torch.where(applied > 0, now, old))
+        applied = torch.zeros((), device=self.device)
+        try:
+            applied = super().update(t)
+        finally:
+            for now, old in zip(self.running, before, strict=True):
+                now.copy_(torch.where(applied > 0, now, old))
         return applied
 
     def losses(self, batch: dict[str, Any], step: int, part: int) -> dict[str, Tensor]:
         """Those of the proposals and of the heads, and their sum; proposals are sampled by a function of the numbers."""
-        torch.manual_seed(path_seed(self.settings.seed, step, part))
+        torch.manual_seed(path_seed(self.recipe.seed, step, part))
         losses = self.net(batch["image"], batch["targets"])
         return {"loss": sum(losses.values()), **losses}
 
     def scorings(self) -> int:
-        affordable = self.total * self.settings.batch_size // (SCORED * len(self.test_set))
+        affordable = self.total * self.recipe.batch_size // (SCORED * len(self.test_set))
         return max(1, min(round(self.total / self.steps_per_epoch), affordable, SCORINGS))
 
     def score(self) -> dict[str, float]:
         """Average precision of boxes and masks in percent."""
         found: Any = None
         results = predict(
-            self.model, self.test_set, size=self.settings.size, channels=self.channels, device=self.device, precision=self.precision,
+            self.model, self.test_set, size=self.recipe.size, channels=self.channels, device=self.device, precision=self.precision,
             batch=self.part, workers=self.machine.workers, world=self.world, note=self.bad_test.note,
         )  # fmt: skip
         if self.world.first:
@@ -156,12 +158,12 @@ class Run(Training):
         self.model.eval()
         if self.world.first:
             replace_file(self.out / "coco_results.json", json.dumps(results))
-            facts = {"train_images": len(self.train_set), "test_images": len(self.test_set), "preset": self.settings.preset}
-            facts |= {"step": self.step, "recipe_hash": recipe_hash(self.settings), "data": self.origin, "backbone": self.backbone}
+            facts = {"train_images": len(self.images), "test_images": len(self.test_set), "preset": self.recipe.preset}
+            facts |= {"step": self.step, "recipe_hash": recipe_hash(self.recipe), "data": self.data, "backbone": self.backbone}
             write_json(self.out / "scores.json", self.about | facts | {"box": box._asdict(), "mask": mask._asdict()})
             folder = self.out / "export" / "detector"
-            about = self.about | {"step": self.step, "recipe_hash": recipe_hash(self.settings)}
-            export(self.model, folder, self.train_set, self.settings, self.architecture, about)
+            about = self.about | {"step": self.step, "recipe_hash": recipe_hash(self.recipe)}
+            export(self.model, folder, self.images, self.recipe, self.architecture, about)
             write_examples(self.out / "examples.safetensors", self.test_set, results, self.channels)
             last = {name: value for name, value in self.history[-1].items() if name not in ("step", "epoch")}
             self.screen.say(f"{self.said(last)} after {self.step:,} steps, {clock(self.seconds)}; the detector is in {folder}")

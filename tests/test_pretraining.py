@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import rcmae.loop as loop
+import rcmae.pretraining as pretraining
 from rcmae.config import Machine
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.metrics import read_metrics
 from rcmae.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError
 from rcmae.interop.load import load
-from tests.conftest import small
+from tests.conftest import small, stop_at
 from tests.processes import start
 
 
@@ -37,10 +37,10 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def run(out: Path, data: Path | str, method: str = "rcmae", machine: dict | None = None, **changes) -> loop.Result:
+def run(out: Path, data: Path | str, method: str = "rcmae", machine: dict | None = None, **changes) -> pretraining.Result:
     recipe = small(method, data=str(data), crop_scale=(0.5, 1.0), flip=True, **changes)
     own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
-    return loop.pretrain(recipe, Machine(out=out, **(own | (machine or {}))))
+    return pretraining.pretrain(recipe, Machine(out=out, **(own | (machine or {}))))
 
 
 def weights(out: Path) -> str:
@@ -57,25 +57,11 @@ def straight(tmp_path_factory, folder) -> Path:
     return out
 
 
-class StopAt:
-    """Asks for a stop after some steps, as a signal would."""
-
-    def __init__(self, monkeypatch, step: int):
-        update = loop.Run.update
-
-        def counted(run, batches, t, window):
-            if t.step + 1 == step:
-                run.stop.asked = "SIGTERM"
-            return update(run, batches, t, window)
-
-        monkeypatch.setattr(loop.Run, "update", counted)
-
-
 @pytest.mark.parametrize("stops", [(1,), (5,), (11,), (2, 3, 7)])
 def test_a_stopped_run_goes_on_to_the_same_bit(tmp_path, folder, straight, monkeypatch, stops):
     for stop in stops:
         with monkeypatch.context() as patch:
-            StopAt(patch, stop)
+            stop_at(patch, pretraining.Pretraining, stop)
             with pytest.raises(Preempted, match=f"SIGTERM; saved at step {stop}, run the same command again") as e:
                 run(tmp_path / "run", folder, steps=12)
             assert e.value.exit_code == 75
@@ -166,7 +152,7 @@ def test_a_run_directory_explains_itself(straight):
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path, folder, monkeypatch):
     with monkeypatch.context() as patch:
-        StopAt(patch, 4)
+        stop_at(patch, pretraining.Pretraining, 4)
         with pytest.raises(Preempted):
             run(tmp_path / "run", folder, steps=12)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -203,7 +189,7 @@ def test_lost_processes_and_memory_are_named(tmp_path, folder, monkeypatch, fail
     def fail(*args):
         raise failure
 
-    monkeypatch.setattr(loop.Run, "update", fail)
+    monkeypatch.setattr(pretraining.Pretraining, "update", fail)
     with pytest.raises(kind, match=says):
         run(tmp_path / "run", folder)
 
@@ -219,7 +205,7 @@ def test_a_run_is_not_continued_as_another(tmp_path, folder):
             os.link(path, more / f"{i}.png")
         recipe = small(data=str(more), steps=2)
         (tmp_path / "run" / "recipe.toml").write_text(loop_toml(recipe))
-        loop.pretrain(recipe, Machine(out=tmp_path / "run", device="cpu"))
+        pretraining.pretrain(recipe, Machine(out=tmp_path / "run", device="cpu"))
 
 
 def loop_toml(recipe) -> str:
@@ -231,14 +217,14 @@ def loop_toml(recipe) -> str:
 def test_two_runs_do_not_share_a_directory(tmp_path, folder, monkeypatch):
     inner = []
 
-    def nested(run_, batches, t, window):
+    def nested(run_, t):
         with pytest.raises(ConfigError, match=rf"is in use by process {os.getpid()}; choose another --out"):
             run(tmp_path / "run", folder, steps=1)
         inner.append(1)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "update", nested)
+        patch.setattr(pretraining.Pretraining, "update", nested)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", folder, steps=1)
     assert inner
@@ -294,20 +280,20 @@ def test_divergence_ends_with_the_last_good_checkpoint(tmp_path, folder, monkeyp
 
 
 def test_time_is_a_number_of_steps_that_is_then_fixed(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(loop.Run, "measure_step", lambda self: 0.5)
+    monkeypatch.setattr(pretraining.Pretraining, "measure_step", lambda self: 0.5)
     result = run(tmp_path / "run", folder, steps=None, time="8s")
     assert 8 <= result.step <= 15
     assert json.loads((tmp_path / "run" / "machine.json").read_text())["steps"] == result.step
 
 
 def test_measuring_a_step_leaves_no_trace(tmp_path, folder, straight, monkeypatch):
-    plan = loop.Run.plan
+    plan = pretraining.Pretraining.plan
 
     def measured(self, seconds):
         assert self.measure_step(1, 3) > 0
         return plan(self, seconds)
 
-    monkeypatch.setattr(loop.Run, "plan", measured)
+    monkeypatch.setattr(pretraining.Pretraining, "plan", measured)
     run(tmp_path / "run", folder, steps=12)
     assert weights(tmp_path / "run") == weights(straight)
 
@@ -357,4 +343,4 @@ def test_a_bad_image_is_replaced_named_once_and_changes_no_other(tmp_path, folde
 
 
 def test_results_are_frozen():
-    assert dataclasses.is_dataclass(loop.Result)
+    assert dataclasses.is_dataclass(pretraining.Result)

@@ -1,0 +1,371 @@
+"""Pre-training: a recipe and images become a backbone. The first file to read; it never names a method.
+
+    rcmae pretrain [RECIPE] --data FOLDER --out RUN
+
+`Pretraining.update` is one optimizer step. `trainer.py` calls it until the run is done, logs, saves and resumes.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from .config import Machine, Recipe, check, parse_time, recipe_hash
+from .data.dataset import Images, collate, measure_statistics
+from .data.loader import batches_of
+from .data.sources import Source, open_source
+from .engine.checkpoint import replace_file
+from .engine.console import Screen, clock
+from .engine.metrics import read_metrics
+from .engine.optim import adamw, linear_rule
+from .engine.run import ADVICE, RunContext, describe_machine, run_context, write_json
+from .engine.schedules import Progress, cosine, spread, usual_log_every, warmup_cosine
+from .engine.step import LogWindow, Mean, clip_gradients, set_lr, set_weight_decay, step_where
+from .errors import AlarmError, ConfigError, DataError, first_line
+from .interop.timm_export import PLAIN, export
+from .lab.alarms import Alarm
+from .lab.watch import Watch
+from .methods import METHODS, Method
+from .models.backbone import usual_statistics
+from .report import write_report
+from .tasks.probe import Probes, probe_set
+from .trainer import Trainer
+
+SNAPSHOTS = 6
+"Times that reconstructions are kept during a run."
+
+FEWEST = 10
+"Steps below which a run of a given time is refused."
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves: its directory, the step it reached, and the last probe (accuracy in percent), if any."""
+
+    run: Path
+    step: int
+    probe: dict[str, dict[str, float]]
+
+
+def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
+    """Pre-train as `recipe` says, on the machine as `machine` says; a run that is already in `machine.out` is resumed.
+
+    Raises the errors of `rcmae.errors`; Preempted when a signal asked it to stop and the state is saved.
+    """
+    check(recipe)
+    if problems := METHODS[recipe.method].problems(recipe):
+        raise ConfigError("; ".join(problems))
+    out = Path(machine.out) if machine.out else Path("runs") / f"{recipe.method}-{Path(recipe.data.replace(':', '-')).name}"
+    with run_context(machine, out, ADVICE) as context:
+        with contextlib.closing(Pretraining(recipe, context)) as run:
+            return run.train()
+
+
+class Pretraining(Trainer):
+    """One run of pre-training: what is built before the first step, the step, and what is measured on the way."""
+
+    recipe: Recipe
+    machine: Machine
+
+    def __init__(self, recipe: Recipe, context: RunContext):
+        self.began = time.monotonic()
+        images = open_images(recipe)
+        super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
+        if (why := METHODS[recipe.method].whole_batch(recipe)) and self.batch_size // self.machine.accumulate < 2:
+            raise ConfigError(f"{recipe.method} learns nothing from micro-batches of one image, as {why}: give a smaller --accumulate")
+        self.method = self.build(*self.statistics())
+        optimizer = adamw(self.method.student, recipe.optim, linear_rule(recipe.optim))
+        self.scores: dict[str, dict[str, float]] = {}
+        self.drift: float | None = None
+        self.watch: Watch | None = None
+        self.alarm: Alarm | None = None
+        self.next_report = 0.0
+        self.resume_or_begin(self.method, optimizer, {"images": images.fingerprint()})
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel, in units of 0 to 1."""
+        images = self.recipe.images
+        return usual_statistics(images) or self.world.from_first(measure_statistics(self.images, images.channels))
+
+    def build(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Method:
+        """The method with weights drawn from the seed, on the device."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.recipe.seed)
+            method: Method = METHODS[self.recipe.method](self.recipe, mean, std)
+        for module in method.modules():
+            if hasattr(module, "checkpointing"):
+                module.checkpointing = self.machine.checkpointing
+            if self.machine.compile and hasattr(module, "attn") and hasattr(module, "mlp"):
+                module.compile()
+        return method.to(self.device)
+
+    def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        dataset = Images(self.images, self.method.views(), self.seed, self.recipe.images.channels)
+        return batches_of(dataset, self.sampler(start, stop), self.images.kind, self.machine.workers, self.device, self.bad.note)
+
+    # --- the step -------------------------------------------------------------------------------------------------------
+
+    def update(self, t: Progress) -> Tensor:
+        optim, parts = self.recipe.optim, self.machine.accumulate
+        if self.logs and self.watch:
+            self.watch.before_update(t)
+        set_lr(self.optimizer, warmup_cosine(linear_rule(optim), optim.min_lr, optim.warmup, t))
+        if optim.weight_decay_end is not None:
+            set_weight_decay(self.optimizer, cosine(optim.weight_decay, optim.weight_decay_end, t.fraction))
+        mean = Mean(parts)
+        for batch in self.micro_batches():
+            with self.autocast():
+                losses = self.net(batch, t)  # the method: the teacher first, then the student
+            (losses["loss"] / parts).backward()
+            mean.add(losses)
+        norm = clip_gradients(self.optimizer, optim.clip)
+        # Decided on the device, by all ranks: no step waits for the host, and no rank goes its own way.
+        applied = self.world.everywhere((norm.isfinite() & mean.values["loss"].isfinite()).float())
+        self.method.before_step(t, applied)
+        step_where(self.optimizer, applied)
+        self.method.after_step(t, applied)  # the teacher follows
+        self.window.add(mean.values | {"grad_norm": norm}, applied, self.batch_size)
+        return applied
+
+    # --- the beginning --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Plan a new run: its baselines, how many steps, and a first checkpoint that also proves the disk."""
+        baselines, seconds = {}, 0.0
+        if self.probes:
+            self.screen.say("baselines: probing raw pixels and the untrained encoder")
+            baselines, seconds = self.probes.baselines(self.method.backbone("student"))
+            self.method.train()
+        self.total = self.world.from_first(self.plan(self.recipe.probe.probes * len(self.method.networks) * seconds))
+        parameters = sum(p.numel() for p in self.method.student.parameters())
+        about = describe_machine(self.device, self.precision) | {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "parameters": parameters, "ranks": self.world.size,
+            "images": len(self.images), "data": self.images.fingerprint(), "recipe_hash": recipe_hash(self.recipe),
+            "steps": self.total, "steps_per_epoch": self.steps_per_epoch,
+            "mean": list(self.method.statistics[0]), "std": list(self.method.statistics[1]),
+        }  # fmt: skip
+        if self.world.first:
+            write_json(self.out / "machine.json", about)
+            for kind, values in {"floor": baselines, "reference": self.method.references(self.fixed)}.items():
+                if values:
+                    self.write(kind, **values)
+            self.save_reconstructions()
+        self.save()
+        self.report()
+        images = f"{len(self.images):,} images of {self.recipe.data}"
+        self.screen.say(f"fresh start in {self.out}: {self.recipe.method}, {parameters / 1e6:.1f} M parameters, {images}")
+        self.screen.say(f"{self.total:,} steps ({self.total / self.steps_per_epoch:.1f} epochs) on {about['device']} in {self.precision}")
+        if self.machine.accumulate > 1 and (why := self.method.whole_batch(self.recipe)):
+            self.screen.say(f"note: with --accumulate the step is another one: {why}")
+        state = self.method.state(Progress(0, self.total, self.steps_per_epoch))
+        if "half_life_steps" in state:
+            units = "half-life {half_life_steps:,.1f} steps, {half_life_images:,.0f} images, {half_life_epochs:.2f} epochs, "
+            units += "{half_life_share:.2%} of the run"
+            self.screen.say(f"momentum {state['momentum']:.5f}: " + units.format(**state))
+        if baselines:
+            f = {k: v["linear"] for k, v in baselines.items()}
+            self.screen.say(f"floors of the linear probe: raw pixels {f['raw_pixels']:.1f} %, untrained {f['untrained']:.1f} %")
+
+    def plan(self, probing: float) -> int:
+        """The number of optimizer steps, from steps, epochs or time, of which `probing` seconds will not be trained.
+
+        Raises ConfigError when too few steps fit into a time, with what would hold them.
+        """
+        r = self.recipe
+        if r.time is None:
+            return r.total_steps(len(self.images))
+        step, given = self.measure_step(), parse_time(r.time)
+        setup = time.monotonic() - self.began
+        steps = int(0.95 * (given - setup - probing) / step)
+        if steps < FEWEST:
+            need = setup + probing + 100 * step / 0.95
+            text = (
+                f"--time {r.time} holds {max(steps, 0)} steps: setting up took {setup:.0f} s, the probes of the run take {probing:.0f} s "
+            )
+            text += f"and a step {step:.2f} s; give --time {-int(-need // 60)}m, which holds 100 steps"
+            raise ConfigError(text + (", or fewer --probes" if probing else ""))
+        self.screen.say(f"{r.time} hold about {steps:,} steps of {1000 * step:.0f} ms")
+        return steps
+
+    def measure_step(self, warm: int = 5, timed: int = 15) -> float:
+        """Seconds an optimizer step takes here (median), measured on the real step; weights and optimizer are put back."""
+        kept = copy.deepcopy(self.method.state_dict())
+        self.window, times = LogWindow(self.device), []
+        self.batches = self.loader(0, warm + timed)
+        with self.screen.progress("measuring the time of a step", warm + timed) as tick:
+            for step in range(warm + timed):
+                start = time.monotonic()
+                self.update(Progress(step, 10 * (warm + timed), self.steps_per_epoch))
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                times.append(time.monotonic() - start)
+                tick(step + 1)
+        self.method.load_state_dict(kept)
+        self.optimizer.state.clear()
+        return sorted(times[warm:])[timed // 2]
+
+    # --- on the way -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> Result:
+        if self.step >= self.total:
+            self.screen.say(f"{self.out} is finished at step {self.step:,}")
+            if not all((self.out / "export" / which).is_dir() for which in self.method.networks):
+                self.export()
+        log_every = self.machine.log_every or usual_log_every(self.total)
+        if self.world.first and self.machine.monitor:
+            self.watch = Watch(self.method, self.total, self.steps_per_epoch, log_every, read_metrics(self.out), self.step)
+            self.warn(self.watch.at_start(Progress(self.step, self.total, self.steps_per_epoch), self.drift))
+        if any(self.world.agree(bool(self.stops()))):
+            self.stop(self.stops())
+        return super().train()
+
+    def log_more(self, t: Progress, line: dict[str, float]) -> dict[str, float]:
+        more: dict[str, float] = {}
+        if self.watch:
+            more, alarms = self.watch.log(t, line, self.write)
+            self.warn(alarms)
+        return more | {k: float(v) for k, v in self.method.state(t).items()}
+
+    def warn(self, alarms: list[Alarm]) -> None:
+        """Say and record what is wrong; with `--on-alarm stop` the run ends with this step, or before its first one."""
+        for alarm in alarms:
+            self.write("alarm", name=alarm.name, text=alarm.text)
+            self.screen.say(f"alarm {alarm.name}: {alarm.text}")
+            if self.machine.on_alarm == "stop":
+                self.alarm = self.alarm or alarm
+
+    def stops(self) -> str:
+        return f"{self.alarm.name}: {self.alarm.text}" if self.alarm else ""
+
+    def stop(self, reason: str) -> None:
+        self.report()
+        kept = f"stopped at step {self.step}, its checkpoint is kept; the same command goes on and does not stop for this alarm again"
+        raise AlarmError(f"alarm {reason or 'called by rank 0'}; {kept}")
+
+    def milestone_steps(self) -> set[int]:
+        self.probe_steps = spread(self.total, self.recipe.probe.probes)
+        return self.probe_steps | spread(self.total, SNAPSHOTS)
+
+    def milestone(self) -> None:
+        """Probe, keep reconstructions and write the report."""
+        if not self.world.first:
+            return
+        lidar = self.watch.lidar(self.fixed, self.step, self.step - self.last_milestone) if self.watch else None
+        scores = {}
+        if self.probes and self.step in self.probe_steps:
+            scores = self.probes.score({which: self.method.backbone(which) for which in self.method.networks}, self.step)
+            self.method.train()  # probing left the encoder in evaluation mode
+        self.save_reconstructions()
+        if lidar:
+            self.write("health", lidar=lidar)
+        if scores:
+            self.scores = scores
+            self.write("probe", **scores)
+            text = ", ".join(f"{which} linear {s['linear']:.1f} % k-NN {s['knn']:.1f} %" for which, s in scores.items())
+            self.screen.say(f"step {self.step:,}: {text}")
+        if self.step < self.total and time.monotonic() > self.next_report:
+            self.report()
+
+    @cached_property
+    def probes(self) -> Probes | None:
+        """What is probed on the way, by rank 0; None without labels."""
+        chosen = probe_set(self.images, self.recipe, self.screen.progress) if self.world.first else None
+        return Probes(chosen, self.out, self.device, self.precision) if chosen else None
+
+    @cached_property
+    def fixed(self) -> dict[str, Tensor]:
+        """The first images with their masks, the same whenever one looks."""
+        dataset, count = Images(self.images, self.method.views(), self.seed, self.recipe.images.channels), min(64, len(self.images))
+        samples = []
+        with self.screen.progress("reading the images whose reconstructions are kept", count) as tick:
+            for i in range(count):
+                samples.append(dataset[(0, i)])
+                tick(i + 1)
+        batch = collate(samples)
+        batch.pop("bad", None)
+        return {k: v.to(self.device) for k, v in batch.items()}
+
+    @torch.no_grad()
+    def save_reconstructions(self, count: int = 6) -> None:
+        """Keep the reconstructions of the first images for the report, if the method makes any."""
+        tensors, facts = self.method.snapshot({k: v[:count] for k, v in self.fixed.items()})
+        if tensors:
+            (self.out / "snapshots").mkdir(exist_ok=True)
+            tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+            replace_file(self.out / "snapshots" / f"{self.step:08d}.safetensors", save(tensors, facts | {"step": str(self.step)}))
+
+    # --- what is kept ---------------------------------------------------------------------------------------------------
+
+    def more_state(self) -> dict[str, Any]:
+        drift = self.method.state(Progress(self.step, self.total, self.steps_per_epoch)).get("drift")
+        return {"drift": None if drift is None else float(drift)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.drift = state["drift"]
+
+    def save(self) -> None:
+        super().save()
+        self.export()
+
+    def export(self) -> None:
+        """A folder a network that timm loads."""
+        if not self.world.first:
+            return
+        model = self.recipe.network.model
+        architecture = model.removeprefix("timm:") if model.startswith("timm:") else PLAIN
+        about = {"method": self.recipe.method, "step": self.step, "recipe_hash": recipe_hash(self.recipe), "data": self.data["images"]}
+        for which in self.method.networks:
+            export(self.method.backbone(which), self.out / "export" / which, about | {"network": which}, architecture)
+
+    def report(self) -> None:
+        """A page that cannot be drawn is no reason to lose a run."""
+        if not self.world.first:
+            return
+        began = time.monotonic()
+        try:
+            write_report(self.out)
+        except Exception as e:
+            self.screen.say(f"note: report.html could not be written ({type(e).__name__}: {first_line(e)}); `rcmae report` tries again")
+        now = time.monotonic()
+        self.next_report = now + 20 * (now - began)  # milestones lie close in a short run: pages may take a twentieth of the time
+
+    def finish(self) -> Result:
+        """Say where everything is."""
+        self.close()
+        if self.world.first:
+            self.report()
+            summarize(self.out, self.screen)
+            self.screen.say(f"{clock(self.seconds)} for {self.step:,} steps. Open {self.out / 'report.html'}")
+            self.screen.say(
+                f'Load the backbone: timm.create_model("local-dir:{self.out / "export" / self.method.networks[-1]}", pretrained=True)'
+            )
+        return Result(self.out, self.step, self.scores)
+
+
+def open_images(recipe: Recipe) -> Source:
+    """The images of a recipe. Raises DataError where they are fewer than a batch."""
+    images, batch = open_source(recipe.data, recipe.images.channels, size=recipe.images.size), recipe.optim.batch_size
+    if len(images) < batch:
+        have = f"{recipe.data} holds {len(images)} images, fewer than the batch of {batch}"
+        raise DataError(f"{have}; give --batch-size {2 ** (max(len(images), 1).bit_length() - 1)} or more images")
+    return images
+
+
+def summarize(run: Path, screen: Screen) -> None:
+    """The last table: the baselines, then every network."""
+    lines = read_metrics(run)
+    floor = next((line for line in lines if line["kind"] == "floor"), None)
+    probe = next((line for line in reversed(lines) if line["kind"] == "probe"), None)
+    if floor and probe:
+        rows = {"raw pixels": floor["raw_pixels"], "untrained encoder": floor["untrained"]}
+        rows |= {name: scores for name, scores in probe.items() if isinstance(scores, dict)}
+        table = [[name, f"{s['linear']:.1f}", f"{s['knn']:.1f}"] for name, s in rows.items()]
+        screen.table(f"Percent right at step {probe['step']:,}, on mean-pooled patches", ["", "linear probe", "k-NN"], table)

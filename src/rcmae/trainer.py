@@ -1,0 +1,274 @@
+"""What everything that is trained shares: its directory, ranks, resuming, signals, micro-batches, skipped steps, log and checkpoints.
+
+`pretraining.py` is the trainer to read first. Whoever inherits builds a network, and says what is drawn, learned, measured and kept.
+"""
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import parse_time, recipe_hash
+from .data.dataset import BadFiles
+from .data.sampler import BatchSampler, check_parts
+from .data.sources import Source
+from .engine import distributed, signals
+from .engine.checkpoint import load_checkpoint, newest, save_checkpoint
+from .engine.metrics import Metrics
+from .engine.run import RunContext, changed_environment, describe_environment, memory_gib, record_recipe
+from .engine.schedules import Progress, usual_log_every
+from .engine.step import LogWindow, Skips
+from .errors import CheckpointError, DataError, Preempted
+
+
+class Trainer(ABC):
+    """One run in its directory, from wherever it stands to its end.
+
+    A subclass calls `resume_or_begin` once it has built what is trained, and implements the abstract methods below.
+    """
+
+    remedy = "lower --base-lr, set --clip 1"
+    "what to try when steps are not finite"
+
+    def __init__(self, recipe: Any, context: RunContext, images: Source, batch_size: int, seed: int):
+        """`recipe` is all that changes the result; `images` are those that are trained on, `batch_size` of them in an optimizer step.
+
+        Raises ConfigError when the batch does not divide into ranks and micro-batches.
+        """
+        self.recipe, self.images, self.batch_size, self.seed = recipe, images, batch_size, seed
+        self.out, self.machine, self.device, self.world, self.screen = context
+        check_parts(batch_size, self.world.size, self.machine.accumulate)
+        self.steps_per_epoch = len(images) // batch_size
+        self.precision = distributed.pick_precision(self.machine.precision, self.device)
+        self.bad = self.bad_files(len(images), "bad_files.jsonl")
+        self.metrics: Metrics | None = None
+        self.step, self.total, self.skipped, self.seconds, self.last_milestone = 0, 0, 0, 0.0, 0
+        self.logs = False
+        "whether the numbers of the step that is made now will be logged"
+
+    # --- what a subclass says -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Micro-batches of the steps from `start` to before `stop`, on the device."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Plan a new run: set `total`, write what describes it."""
+
+    @abstractmethod
+    def update(self, t: Progress) -> Tensor:
+        """One optimizer step on `micro_batches()`: everything moves, or nothing. 1 or 0, on the device."""
+
+    @abstractmethod
+    def milestone_steps(self) -> set[int]:
+        """Steps after which `milestone` is called and a checkpoint saved."""
+
+    @abstractmethod
+    def milestone(self) -> None:
+        """Measure what the weights are worth now, on all ranks. A signal may end it in the middle; then it is done after the resume."""
+
+    @abstractmethod
+    def finish(self) -> Any:
+        """What the last weights leave behind."""
+
+    def log_more(self, t: Progress, line: dict[str, float]) -> dict[str, float]:
+        """What to add to a log line of the means since the last one."""
+        return {}
+
+    @abstractmethod
+    def more_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors and what all runs have, as JSON."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take `more_state` back."""
+
+    def stops(self) -> str:
+        """Why this rank wants the run to end after this step; empty if it does not."""
+        return ""
+
+    # --- beginning and resuming -----------------------------------------------------------------------------------------
+
+    def resume_or_begin(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any], backbone: str = "", load: Any = None
+    ) -> None:
+        """Take what is trained, and continue from the newest whole checkpoint, or begin.
+
+        `data` tells the images and labels, `backbone` what the network was made from: neither may change. `load` reads recipe.toml.
+        Raises ConfigError, DataError or CheckpointError when the run in this directory is another one.
+        """
+        self.model, self.optimizer, self.data, self.backbone = model, optimizer, data, backbone
+        self.net = distributed.wrap(model, self.world)
+        if self.world.first:
+            record_recipe(self.out, self.recipe, load)
+        path = newest(self.out / "checkpoints", warn=self.screen.say)
+        if path is not None:
+            state = load_checkpoint(path, model, optimizer)
+            self._check_same(state, path)
+            self.step, self.total, self.skipped = state["step"], state["total_steps"], state["skipped"]
+            self.seconds, self.last_milestone = state["seconds"], state["last_milestone"]
+            self.restore(state)
+            self.screen.say(f"resumed from {path.name} of {self.total:,} steps in {self.out}")
+            for note in changed_environment(state["environment"], self.environment()):
+                self.screen.say(note)
+        m = self.machine
+        self.metrics = Metrics(self.out, None if path is None else self.step, m.tensorboard, m.wandb) if self.world.first else None
+        if path is None:
+            self.begin()
+        else:
+            self.write("event", text=f"resumed from step {self.step}")
+
+    def _check_same(self, state: dict[str, Any], path: Path) -> None:
+        if state["data"] != self.data:
+            what = next(k for k, v in self.data.items() if state["data"].get(k) != v).replace("_", " ")
+            raise DataError(f"the data ({what}) has changed since {path} was written; use another --out to start anew")
+        if state["backbone"] != self.backbone:
+            raise CheckpointError(f"{path} was begun from another backbone; use another --out to start anew")
+
+    def environment(self) -> dict[str, Any]:
+        """What must not change if a resumed run is to be equal to the bit."""
+        return describe_environment(self.machine, self.device, self.precision, self.world)
+
+    def bad_files(self, images: int, name: str) -> BadFiles:
+        """The record of unreadable images in the run directory."""
+        return BadFiles(self.out, images, self.machine.bad_share, self.machine.strict, name)
+
+    def sampler(self, start: int, stop: int) -> BatchSampler:
+        """Which images make up which step, for this rank."""
+        return BatchSampler(
+            len(self.images), self.batch_size, rank=self.world.rank, world=self.world.size, micro=self.machine.accumulate,
+            start=start, stop=stop, seed=self.seed,
+        )  # fmt: skip
+
+    # --- the loop -------------------------------------------------------------------------------------------------------
+
+    def train(self) -> Any:
+        """From wherever the run stands to its end. Raises Preempted when a signal asked it to stop; the state is saved by then."""
+        self.window, self.skips = LogWindow(self.device), Skips(self.out / "checkpoints", self.remedy)
+        try:
+            with signals.held():
+                try:
+                    self._loop()
+                except signals.Interrupted:  # between two steps as far as the weights know: see `micro_batches`
+                    self.name_skipped()
+                    self.save()
+                    raise
+            return self.finish()
+        except signals.Interrupted as e:
+            raise Preempted(f"stopped by {e}; saved at step {self.step}, run the same command again") from e
+
+    def _loop(self) -> None:
+        milestones = self.milestone_steps()
+        log_every = self.machine.log_every or usual_log_every(self.total)
+        save_seconds = parse_time(self.machine.save_every)
+        if self.step in milestones and self.last_milestone < self.step:  # a signal came in the middle of it
+            self._milestone()
+            self.save()
+        self.batches = self.loader(self.step, self.total)
+        self.screen.start(self.total, self.step)
+        started = time.monotonic() - self.seconds
+        saved = time.monotonic()
+        while self.step < self.total:
+            t = Progress(self.step, self.total, self.steps_per_epoch)
+            self.logs = (self.step + 1) % log_every == 0 or self.step + 1 == self.total
+            self.skips.note(self.update(t))
+            self.step += 1
+            self.screen.step(self.step)
+            self.seconds = time.monotonic() - started
+            if self.logs:
+                self.name_skipped()
+                self.log(Progress(self.step, self.total, self.steps_per_epoch))
+            asked, stops, overdue = self.world.agree(
+                signals.asked() is not None, bool(self.stops()), time.monotonic() - saved > save_seconds
+            )
+            if asked or stops or overdue or self.step in milestones:
+                with self.window.paused():
+                    self.name_skipped()
+                    if self.step in milestones and not asked:
+                        self._milestone()
+                    self.save()
+                    saved = time.monotonic()
+            if stops:
+                self.stop(self.stops())
+            if asked:
+                raise Preempted(f"stopped by {signals.asked() or 'another rank'}; saved at step {self.step}, run the same command again")
+
+    def _milestone(self) -> None:
+        with self.interruptible():
+            self.milestone()
+        self.last_milestone = self.step
+
+    def stop(self, reason: str) -> None:
+        """Raise what ends a run for a `reason` of its own (see `stops`); the state is saved. `reason` is empty on other ranks."""
+        raise NotImplementedError
+
+    def micro_batches(self) -> Iterator[dict[str, Any]]:
+        """This rank's parts of one step; gradients are exchanged between ranks with the last one.
+
+        While data is waited for and gradients are computed, a signal may end the step where it stands: no weight has moved yet.
+        Ranks must leave a step together, so several of them end it first.
+        """
+        for i in range(self.machine.accumulate):
+            with self.interruptible(), distributed.only_last(self.net, i == self.machine.accumulate - 1):
+                yield self.window.wait(self.batches)
+
+    def interruptible(self) -> contextlib.AbstractContextManager[None]:
+        """Within it a signal is raised at once, unless other ranks would be left behind."""
+        return signals.interruptible() if self.world.size == 1 else contextlib.nullcontext()
+
+    def autocast(self) -> torch.autocast:
+        """bf16 for matrix products, where that is the precision of the run."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def name_skipped(self) -> None:
+        """Name the batches that were skipped since the last call. Raises DivergedError."""
+        for step in self.skips.look(self.step):
+            self.skipped += 1
+            keys = self.sampler(0, 0).keys(step)
+            where = f"images {self.images.where(keys[0][1])} to {self.images.where(keys[-1][1])}"
+            text = f"step {step} was not finite and was skipped: epoch {keys[0][0]}, {where}"
+            self.write("event", text=text, images=[k[1] for k in keys])
+            self.screen.say(text)
+
+    # --- what is recorded -----------------------------------------------------------------------------------------------
+
+    def write(self, kind: str, **values: Any) -> None:
+        """A line of metrics.jsonl, on rank 0."""
+        if self.metrics:
+            self.metrics.write(kind, self.step, **values)
+
+    def log(self, t: Progress) -> None:
+        """A line of the means since the last one, on all ranks."""
+        line = self.window.read()
+        line |= self.log_more(t, line)
+        line |= {"memory_gib": memory_gib(self.device), "seconds": self.seconds, "skipped": self.skipped}
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        line |= {"lr": lr, "epoch": t.epoch, "images": self.step * self.batch_size}
+        self.write("train", **line)
+        left = (self.total - self.step) * self.batch_size / max(line["images_per_s"], 1e-9)
+        self.screen.report(self.step, self.total, line, left)
+
+    def save(self) -> None:
+        """A checkpoint, by rank 0. No signal ends it in the middle."""
+        if not self.world.first:
+            return
+        state = {
+            "step": self.step, "total_steps": self.total, "skipped": self.skipped, "seconds": self.seconds,
+            "last_milestone": self.last_milestone, "data": self.data, "backbone": self.backbone,
+            "recipe_hash": recipe_hash(self.recipe), "environment": self.environment(),
+        }  # fmt: skip
+        with signals.held():
+            save_checkpoint(self.out / "checkpoints", self.model, self.optimizer, state | self.more_state(), self.machine.keep)
+
+    def close(self) -> None:
+        """Leave the screen and the record."""
+        self.screen.stop()
+        if self.metrics:
+            self.metrics.close()
+            self.metrics = None
