@@ -1352,7 +1352,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_evaluate.py::test_another_question_leaves_another_file",
     ),
     "published sets are looked at when their turn comes": (
-        "rcmae.tasks.evaluate:check_study",
+        "rcmae.tasks.robustness.study:check",
         lambda old: lambda *given: None,
         "test_evaluate.py::test_sets_that_are_not_whole_are_refused_before_any_work",
     ),
@@ -1392,7 +1392,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_probes.py::test_what_wants_a_gradient_keeps_no_pair_of_all",
     ),
     "what cannot be read is scored as grey": (
-        "rcmae.tasks.evaluate:Subject.hits",
+        "rcmae.tasks.subject:Subject.hits",
         grey_counts,
         "test_evaluate.py::test_an_unreadable_image_is_wrong_and_named",
     ),

@@ -28,12 +28,14 @@ from rcmae.interop.timm_export import export
 from rcmae.models.backbone import IMAGENET, Backbone
 from rcmae.tasks import features as features_module
 from rcmae.tasks import worth
+from rcmae.tasks.evaluation import TASKS as KINDS
+from rcmae.tasks.evaluation.base import Evaluation
+from rcmae.tasks.evaluation.worth import Worth
 from rcmae.tasks.features import extract, identity
 from rcmae.tasks.finetune import load_finetune
 from rcmae.tasks.robustness.corruptions import STANDARD
 from rcmae.tasks.robustness.metrics import imagenet_classes
 from rcmae.tasks.score import Centers
-from rcmae.tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Worth
 from rcmae.tasks.worth import verdict
 from tests.conftest import GOLDEN, method_for, small
 from tests.processes import ranks
@@ -479,6 +481,7 @@ def test_worth_it_is_told_by_the_first_rank_alone(tmp_path, backbone, monkeypatc
     def second(device):
         yield World(1, 2)
 
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(worth.distributed, "joined", second)
     monkeypatch.setattr(worth, "evaluate", lambda *given: [])
     assert main(["evaluate", "worth-it", str(backbone), "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
@@ -524,7 +527,7 @@ def test_features_that_are_not_finite_are_no_features(tmp_path, data):
 
 def test_advice_names_flags_that_exist():
     """In what recipes of fine-tuning and the page of evaluation say."""
-    known = {f.name for cls in (Evaluation, KNN, Linear, Attentive, Tuning, Robustness, Worth) for f in fields(cls)}
+    known = {f.name for cls in (Evaluation, Worth, *KINDS.values()) for f in fields(cls)}
     page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
     for text in (page, *(file.read_text() for file in shipped_recipes("finetune").values())):
         assert not {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", text)} - known

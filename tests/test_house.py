@@ -19,7 +19,22 @@ from rcmae.methods import METHODS
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "rcmae"
 # Imports point down: a room may use rooms that stand further to the right, and its own.
-ROOMS = ["cli", "compare", "pretraining", "lab", "report", "tasks", "trainer", "interop", "methods", "data", "models", "engine", "config", "errors"]
+ROOMS = [
+    "cli",
+    "compare",
+    "pretraining",
+    "lab",
+    "report",
+    "tasks",
+    "trainer",
+    "interop",
+    "methods",
+    "data",
+    "models",
+    "engine",
+    "config",
+    "errors",
+]
 
 
 def imports(path: Path) -> set[str]:
