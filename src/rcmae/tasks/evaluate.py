@@ -50,6 +50,7 @@ def subjects(name: str, task: Task, how: Evaluation, world: World, screen: Scree
     found = [("classifier", Backbone(whole[0].vit, *_statistics(whole[0])))] if whole else backbones(name, how)
     first, tested = found[0][1], tested_on(name) if whole else None
     data = open_labelled(how.data, how.val, channels=first.channels, size=first.shape[1], tested=tested)
+    screen.say(f"{task.name}: {len(data.train):,} training and {len(data.test):,} test images of {len(data.classes)} classes")
     for note in data.notes:
         screen.say(f"note: {note}")
     made = [Subject(name, which, backbone, data, how, device, world, screen, precision, whole) for which, backbone in found]

@@ -17,7 +17,7 @@ from ..data.views import center
 from ..engine import distributed
 from ..engine.distributed import World
 
-READ = 32
+READ = 8
 "Images that are read between two reports of progress."
 
 
