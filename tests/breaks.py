@@ -1381,6 +1381,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda old: lambda *given: [],
         "test_evaluate.py::test_worth_it_compares_with_scratch_within_seeds_and_says_so",
     ),
+    "a batch of photographs is read without a word": (
+        "rcmae.tasks.score:in_parts",
+        lambda old: lambda rows, batch: [list(rows[i : i + batch]) for i in range(0, len(rows), batch)],
+        "test_evaluate.py::test_progress_is_told_while_a_long_part_is_under_way",
+    ),
     "a cache is whole if it is there": (
         "rcmae.tasks.features:_whole",
         lambda old: lambda file: file.exists(),
