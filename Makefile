@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: fix check test golden mutants
+.PHONY: fix check test oldest golden mutants
 
 fix:  ## format and mend what can be mended
 	$(PYTHON) -m ruff format src tests benchmarks
@@ -13,6 +13,14 @@ check:  ## what CI runs before the tests
 
 test:  ## the whole suite
 	$(PYTHON) -m pytest
+
+oldest:  ## the whole suite on the lowest versions that pyproject.toml allows, in an environment of its own (build/oldest)
+	$(PYTHON) -m venv --clear build/oldest
+	$(PYTHON) tests/oldest.py > build/oldest.txt
+	build/oldest/bin/python -m pip install --upgrade pip
+	build/oldest/bin/python -m pip install -r build/oldest.txt
+	build/oldest/bin/python -m pip install --no-deps -e .
+	build/oldest/bin/python -m pytest -o filterwarnings=default  # what old packages warn of newer ones is not ours
 
 golden:  ## rewrite the golden steps and corruptions, and show what changed
 	$(PYTHON) -m tests.golden_steps --write

@@ -492,6 +492,10 @@ def mixtures_of_a_micro_batch(old):
     return lambda self, images, labels, step, part: old(self, images, labels, step, 0)
 
 
+def a_bit_always_kept(old):
+    return lambda image, bits, **unused: old(image, max(bits, 1))
+
+
 def generators_left_alone(old):
     return lambda rng: contextlib.nullcontext()
 
@@ -1361,6 +1365,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         mixtures_of_a_micro_batch,
         "test_finetune.py::test_accumulation_gives_the_gradients_of_the_whole_batch",
     ),
+    "fine-tuning: an image keeps a bit": (
+        "rcmae.data.supervised:posterize",
+        a_bit_always_kept,
+        "test_augmentations.py::test_an_image_that_keeps_no_bit_is_black_and_one_that_keeps_four_has_sixteen_levels",
+    ),
     "fine-tuning: draws are those of the process": (
         "rcmae.data.supervised:seeded",
         generators_left_alone,
@@ -1410,7 +1419,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_evaluate.py::test_another_question_leaves_another_file",
     ),
     "published sets are looked at when their turn comes": (
-        "rcmae.tasks.evaluate:check_study",
+        "rcmae.tasks.robustness.study:check",
         lambda old: lambda *given: None,
         "test_evaluate.py::test_sets_that_are_not_whole_are_refused_before_any_work",
     ),
@@ -1439,6 +1448,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda old: lambda *given: [],
         "test_evaluate.py::test_worth_it_compares_with_scratch_within_seeds_and_says_so",
     ),
+    "a batch of photographs is read without a word": (
+        "rcmae.tasks.score:in_parts",
+        lambda old: lambda rows, batch: [list(rows[i : i + batch]) for i in range(0, len(rows), batch)],
+        "test_evaluate.py::test_progress_is_told_while_a_long_part_is_under_way",
+    ),
     "a cache is whole if it is there": (
         "rcmae.tasks.features:_whole",
         lambda old: lambda file: file.exists(),
@@ -1450,7 +1464,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_probes.py::test_what_wants_a_gradient_keeps_no_pair_of_all",
     ),
     "what cannot be read is scored as grey": (
-        "rcmae.tasks.evaluate:Subject.hits",
+        "rcmae.tasks.subject:Subject.hits",
         grey_counts,
         "test_evaluate.py::test_an_unreadable_image_is_wrong_and_named",
     ),

@@ -7,7 +7,8 @@ import re
 import shlex
 import shutil
 import tarfile
-from dataclasses import fields
+import time
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import rcmae
+import rcmae.cli
 from rcmae.cli import main
 from rcmae.config import replaced, shipped_recipes, to_toml
 from rcmae.data.labelled import open_labelled
+from rcmae.engine.console import Screen
 from rcmae.engine.distributed import World
 from rcmae.errors import CheckpointError, DataError
 from rcmae.interop.load import load, load_classifier
@@ -28,12 +31,15 @@ from rcmae.interop.timm_export import export
 from rcmae.models.backbone import IMAGENET, Backbone
 from rcmae.tasks import features as features_module
 from rcmae.tasks import worth
+from rcmae.tasks.evaluation import TASKS as KINDS
+from rcmae.tasks.evaluation.base import Evaluation, Task
+from rcmae.tasks.evaluation.worth import Worth
 from rcmae.tasks.features import extract, identity
 from rcmae.tasks.finetune import load_finetune
 from rcmae.tasks.robustness.corruptions import STANDARD
 from rcmae.tasks.robustness.metrics import imagenet_classes
-from rcmae.tasks.score import Centers
-from rcmae.tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Worth
+from rcmae.tasks.score import READ, Centers, in_parts, joined
+from rcmae.tasks.subject import Found
 from rcmae.tasks.worth import verdict
 from tests.conftest import GOLDEN, method_for, small
 from tests.processes import ranks
@@ -132,6 +138,54 @@ def test_a_record_that_only_names_the_question_is_not_replaced(tmp_path, data):
         (out / "knn-backbone.json").write_text(text)
         assert main(ask) == 0
         assert (out / "knn-backbone.json").read_text() == text and len(list(out.glob("*.json"))) == 2
+
+
+def test_a_task_is_one_class_and_one_line(tmp_path, data, capsys):
+    """Whatever is in the registry has a command, made of its fields and its docstring, and is carried out and recorded."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Always(Task):
+        """The same class for every image."""
+
+        name = "always"
+
+        label: int = 1
+        "the class, from 1"
+
+        def reads(self, subject):
+            return None
+
+        def run(self, subject):
+            labels = subject.set.test.labels
+            return Found({"top1": 50.0}, labels == self.label - 1, torch.nn.Identity(), {"label": self.label})
+
+    rcmae.cli.evaluate.command(rcmae.cli._command_of(Always), name="always")
+    assert run(tmp_path, "always", "pixels", "--data", data, "--label", "2")[1]["per_class"] == {"a": 0.0, "b": 100.0, "c": 0.0}
+    assert run(tmp_path / "no", "always", "pixels", "--data", data, "--label", "0") == (2, {})
+    assert "label must be above 0, not 0" in capsys.readouterr().err
+    assert main(["evaluate", "always", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "The same class for every image." in shown and "the class, from 1" in shown
+    assert all(kind.name == name and kind.__doc__ and kind.run is not Task.run for name, kind in KINDS.items())
+
+
+def test_progress_is_told_while_a_long_part_is_under_way(capsys):
+    with Screen(True) as screen, screen.progress("reading", 40) as tick:
+        time.sleep(5.3)
+        tick(20)
+    assert capsys.readouterr().out == "reading: 0 of 40, 0:05 so far\n"
+    parts = in_parts(range(100, 141), 20)
+    assert [i for part in parts for i in part] == list(range(100, 141)) and max(map(len, parts)) <= READ
+    images = [{k: torch.tensor(part) for k in ("image", "index", "fine")} for part in parts]
+    told: list[int] = []
+    assert [b["index"].tolist() for b in joined(images, 20, told.append)] == [list(range(100, 120)), list(range(120, 140)), [140]]
+    assert told == sorted(told) and told[-1] == 41 and len(told) == len(parts)
+
+
+def test_worth_it_knows_what_is_left():
+    assert worth._left({10.0: [], 100.0: []}, 4) == ""
+    assert worth._left({10.0: [60.0, 60.0], 100.0: []}, 4) == ", about 42:00 left", "two of a minute, four of ten"
+    assert worth._left({10.0: [60.0] * 4, 100.0: [300.0] * 4}, 4) == ", about 0:00 left"
 
 
 def test_pixels_and_new_weights_are_floors(tmp_path, data, backbone):
@@ -479,6 +533,7 @@ def test_worth_it_is_told_by_the_first_rank_alone(tmp_path, backbone, monkeypatc
     def second(device):
         yield World(1, 2)
 
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(worth.distributed, "joined", second)
     monkeypatch.setattr(worth, "evaluate", lambda *given: [])
     assert main(["evaluate", "worth-it", str(backbone), "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
@@ -524,7 +579,7 @@ def test_features_that_are_not_finite_are_no_features(tmp_path, data):
 
 def test_advice_names_flags_that_exist():
     """In what recipes of fine-tuning and the page of evaluation say."""
-    known = {f.name for cls in (Evaluation, KNN, Linear, Attentive, Tuning, Robustness, Worth) for f in fields(cls)}
+    known = {f.name for cls in (Evaluation, Worth, *KINDS.values()) for f in fields(cls)}
     page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
     for text in (page, *(file.read_text() for file in shipped_recipes("finetune").values())):
         assert not {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", text)} - known

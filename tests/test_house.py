@@ -46,6 +46,12 @@ def test_imports_point_down():
                 assert ROOMS.index(other) >= ROOMS.index(room), f"{path.name} ({room}) imports {other}"
 
 
+def test_the_public_names_are_listed_before_they_are_loaded():
+    code = "import sys, rcmae; assert {*rcmae.__all__, '__doc__'} <= {*dir(rcmae)}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert all(getattr(rcmae, name) is not None for name in rcmae.__all__)
+
+
 ASKS = ["report", "lab", "compare", "engine", "trainer.py", "pretraining.py", "cli.py"]
 "What serves every method, and so asks the method and names none."
 

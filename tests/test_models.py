@@ -8,7 +8,9 @@ from rcmae.errors import ConfigError
 from rcmae.interop.official import ours
 from rcmae.models import blocks
 from rcmae.models.autoencoder import SIZES, build
-from rcmae.models.encoder import Encoder, timm_vit
+from rcmae.models.backbone import Backbone, Pixels, check_images
+from rcmae.models.classifier import Classifier
+from rcmae.models.encoder import Encoder, build_vit, timm_vit
 from rcmae.models.patches import patchify, take
 from rcmae.models.teacher import Teacher
 from tests.conftest import small
@@ -134,3 +136,21 @@ def test_plain_timm_models_bring_their_own_size():
     with pytest.raises(ConfigError, match="brings its own depth"):
         network(model="timm:vit_tiny_patch16_224", width=None, heads=None, size=32)
     assert timm.__version__
+
+
+@pytest.mark.parametrize("network", [Backbone, Classifier, Pixels])
+def test_images_of_another_shape_are_refused_by_name(network):
+    vit = build_vit(size=16, channels=3, patch=8, width=24, depth=1, heads=2, registers=0)
+    model = Pixels((16, 16)) if network is Pixels else network(vit, (0.5,) * 3, (0.25,) * 3)
+    model(torch.rand(2, 3, 16, 16))
+    for shape in ((2, 3, 32, 16), (2, 3, 20, 20), (2, 1, 16, 16)):
+        with pytest.raises(ValueError, match=r"takes images \[b, 3, 16, 16\], not \[.*resize or crop them"):
+            model(torch.rand(shape))
+
+
+def test_bytes_are_no_images():
+    with pytest.raises(ValueError, match=r"values in 0 to 1, not torch.uint8; give images.float\(\) / 255"):
+        check_images(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 3, (16, 16))
+    with pytest.raises(ValueError, match=r"\[b, 3, 16, 16\], not \[3, 16, 16\].*add the missing axis"):
+        check_images(torch.zeros(3, 16, 16), 3, (16, 16))
+    check_images(torch.zeros(2, 3, 24, 8), 3, None)  # a network that takes every size

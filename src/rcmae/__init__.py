@@ -23,3 +23,8 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'rcmae' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """The public names also before they are loaded, so that completion offers them."""
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,10 @@ from .config import Machine, Recipe, Workplace, check, flags, flat, sections, sh
 from .engine import signals
 from .errors import ConfigError, Preempted, RcmaeError, first_line
 from .tasks.detection.settings import Detection, Scoring
-from .tasks.settings import KNN, Attentive, Evaluation, Linear, Robustness, Tuning, Which, Worth
+from .tasks.evaluation import TASKS
+from .tasks.evaluation.base import Evaluation, Task, Which
+from .tasks.evaluation.tuning import Tuning
+from .tasks.evaluation.worth import Worth
 
 app = App(
     name="rcmae",
@@ -53,7 +56,7 @@ def _as_flags(section: type, how: Parameter = Flat) -> None:
             section.__annotations__[field.name] = Annotated[field.type, Many]
 
 
-for options in (Workplace, Machine, Evaluation, KNN, Linear, Attentive, Tuning, Robustness, Worth, Detection, Scoring):
+for options in (Workplace, Machine, Evaluation, *TASKS.values(), Worth, Detection, Scoring):
     _as_flags(options)
 
 
@@ -446,70 +449,21 @@ evaluate = App(name="evaluate", help="What a backbone is worth on labelled image
 app.command(evaluate)
 
 
-@evaluate.command(name="knn")
-def evaluate_knn(backbone: str, /, *, task: Annotated[KNN, Flat] = KNN(), how: Annotated[Evaluation, Flat] = Evaluation()) -> None:
-    """k-nearest neighbours on frozen features.
+def _command_of(kind: type[Task]) -> Callable[..., None]:
+    """The command of an evaluation task: its options are the task's fields and what every task is told."""
 
-    Parameters
-    ----------
-    backbone
-        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights, pixels none.
-    """
-    _evaluate(backbone, task, how)
+    def command(
+        backbone: Annotated[str, Parameter(help=kind.takes)], /, *, task: Annotated[kind, Flat] = kind(),
+        how: Annotated[Evaluation, Flat] = Evaluation(),
+    ) -> None:  # fmt: skip
+        _evaluate(backbone, task, how)
 
-
-@evaluate.command(name="linear")
-def evaluate_linear(backbone: str, /, *, task: Annotated[Linear, Flat] = Linear(), how: Annotated[Evaluation, Flat] = Evaluation()) -> None:
-    """A linear layer on frozen features.
-
-    Parameters
-    ----------
-    backbone
-        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights.
-    """
-    _evaluate(backbone, task, how)
+    command.__doc__ = kind.__doc__
+    return command
 
 
-@evaluate.command(name="attentive")
-def evaluate_attentive(
-    backbone: str, /, *, task: Annotated[Attentive, Flat] = Attentive(), how: Annotated[Evaluation, Flat] = Evaluation()
-) -> None:
-    """Attention over the tokens of a frozen backbone: the number that says most about masked image models.
-
-    Parameters
-    ----------
-    backbone
-        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights.
-    """
-    _evaluate(backbone, task, how)
-
-
-@evaluate.command(name="finetune")
-def evaluate_finetune(
-    backbone: str, /, *, task: Annotated[Tuning, Flat] = Tuning(), how: Annotated[Evaluation, Flat] = Evaluation()
-) -> None:
-    """Train all of a backbone with a new head; the same command goes on where it stopped.
-
-    Parameters
-    ----------
-    backbone
-        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights.
-    """
-    _evaluate(backbone, task, how)
-
-
-@evaluate.command(name="robustness")
-def evaluate_robustness(
-    backbone: str, /, *, task: Annotated[Robustness, Flat] = Robustness(), how: Annotated[Evaluation, Flat] = Evaluation()
-) -> None:
-    """Accuracy on corrupted, shifted and attacked images, and whether confidence is right.
-
-    Parameters
-    ----------
-    backbone
-        A classifier (a fine-tuning run, its export, timm:NAME, a fine-tuned official .pth), or a backbone, on which a probe is fitted.
-    """
-    _evaluate(backbone, task, how)
+for name, kind in TASKS.items():
+    evaluate.command(_command_of(kind), name=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -535,7 +489,7 @@ def evaluate_worth_it(
     """
     from rich.table import Table
 
-    from .tasks.evaluate import place
+    from .tasks.subject import place
     from .tasks.worth import worth_it
 
     if how.out:
@@ -556,10 +510,12 @@ def evaluate_worth_it(
     _report_of_backbone(place(backbone, how))
 
 
-def _evaluate(backbone: str, task: KNN | Linear | Attentive | Tuning | Robustness, how: Evaluation) -> None:
+def _evaluate(backbone: str, task: Task, how: Evaluation) -> None:
     from rich.table import Table
 
-    from .tasks.evaluate import evaluate, place
+    from .report.severity import write_figures
+    from .tasks.evaluate import evaluate
+    from .tasks.subject import place
 
     if how.out:
         _check_folder(how.out)
@@ -572,11 +528,8 @@ def _evaluate(backbone: str, task: KNN | Linear | Attentive | Tuning | Robustnes
         table.add_row(name, *(f"{record['metrics'][name]:.2f}" if name in record["metrics"] else "" for record in records))
     _console().print(table)
     where = place(backbone, how)
-    if isinstance(task, Robustness):
-        from .report.severity import write_figures
-
-        for file in write_figures(records, where):
-            print(f"Open {file}")
+    for file in write_figures(records, where):
+        print(f"Open {file}")
     _report_of_backbone(where)
     print(f"wrote {where}")
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data import auto_augment
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -28,6 +28,14 @@ def seeded(rng: np.random.Generator) -> Iterator[None]:
         random.setstate(kept[0]), np.random.set_state(kept[1]), torch.random.set_rng_state(kept[2])
 
 
+def posterize(image: Image.Image, bits: int, **unused) -> Image.Image:
+    """timm's operation, whose "increasing" form goes down to 0 bits (a magnitude of 10). That is a black image.
+
+    So Pillow made it until version 13, and so did the published trainings; Pillow 13 refuses to be asked for it.
+    """
+    return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
 class SupervisedView:
     """A training image: crop, flip, RandAugment, then a box of noise in place of what is erased.
 
@@ -43,7 +51,10 @@ class SupervisedView:
         # 0.45 of the side is the largest shift of an image in timm's training transforms.
         fill = tuple(min(255, round(255 * m)) for m in mean)
         options = {"translate_const": int(0.45 * min(shape)), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
-        self.augment = rand_augment_transform(randaugment, options) if randaugment else None
+        self.augment = auto_augment.rand_augment_transform(randaugment, options) if randaugment else None
+        for operation in self.augment.ops if self.augment else ():
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
         self.erase = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
         self.mean, self.std = (torch.tensor(s).view(-1, 1, 1) for s in (mean, std))
 

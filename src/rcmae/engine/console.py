@@ -1,6 +1,7 @@
 """What one sees of a run: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,29 +65,41 @@ class Screen:
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar for something that is no training; the body tells it how much is done. Without a terminal, a line now and then.
 
-        Nothing is said of what ends within 5 seconds.
+        Nothing is said of what ends within 5 seconds. A line also comes while the body is busy with a long part and tells nothing.
         """
-        began = told = time.monotonic()
+        began, done, ended = time.monotonic(), 0, threading.Event()
         inside = self.bar  # of training, which goes on afterwards
 
-        def tick(done: int) -> None:
-            nonlocal told
+        def tick(so_far: int) -> None:
+            nonlocal done
+            done = so_far
             if inside:
                 inside.update(self.task, description=f"{what}: {done:,} of {total:,}")
                 return
             self.step(done)
-            now = time.monotonic()
-            if self.bar is None and done and now - told > (5 if told == began else min(30, 10 + (now - began) / 20)):
-                told = now
-                self.say(f"{what}: {done:,} of {total:,}, {clock((now - began) * (total - done) / done)} left")
+
+        def lines() -> None:
+            wait = 5.0
+            while not ended.wait(wait):
+                took = time.monotonic() - began
+                wait = min(30.0, 10 + took / 20)
+                self.say(
+                    f"{what}: {done:,} of {total:,}, "
+                    + (f"{clock(took * (total - done) / done)} left" if done else f"{clock(took)} so far")
+                )
+
+        teller = threading.Thread(target=lines, daemon=True)
 
         if not inside:
             self.start(total, 0)
         if self.bar:
             self.bar.update(self.task, description=what)
+        else:
+            teller.start()
         try:
             yield tick
         finally:
+            ended.set()
             if not inside:
                 self.stop()
 

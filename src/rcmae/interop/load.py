@@ -55,7 +55,8 @@ def load(path: str | Path, which: str = "teacher", heads: int | None = None, see
 
 def scratch(name: str, which: str = "teacher", seed: int = 0, heads: int | None = None) -> Backbone:
     """The network of a backbone with new weights: a run's as its method begins, any other as timm makes it."""
-    recipe, old = Path(name) / "recipe.toml", load(name, which, heads)
+    recipe = Path(name) / "recipe.toml"
+    old = _timm(name, pretrained=False) if name.startswith("timm:") else load(name, which, heads)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if recipe.exists():
@@ -108,8 +109,8 @@ def _config(folder: Path) -> dict:
         raise CheckpointError(f"{folder / 'config.json'} is damaged or not ours: {first_line(e)}") from e
 
 
-def _timm(name: str) -> Backbone:
-    vit = _timm_vit(name, num_classes=0)
+def _timm(name: str, pretrained: bool = True) -> Backbone:
+    vit = _timm_vit(name, pretrained, num_classes=0)
     return Backbone(vit, *_statistics(vit))
 
 
@@ -117,9 +118,9 @@ def _statistics(vit: VisionTransformer) -> tuple[tuple[float, ...], tuple[float,
     return tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"])
 
 
-def _timm_vit(name: str, **options: int) -> VisionTransformer:
+def _timm_vit(name: str, pretrained: bool = True, **options: int) -> VisionTransformer:
     try:
-        vit = timm.create_model(name.removeprefix("timm:"), pretrained=True, **options)
+        vit = timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, **options)
     except Exception as e:  # an unknown name, no network, a hub that refuses
         raise ConfigError(f"timm cannot load {name.removeprefix('timm:')!r}: {first_line(e)}") from e
     if not isinstance(vit, VisionTransformer):

@@ -38,6 +38,16 @@ class Features(NamedTuple):
         return torch.cat([self.cls.unsqueeze(1), self.patches.flatten(2).transpose(1, 2)], 1)
 
 
+def check_images(images: Tensor, channels: int, shape: tuple[int, int] | None) -> None:
+    """Raises ValueError, by type and shape alone, for what is no float "b c h w" of these channels and, if given, height and width."""
+    if not images.is_floating_point():
+        raise ValueError(f"images are floats with values in 0 to 1, not {images.dtype}; give images.float() / 255 of 8-bit ones")
+    wanted = (channels, *(shape or images.shape[-2:]))
+    if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+        named = f"[b, {channels}, {shape[0]}, {shape[1]}]" if shape else f"[b, {channels}, h, w]"
+        raise ValueError(f"this network takes images {named}, not {list(images.shape)}; resize or crop them, or add the missing axis")
+
+
 class Backbone(nn.Module):
     """A timm Vision Transformer with the statistics its images are standardised by. It takes pixels in 0 to 1."""
 
@@ -57,7 +67,8 @@ class Backbone(nn.Module):
         return self.vit.in_chans
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
-        """Images with values in 0 to 1 to features."""
+        """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of channels or size."""
+        check_images(images, self.channels, self.shape if self.vit.patch_embed.strict_img_size else None)
         tokens = self.vit.forward_features((images - self.mean) / self.std).float()
         grid = tokens[:, self.vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
         return Features(tokens[:, 0] if self.vit.has_class_token else grid.mean((2, 3)), grid)
@@ -85,7 +96,8 @@ class Pixels(nn.Module):
         self.shape, self.channels, self.patch = shape, channels, patch
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
-        """Images with values in 0 to 1 to features."""
+        """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of channels or size."""
+        check_images(images, self.channels, self.shape)
         h, w = (side // self.patch for side in self.shape)
         patches = F.unfold(images, self.patch, stride=self.patch).unflatten(2, (h, w))
         return RawFeatures(images.flatten(1), patches)

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .backbone import Backbone
+from .backbone import Backbone, check_images
 
 
 class Classifier(nn.Module):
@@ -22,7 +22,11 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
-        """Images with values in 0 to 1 to logits, float32 whatever the precision of the network."""
+        """Images with values in 0 to 1 to logits, float32 whatever the precision of the network.
+
+        Raises ValueError for images of another type, number of channels or size.
+        """
+        check_images(images, self.vit.in_chans, self.vit.patch_embed.img_size if self.vit.patch_embed.strict_img_size else None)
         return self.vit((images - self.mean) / self.std).float()
 
 

@@ -28,8 +28,8 @@ def by_severity(clean: Mapping[str, float], errors: Mapping[str, Mapping[str, Se
 
 
 def figures(records: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Of what `rcmae evaluate robustness` recorded: a figure for each kind of corruption, in it a curve for each network."""
-    found = {}
+    """Of those records of `rcmae evaluate` that hold errors by severity: a figure a kind of corruption, in it a curve a network."""
+    found, records = {}, [r for r in records if "errors" in r.get("details", {})]
     for kind in dict.fromkeys(kind for r in records for kind in r["details"]["errors"]):
         own: dict[str, dict[str, Any]] = {}
         for r in records:

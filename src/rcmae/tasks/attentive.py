@@ -80,7 +80,9 @@ def heads_for(width: int, most: int) -> int:
     return next(h for h in range(min(most, width), 0, -1) if width % h == 0)
 
 
-def fit(probe: nn.Module, of: Batches, steps: int, lr: float, weight_decay: float = 0.1) -> nn.Module:
+def fit(
+    probe: nn.Module, of: Batches, steps: int, lr: float, weight_decay: float = 0.1, tick: Callable[[], object] = lambda: None
+) -> nn.Module:
     """The probe after AdamW and a cosine to 0 without warm-up, over `steps` batches of tokens."""
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -90,6 +92,7 @@ def fit(probe: nn.Module, of: Batches, steps: int, lr: float, weight_decay: floa
         loss.backward()
         optimizer.step()
         schedule.step()
+        tick()
     return probe.eval()
 
 
@@ -112,10 +115,12 @@ class Rated(NamedTuple):
 def fit_rates(
     kind: str, tokens: Float[Tensor, "n t d"], labels: Int[np.ndarray, " n"], classes: int, *,
     steps: int, batch: int = 128, heads: int = 4, rates: Sequence[float] = RATES, seed: int = 0, device: torch.device | None = None,
+    tick: Callable[[], object] = lambda: None,
 ) -> Rated:  # fmt: skip
     """A probe of `kind` ("efficient" or "latent"), its learning rate chosen on a fifth of the training set that it did not see then.
 
-    Where every class has one image, nothing can be held out, and the middle rate is taken.
+    Where every class has one image, nothing can be held out, and the middle rate is taken. `tick` is called after each step, of which there
+    are `steps` for each rate and once more.
     """
 
     def fitted(chosen: Int[np.ndarray, " k"], rate: float) -> nn.Module:
@@ -123,7 +128,7 @@ def fit_rates(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             probe = PROBES[kind](part[:512], heads_for(tokens.shape[2], heads), classes).to(part.device)
-        return fit(probe, in_memory(part, labels[chosen], steps, batch, seed), steps, rate)
+        return fit(probe, in_memory(part, labels[chosen], steps, batch, seed), steps, rate, tick=tick)
 
     held, scores = held_out(labels, seed), {}
     if held.any() and len(rates) > 1:

@@ -20,7 +20,7 @@ from ..engine.checkpoint import replace_file
 from ..engine.distributed import World
 from ..errors import CheckpointError, DataError
 from ..models.backbone import Backbone, Features, Pixels
-from .score import Centers
+from .score import Centers, in_parts, joined
 
 PART = 8192
 "Images whose features are one file of the cache: what an interruption can cost."
@@ -93,7 +93,7 @@ def extract(
     """Features of a set, from the cache as far as it has them.
 
     A file holds `PART` images; ranks make files in turn, and an interrupted extraction goes on at the first file that is missing.
-    `tick` is told how many images are done, `note` which cannot be read. Raises DataError when none can, and
+    `tick` is told how many images were read, `note` which cannot be read. Raises DataError when none can, and
     CheckpointError when features are not finite.
     """
     shape = tuple(backbone.shape)
@@ -106,15 +106,14 @@ def extract(
         rows = range(number * PART, min((number + 1) * PART, len(part)))
         if number % world.size == world.rank and not _whole(file):
             found: dict[str, list[Tensor]] = {"cls": [], "mean": []} | ({"tokens": []} if tokens else {})
-            readable, done = [], rows.start
-            keys = [list(rows[i : i + batch]) for i in range(0, len(rows), batch)]
-            for images in batches_of(centers, keys, part, workers, device, note):
+            readable = []
+            parts = batches_of(centers, in_parts(rows, batch), part, workers, device, note)
+            for images in joined(parts, batch, lambda done, before=rows.start: tick(before + done)):
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     seen: Features = backbone(images["image"].float() / 255)
                 for name, values in found.items():
                     values.append(getattr(seen, name).to(torch.float16 if name == "tokens" else torch.float32).cpu())
                 readable.append(images["fine"].cpu())
-                tick(done := done + len(images["fine"]))
             whole = {name: torch.cat(values) for name, values in found.items()}
             if odd := [name for name, values in whole.items() if not values.isfinite().all()]:
                 why = "tokens above 65,504 do not fit half precision; take knn or linear" if odd == ["tokens"] else "look at its weights"

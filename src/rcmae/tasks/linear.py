@@ -4,7 +4,7 @@ None of them chooses anything on the test set.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -94,25 +94,26 @@ class Rated(NamedTuple):
 
 def fit_rates(
     train: Float[Tensor, "n d"], labels: Int[np.ndarray, " n"], classes: int, *,
-    rates: Sequence[float] = RATES, steps: int = 12_500, batch: int = 1024, seed: int = 0,
+    rates: Sequence[float] = RATES, steps: int = 12_500, batch: int = 1024, seed: int = 0, tick: Callable[[], object] = lambda: None,
 ) -> Rated:  # fmt: skip
     """A linear layer by SGD, its learning rate the one that does best on a fifth of the training set that the others did not see.
 
     Layers of all rates are fitted together on four fifths; then one of the chosen rate on the whole set. Equally many right: the lower
     loss decides, then the lower rate. Steps, batch and rates are DINOv2's. Where every class has one image, the middle rate is taken.
+    `tick` is called after each step, of which there are at most twice as many.
     """
     scores: dict[float, float] = {}
     rate = rates[0]
     if len(rates) > 1:
         held = held_out(labels, seed)
         if not held.any():
-            return fit_rates(train, labels, classes, rates=[rates[len(rates) // 2]], steps=steps, batch=batch, seed=seed)
+            return fit_rates(train, labels, classes, rates=[rates[len(rates) // 2]], steps=steps, batch=batch, seed=seed, tick=tick)
         inside, outside = (torch.from_numpy(np.flatnonzero(part)).to(train.device) for part in (~held, held))
-        heads = fit(train[inside], labels[~held], classes, rates, steps, batch, seed)
+        heads = fit(train[inside], labels[~held], classes, rates, steps, batch, seed, tick)
         found = heads.score(train[outside], labels[held])
         best = max(range(len(rates)), key=lambda i: (found[i][0], -found[i][1], -rates[i]))
         rate, scores = rates[best], {r: 100 * share for r, (share, _) in zip(rates, found, strict=True)}
-    only = fit(train, labels, classes, [rate], steps, batch, seed)
+    only = fit(train, labels, classes, [rate], steps, batch, seed, tick)
     return Rated(folded(only.mean, only.std, only.weight[..., 0].T, only.bias[:, 0]), rate, scores)
 
 
@@ -141,8 +142,9 @@ class Heads(nn.Module):
 
 
 def fit(
-    train: Float[Tensor, "n d"], labels: Int[np.ndarray, " n"], classes: int, rates: Sequence[float], steps: int, batch: int, seed: int
-) -> Heads:
+    train: Float[Tensor, "n d"], labels: Int[np.ndarray, " n"], classes: int, rates: Sequence[float], steps: int, batch: int, seed: int,
+    tick: Callable[[], object] = lambda: None,
+) -> Heads:  # fmt: skip
     """One layer a rate (for a batch of 256) by SGD with momentum 0.9 and a cosine to 0, all on the same batches of at most n images."""
     draws = torch.Generator().manual_seed(seed)
     heads = Heads(train, classes, len(rates), draws).to(train.device)
@@ -157,6 +159,7 @@ def fit(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        tick()
     return heads
 
 

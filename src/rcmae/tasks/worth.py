@@ -10,11 +10,15 @@ from jaxtyping import Bool
 from safetensors.numpy import load_file
 
 from ..engine import distributed
+from ..engine.console import clock
 from ..engine.run import write_json
 from ..errors import ConfigError
-from .evaluate import backbones, evaluate, networks, place, stem
+from .evaluate import backbones, evaluate, networks
+from .evaluation.base import Evaluation
+from .evaluation.tuning import Tuning
+from .evaluation.worth import Worth
 from .interval import interval
-from .settings import Evaluation, Tuning, Worth
+from .subject import place, stem
 
 SCRATCH = "from scratch"
 
@@ -48,15 +52,21 @@ def _worth_it(name: str, task: Worth, tuning: Tuning, how: Evaluation, say: Call
     chosen, rows = arms(name, task.against), []
     for backbone, which in chosen.values():
         backbones(backbone, replace(how, which=which))  # type: ignore[arg-type]  # one that cannot be loaded is told before hours of training
+    trainings, shares = len(task.percents) * task.seeds * len(chosen), ", ".join(f"{percent:g}" for percent in task.percents)
+    say(f"{trainings} trainings: {', '.join(chosen)}, on {shares} % of the labels, {task.seeds} seeds each")
+    begun, took = 0, {percent: [] for percent in task.percents}
     for percent in task.percents:
         hits: dict[str, list[Bool[np.ndarray, " m"]]] = {arm: [] for arm in chosen}
         images = 0
         for seed in range(1, task.seeds + 1):
             for number, (arm, (backbone, which)) in enumerate(chosen.items()):
                 own = replace(how, labels=percent, seed=seed, which=which, out=out / f"{number}-{_plain(arm)}")  # type: ignore[arg-type]
-                say(f"{arm}, {percent:g} % of the labels, seed {seed}")
+                begun += 1
+                left = _left(took, task.seeds * len(chosen))
+                say(f"training {begun} of {trainings}{left}: {arm}, {percent:g} % of the labels, seed {seed}")
                 for found in evaluate(backbone, tuning, own):
                     images = found["train_images"]
+                    took[percent].append(found["seconds"])
                     file = place(backbone, own) / f"{stem('finetune', found['network'], own)}.safetensors"
                     hits[arm].append(load_file(file)["right"].astype(bool))
         if not images:  # not the first rank
@@ -82,6 +92,20 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             numbers = f"{np.mean(row['seeds']):.1f} % right, {np.mean(start['seeds']):.1f} % from scratch"
             said.append(f"{text} ({numbers}; {gain:+.1f} points, {low:+.1f} to {high:+.1f}).")
     return said
+
+
+def _left(took: dict[float, list[float]], each: int) -> str:
+    """In words, the time that is left: of `each` trainings at every share of the labels, some took so many seconds.
+
+    A share that none was made of is guessed from the last one, in proportion.
+    """
+    left, known = 0.0, None
+    for percent, seconds in took.items():
+        if seconds:
+            known = percent, sum(seconds) / len(seconds)
+        if known:
+            left += (each - len(seconds)) * known[1] * percent / known[0]
+    return f", about {clock(left)} left" if known else ""
 
 
 def _plain(arm: str) -> str:

@@ -9,7 +9,8 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,12 @@ CHECKED = 100
 "Images that an attack's sanity checks look at: each costs some six attacks."
 
 
+@contextmanager
+def unshown(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress that nobody sees."""
+    yield lambda done: None
+
+
 @dataclass(frozen=True)
 class Loading:
     """How images reach the models: `shape` (height, width), `device`, `batch` images at a time, by `workers` processes (0: by this one).
@@ -55,6 +62,22 @@ class Loading:
     device: torch.device
     batch: int = 64
     workers: int = 0
+    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = unshown
+    "like `Screen.progress`: around each pass over images, of what and how many; what it gives is told how many are done"
+
+    @contextmanager
+    def passes(self, what: str, total: int) -> Iterator["Loading"]:
+        """Loading for several passes, over `total` images together, that are one progress."""
+        before = 0
+        with self.progress(what, total) as tick:
+
+            @contextmanager
+            def part(name: str, images: int) -> Iterator[Callable[[int], None]]:
+                nonlocal before
+                yield lambda done: tick(before + done)
+                before += images
+
+            yield replace(self, progress=part)
 
 
 # What all have in common.
@@ -90,8 +113,11 @@ def _images(
         _Views(source, indices, view), math.ceil(loading.batch / forms), num_workers=loading.workers, worker_init_fn=quiet_worker,
         pin_memory=loading.device.type == "cuda",
     )  # fmt: skip
-    for pixels in plain_errors(loader):
-        yield pixels.to(loading.device, non_blocking=True).float() / 255
+    done = 0
+    with loading.progress(source.name, len(indices)) as tick:
+        for pixels in plain_errors(loader):
+            yield pixels.to(loading.device, non_blocking=True).float() / 255
+            tick(done := done + len(pixels))
 
 
 @torch.no_grad()
@@ -185,14 +211,15 @@ def corrupted(
     """C-style: the evaluation view of each image is corrupted, once for all models. `say` gets a line after each corruption."""
     indices = _known(source, labels)
     right = {name: {} for name in models}
-    for corruption in corruptions:
-        view = functools.partial(_severities, shape=loading.shape, corruption=corruption, severities=severities, seed=seed)
-        for name in models:
-            right[name][corruption] = np.zeros((len(severities), len(indices)), bool)
-        for part, logits in predictions(models, source, indices, view, loading, len(severities)):
-            for name, values in logits.items():
-                right[name][corruption][:, part] = (values.argmax(2).cpu().numpy() == labels[indices[part], None]).T
-        say(_line(corruption, {name: right[name][corruption] for name in models}))
+    with loading.passes("corruptions", len(corruptions) * len(indices)) as loading:
+        for corruption in corruptions:
+            view = functools.partial(_severities, shape=loading.shape, corruption=corruption, severities=severities, seed=seed)
+            for name in models:
+                right[name][corruption] = np.zeros((len(severities), len(indices)), bool)
+            for part, logits in predictions(models, source, indices, view, loading, len(severities)):
+                for name, values in logits.items():
+                    right[name][corruption][:, part] = (values.argmax(2).cpu().numpy() == labels[indices[part], None]).T
+            say(_line(corruption, {name: right[name][corruption] for name in models}))
     return {name: Corrupted(C_STYLE, right[name], published=False) for name in models}
 
 
@@ -228,17 +255,20 @@ def imagenet_c(
 ) -> dict[str, Corrupted]:
     """The published set, `root/corruption/severity/wnid/*.JPEG`, pixels as stored. DataError names what is missing, when its turn comes."""
     right = {name: {c: [] for c in STANDARD} for name in models}
-    first = None
-    for (corruption, severity), place in _places(root).items():
-        source, labels = published(place, classes, classes)
-        first = first or source
-        if not np.array_equal(source.names.data, first.names.data):
-            raise DataError(f"{place} holds {len(source)} images, and {first.name} {len(first)}, not of the same names; unpack both again")
-        hits = _hits(models, source, labels, functools.partial(_stored, shape=loading.shape), loading)
-        for name in models:
-            right[name][corruption].append(hits[name])
-        if severity == SEVERITIES[-1]:
-            say(_line(corruption, {name: np.stack(right[name][corruption]) for name in models}))
+    places = _places(root)
+    first, _ = published(next(iter(places.values())), classes, classes)
+    with loading.passes(IMAGENET_C, len(places) * len(first)) as loading:
+        for (corruption, severity), place in places.items():
+            source, labels = published(place, classes, classes)
+            if not np.array_equal(source.names.data, first.names.data):
+                raise DataError(
+                    f"{place} holds {len(source)} images, and {first.name} {len(first)}, not of the same names; unpack both again"
+                )
+            hits = _hits(models, source, labels, functools.partial(_stored, shape=loading.shape), loading)
+            for name in models:
+                right[name][corruption].append(hits[name])
+            if severity == SEVERITIES[-1]:
+                say(_line(corruption, {name: np.stack(right[name][corruption]) for name in models}))
     whole = set(classes) == set(imagenet_classes())
     return {name: Corrupted(IMAGENET_C, {c: np.stack(parts) for c, parts in right[name].items()}, whole) for name in models}
 
@@ -383,23 +413,25 @@ def adversarial(
         indices = np.sort(draws.choice(indices, limit, replace=False))
     view = functools.partial(_plain, shape=loading.shape)
     found = {name: Attacked({a: np.zeros(len(indices), bool) for a in ("clean", *(a.name for a in attacks))}, {}) for name in models}
-    first = 0
-    for pixels in _images(source, indices, view, loading):
-        images, part = pixels[:, 0], slice(first, first + len(pixels))
-        truth = torch.from_numpy(labels[indices[part]]).to(loading.device)
-        for name, model in models.items():
-            if first == 0 and checked:
-                some = [x[: min(checked, loading.batch)] for x in (images, truth)]
-                found[name].checks.update({a.name: sanity(model, *some, a, seed) for a in attacks if a.steps > 1})
-                for attack, checks in found[name].checks.items():
-                    for what, check in checks.items():
-                        say(f"{name}, {attack}: {what}: {'yes' if check.holds else 'NO'} ({check.saw}, {len(some[0])} images)")
-            with torch.no_grad():
-                found[name].right["clean"][part] = (model(images).argmax(1) == truth).cpu().numpy()
-            for attack in attacks:
-                hits = attacked(model, images, truth, attack, seed, indices[part].tolist())[1]
-                found[name].right[attack.name][part] = hits.cpu().numpy()
-        first = part.stop
+    first, done = 0, 0
+    with loading.progress("attacks", len(indices) * len(attacks) * len(models)) as tick:
+        for pixels in _images(source, indices, view, replace(loading, progress=unshown)):
+            images, part = pixels[:, 0], slice(first, first + len(pixels))
+            truth = torch.from_numpy(labels[indices[part]]).to(loading.device)
+            for name, model in models.items():
+                if first == 0 and checked:
+                    some = [x[: min(checked, loading.batch)] for x in (images, truth)]
+                    found[name].checks.update({a.name: sanity(model, *some, a, seed) for a in attacks if a.steps > 1})
+                    for attack, checks in found[name].checks.items():
+                        for what, check in checks.items():
+                            say(f"{name}, {attack}: {what}: {'yes' if check.holds else 'NO'} ({check.saw}, {len(some[0])} images)")
+                with torch.no_grad():
+                    found[name].right["clean"][part] = (model(images).argmax(1) == truth).cpu().numpy()
+                for attack in attacks:
+                    hits = attacked(model, images, truth, attack, seed, indices[part].tolist())[1]
+                    found[name].right[attack.name][part] = hits.cpu().numpy()
+                    tick(done := done + len(images))
+            first = part.stop
     for name, one in found.items():
         say(f"{name}, percent right: " + ", ".join(f"{attack} {100 * hits.mean():.1f}" for attack, hits in one.right.items()))
     return found

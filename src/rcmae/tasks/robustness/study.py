@@ -1,7 +1,6 @@
 """Everything robustness asks of one classifier on one labelled set."""
 
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +9,9 @@ from jaxtyping import Bool
 from torch import nn
 
 from ...data.sources import Source, Subset
+from ...engine.console import Screen
 from ...errors import ConfigError
-from ..settings import Robustness
+from ..evaluation.robustness import Robustness
 from . import metrics, sets
 from .adversarial import Attack, fgsm, pgd
 from .sets import Loading
@@ -47,11 +47,9 @@ def check(task: Robustness, classes: list[str], shape: tuple[int, int]) -> None:
         sets.validation_images(task.real, classes)
 
 
-def study(
-    model: nn.Module, classes: list[str], test: Source, task: Robustness, loading: Loading, seed: int, say: Callable[[str], None]
-) -> Study:
+def study(model: nn.Module, classes: list[str], test: Source, task: Robustness, loading: Loading, seed: int, screen: Screen) -> Study:
     """The clean images with calibration first; then corruptions, attacks and published sets, as `task` asks. Raises DataError."""
-    model = model.to(loading.device).eval()
+    model, say, loading = model.to(loading.device).eval(), screen.say, replace(loading, progress=screen.progress)
     models, labels = {"model": model}, sets.labels_for(test, classes)
     said = sets.clean(models, test, labels, loading)["model"]
     found = {"top1": 100 * float(said.right.mean()), "ECE": metrics.ece(said.confidence, said.right)}

@@ -1,0 +1,10 @@
+"""The tasks of `rcmae evaluate`, by name."""
+
+from .attentive import Attentive
+from .base import Task
+from .knn import KNN
+from .linear import Linear
+from .robustness import Robustness
+from .tuning import Tuning
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (KNN, Linear, Attentive, Tuning, Robustness)}
