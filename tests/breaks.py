@@ -131,6 +131,10 @@ def unknown_keys_pass(old):
     return values
 
 
+def seconds_by_default(old):
+    return lambda text: old(text + "s" if text.strip()[-1:].isdigit() else text)
+
+
 def unchecked(old):
     return lambda recipe: recipe
 
@@ -1037,6 +1041,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_checkpoint.py::test_a_damaged_newest_falls_back_and_all_damaged_is_an_error",
     ),
     "unknown keys pass": ("rcmae.config.toml:_values", unknown_keys_pass, "test_config.py::test_a_wrong_recipe_is_one_line_that_names_it"),
+    "a time needs no unit": ("rcmae.config.units:parse_time", seconds_by_default, "test_config.py::test_a_time_without_a_unit_is_refused"),
     "recipes are not checked": ("rcmae.methods.recipes:check", unchecked, "test_config.py::test_a_wrong_recipe_is_one_line_that_names_it"),
     "every epoch has the same crops": ("rcmae.data.dataset:rng", same_every_epoch, "test_data.py::test_samples_do_not_depend_on_workers"),
     "a resumed sampler starts over": (

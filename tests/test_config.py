@@ -142,10 +142,20 @@ def test_a_section_keeps_the_values_that_its_method_gives_it():
 
 
 def test_units():
-    assert [parse_time(t) for t in ("90", "90s", "10m", "1.5h", "2d")] == [90, 90, 600, 5400, 172800]
+    assert [parse_time(t) for t in ("90s", "10m", "1.5h", "2d")] == [90, 600, 5400, 172800]
     assert parse_half_life("1.5%") == (1.5, "%")
     assert parse_half_life("1 step") == (1, "steps")
     assert parse_half_life("2e6 images") == (2e6, "images")
+
+
+@pytest.mark.parametrize("text", ["5", " 5 ", "0.5", "2e3"])
+def test_a_time_without_a_unit_is_refused(text):
+    number = text.strip()
+    with pytest.raises(ConfigError, match=f"'{text}' is no length of time; write {number}s, {number}m, {number}h or {number}d"):
+        parse_time(text)
+    for zero in ("0", "0s", "-5s"):
+        with pytest.raises(ConfigError, match="no length of time; write 90s"):
+            parse_time(zero)
 
 
 def test_impossible_values_are_told_together():

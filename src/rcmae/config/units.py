@@ -8,11 +8,14 @@ from ..errors import ConfigError
 
 
 def parse_time(text: str) -> float:
-    """'90s', '10m', '1.5h', '2d' or plain seconds, in seconds."""
+    """'90s', '10m', '1.5h' or '2d' in seconds. Raises ConfigError, also without a unit: one meant minutes, or hours."""
     m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*([smhd]?)\s*", text)
-    if m is None or not (seconds := float(m[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[m[2]]) > 0:
+    if m is None or not float(m[1]) > 0:
         raise ConfigError(f"{text!r} is no length of time; write 90s, 10m, 8h or 2d")
-    return seconds
+    if not m[2]:
+        number = text.strip()
+        raise ConfigError(f"{text!r} is no length of time; write {number}s, {number}m, {number}h or {number}d")
+    return float(m[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[m[2]]
 
 
 def parse_half_life(text: str) -> tuple[float, str]:
