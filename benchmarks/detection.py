@@ -31,7 +31,7 @@ from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import describe_machine, write_json
 from rcmae.interop.load import load, scratch
 from rcmae.methods.recipes import load_recipe
-from rcmae.tasks.detection.coco import SCENES, CocoSet, few, open_coco
+from rcmae.tasks.detection.coco import CocoSet, few, open_coco
 from rcmae.tasks.detection.settings import Detect, load_detect
 from rcmae.tasks.detection.train import train
 
@@ -56,7 +56,7 @@ def place(out: Path, name: str, count: int, seed: int) -> Path:
 @cache
 def labelled() -> tuple[CocoSet, CocoSet]:
     """Scenes to train and to test on. Drawing all of them takes most of a minute, once in each process."""
-    return open_coco(SCENES)
+    return open_coco("embedded:scenes")
 
 
 def there(where: Path, settings: Detect) -> bool:

@@ -16,7 +16,7 @@ from rcmae.engine.distributed import World
 from rcmae.errors import Preempted, ProcessError
 from rcmae.methods.rcmae import RCMAE
 from rcmae.tasks.detection import commands
-from rcmae.tasks.detection.coco import SCENES, CocoSet, open_coco
+from rcmae.tasks.detection.coco import CocoSet, open_coco
 from rcmae.tasks.detection.model import detector
 from rcmae.tasks.detection.predict import predict
 from tests import test_detection_train, test_finetune
@@ -61,7 +61,7 @@ def main(out: Path, data: Path, case: str) -> int:
         test_finetune.run(out, sets, test_finetune.FULL)
         return 0
     if case == "detect":
-        sets = open_coco(SCENES, train_images=8, test_images=5, size=64)
+        sets = open_coco("embedded:scenes", train_images=8, test_images=5, size=64)
         sets[0].notes.append("said once")
         commands.open_coco = lambda *names, **facts: sets
         finish = dt.DetectionTraining.finish

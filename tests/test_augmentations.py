@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rcmae.config import changed, load_recipe, shipped_recipes
+from rcmae.config import changed, shipped_recipes
 from rcmae.data.supervised import SupervisedView
 from rcmae.methods import METHODS
+from rcmae.methods.recipes import load_recipe
 from rcmae.tasks.detection.coco import Objects
 from rcmae.tasks.detection.settings import load_detect
 from rcmae.tasks.detection.views import Jitter

@@ -253,4 +253,6 @@ def test_signals_stop_a_run_politely(tmp_path):
                 break
         _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert err.startswith("rcmae: stopped: stopped by SIGTERM; saved at step ")
+    received, stopped = err.splitlines()
+    assert received == "rcmae: SIGTERM received: stopping; a second one ends this at once"
+    assert stopped.startswith("rcmae: stopped: stopped by SIGTERM; saved at step ")

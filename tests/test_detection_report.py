@@ -14,7 +14,7 @@ from PIL import Image
 import rcmae.tasks.detection.train as dt
 from rcmae.cli import main
 from rcmae.errors import Preempted
-from rcmae.tasks.detection.coco import SCENES, open_coco
+from rcmae.tasks.detection.coco import open_coco
 from tests.conftest import stop_at
 from tests.test_detection_train import TINY, run
 from tests.test_report import chromium, curves, part, run_directory, words
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("drawn")
 
 @pytest.fixture(scope="module")
 def sets():
-    return open_coco(SCENES, train_images=8, test_images=3, size=64)
+    return open_coco("embedded:scenes", train_images=8, test_images=3, size=64)
 
 
 @pytest.fixture(scope="module")

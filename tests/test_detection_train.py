@@ -29,7 +29,7 @@ from rcmae.interop.timm_export import export
 from rcmae.models.backbone import Backbone
 from rcmae.models.encoder import build_vit
 from rcmae.tasks.detection.average_precision import evaluate, load_results
-from rcmae.tasks.detection.coco import SCENES, few, open_coco, open_test
+from rcmae.tasks.detection.coco import few, open_coco, open_test
 from rcmae.tasks.detection.commands import place
 from rcmae.tasks.detection.examples import read_examples
 from rcmae.tasks.detection.files import load_detector
@@ -51,7 +51,7 @@ def backbone(seed: int = 0) -> Backbone:
 
 @pytest.fixture(scope="module")
 def sets():
-    return open_coco(SCENES, train_images=8, test_images=4, size=64)
+    return open_coco("embedded:scenes", train_images=8, test_images=4, size=64)
 
 
 def run(out: Path, sets, settings: Detect = TINY, of: Backbone | None = None, **machine) -> dt.Detected:
@@ -130,7 +130,7 @@ def test_what_a_run_leaves_says_the_same(sets, straight):
 
 def test_it_learns_scenes_by_heart(tmp_path):
     """Some steps on two scenes: what is found is not yet good, but it was nothing before."""
-    train, _ = open_coco(SCENES, train_images=2, test_images=1, size=64)
+    train, _ = open_coco("embedded:scenes", train_images=2, test_images=1, size=64)
     settings = dataclasses.replace(TINY, steps=60, batch_size=2, jitter=(1.0, 1.0), flip=False, drop_path=0.0, width=32, lr=4e-3)
     found = run(tmp_path / "run", (train, train), settings)
     lines = [line["loss"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
@@ -188,7 +188,7 @@ def test_views_that_cannot_mark_all_objects_are_counted(tmp_path, sets, capsys, 
 
 
 def test_the_recipe_of_the_scenes_is_scored_on_its_way(tmp_path, monkeypatch):
-    whole, found = open_coco(SCENES, size=32), []
+    whole, found = open_coco("embedded:scenes", size=32), []
     monkeypatch.setattr(dt.DetectionTraining, "train", lambda self: found.append((self.total, self.scorings())))
     run(tmp_path / "run", whole, dataclasses.replace(load_detect("embedded"), size=32))
     assert found == [(4000, 7)], "the report draws precision over training"

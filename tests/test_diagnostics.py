@@ -17,7 +17,7 @@ from rcmae.engine.metrics import read_metrics
 from rcmae.methods import METHODS, Method
 from rcmae.report import write_report
 from tests.conftest import batch_for, method_for, small
-from tests.test_loop import folder  # noqa: F401 - a fixture
+from tests.test_pretraining import folder  # noqa: F401 - a fixture
 from tests.test_report import curves, part, words
 
 FLAGS = {"gamma": lambda method: method.compare is not Method.compare, "half-life": lambda method: "teacher" in method.networks}

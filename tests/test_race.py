@@ -211,7 +211,7 @@ def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
         time.sleep(0.1)
     first.send_signal(signal.SIGTERM)
     _, error = first.communicate(timeout=60)
-    assert first.returncode == 75 and error.startswith("rcmae: stopped: stopped by SIGTERM"), error
+    assert first.returncode == 75 and error.splitlines()[-1].startswith("rcmae: stopped: stopped by SIGTERM"), error
     begun = {path.parent.name for path in out.glob("*/checkpoints")}
     assert begun
 

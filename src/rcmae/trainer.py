@@ -52,6 +52,8 @@ class Trainer(ABC):
         self.bad = self.bad_files(len(images), "bad_files.jsonl")
         self.metrics: Metrics | None = None
         self.step, self.total, self.skipped, self.seconds, self.last_milestone = 0, 0, 0, 0.0, 0
+        self.saved = False
+        "whether there is a checkpoint to resume from"
         self.logs = False
         "whether the numbers of the step that is made now will be logged"
 
@@ -116,6 +118,7 @@ class Trainer(ABC):
             record_recipe(self.out, self.recipe, self.load)
         path = newest(self.out / "checkpoints", warn=self.screen.say)
         if path is not None:
+            self.saved = True
             state = load_checkpoint(path, self.model, self.optimizer)
             self._check_same(state, path)
             self.step, self.total, self.skipped = state["step"], state["total_steps"], state["skipped"]
@@ -157,9 +160,9 @@ class Trainer(ABC):
 
     def train(self) -> Any:
         """From wherever the run stands to its end. Raises Preempted when a signal asked it to stop; the state is saved by then."""
-        self.resume_or_begin()
         self.window, self.skips = LogWindow(self.device), Skips(self.out / "checkpoints", self.remedy)
         try:
+            self.resume_or_begin()
             with signals.held():
                 try:
                     self._loop()
@@ -169,6 +172,8 @@ class Trainer(ABC):
                     raise
             return self.finish()
         except signals.Interrupted as e:
+            if not self.saved:
+                raise
             raise Preempted(f"stopped by {e}; saved at step {self.step}, run the same command again") from e
 
     def _loop(self) -> None:
@@ -264,6 +269,7 @@ class Trainer(ABC):
 
     def save(self) -> None:
         """A checkpoint, by rank 0. No signal ends it in the middle."""
+        self.saved = True
         if not self.world.first:
             return
         state = {

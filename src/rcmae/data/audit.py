@@ -24,9 +24,6 @@ from .sources import open_source
 FLAT = 2.0
 "Deviation of the pixels (of 255) below which an image is called nearly constant."
 
-EVERY = 5.0
-"Seconds between lines of progress, where there is no terminal."
-
 SHOWN = 10
 "Lines of a list that are shown; the JSON holds all."
 
@@ -104,7 +101,7 @@ def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_shar
 
 
 def _indexed(path: str, recipe: Recipe, screen: Screen) -> Source:
-    with screen.progress(f"looking for the images of {path}, %", 100, EVERY) as tick:
+    with screen.progress(f"looking for the images of {path}, %", 100) as tick:
         source = open_source(path, recipe.images.channels, recipe.images.size, recipe.seed, lambda share: tick(int(100 * share)))
     screen.say(f"{path}: {len(source):,} images ({source.kind})")
     for note in source.notes:
@@ -114,7 +111,7 @@ def _indexed(path: str, recipe: Recipe, screen: Screen) -> Source:
 
 def _each(source: Source, what: str, screen: Screen) -> Iterator[int]:
     """The numbers of all images, with progress."""
-    with screen.progress(f"{what} {source.name}", len(source), EVERY) as tick:
+    with screen.progress(f"{what} {source.name}", len(source)) as tick:
         for i in range(len(source)):
             yield i
             tick(i + 1)
