@@ -392,7 +392,8 @@ class Hollow(Trainer):
         self.machine = Machine(log_every=log_every, save_every="9d")
         self.logged, self.saved, self.measured = [], [], []
 
-    def resume_or_begin(self): ...
+    def resume_or_begin(self):
+        self.log_every = self.machine.log_every or usual_log_every(self.total)
 
     def loader(self, start, stop):
         return iter(())
@@ -405,8 +406,12 @@ class Hollow(Trainer):
     def milestone_steps(self):
         return spread(self.total, 7) | spread(self.total, 3)
 
-    def milestone(self):
+    def measure(self):
         self.measured.append(self.step)
+
+    def record(self, found): ...
+
+    def report(self): ...
 
     def log(self, t):
         self.logged.append(t.step)

@@ -7,17 +7,13 @@ from .engine import signals
 
 def main() -> int:
     """Run the command that this process was started with."""
-    code = 0
     try:
         with signals.answered():
             from .cli import main as run
 
-            code = run()
+            return run(program=True)
     except signals.Interrupted as e:
-        code = e.exit_code
-    if signals.asked():
-        signals.end_at_once(code)  # what loader processes are doing is of no use any more
-    return code
+        return e.exit_code
 
 
 if __name__ == "__main__":

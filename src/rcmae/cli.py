@@ -1,4 +1,5 @@
-"""The commands: each parses, calls one function, prints. torch is imported inside them, so that --help is quick."""
+"""The commands: each parses, calls one function, prints. torch is imported inside them, so that --help is quick (but that of
+`pretrain`, which shows the settings of its method)."""
 
 import contextlib
 import os
@@ -688,13 +689,21 @@ WAITS = {"pretrain", "check", "import", "lab", "verify", "compare", "evaluate", 
 "Commands that load PyTorch, which takes seconds, and then work on something."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Every expected failure is one line on stderr and its documented exit code."""
+def main(argv: Sequence[str] | None = None, program: bool = False) -> int:
+    """Run one command. Every expected failure is one line on stderr and its documented exit code.
+
+    `program` says that this process is there for nothing else, so that a signal ends it without waiting for loader processes.
+    """
     with signals.answered():
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
-        except signals.Interrupted as e:
-            return _fail(f"stopped by {e}; nothing that was saved is lost: run the same command again", e.exit_code, "stopped")
+        except (signals.Interrupted, Preempted) as e:
+            saved = isinstance(e, Preempted)
+            text = str(e) if saved else f"stopped by {e}; nothing that was saved is lost: run the same command again"
+            code = _fail(text, e.exit_code, "stopped")
+            if program and signals.asked():
+                signals.end_at_once(code)
+            return code
 
 
 def _run(argv: list[str]) -> int:
@@ -707,8 +716,8 @@ def _run(argv: list[str]) -> int:
         result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as e:
         return _fail(" ".join(str(e).split()), 2)
-    except Preempted as e:
-        return _fail(str(e), e.exit_code, "stopped")
+    except Preempted:
+        raise
     except RcmaeError as e:
         if debug:
             traceback.print_exc()
@@ -733,6 +742,7 @@ def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:
 
     The recipe is the one that is named, or that of the run in --out. Raises ConfigError for a flag that another method has.
     """
+    from .engine.checkpoint import checkpoints
     from .methods import METHODS
     from .methods.recipes import load_recipe, spoken, with_method
 
@@ -745,7 +755,8 @@ def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:
         raise ConfigError("--out is empty; name a folder")
     name = next((a for a in argv[1:2] if not a.startswith("-")), None)
     begun = Path(given.get("out", "")) / "recipe.toml"
-    recipe = load_recipe(str(begun) if name is None and "out" in given and begun.exists() else name or "embedded")
+    resumes = name is None and "out" in given and begun.exists() and checkpoints(begun.parent / "checkpoints")
+    recipe = load_recipe(str(begun) if resumes else name or "embedded")
     recipe = with_method(recipe, given.get("method", recipe.method))
     for key in given.keys() - flags(type(recipe)).keys() - flags(Machine).keys():
         owners = [other for other, method in METHODS.items() if key.removeprefix("no_") in flags(method.recipe_type)]

@@ -21,23 +21,24 @@ from torch import Tensor
 from .config import Machine, Recipe, check, parse_time, recipe_hash
 from .data.dataset import Images, collate, measure_statistics
 from .data.loader import batches_of
+from .data.sampler import check_parts
 from .data.sources import Source, open_source
 from .engine.checkpoint import replace_file
 from .engine.console import Screen, clock
 from .engine.metrics import read_metrics
 from .engine.optim import adamw, linear_rule
 from .engine.run import ADVICE, RunContext, describe_machine, run_context, write_json
-from .engine.schedules import Progress, cosine, spread, usual_log_every, warmup_cosine
+from .engine.schedules import Progress, cosine, spread, warmup_cosine
 from .engine.step import LogWindow, Mean, clip_gradients, set_lr, set_weight_decay, step_where
 from .errors import AlarmError, ConfigError, DataError, first_line
 from .interop.timm_export import PLAIN, export
 from .lab.alarms import Alarm
 from .lab.watch import Watch
 from .methods import METHODS, Method
-from .methods.recipes import load_recipe
+from .methods.recipes import load_recipe, recipe_type
 from .models.backbone import usual_statistics
 from .report import write_report
-from .tasks.probe import Probes, probe_set
+from .tasks.probe import Probes, Scores, probe_set
 from .trainer import Trainer
 
 SNAPSHOTS = 6
@@ -61,6 +62,8 @@ def pretrain(recipe: Recipe, machine: Machine = Machine()) -> Result:
 
     Raises the errors of `rcmae.errors`; Preempted when a signal asked it to stop and the state is saved.
     """
+    if type(recipe) is not (kind := recipe_type(recipe.method)):
+        raise ConfigError(f"a recipe of {recipe.method} is a {kind.__name__}: make it with load_recipe, or with_method from another one")
     check(recipe)
     if problems := METHODS[recipe.method].problems(recipe):
         raise ConfigError("; ".join(problems))
@@ -78,6 +81,7 @@ class Pretraining(Trainer):
 
     def __init__(self, recipe: Recipe, context: RunContext):
         self.began = time.monotonic()
+        check_parts(recipe.optim.batch_size, context.world.size, context.machine.accumulate)
         images = open_images(recipe, context.screen)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
         if (why := METHODS[recipe.method].whole_batch(recipe)) and self.batch_size // self.machine.accumulate < 2:
@@ -90,7 +94,7 @@ class Pretraining(Trainer):
         self.watch: Watch | None = None
         self.alarm: Alarm | None = None
         self.next_report = 0.0
-        self.hold(self.method, optimizer, {"images": images.fingerprint()}, load=load_recipe)
+        self.setup(self.method, optimizer, {"images": images.fingerprint()}, load=load_recipe)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation of each channel, in units of 0 to 1."""
@@ -148,7 +152,7 @@ class Pretraining(Trainer):
         if self.probes:
             baselines, seconds = self.probes.baselines(self.method.backbone("student"))
             self.method.train()
-        self.total = self.world.from_first(self.plan(self.recipe.probe.probes * len(self.method.networks) * seconds))
+        self.total = self.plan(self.recipe.probe.probes * len(self.method.networks) * seconds)
         parameters = sum(p.numel() for p in self.method.student.parameters())
         about = describe_machine(self.device, self.precision) | {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "parameters": parameters, "ranks": self.world.size,
@@ -187,7 +191,7 @@ class Pretraining(Trainer):
         if r.time is None:
             return r.total_steps(len(self.images))
         step, given = self.measure_step(), parse_time(r.time)
-        setup = time.monotonic() - self.began
+        step, setup, probing = self.world.from_first((step, time.monotonic() - self.began, probing))  # all ranks decide alike
         steps = int(0.95 * (given - setup - probing) / step)
         if steps < FEWEST:
             need = setup + probing + 100 * step / 0.95
@@ -214,6 +218,7 @@ class Pretraining(Trainer):
                 tick(step + 1)
         self.method.load_state_dict(kept)
         self.optimizer.state.clear()
+        self.batches = iter(())  # its loader processes end
         return sorted(times[warm:])[timed // 2]
 
     # --- on the way -----------------------------------------------------------------------------------------------------
@@ -224,9 +229,10 @@ class Pretraining(Trainer):
             self.screen.say(f"{self.out} is finished at step {self.step:,}")
             if not all((self.out / "export" / which).is_dir() for which in self.method.networks):
                 self.export()
-        log_every = self.machine.log_every or usual_log_every(self.total)
+        if self.world.first:  # read now what milestones will need, and find out now if it is gone
+            _ = self.probes, self.fixed
         if self.world.first and self.machine.monitor:
-            self.watch = Watch(self.method, self.total, self.steps_per_epoch, log_every, read_metrics(self.out), self.step)
+            self.watch = Watch(self.method, self.total, self.steps_per_epoch, self.log_every, read_metrics(self.out), self.step)
             self.warn(self.watch.at_start(Progress(self.step, self.total, self.steps_per_epoch), self.drift))
         if any(self.world.agree(bool(self.stops()))):
             self.stop(self.stops())
@@ -258,16 +264,21 @@ class Pretraining(Trainer):
         self.probe_steps = spread(self.total, self.recipe.probe.probes)
         return self.probe_steps | spread(self.total, SNAPSHOTS)
 
-    def milestone(self) -> None:
-        """Probe, keep reconstructions and write the report."""
+    def measure(self) -> tuple[float | None, dict[str, Scores]]:
+        """LiDAR and the probes, where they are due, by rank 0."""
         if not self.world.first:
-            return
+            return None, {}
         lidar = self.watch.lidar(self.fixed, self.step, self.step - self.last_milestone) if self.watch else None
         scores = {}
         if self.probes and self.step in self.probe_steps:
             scores = self.probes.score({which: self.method.backbone(which) for which in self.method.networks}, self.step)
             self.method.train()  # probing left the encoder in evaluation mode
-        self.save_reconstructions()
+        return lidar, scores
+
+    def record(self, found: tuple[float | None, dict[str, Scores]]) -> None:
+        lidar, scores = found
+        if self.world.first:
+            self.save_reconstructions()
         if lidar:
             self.write("health", lidar=lidar)
         if scores:
@@ -275,8 +286,6 @@ class Pretraining(Trainer):
             self.write("probe", **scores)
             text = ", ".join(f"{which} linear {s['linear']:.1f} % k-NN {s['knn']:.1f} %" for which, s in scores.items())
             self.screen.say(f"step {self.step:,}: {text}")
-        if self.step < self.total and time.monotonic() > self.next_report:
-            self.report()
 
     @cached_property
     def probes(self) -> Probes | None:
@@ -330,8 +339,8 @@ class Pretraining(Trainer):
             export(self.method.backbone(which), self.out / "export" / which, about | {"network": which}, architecture)
 
     def report(self) -> None:
-        """A page that cannot be drawn is no reason to lose a run."""
-        if not self.world.first:
+        """A page that cannot be drawn is no reason to lose a run; nor may drawing take more than a twentieth of it."""
+        if not self.world.first or (self.step < self.total and time.monotonic() < self.next_report):
             return
         began = time.monotonic()
         try:
@@ -339,7 +348,7 @@ class Pretraining(Trainer):
         except Exception as e:
             self.screen.say(f"note: report.html could not be written ({type(e).__name__}: {first_line(e)}); `rcmae report` tries again")
         now = time.monotonic()
-        self.next_report = now + 20 * (now - began)  # milestones lie close in a short run: pages may take a twentieth of the time
+        self.next_report = now + 20 * (now - began)  # milestones lie close in a short run
 
     def finish(self) -> Result:
         """Say where everything is."""

@@ -26,11 +26,14 @@ from .engine.schedules import Progress, usual_log_every
 from .engine.step import LogWindow, Skips
 from .errors import CheckpointError, DataError, Preempted
 
+FORMAT = 2
+"Of what a checkpoint's state.json holds."
+
 
 class Trainer(ABC):
     """One run in its directory, from wherever it stands to its end.
 
-    A subclass calls `hold` once it has built what is trained, and implements the abstract methods below.
+    A subclass calls `setup` once it has built what is trained, and implements the abstract methods below.
     """
 
     remedy = "lower --base-lr, set --clip 1"
@@ -52,8 +55,10 @@ class Trainer(ABC):
         self.bad = self.bad_files(len(images), "bad_files.jsonl")
         self.metrics: Metrics | None = None
         self.step, self.total, self.skipped, self.seconds, self.last_milestone = 0, 0, 0, 0.0, 0
-        self.saved = False
-        "whether there is a checkpoint to resume from"
+        self.saved: tuple[int, int] | None = None
+        "step and last milestone of the newest checkpoint"
+        self.log_every = 1
+        "steps between log lines"
         self.logs = False
         "whether the numbers of the step that is made now will be logged"
 
@@ -73,11 +78,20 @@ class Trainer(ABC):
 
     @abstractmethod
     def milestone_steps(self) -> set[int]:
-        """Steps after which `milestone` is called and a checkpoint saved."""
+        """Steps after which the weights are measured and saved."""
 
     @abstractmethod
-    def milestone(self) -> None:
-        """Measure what the weights are worth now, on all ranks. A signal may end it in the middle; then it is done after the resume."""
+    def measure(self) -> Any:
+        """What the weights are worth now, on all ranks. A signal may end it in the middle: it is done again after the resume, so
+        nothing of it may stay."""
+
+    @abstractmethod
+    def record(self, found: Any) -> None:
+        """Keep and say what `measure` found."""
+
+    @abstractmethod
+    def report(self) -> None:
+        """Draw the page of the run, if it has one, after a milestone."""
 
     @abstractmethod
     def finish(self) -> Any:
@@ -101,10 +115,10 @@ class Trainer(ABC):
 
     # --- beginning and resuming -----------------------------------------------------------------------------------------
 
-    def hold(
+    def setup(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any], load: Callable[[str], Any], backbone: str = ""
     ) -> None:
-        """Take what is trained. `data` tells the images and labels, `backbone` what the network was made from: neither may change in
+        """Register what is trained. `data` tells the images and labels, `backbone` what the network was made from: neither may change in
         a resumed run. `load` reads recipe.toml."""
         self.model, self.optimizer, self.data, self.backbone, self.load = model, optimizer, data, backbone, load
         self.net = distributed.wrap(model, self.world)
@@ -118,11 +132,11 @@ class Trainer(ABC):
             record_recipe(self.out, self.recipe, self.load)
         path = newest(self.out / "checkpoints", warn=self.screen.say)
         if path is not None:
-            self.saved = True
             state = load_checkpoint(path, self.model, self.optimizer)
             self._check_same(state, path)
             self.step, self.total, self.skipped = state["step"], state["total_steps"], state["skipped"]
             self.seconds, self.last_milestone = state["seconds"], state["last_milestone"]
+            self.saved = self.step, self.last_milestone
             self.restore(state)
             self.screen.say(f"resumed from {path.name} of {self.total:,} steps in {self.out}")
             for note in changed_environment(state["environment"], self.environment()):
@@ -133,8 +147,11 @@ class Trainer(ABC):
             self.begin()
         else:
             self.write("event", text=f"resumed from step {self.step}")
+        self.log_every = m.log_every or usual_log_every(self.total)
 
     def _check_same(self, state: dict[str, Any], path: Path) -> None:
+        if state.get("format") != FORMAT:
+            raise CheckpointError(f"{path} was written by another version of rcmae; use another --out to start anew")
         if state["data"] != self.data:
             what = next(k for k, v in self.data.items() if state["data"].get(k) != v).replace("_", " ")
             raise DataError(f"the data ({what}) has changed since {path} was written; use another --out to start anew")
@@ -160,7 +177,6 @@ class Trainer(ABC):
 
     def train(self) -> Any:
         """From wherever the run stands to its end. Raises Preempted when a signal asked it to stop; the state is saved by then."""
-        self.window, self.skips = LogWindow(self.device), Skips(self.out / "checkpoints", self.remedy)
         try:
             self.resume_or_begin()
             with signals.held():
@@ -170,26 +186,32 @@ class Trainer(ABC):
                     self.name_skipped()
                     self.save()
                     raise
+                if self.world.size > 1:  # no rank may leave the others alone in it
+                    return self.finish()
             return self.finish()
         except signals.Interrupted as e:
-            if not self.saved:
+            if self.saved is None:
                 raise
-            raise Preempted(f"stopped by {e}; saved at step {self.step}, run the same command again") from e
+            raise self._preempted(str(e)) from e
+
+    def _preempted(self, signal: str) -> Preempted:
+        signals.end_with(Preempted.exit_code)
+        return Preempted(f"stopped by {signal}; saved at step {self.step}, run the same command again")
 
     def _loop(self) -> None:
         milestones = self.milestone_steps()
-        log_every = self.machine.log_every or usual_log_every(self.total)
         save_seconds = parse_time(self.machine.save_every)
+        self.skips = Skips(self.out / "checkpoints", self.remedy)
         if self.step in milestones and self.last_milestone < self.step:  # a signal came in the middle of it
             self._milestone()
-            self.save()
         self.batches = self.loader(self.step, self.total)
         self.screen.start(self.total, self.step)
+        self.window = LogWindow(self.device)
         started = time.monotonic() - self.seconds
         saved = time.monotonic()
         while self.step < self.total:
             t = Progress(self.step, self.total, self.steps_per_epoch)
-            self.logs = (self.step + 1) % log_every == 0 or self.step + 1 == self.total
+            self.logs = (self.step + 1) % self.log_every == 0 or self.step + 1 == self.total
             self.skips.note(self.update(t))
             self.step += 1
             self.screen.step(self.step)
@@ -205,27 +227,36 @@ class Trainer(ABC):
                     self.name_skipped()
                     if self.step in milestones and not asked:
                         self._milestone()
-                    self.save()
+                    else:
+                        self.save()
                     saved = time.monotonic()
+            if stops or asked:
+                self.world.agree(True)  # rank 0 has saved: the launcher ends all ranks when the first one leaves
             if stops:
                 self.stop(self.stops())
             if asked:
-                raise Preempted(f"stopped by {signals.asked() or 'another rank'}; saved at step {self.step}, run the same command again")
+                raise self._preempted(signals.asked() or "another rank")
 
     def _milestone(self) -> None:
         with self.interruptible():
-            self.milestone()
+            found = self.measure()
+        self.record(found)
         self.last_milestone = self.step
+        self.save()
+        if self.step < self.total:  # in the end it is drawn when all is there
+            with self.interruptible():
+                self.report()
 
     def stop(self, reason: str) -> None:
         """Raise what ends a run for a `reason` of its own (see `stops`); the state is saved. `reason` is empty on other ranks."""
         raise NotImplementedError
 
     def micro_batches(self) -> Iterator[dict[str, Any]]:
-        """This rank's parts of one step; gradients are exchanged between ranks with the last one.
+        """This rank's parts of one step.
 
-        While data is waited for and gradients are computed, a signal may end the step where it stands: no weight has moved yet.
-        Ranks must leave a step together, so several of them end it first.
+        The contexts below stay open while the caller's loop body runs: its forward and backward passes can be interrupted, since no
+        weight has moved yet, and gradients are exchanged between ranks in the last one only. Several ranks must leave a step together,
+        so they end it first.
         """
         for i in range(self.machine.accumulate):
             with self.interruptible(), distributed.only_last(self.net, i == self.machine.accumulate - 1):
@@ -269,16 +300,19 @@ class Trainer(ABC):
 
     def save(self) -> None:
         """A checkpoint, by rank 0. No signal ends it in the middle."""
-        self.saved = True
-        if not self.world.first:
-            return
-        state = {
-            "step": self.step, "total_steps": self.total, "skipped": self.skipped, "seconds": self.seconds,
+        now = self.step, self.last_milestone
+        if self.world.first and self.saved != now:
+            with signals.held():
+                save_checkpoint(self.out / "checkpoints", self.model, self.optimizer, self.state(), self.machine.keep)
+        self.saved = now
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        return {
+            "format": FORMAT, "step": self.step, "total_steps": self.total, "skipped": self.skipped, "seconds": self.seconds,
             "last_milestone": self.last_milestone, "data": self.data, "backbone": self.backbone,
-            "recipe_hash": recipe_hash(self.recipe), "environment": self.environment(),
+            "recipe_hash": recipe_hash(self.recipe), "environment": self.environment(), **self.more_state(),
         }  # fmt: skip
-        with signals.held():
-            save_checkpoint(self.out / "checkpoints", self.model, self.optimizer, state | self.more_state(), self.machine.keep)
 
     def close(self) -> None:
         """Leave the screen and the record."""

@@ -274,28 +274,30 @@ def carry_out(runs: list[Run], weights: list[float], setting: Setting, say: Call
     before = finished + sum(share[run.place] * run.step / run.steps for run in waiting)
     began = told = time.monotonic()
     going: dict[Run, subprocess.Popen] = {}
-    try:
-        while waiting or going:
-            while waiting and len(going) < setting.jobs:
-                run = waiting.pop(0)
-                going[run] = run.start(setting)
-            time.sleep(0.2)
-            for run in [run for run, process in going.items() if process.poll() is not None]:
-                run.ended(going.pop(run).returncode)
-                finished += share[run.place]
-                told = 0.0
-            if time.monotonic() - told > every:
-                told = time.monotonic()
-                now = finished + sum(share[run.place] * run.step / run.steps for run in going)
-                left = (told - began) * (1 - now) / (now - before) if now > before else 0.0
-                say(f"{len(runs) - len(waiting) - len(going)} of {len(runs)} runs, {now:.0%}, {clock(left)} left")
-    except signals.Interrupted as e:
-        raise Preempted(f"stopped by {e}; every run is saved, give the same command again") from e
-    finally:
-        for process in going.values():
-            process.terminate()
-        for process in going.values():
-            process.wait()
+    with signals.held():  # until the runs, which end with this process, have saved
+        try:
+            with signals.interruptible():
+                while waiting or going:
+                    while waiting and len(going) < setting.jobs:
+                        run = waiting.pop(0)
+                        going[run] = run.start(setting)
+                    time.sleep(0.2)
+                    for run in [run for run, process in going.items() if process.poll() is not None]:
+                        run.ended(going.pop(run).returncode)
+                        finished += share[run.place]
+                        told = 0.0
+                    if time.monotonic() - told > every:
+                        told = time.monotonic()
+                        now = finished + sum(share[run.place] * run.step / run.steps for run in going)
+                        left = (told - began) * (1 - now) / (now - before) if now > before else 0.0
+                        say(f"{len(runs) - len(waiting) - len(going)} of {len(runs)} runs, {now:.0%}, {clock(left)} left")
+        except signals.Interrupted as e:
+            raise Preempted(f"stopped by {e}; every run is saved, give the same command again") from e
+        finally:
+            for process in going.values():
+                process.terminate()
+            for process in going.values():
+                process.wait()
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------------

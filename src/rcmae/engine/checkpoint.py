@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
+ASIDE = ".old_"
+"Before the name of a checkpoint that is being replaced."
 
 
 def save_checkpoint(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
@@ -53,10 +55,12 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
         for name, content in [*files.items(), (MANIFEST, json.dumps(hashes, indent=1).encode())]:
             _write(temporary / name, content)
         _sync(temporary)
-        if path.exists():  # the same step again, after a resume from an older one: the bytes are the same
-            shutil.rmtree(path)
+        aside = path.parent / f"{ASIDE}{path.name}"
+        if path.exists():  # the same step again: until the new one has its place, `newest` finds the old one aside
+            path.rename(aside)
         temporary.rename(path)
         _sync(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(f"cannot write {path}: {e.strerror}; what was there is kept; free some space or choose another --out") from e
@@ -73,6 +77,10 @@ def newest(folder: Path, warn=print) -> Path | None:
     Damaged ones are named to `warn`. Raises CheckpointError when there are checkpoints and all are damaged: a run never
     starts again from nothing by itself.
     """
+    for aside in folder.glob(f"{ASIDE}step_*"):
+        place = folder / aside.name.removeprefix(ASIDE)
+        if not place.exists():
+            aside.rename(place)
     found = checkpoints(folder)
     for path in found:
         problem = verify(path)
@@ -146,8 +154,9 @@ def replace_file(path: Path, content: str | bytes) -> None:
         _write(temporary, content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {e.strerror}; free some space or choose another --out") from e
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -20,6 +20,9 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE = 4.0
 "Seconds from a signal to the end of a process that does not end by itself, as in a long call of a library. Held time does not count."
 
+SAME = 0.5
+"Seconds within which a second signal is the first one again, sent to a process and to its group."
+
 
 class Interrupted(BaseException):
     """A signal asks the command to end. Not an Exception: nobody who handles errors should handle this."""
@@ -35,8 +38,17 @@ class Interrupted(BaseException):
 
 
 _asked: int | None = None
-_depth = 0
-"Blocks of `held()` less blocks of `interruptible()` that the main thread stands in."
+"The first signal."
+_unsaid = threading.Lock()
+"Taken by whoever answers it on the screen."
+_first = 0.0
+"When it came."
+_code: int | None = None
+"What the watchdog ends with, if not with the signal's own code."
+_raises = True
+"Whether a signal is raised where the main thread stands."
+_holds = False
+"Whether the main thread stands in a block of `held()`, where the watchdog waits."
 
 
 def asked() -> str | None:
@@ -47,11 +59,11 @@ def asked() -> str | None:
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
     """Answer signals within this block, which must be the outermost one; inside another, or outside the main thread, it does nothing."""
-    global _asked, _depth
+    global _asked, _unsaid, _code, _raises, _holds
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is _handle:
         yield
         return
-    _asked, _depth = None, 0
+    _asked, _unsaid, _code, _raises, _holds = None, threading.Lock(), None, True, False
     receive, send = os.pipe()
     os.set_blocking(send, False)
     before = {n: signal.getsignal(n) for n in NUMBERS}
@@ -65,48 +77,60 @@ def answered() -> Iterator[None]:
         yield
     finally:
         for number in NUMBERS:
-            signal.signal(number, before[number])
+            signal.signal(number, before[number] or signal.SIG_DFL)
         signal.set_wakeup_fd(fd)
         os.write(send, b"\0")
         watcher.join()
         os.close(receive), os.close(send)
+        _asked = None
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """A signal waits for the end of this block and is raised there."""
-    global _depth
-    _depth += 1
-    try:
+    with _mode(raises=False, holds=True):
         yield
-    finally:
-        _depth -= 1
     raise_if_asked()
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Within `held()`: a signal is raised at once, also one that came before. What is done here must be safe to leave in the middle."""
-    global _depth
-    _depth -= 1
-    try:
+    with _mode(raises=True, holds=_holds):
         raise_if_asked()
         yield
+
+
+@contextlib.contextmanager
+def _mode(raises: bool, holds: bool) -> Iterator[None]:
+    global _raises, _holds
+    before = _raises, _holds
+    try:
+        _raises, _holds = raises, holds
+        yield
     finally:
-        _depth += 1
+        _raises, _holds = before
 
 
 def raise_if_asked() -> None:
     """Raises Interrupted where a signal came and nothing holds it."""
-    if _asked is not None and _depth <= 0:
+    if _asked is not None and _raises:
         raise Interrupted(_asked)
+
+
+def end_with(code: int) -> None:
+    """All is saved: whatever ends this process from now on, its exit code is `code`."""
+    global _code
+    _code = code
 
 
 def end_at_once(code: int) -> None:
     """End this process and its children without waiting for anything that they do."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
+    if threading.current_thread() is threading.main_thread():  # another one could wait for ever for what the main one is writing
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises in its handler when a loader process is gone
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)
@@ -119,29 +143,44 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _forked() -> None:
+    """A new child must not write to its parent's pipe."""
+    if signal.getsignal(signal.SIGINT) is _handle:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def _handle(number: int, frame: object) -> None:
-    global _asked
-    if _asked is not None:
-        end_at_once(128 + number)
-    _asked = number
-    raise_if_asked()
+    global _asked, _first
+    if _asked is None:
+        _asked, _first = number, time.monotonic()
+        _answer(number)
+        raise_if_asked()
+    elif time.monotonic() - _first > SAME:
+        end_at_once(128 + number if _code is None else _code)
+
+
+def _answer(number: int) -> None:
+    if _unsaid.acquire(blocking=False):
+        with contextlib.suppress(OSError):
+            os.write(2, f"rcmae: {signal.Signals(number).name} received: stopping; a second one ends this at once\n".encode())
 
 
 def _watch(receive: int) -> None:
     """In a thread of its own, since the main one may be inside of a long call: say that a signal came, then count to GRACE."""
-    number, seconds, tick = 0, 0.0, 0.1
+    number, came, seconds, tick = 0, 0.0, 0.0, 0.1
     while True:
         if select.select([receive], [], [], tick if number else None)[0]:
             for byte in os.read(receive, 64):
                 if byte == 0:
                     return
-                if not number and byte in NUMBERS:
-                    number = byte
-                    text = f"rcmae: {signal.Signals(number).name} received: stopping; a second one ends this at once\n"
-                    with contextlib.suppress(OSError):
-                        os.write(2, text.encode())
-                elif number and byte in NUMBERS:
+                if byte in NUMBERS and not number:
+                    number, came = byte, time.monotonic()
+                    _answer(number)
+                elif byte in NUMBERS and time.monotonic() - came > SAME:
                     time.sleep(tick)  # the handler ends the process, unless the main thread is inside of a long call
-                    end_at_once(128 + byte)
-        elif number and _depth <= 0 and (seconds := seconds + tick) > GRACE:
-            end_at_once(128 + number)
+                    end_at_once(128 + byte if _code is None else _code)
+        elif number and not _holds and (seconds := seconds + tick) > GRACE:
+            end_at_once(128 + number if _code is None else _code)

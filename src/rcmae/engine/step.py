@@ -61,7 +61,7 @@ class Mean:
 class Skips:
     """What the steps since the last look returned. Only looking waits for the device."""
 
-    def __init__(self, checkpoints: Path, remedy: str = "lower --base-lr, set --clip 1"):
+    def __init__(self, checkpoints: Path, remedy: str):
         self.checkpoints, self.remedy = checkpoints, remedy
         self.recent: list[Tensor] = []
         self.in_a_row = 0

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import Recipe, check, to_toml
+from ..engine import signals
 from ..engine.distributed import pick_device
 from ..engine.metrics import read_metrics
 from ..engine.run import describe_machine
@@ -150,8 +151,9 @@ def _run(way: Way, out: Path, steps: int, device: str) -> Left:
                 time.sleep(0.01)
         finally:
             # Only what must survive it is killed: torchrun has processes to end, the compiler a cache to keep whole.
-            process.send_signal(signal.SIGKILL if way.killed else signal.SIGTERM)
-            process.wait()
+            with signals.held():
+                process.send_signal(signal.SIGKILL if way.killed else signal.SIGTERM)
+                process.wait()
     if not wanted.exists():
         raise _error(process.returncode, log.read_text(encoding="utf-8", errors="replace"))
     return Left.of(out, steps)

@@ -168,7 +168,7 @@ def score_table(floor: dict | None, probes: list[dict]) -> list[tuple[str, float
 
 
 def _snapshots(run: Path) -> list[Path]:
-    return sorted((run / "snapshots").glob("*.safetensors"))
+    return sorted((run / "snapshots").glob("[0-9]*.safetensors"))
 
 
 def reconstructions(run: Path) -> dict[str, Any] | None:

@@ -54,9 +54,9 @@ class Supervised(Trainer):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any], backbone: str, load: Callable[[str], Any],
         images: str, **facts: Any,
     ) -> None:  # fmt: skip
-        """Take what is trained, see `hold`; `images` says in words, and `facts` by name, what it is trained on."""
+        """Take what is trained, see `setup`; `images` says in words, and `facts` by name, what it is trained on."""
         self.images_in_words, self.facts = images, facts
-        self.hold(model, optimizer, data, load, backbone)
+        self.setup(model, optimizer, data, load, backbone)
 
     # --- what a subclass says -------------------------------------------------------------------------------------------
 
@@ -114,11 +114,17 @@ class Supervised(Trainer):
     def milestone_steps(self) -> set[int]:
         return spread(self.total, self.scorings())
 
-    def milestone(self) -> None:
-        scores, epoch = self.score(), self.step / self.steps_per_epoch
-        self.history.append({"step": self.step, "epoch": epoch, **scores})
-        self.write("val", epoch=epoch, **scores)
-        self.screen.say(f"step {self.step:,}: {self.said(scores)}")
+    def measure(self) -> dict[str, float]:
+        return self.score()
+
+    def record(self, found: dict[str, float]) -> None:
+        epoch = self.step / self.steps_per_epoch
+        self.history.append({"step": self.step, "epoch": epoch, **found})
+        self.write("val", epoch=epoch, **found)
+        self.screen.say(f"step {self.step:,}: {self.said(found)}")
+
+    def report(self) -> None:
+        return  # drawn by the command, or part of the page of the run that it began from
 
     def more_state(self) -> dict[str, Any]:
         return {"history": self.history}
