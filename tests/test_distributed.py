@@ -13,7 +13,7 @@ from rcmae.data.sources import open_source
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.metrics import read_metrics
 from rcmae.interop.timm_export import export
-from rcmae.tasks.detection.coco import SCENES, open_coco
+from rcmae.tasks.detection.coco import open_coco
 from tests import distributed_case, test_detection_train, test_finetune
 from tests.distributed_case import METHODS, untrained
 from tests.processes import ranks
@@ -93,7 +93,7 @@ def test_two_processes_fine_tune_as_two_micro_batches_do(tmp_path):
 @pytest.mark.slow
 def test_two_processes_detect_and_learn_to_as_two_micro_batches_do(tmp_path):
     """Every image is looked at once and in order, both ranks hold one detector in the end, and one of them alone tells of it."""
-    sets = open_coco(SCENES, train_images=8, test_images=5, size=64)
+    sets = open_coco("embedded:scenes", train_images=8, test_images=5, size=64)
     settings = dataclasses.replace(test_detection_train.TINY, steps=3, warmup_steps=1)
     export(test_detection_train.backbone(), tmp_path / "backbone", {})
     (tmp_path / "tiny.toml").write_text(to_toml(settings))
