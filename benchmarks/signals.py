@@ -8,6 +8,7 @@ line of each command, and the longest silence of one that is left alone for a mi
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -73,8 +74,7 @@ def run(command: str, photos: Path, delay: float, number: int | None) -> dict[st
             lines: list[tuple[float, str]] = []
 
             def read() -> None:
-                for line in process.stdout:
-                    lines.append((time.monotonic() - start, line.decode(errors="replace").strip()))
+                lines.extend((time.monotonic() - start, line.decode(errors="replace").strip()) for line in process.stdout)
 
             reader = threading.Thread(target=read)
             reader.start()
@@ -89,7 +89,7 @@ def run(command: str, photos: Path, delay: float, number: int | None) -> dict[st
         times = [0.0, *(at for at, _ in lines if at < sent), sent]
         answers = [at - sent for at, text in lines if " received: stopping" in text]
         return {
-            "first_line": lines[0][0] if lines else None, "silence": max(b - a for a, b in zip(times, times[1:], strict=False)),
+            "first_line": lines[0][0] if lines else None, "silence": max(b - a for a, b in itertools.pairwise(times)),
             "ended_before": ended, "answer": answers[0] if answers else None, "end": None if ended else end, "code": process.returncode,
             "last": lines[-1][1] if lines else "",
         }  # fmt: skip
