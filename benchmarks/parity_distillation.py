@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rcmae.methods.distillation import Centre
-from rcmae.methods.losses import across_views, assignments, balanced, centred, contrast, entropy_gap, masked_patches, sharpened
+from rcmae.methods.distillation_losses import across_views, assignments, balanced, centred, contrast, entropy_gap, masked_patches, sharpened
 
 Worst = dict[str, tuple[float, str]]
 

@@ -1001,7 +1001,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     ),
     "gamma is ignored": ("rcmae.methods.rcmae:squared_errors", forgot_gamma, "test_methods.py::test_gamma_zero_is_mae_bit_for_bit"),
     "the fused loss forgets its scale": (
-        "rcmae.methods.loss:_Blend.backward",
+        "rcmae.methods.reconstruction_loss:_Blend.backward",
         half_the_gradient,
         "test_methods.py::test_the_fused_loss_is_the_sum_of_both",
     ),
@@ -1280,12 +1280,12 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_distillation.py::test_dropped_patches_do_not_reach_msns_anchor",
     ),
     "targets are not balanced": (
-        "rcmae.methods.losses:balanced",
+        "rcmae.methods.distillation_losses:balanced",
         lopsided,
         "test_distillation.py::test_recorded_numbers_of_the_reference_codes",
     ),
     "queries are their own keys": (
-        "rcmae.methods.losses:contrast",
+        "rcmae.methods.distillation_losses:contrast",
         contrast_with_oneself,
         "test_distillation.py::test_recorded_numbers_of_the_reference_codes",
     ),
@@ -1300,7 +1300,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_distillation.py::test_a_sample_is_a_function_of_seed_epoch_and_index",
     ),
     "every rank takes the first images for its own": (
-        "rcmae.methods.losses:rank",
+        "rcmae.methods.distillation_losses:rank",
         lambda old: lambda: 0,
         "test_distributed.py::test_methods_that_look_across_the_batch_do_so_across_ranks[mocov3]",
     ),

@@ -173,8 +173,8 @@ def test_a_stale_teacher_is_never_saved(tmp_path):
 def at_start(step: int, **changes) -> list[str]:
     """Alarms before step `step` of 400, 8 an epoch."""
     method = method_for(small(**changes))
-    if getattr(method, "memory", None) is not None:
-        method.memory.fill_(1e9)  # steered to its upper bound
+    if getattr(method, "adaptive_half_life", None) is not None:
+        method.adaptive_half_life.fill_(1e9)  # adapted to its upper bound
     return [a.name for a in Alarms(method, 400, 8).at_start(Progress(step, 400, 8))]
 
 

@@ -16,7 +16,7 @@ from rcmae.data.masking import block_mask
 from rcmae.data.views import rng
 from rcmae.engine.schedules import Progress
 from rcmae.errors import ConfigError
-from rcmae.methods.losses import across_views, assignments, balanced, contrast, entropy_gap, masked_patches
+from rcmae.methods.distillation_losses import across_views, assignments, balanced, contrast, entropy_gap, masked_patches
 from rcmae.models.heads import PrototypeHead
 from rcmae.pretraining import pretrain
 from tests.conftest import GOLDEN, batch_for, method_for, small, stop_at

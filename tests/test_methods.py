@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from rcmae.engine.optim import adamw
 from rcmae.engine.schedules import Progress
-from rcmae.methods.loss import squared_errors
 from rcmae.methods.mean_teacher import teacher_clock
+from rcmae.methods.reconstruction_loss import squared_errors
 from rcmae.models.patches import patchify, standardise, take
 from tests.conftest import batch_for, method_for, small
 
@@ -284,7 +284,7 @@ def test_auto_half_life_follows_who_is_ahead(mask):
     assert method.half_life(t) == 2
     for advantage, steps in ((0.5, 10), (-0.5, 3), (0.001, 10), (5.0, 1000), (-5.0, 1000)):
         for _ in range(steps):
-            method.ahead.append(torch.tensor([1.0, 1.0 - advantage]))  # the student's error, and the teacher's
+            method.pending_errors.append(torch.tensor([1.0, 1.0 - advantage]))  # the student's error, and the teacher's
             method.after_step(t, ONE)
         seen.append(float(method.half_life(t)))
     grown = 2 + 10 * math.log(2)
@@ -300,13 +300,13 @@ def test_auto_half_life_is_steered_by_the_batch_and_by_nothing_that_was_skipped(
     with torch.no_grad():  # a student that guesses nothing, under a teacher that is worse
         method.student.decoder.pred.weight.zero_()
         method.teacher.model.decoder.pred.weight.mul_(30)
-    method.memory.fill_(40.0)
+    method.adaptive_half_life.fill_(40.0)
     method(batch, t)
     method.after_step(t, 0 * ONE)
-    assert method.memory == 40
+    assert method.adaptive_half_life == 40
     method(batch, t)
     method(batch, t)  # two micro-batches are one step
     method.after_step(t, ONE)
-    assert method.memory.item() == pytest.approx(40 - math.log(2), rel=1e-5)
-    assert "memory" in method.state_dict(), "a resumed run goes on from it"
-    assert "memory" not in method_for(small(half_life="2 steps")).state_dict()
+    assert method.adaptive_half_life.item() == pytest.approx(40 - math.log(2), rel=1e-5)
+    assert "adaptive_half_life" in method.state_dict(), "a resumed run goes on from it"
+    assert "adaptive_half_life" not in method_for(small(half_life="2 steps")).state_dict()

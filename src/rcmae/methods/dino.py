@@ -29,7 +29,7 @@ from .distillation import (
     spread_figures,
     spread_of,
 )
-from .losses import across_views, balanced, centred
+from .distillation_losses import across_views, balanced, centred
 
 LONGEST_FREEZE = 0.1
 "Share of the run in which the last layer may be frozen: an epoch of a large set can be longer than a run."

@@ -22,7 +22,7 @@ from .diagnostics import Curve, Figure, Numbers, Sentence, Variant
 from .dino import DINO, DINORecipe
 from .distillation import SPREAD, Centre, Siamese, judge_answers, judge_spread
 from .distillation import Batch as Crops
-from .losses import across_views, masked_patches
+from .distillation_losses import across_views, masked_patches
 
 
 @dataclass(frozen=True, kw_only=True)

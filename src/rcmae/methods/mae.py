@@ -25,7 +25,7 @@ from ..models.backbone import Backbone
 from ..models.patches import standardise, take
 from .base import Method
 from .diagnostics import Curve, Figure, Numbers, Sentence
-from .loss import squared_errors
+from .reconstruction_loss import squared_errors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from ..engine.schedules import Progress
 from ..models.heads import mlp
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .distillation import Batch, SelfDistillation, SelfDistillationRecipe, Siamese, Student
-from .losses import contrast
+from .distillation_losses import contrast
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from .distillation import (
     spread_of,
 )
 from .distillation import Batch as Crops
-from .losses import assignments, balanced, entropy_gap, sharpened
+from .distillation_losses import assignments, balanced, entropy_gap, sharpened
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,10 @@ from ..models.patches import take
 from ..models.teacher import Teacher
 from .base import Comparison
 from .diagnostics import BlockFigure, Curve, Figure, Numbers, Panel, Sentence, Variant
-from .loss import squared_errors
 from .mae import MAE, CropAndOrder, MAERecipe
 from .mae import Batch as BatchOfMAE
 from .mean_teacher import MeanTeacher, MeanTeacherRecipe
+from .reconstruction_loss import squared_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +74,10 @@ class RCMAE(MeanTeacher, MAE):
     def __init__(self, recipe: RCMAERecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
         self.teacher = Teacher(self.student)
-        # The half-life in steps where it is steered: a part of the checkpoint. 0 until the length of the run is known.
-        steered = recipe.teacher.schedule == "half-life" and parse_half_life(recipe.teacher.half_life)[1] == "auto"
-        self.register_buffer("memory", torch.zeros(()) if steered else None)
-        self.ahead: list[Tensor] = []
+        # Half-life in steps where half_life = "auto"; a buffer, so that checkpoints keep it. 0 until the length of the run is known.
+        auto = recipe.teacher.schedule == "half-life" and parse_half_life(recipe.teacher.half_life)[1] == "auto"
+        self.register_buffer("adaptive_half_life", torch.zeros(()) if auto else None)
+        self.pending_errors: list[Tensor] = []
 
     def views(self) -> CropAndOrder:
         own = ("teacher_order",) if self.recipe.rcmae.teacher_mask == "different" else ()
@@ -115,31 +115,31 @@ class RCMAE(MeanTeacher, MAE):
                 "consistency": consistency.detach(),
                 "teacher_reconstruction": c.mean(c.guess - c.target),
             }
-        if self.memory is not None:
+        if self.adaptive_half_life is not None:
             own = losses["reconstruction"] if c.weight is None else c.mean((c.prediction - c.target).detach())
-            self.ahead.append(torch.stack([own, losses["teacher_reconstruction"]]))
+            self.pending_errors.append(torch.stack([own, losses["teacher_reconstruction"]]))
         return losses
 
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)
-        if self.memory is not None:
-            self.steer(t, applied)
+        if self.adaptive_half_life is not None:
+            self.adapt_half_life(t, applied)
 
     @torch.no_grad()
-    def steer(self, t: Progress, applied: Tensor) -> None:
+    def adapt_half_life(self, t: Progress, applied: Tensor) -> None:
         """`half_life = "auto"`: longer while the teacher reconstructs better than the student, shorter while worse.
 
         An advantage of 1 % or more moves the half-life by ln 2 steps a step, less moves it in proportion: so it grows no faster
         than the run does. Bounds: 2 steps, and a tenth of the run.
         """
         low, high = auto_bounds(t)
-        own, theirs = average(torch.stack(self.ahead).mean(0))
-        self.ahead.clear()
+        own, theirs = average(torch.stack(self.pending_errors).mean(0))
+        self.pending_errors.clear()
         change = (100 * (1 - theirs / own)).clamp(-1, 1) * math.log(2)
-        self.memory.copy_((self.half_life(t) + torch.where(applied > 0, change, 0.0)).clamp(low, high))
+        self.adaptive_half_life.copy_((self.half_life(t) + torch.where(applied > 0, change, 0.0)).clamp(low, high))
 
     def half_life(self, t: Progress) -> float | Tensor:
-        return super().half_life(t) if self.memory is None else self.memory.clamp(*auto_bounds(t))
+        return super().half_life(t) if self.adaptive_half_life is None else self.adaptive_half_life.clamp(*auto_bounds(t))
 
     @torch.no_grad()
     def snapshot(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, str]]:
