@@ -1020,7 +1020,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         bf16_head,
         "test_methods.py::test_the_gap_to_the_teacher_survives_bf16",
     ),
-    "the described schedule restarts every epoch": (
+    "the cosine schedule restarts every epoch": (
         "rcmae.methods.rcmae:RCMAE.momentum",
         described_restarts,
         "test_methods.py::test_schedules",

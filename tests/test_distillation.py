@@ -316,7 +316,7 @@ def test_mocov3_leaves_its_patch_embedding_alone_and_its_teacher_has_no_predicto
 
 @pytest.mark.parametrize("name", NAMES)
 def test_student_and_teacher_start_alike_and_the_teacher_follows(name):
-    method = method_for(small(name, schedule="released", momentum=0.9))
+    method = method_for(small(name, schedule="constant", momentum=0.9))
     pairs = dict(method.teacher.model.named_parameters())
     with torch.no_grad():
         for key, p in method.followed.named_parameters():

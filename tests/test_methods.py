@@ -144,7 +144,7 @@ def test_the_teacher_never_gets_a_gradient():
 
 def test_momentum_one_and_zero_do_what_they_say():
     for momentum in (1.0, 0.0):
-        method = method_for(small(schedule="released", momentum=momentum))
+        method = method_for(small(schedule="constant", momentum=momentum))
         before = copy.deepcopy(method.teacher.model.state_dict())
         train(method, 2)
         expected = before if momentum else method.student.state_dict()
@@ -154,7 +154,7 @@ def test_momentum_one_and_zero_do_what_they_say():
 
 
 def test_the_teacher_is_the_moving_average_of_the_students():
-    method = method_for(small(schedule="released", momentum=0.7, ema_updates=2))
+    method = method_for(small(schedule="constant", momentum=0.7, ema_updates=2))
     expected = method.student.decoder.pred.weight.detach().double().clone()
     optimizer = adamw(method.student, method.recipe.optim, 1e-2)
     for step in range(4):
@@ -201,9 +201,9 @@ def test_different_masks_are_scored_where_both_are_blind():
 
 def test_schedules():
     at = [Progress(k, 100, 10) for k in (0, 50, 100)]
-    described, released = method_for(small(schedule="described")), method_for(small(schedule="released"))
-    assert [described.momentum(t) for t in at] == pytest.approx([0.996, 0.998, 1.0])
-    assert [released.momentum(t) for t in at] == [0.996] * 3
+    cosine, constant = method_for(small(schedule="cosine")), method_for(small(schedule="constant"))
+    assert [cosine.momentum(t) for t in at] == pytest.approx([0.996, 0.998, 1.0])
+    assert [constant.momentum(t) for t in at] == [0.996] * 3
     for text, steps in (("5%", 5), ("7 steps", 7), ("80 images", 10), ("0.5 epochs", 5)):
         method = method_for(small(half_life=text))
         assert method.momentum(at[0]) ** steps == pytest.approx(0.5), text

@@ -22,7 +22,7 @@ LONGEST = 0.1
 
 DRAG = -0.1
 """Teacher advantage below which, past two thirds of the run, the teacher holds the student back. There, in runs of 100 steps, -0.04 was
-measured at the longest half-life of `auto` (a tenth of the run), -0.07 under `described`, -0.17 at twice that half-life."""
+measured at the longest half-life of `auto` (a tenth of the run), -0.07 under `cosine`, -0.17 at twice that half-life."""
 
 CAUSES = {"teacher-still", "teacher-moves-twice", "teacher-stale", "momentum-one", "buffer-missed", "teacher-training", "schedule-stuck"}
 "Faults that can make a teacher drag: once one is named, its consequence is not called too."

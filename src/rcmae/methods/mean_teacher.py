@@ -21,10 +21,11 @@ MSN_STRETCH = 1.25
 class TeacherSettings(Section):
     """The mean teacher."""
 
-    schedule: Literal["half-life", "described", "released", "linear"] = "half-life"
-    "teacher momentum: constant, from `half_life`; a cosine to 1 (RC-MAE's text, DINO); constant (RC-MAE's code); linear towards 1 (MSN)"
+    schedule: Literal["half-life", "cosine", "constant", "linear"] = "half-life"
+    """how momentum changes over the run: constant, set by half_life; cosine to 1 (RC-MAE's paper, DINO); constant, set by momentum
+    (RC-MAE's code); linear towards 1 (MSN)"""
     momentum: float = 0.996
-    "where `described` and `linear` start, where `released` stays; `half-life` does not use it"
+    "where `cosine` and `linear` start, where `constant` stays; `half-life` does not use it"
     half_life: str = "0.5%"
     "how long a student stays half remembered: '0.5%' of the run, '173 steps', '2e6 images', '0.5 epochs' or 'auto'"
     ema_updates: int = 1
@@ -65,9 +66,9 @@ class MeanTeacher(Method):
     def momentum(self, t: Progress) -> float | Tensor:
         """Momentum of one teacher update; a scalar on the device where it is steered."""
         r = self.recipe.teacher
-        if r.schedule == "released":
+        if r.schedule == "constant":
             return r.momentum
-        if r.schedule == "described":
+        if r.schedule == "cosine":
             return cosine(r.momentum, 1.0, t.fraction)
         if r.schedule == "linear":
             return r.momentum + (1 - r.momentum) * t.fraction / MSN_STRETCH
