@@ -51,7 +51,7 @@ def test_hidden_pixels_cannot_reach_the_encoder(registers):
         assert torch.equal(shots[0][who], shots[1][who])
         assert not torch.equal(shots[0][who], shots[2][who])
     ids = batch["order"][:, : method.visible]
-    latents = [method.student.encoder(take(method.cut(s["image"]), ids), ids) for s in shots[:2]]
+    latents = [method.student.encoder(take(method.normalize_and_patchify(s["image"]), ids), ids) for s in shots[:2]]
     assert torch.equal(*latents)
 
 
@@ -59,7 +59,7 @@ def test_visible_patches_get_exactly_no_gradient():
     """The loss, as a function of what it is compared with, depends on hidden patches only: visible targets cannot move it."""
     method = method_for(small("mae", target="pixels"))
     batch = batch_for(method)
-    patches = method.cut(batch["image"]).requires_grad_()
+    patches = method.normalize_and_patchify(batch["image"]).requires_grad_()
     with torch.no_grad():
         prediction = method.student(patches, batch["order"], method.visible)
     loss = F.mse_loss(prediction, method.target(take(patches, batch["order"][:, method.visible :])))
@@ -188,7 +188,7 @@ def test_different_masks_are_scored_where_both_are_blind():
     method = method_for(small(teacher_mask="different"))
     batch = batch_for(method)
     losses = method(batch, T0)
-    patches = method.cut(batch["image"])
+    patches = method.normalize_and_patchify(batch["image"])
     s = method.student(patches, batch["order"], method.visible)
     t = method.teacher(patches, batch["teacher_order"], method.visible)
     terms = []

@@ -97,7 +97,7 @@ class SelfDistillation(MeanTeacher):
     ) -> Float[Tensor, "v b t d"]:
         """Views of a batch through an encoder; see `Encoder.forward` for `ids` and `masked`."""
         b, v, _, h, w = images.shape
-        patches = self.cut(images.transpose(0, 1).flatten(0, 1))
+        patches = self.normalize_and_patchify(images.transpose(0, 1).flatten(0, 1))
         if ids is not None:
             patches = take(patches, ids)
         return net.encoder(patches, ids, (h // self.patch, w // self.patch), masked).unflatten(0, (v, b))

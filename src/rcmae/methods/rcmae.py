@@ -22,7 +22,7 @@ from ..models.patches import take
 from ..models.teacher import Teacher
 from .base import Comparison
 from .diagnostics import BlockFigure, Curve, Figure, Numbers, Panel, Sentence, Variant
-from .mae import MAE, CropAndOrder, MAERecipe
+from .mae import MAE, CropAndMask, MAERecipe
 from .mae import Batch as BatchOfMAE
 from .mean_teacher import MeanTeacher, MeanTeacherRecipe
 from .reconstruction_loss import squared_errors
@@ -79,16 +79,16 @@ class RCMAE(MeanTeacher, MAE):
         self.register_buffer("adaptive_half_life", torch.zeros(()) if auto else None)
         self.pending_errors: list[Tensor] = []
 
-    def views(self) -> CropAndOrder:
+    def views(self) -> CropAndMask:
         own = ("teacher_order",) if self.recipe.rcmae.teacher_mask == "different" else ()
-        return CropAndOrder(self.recipe.images, self.patches, ("order", *own))
+        return CropAndMask(self.recipe.images, self.patches, ("order", *own))
 
     @property
     def last_layer(self) -> nn.Linear:
         return self.student.decoder.pred
 
     def compare(self, batch: Batch) -> Comparison:
-        patches, order, gamma = self.cut(batch["image"]), batch["order"], self.recipe.rcmae.gamma
+        patches, order, gamma = self.normalize_and_patchify(batch["image"]), batch["order"], self.recipe.rcmae.gamma
         target = self.target(take(patches, order[:, self.visible :]))
         # The teacher runs first: nothing of it is kept when the student's activations are.
         if "teacher_order" not in batch:
@@ -144,7 +144,7 @@ class RCMAE(MeanTeacher, MAE):
     @torch.no_grad()
     def snapshot(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, facts = super().snapshot(batch)
-        return tensors | {"teacher": self.teacher(self.cut(batch["image"]), batch["order"], self.visible)}, facts
+        return tensors | {"teacher": self.teacher(self.normalize_and_patchify(batch["image"]), batch["order"], self.visible)}, facts
 
     # --- what a run shows of it -----------------------------------------------------------------------------------------
 
