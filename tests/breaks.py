@@ -364,11 +364,11 @@ def centre_moves_anyway(old):
 
 
 def centre_forgets_micro_batches(old):
-    def move(self, applied):
-        del self.seen[:-1]
+    def update(self, applied):
+        del self.accumulated[:-1]
         return old(self, applied)
 
-    return move
+    return update
 
 
 def never_frozen(old):
@@ -444,7 +444,7 @@ def another_start(old):
 
 
 def centre_in_any_case(old):
-    return lambda self, said, centre, temperature: ((said - centre.value) / temperature).softmax(-1)
+    return lambda self, logits, center, temperature: ((logits - center.value) / temperature).softmax(-1)
 
 
 def neighbours_by_length(old):
@@ -1255,12 +1255,12 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_distillation.py::test_ibot_without_masks_is_dino",
     ),
     "a skipped step moves the centre": (
-        "rcmae.methods.distillation:Centre.move",
+        "rcmae.methods.distillation:Center.update",
         centre_moves_anyway,
         "test_distillation.py::test_a_centre_is_a_running_mean_that_a_skipped_step_leaves_alone",
     ),
     "a centre knows the last micro-batch alone": (
-        "rcmae.methods.distillation:Centre.move",
+        "rcmae.methods.distillation:Center.update",
         centre_forgets_micro_batches,
         "test_distillation.py::test_micro_batches_give_the_gradient_and_the_centre_of_the_whole_batch",
     ),

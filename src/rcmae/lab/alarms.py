@@ -44,7 +44,7 @@ class Alarms:
         self.teacher = method.teacher
         self.called = set(called)
         self.rows: dict[str, int] = {}
-        self.first_buffers = _buffers(method.followed), _buffers(self.teacher.model) if self.teacher is not None else {}
+        self.first_buffers = _buffers(method.ema_source), _buffers(self.teacher.model) if self.teacher is not None else {}
 
     def at_start(self, t: Progress, drift: float | None = None) -> list[Alarm]:
         """What can be said before a step is made. `drift` is the distance to the teacher that the checkpoint recorded."""
@@ -136,7 +136,7 @@ class Alarms:
         return float(self.method.momentum_per_step(Progress(step, self.total, self.steps_per_epoch)))
 
     def _missed_buffer(self) -> str | None:
-        own, other = _buffers(self.method.followed), _buffers(self.teacher.model)
+        own, other = _buffers(self.method.ema_source), _buffers(self.teacher.model)
         for name in own.keys() & other.keys():
             if not torch.equal(own[name], self.first_buffers[0][name]) and torch.equal(other[name], self.first_buffers[1][name]):
                 return name

@@ -66,8 +66,8 @@ class Method(Diagnostics, nn.Module):
         self.teacher = None
 
     @property
-    def followed(self) -> nn.Module:
-        """The part of the student that is evaluated, and that a teacher copies."""
+    def ema_source(self) -> nn.Module:
+        """The part of the student that the teacher averages and that evaluation loads."""
         return self.student
 
     @classmethod

@@ -58,10 +58,10 @@ class MeanTeacher(Method):
     def before_step(self, t: Progress, applied: Tensor) -> None:
         # RC-MAE's code moves the teacher after every micro-batch, all but the last towards the student as it was.
         for _ in range(self.recipe.teacher.ema_updates - 1):
-            self.teacher.update(self.followed, self.momentum(t), applied)
+            self.teacher.update(self.ema_source, self.momentum(t), applied)
 
     def after_step(self, t: Progress, applied: Tensor) -> None:
-        self.teacher.update(self.followed, self.momentum(t), applied)
+        self.teacher.update(self.ema_source, self.momentum(t), applied)
 
     def momentum(self, t: Progress) -> float | Tensor:
         """Momentum of one teacher update; a scalar on the device where it is steered."""
@@ -84,11 +84,11 @@ class MeanTeacher(Method):
         return number * steps[unit]
 
     def backbone(self, which: str = "teacher") -> Backbone:
-        model = self.followed if which == "student" else self.teacher.model
+        model = self.ema_source if which == "student" else self.teacher.model
         return Backbone(model.encoder.vit, *self.statistics)
 
     def state(self, t: Progress) -> dict[str, float | Tensor]:
-        return teacher_clock(self.momentum_per_step(t), t, self.recipe.optim.batch_size) | {"drift": self.teacher.drift(self.followed)}
+        return teacher_clock(self.momentum_per_step(t), t, self.recipe.optim.batch_size) | {"drift": self.teacher.drift(self.ema_source)}
 
     @classmethod
     def panels(cls) -> tuple[Panel, ...]:

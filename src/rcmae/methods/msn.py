@@ -23,10 +23,10 @@ from ..models.heads import mlp
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .distillation import (
     SPREAD,
+    EncoderWithHead,
     SelfDistillation,
     SelfDistillationRecipe,
-    Siamese,
-    Student,
+    StudentWithPredictor,
     judge_answers,
     judge_spread,
     spread_figures,
@@ -113,26 +113,26 @@ class MSN(SelfDistillation):
         h = self.recipe.head
         return mlp([inputs, h.head_width, h.head_width, h.embedding], norm=True)
 
-    def grow(self, net: Siamese) -> Student:
-        return Student(net, Prototypes(self.recipe.msn.prototypes, self.recipe.head.embedding))
+    def build_student(self, net: EncoderWithHead) -> StudentWithPredictor:
+        return StudentWithPredictor(net, Prototypes(self.recipe.msn.prototypes, self.recipe.head.embedding))
 
     @property
-    def followed(self) -> Siamese:
-        return self.student.trunk
+    def ema_source(self) -> EncoderWithHead:
+        return self.student.shared
 
     def views(self) -> AnchoredCrops:
         return AnchoredCrops(super().views(), self.patches)
 
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
-        own, teacher, trunk = self.recipe.msn, self.teacher.model, self.student.trunk
+        own, teacher, shared = self.recipe.msn, self.teacher.model, self.student.shared
         kept = batch["anchor_order"][:, : max(1, int((1 - own.anchor_drop) * self.patches))]
-        classes = [self.tokens(trunk, batch["image"][:, 1:], ids=kept)]
-        classes += [self.tokens(trunk, batch["local"])] if "local" in batch else []
+        classes = [self.tokens(shared, batch["image"][:, 1:], ids=kept)]
+        classes += [self.tokens(shared, batch["local"])] if "local" in batch else []
         with torch.no_grad():
             z = teacher.head(self.tokens(teacher, batch["image"][:, :1])[0, :, 0])
-        z_anchor = torch.cat([trunk.head(tokens[:, :, 0].flatten(0, 1)) for tokens in classes])  # statistics are those of one size
+        z_anchor = torch.cat([shared.head(tokens[:, :, 0].flatten(0, 1)) for tokens in classes])  # statistics are those of one size
         with torch.autocast(z.device.type, enabled=False):
-            prototypes = self.student.top.weight
+            prototypes = self.student.predictor.weight
             with torch.no_grad():
                 said = sharpened(assignments(z.float(), prototypes, own.student_temperature), own.sharpen)
                 target = balanced(said) if own.sinkhorn else said
