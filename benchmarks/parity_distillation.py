@@ -67,10 +67,10 @@ def dino(part: dict[str, Tensor], text: str, temperatures: dict[str, float], not
     """Logits are stacked crop by crop; the two global ones first."""
     center = Center(part["0/student"].shape[1], number(text, "center momentum"))
     for i, call in calls(part):
-        s, said = learning(call["student"]), call["teacher"].unflatten(0, (2, -1))
-        center.accumulate(said)
-        target = centered(said, center.value, temperatures["teacher"])
-        loss = across_views(s.unflatten(0, (-1, said.shape[1])), target, number(text, "student_temp"))
+        s, teacher_logits = learning(call["student"]), call["teacher"].unflatten(0, (2, -1))
+        center.accumulate(teacher_logits)
+        target = centered(teacher_logits, center.value, temperatures["teacher"])
+        loss = across_views(s.unflatten(0, (-1, teacher_logits.shape[1])), target, number(text, "student_temp"))
         loss.backward()
         center.update(torch.ones(()))
         note("loss", f"call {i}", loss, call["loss"])
@@ -86,13 +86,14 @@ def ibot(part: dict[str, Tensor], text: str, temperatures: dict[str, float], not
     for i, call in calls(part):
         names = ("student_cls", "student_local_cls", "student_patch")
         s = {name: learning(call[name]) for name in names}
-        said, patches = (call[f"teacher_{k}"].unflatten(0, (2, -1)) for k in ("cls", "patch"))
-        for center, logits in zip(centers, (said, patches), strict=True):
+        teacher_logits, patches = (call[f"teacher_{k}"].unflatten(0, (2, -1)) for k in ("cls", "patch"))
+        for center, logits in zip(centers, (teacher_logits, patches), strict=True):
             center.accumulate(logits)
         target, patch_target = (
-            centered(logits, center.value, temperatures["teacher"]) for center, logits in zip(centers, (said, patches), strict=True)
+            centered(logits, center.value, temperatures["teacher"])
+            for center, logits in zip(centers, (teacher_logits, patches), strict=True)
         )
-        b = said.shape[1]
+        b = teacher_logits.shape[1]
         classes = torch.cat([s["student_cls"], s["student_local_cls"]]).unflatten(0, (-1, b))
         across = across_views(classes, target, ts)
         within = masked_patches(s["student_patch"].unflatten(0, (2, b)), patch_target, call["mask"].flatten(2).bool(), ts)

@@ -476,7 +476,7 @@ def any_backbone_is_the_same(old):
 
 
 def grey_counts(old):
-    return lambda self, said, seen: said == seen.labels
+    return lambda self, predicted, seen: predicted == seen.labels
 
 
 def substitute_under_a_wrong_label(old):
@@ -1311,7 +1311,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     ),
     "what is balanced is logged as balanced": (
         "rcmae.methods.dino:DINO.spread",
-        lambda old: lambda self, said, temperature: {"prototypes_used": torch.tensor(12.0), "entropy": torch.tensor(0.0)},
+        lambda old: lambda self, logits, temperature: {"prototypes_used": torch.tensor(12.0), "entropy": torch.tensor(0.0)},
         "test_distillation.py::test_balanced_targets_use_all_prototypes",
     ),
     "three seeds are taken for many": (

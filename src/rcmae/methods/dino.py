@@ -101,22 +101,22 @@ class DINO(SelfDistillation):
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         teacher, temperature = self.teacher.model, self.teacher_temperature(t)
         with torch.no_grad():
-            said = teacher.head(self.tokens(teacher, batch["image"])[:, :, 0])
-        self.center.accumulate(said)
-        target = self.target(said, self.center, temperature)
+            teacher_logits = teacher.head(self.tokens(teacher, batch["image"])[:, :, 0])
+        self.center.accumulate(teacher_logits)
+        target = self.target(teacher_logits, self.center, temperature)
         loss = across_views(self.student.head(self.classes(batch)), target, self.recipe.dino.student_temperature)
-        return {"loss": loss} | self.spread(said, temperature)
+        return {"loss": loss} | self.spread(teacher_logits, temperature)
 
-    def target(self, said: Float[Tensor, "*s c"], center: Center, temperature: float) -> Float[Tensor, "*s c"]:
-        """What the teacher says as probabilities that do not all fall to one prototype."""
+    def target(self, teacher_logits: Float[Tensor, "*s c"], center: Center, temperature: float) -> Float[Tensor, "*s c"]:
+        """The teacher's probabilities, centered or balanced so that they do not all fall to one prototype."""
         if self.recipe.dino.sinkhorn:
-            return balanced((said.flatten(0, -2) / temperature).softmax(-1)).view_as(said)
-        return centered(said, center.value, temperature)
+            return balanced((teacher_logits.flatten(0, -2) / temperature).softmax(-1)).view_as(teacher_logits)
+        return centered(teacher_logits, center.value, temperature)
 
-    def spread(self, said: Float[Tensor, "*s c"], temperature: float) -> dict[str, Tensor]:
+    def spread(self, teacher_logits: Float[Tensor, "*s c"], temperature: float) -> dict[str, Tensor]:
         """Of the teacher's answers, see `spread_of`; what is balanced is looked at before."""
         shift = 0.0 if self.recipe.dino.sinkhorn else self.center.value
-        return spread_of(((said.flatten(0, -2)[:LOOKED_AT] - shift) / temperature).softmax(-1))
+        return spread_of(((teacher_logits.flatten(0, -2)[:LOOKED_AT] - shift) / temperature).softmax(-1))
 
     def classes(self, batch: Batch) -> Tensor:
         """The student's class tokens of all views [v b d]."""

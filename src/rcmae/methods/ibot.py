@@ -112,10 +112,10 @@ class IBOT(DINO):
         chosen = self.chosen(masked)
         with torch.no_grad():
             seen = self.tokens(teacher, batch["image"])
-            said, patches_said = teacher.head(seen[:, :, 0]), teacher.head(_at(seen[:, :, prefix:], chosen))
-        self.center.accumulate(said)
-        self.patch_center.accumulate(patches_said, None if chosen is None else masked.flatten()[chosen])
-        target = self.target(said, self.center, temperature)
+            teacher_logits, patch_logits = teacher.head(seen[:, :, 0]), teacher.head(_at(seen[:, :, prefix:], chosen))
+        self.center.accumulate(teacher_logits)
+        self.patch_center.accumulate(patch_logits, None if chosen is None else masked.flatten()[chosen])
+        target = self.target(teacher_logits, self.center, temperature)
         tokens = self.tokens(self.student, batch["image"], masked=(masked.flatten(0, 1), self.student.mask_token))
         classes = tokens[:, :, 0]
         if "local" in batch:
@@ -123,8 +123,8 @@ class IBOT(DINO):
         ts = self.recipe.dino.student_temperature
         across = across_views(self.student.head(classes), target, ts)
         foretold = self.student.head(_at(tokens[:, :, prefix:], chosen))
-        within = masked_patches(foretold, self.target(patches_said, self.patch_center, temperature), masked, ts, chosen)
-        return {"loss": across + within, "across": across.detach(), "within": within.detach()} | self.spread(said, temperature)
+        within = masked_patches(foretold, self.target(patch_logits, self.patch_center, temperature), masked, ts, chosen)
+        return {"loss": across + within, "across": across.detach(), "within": within.detach()} | self.spread(teacher_logits, temperature)
 
     def chosen(self, masked: Bool[Tensor, "v b n"]) -> Int[Tensor, " k"] | None:
         """Places, among all patches of all views, on which the head is put; None: on every one."""

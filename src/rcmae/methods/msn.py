@@ -134,12 +134,12 @@ class MSN(SelfDistillation):
         with torch.autocast(z.device.type, enabled=False):
             prototypes = self.student.predictor.weight
             with torch.no_grad():
-                said = sharpened(assignments(z.float(), prototypes, own.student_temperature), own.sharpen)
-                target = balanced(said) if own.sinkhorn else said
+                assigned = sharpened(assignments(z.float(), prototypes, own.student_temperature), own.sharpen)
+                target = balanced(assigned) if own.sinkhorn else assigned
             p = assignments(z_anchor.float(), prototypes, own.student_temperature)
             agreement = -torch.special.xlogy(target.repeat(len(z_anchor) // len(target), 1), p).sum(1).mean()
             gap = entropy_gap(p)
-        return {"loss": agreement + own.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(said)
+        return {"loss": agreement + own.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(assigned)
 
     def references(self, batch: Batch) -> dict[str, float]:
         """The cross-entropy of anchors whose assignments are even, in nats; also the largest entropy gap."""

@@ -160,17 +160,17 @@ class RCMAE(MeanTeacher, MAE):
 
     @classmethod
     def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
-        said, ahead = super().judge(means, reference), advantage(means)
+        sentences, ahead = super().judge(means, reference), advantage(means)
         if ahead is None:
-            return said
+            return sentences
         if abs(ahead) < 0.002:
             text = "Teacher and student reconstruct equally well now, so the teacher neither pulls ahead nor holds back."
-            return [*said, ("note", text)]
+            return [*sentences, ("note", text)]
         text = f"On the same batches the teacher reconstructs {abs(ahead):.1%} {'better' if ahead > 0 else 'worse'} than the student: "
         if ahead > 0:
-            return [*said, ("good", text + "it is ahead, so agreeing with it adds information.")]
+            return [*sentences, ("good", text + "it is ahead, so agreeing with it adds information.")]
         text += "it lags, so agreeing with it slows the student down (normal early in a run; if it stays, shorten --half-life)."
-        return [*said, ("note", text)]
+        return [*sentences, ("note", text)]
 
     @classmethod
     def panels(cls) -> tuple[Panel, ...]:

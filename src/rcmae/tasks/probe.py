@@ -23,7 +23,7 @@ from ..models.backbone import Backbone
 from .attentive import attentive_right
 from .features import features
 from .knn import Knn
-from .linear import linear_right, said
+from .linear import linear_right, predict
 
 Scores = dict[str, float]
 Right = dict[str, Bool[np.ndarray, " m"]]
@@ -53,7 +53,7 @@ class ProbeSet:
         near = Knn(torch.from_numpy(train), torch.from_numpy(self.labels), int(self.labels.max()) + 1, min(20, len(train)))
         return {
             "linear": linear_right(train, self.labels, test, self.truth),
-            "knn": said(near, torch.from_numpy(test)) == self.truth,
+            "knn": predict(near, torch.from_numpy(test)) == self.truth,
         }
 
     def pixels(self) -> Right:

@@ -115,9 +115,9 @@ class Subject:
             seen = Seen(*(x[seen.readable] if x is not None else None for x in seen))
         return seen, seen.labels
 
-    def hits(self, said: Int[np.ndarray, " m"], seen: Seen) -> Bool[np.ndarray, " m"]:
+    def hits(self, predicted: Int[np.ndarray, " m"], seen: Seen) -> Bool[np.ndarray, " m"]:
         """Which test images are right; one that cannot be read is wrong."""
-        return (said == seen.labels) & seen.readable
+        return (predicted == seen.labels) & seen.readable
 
     def score(self, model: nn.Module) -> Scored:
         """What a model of pixels makes of the test images."""

@@ -76,7 +76,7 @@ class Supervised(Trainer):
     def score(self) -> dict[str, float]:
         """Score the test images as the weights are, on all ranks."""
 
-    def said(self, scores: dict[str, float]) -> str:
+    def format_scores(self, scores: dict[str, float]) -> str:
         """Scores in words."""
         return ", ".join(f"{name} {value:.1f}" for name, value in scores.items() if not math.isnan(value))
 
@@ -118,7 +118,7 @@ class Supervised(Trainer):
         scores, epoch = self.score(), self.step / self.steps_per_epoch
         self.history.append({"step": self.step, "epoch": epoch, **scores})
         self.write("val", epoch=epoch, **scores)
-        self.screen.say(f"step {self.step:,}: {self.said(scores)}")
+        self.screen.say(f"step {self.step:,}: {self.format_scores(scores)}")
 
     def more_state(self) -> dict[str, Any]:
         return {"history": self.history}

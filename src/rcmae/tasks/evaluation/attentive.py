@@ -51,7 +51,7 @@ class Attentive(Task):
                 seed=subject.how.seed, device=subject.device, tick=tick,
             )  # fmt: skip
         test = subject.features("test", tokens=True)
-        hits = subject.hits(linear.said(found.probe, test.tokens.to(subject.device)), test)
+        hits = subject.hits(linear.predict(found.probe, test.tokens.to(subject.device)), test)
         return found.probe, hits, {"rate": found.rate, "held_out": {f"{k:g}": v for k, v in found.held_out.items()}}
 
     def _anew(self, subject: "Subject", steps: int, batch: int) -> tuple[Any, Any, dict[str, Any]]:

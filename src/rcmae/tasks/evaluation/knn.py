@@ -51,13 +51,13 @@ class KNN(Task):
         near = Knn(
             train.pooled(self.pool).to(device), torch.from_numpy(labels).to(device), len(subject.set.classes), max(ks), self.temperature
         )
-        said: dict[int, list[Tensor]] = {k: [] for k in ks}
+        predicted: dict[int, list[Tensor]] = {k: [] for k in ks}
         with torch.no_grad(), subject.screen.progress("k-NN", len(test.labels)) as tick:
             for i, part in enumerate(test.pooled(self.pool).split(256)):
                 for k, votes in near.votes(part.to(device), ks).items():
-                    said[k].append(votes.argmax(1).cpu())
+                    predicted[k].append(votes.argmax(1).cpu())
                 tick(min((i + 1) * 256, len(test.labels)))
-        hits = {k: subject.hits(torch.cat(parts).numpy(), test) for k, parts in said.items()}
+        hits = {k: subject.hits(torch.cat(parts).numpy(), test) for k, parts in predicted.items()}
         kept = near.k = 20 if 20 in ks else ks[0]
         metrics = {f"top1 k={k}": 100 * float(h.mean()) for k, h in hits.items()}
         settings = asdict(replace(self, k=ks))

@@ -43,7 +43,7 @@ class Linear(Task):
         pool: Pool = self.pool or ("mean" if self.protocol == "rates" else "cls")
         layer, chose = (self._rates if self.protocol == "rates" else self._mae)(subject, pool)
         test = subject.features("test")
-        hits = subject.hits(linear.said(layer, test.pooled(pool).to(subject.device)), test)
+        hits = subject.hits(linear.predict(layer, test.pooled(pool).to(subject.device)), test)
         settings = asdict(self) | {"pool": pool} | chose
         return Found({"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, pool, layer), settings)
 
