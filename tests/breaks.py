@@ -1469,7 +1469,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_probes.py::test_what_wants_a_gradient_keeps_no_pair_of_all",
     ),
     "what cannot be read is scored as grey": (
-        "rcmae.tasks.subject:Subject.hits",
+        "rcmae.tasks.context:EvaluationContext.hits",
         grey_counts,
         "test_evaluate.py::test_an_unreadable_image_is_wrong_and_named",
     ),

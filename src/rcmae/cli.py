@@ -454,9 +454,9 @@ def _command_of(kind: type[Task]) -> Callable[..., None]:
 
     def command(
         backbone: Annotated[str, Parameter(help=kind.takes)], /, *, task: Annotated[kind, Flat] = kind(),
-        how: Annotated[Evaluation, Flat] = Evaluation(),
+        options: Annotated[Evaluation, Flat] = Evaluation(),
     ) -> None:  # fmt: skip
-        _evaluate(backbone, task, how)
+        _evaluate(backbone, task, options)
 
     command.__doc__ = kind.__doc__
     return command
@@ -478,7 +478,7 @@ class Compared(Evaluation):
 @evaluate.command(name="worth-it")
 def evaluate_worth_it(
     backbone: str, /, *, task: Annotated[Worth, Flat] = Worth(), tuning: Annotated[Tuning, Flat] = Tuning(),
-    how: Annotated[Compared, Flat] = Compared(),
+    options: Annotated[Compared, Flat] = Compared(),
 ) -> None:  # fmt: skip
     """Did pre-training pay? Fine-tuning from it and from scratch, at several shares of the labels, with intervals and a plain verdict.
 
@@ -489,14 +489,14 @@ def evaluate_worth_it(
     """
     from rich.table import Table
 
-    from .tasks.subject import place
+    from .tasks.context import place
     from .tasks.worth import worth_it
 
-    if how.out:
-        _check_folder(how.out)
-    if any(getattr(how, name) != getattr(Compared, name) for name in ("which", "labels", "seed")):
+    if options.out:
+        _check_folder(options.out)
+    if any(getattr(options, name) != getattr(Compared, name) for name in ("which", "labels", "seed")):
         raise ConfigError("worth-it compares all networks, at --percents and over --seeds; leave out --which, --labels and --seed")
-    found = worth_it(backbone, task, tuning, how, _console().print)
+    found = worth_it(backbone, task, tuning, options, _console().print)
     if not found["rows"]:  # not the first rank
         return
     table = Table("% right", "labels", "mean", "seeds", "against scratch", title_justify="left")
@@ -507,19 +507,19 @@ def evaluate_worth_it(
     _console().print(table)
     for text in found["said"]:
         _console().print(text)
-    _report_of_backbone(place(backbone, how))
+    _report_of_backbone(place(backbone, options))
 
 
-def _evaluate(backbone: str, task: Task, how: Evaluation) -> None:
+def _evaluate(backbone: str, task: Task, options: Evaluation) -> None:
     from rich.table import Table
 
     from .report.severity import write_figures
+    from .tasks.context import place
     from .tasks.evaluate import evaluate
-    from .tasks.subject import place
 
-    if how.out:
-        _check_folder(how.out)
-    records = evaluate(backbone, task, how)
+    if options.out:
+        _check_folder(options.out)
+    records = evaluate(backbone, task, options)
     if not records:  # not the first rank
         return
     title = f"{records[0]['task']}, %, {records[0]['test_images']:,} test images"
@@ -527,7 +527,7 @@ def _evaluate(backbone: str, task: Task, how: Evaluation) -> None:
     for name in dict.fromkeys(name for record in records for name in record["metrics"]):
         table.add_row(name, *(f"{record['metrics'][name]:.2f}" if name in record["metrics"] else "" for record in records))
     _console().print(table)
-    where = place(backbone, how)
+    where = place(backbone, options)
     for file in write_figures(records, where):
         print(f"Open {file}")
     _report_of_backbone(where)
@@ -549,7 +549,7 @@ app.command(detect)
 
 @detect.command(name="train")
 def detect_train(
-    backbone: str, /, *, how: Annotated[Detection, Flat] = Detection(), machine: Annotated[Workplace, Flat] = Workplace()
+    backbone: str, /, *, options: Annotated[Detection, Flat] = Detection(), machine: Annotated[Workplace, Flat] = Workplace()
 ) -> None:
     """Train a detector on a backbone; a run that is already in --out goes on.
 
@@ -563,7 +563,7 @@ def detect_train(
 
     if machine.out:
         _check_folder(machine.out)
-    run = train_detector(backbone, how, machine)
+    run = train_detector(backbone, options, machine)
     if run is None:  # not the first rank
         return
     print(f"Open {write_report(run)}")
@@ -571,7 +571,7 @@ def detect_train(
 
 
 @detect.command(name="eval")
-def detect_eval(checkpoint: Path, /, *, how: Annotated[Scoring, Flat] = Scoring()) -> None:
+def detect_eval(checkpoint: Path, /, *, options: Annotated[Scoring, Flat] = Scoring()) -> None:
     """COCO's average precision of boxes and masks, by class and size.
 
     Parameters
@@ -583,9 +583,9 @@ def detect_eval(checkpoint: Path, /, *, how: Annotated[Scoring, Flat] = Scoring(
 
     from .tasks.detection.commands import percent, score_detector
 
-    if how.out:
-        _check_folder(how.out)
-    found = score_detector(checkpoint, how)
+    if options.out:
+        _check_folder(options.out)
+    found = score_detector(checkpoint, options)
     if found is None:  # not the first rank
         return
     parts = [part for part in ("box", "mask") if part in found]
@@ -599,7 +599,7 @@ def detect_eval(checkpoint: Path, /, *, how: Annotated[Scoring, Flat] = Scoring(
     rule = found[parts[0]]["areas"]
     bounds = " and ".join(f"{bound:,.0f}" for bound in found[parts[0]]["bounds"])
     print(f"small, medium, large: below and above {bounds} px of area, {'as COCO' if rule == 'coco' else 'scaled to these images'}")
-    print(f"wrote {how.out or checkpoint / 'eval'}")
+    print(f"wrote {options.out or checkpoint / 'eval'}")
 
 
 @detect.command(name="show")
