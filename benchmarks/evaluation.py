@@ -33,7 +33,7 @@ from rcmae.methods.recipes import load_recipe
 from rcmae.models.backbone import Features, Pixels
 from rcmae.pretraining import pretrain
 from rcmae.tasks.context import EvaluationContext
-from rcmae.tasks.evaluation import KNN, Attentive, Linear, Tuning
+from rcmae.tasks.evaluation import KNN, Attentive, Finetune, Linear
 from rcmae.tasks.evaluation.base import Evaluation
 from rcmae.tasks.interval import interval
 from rcmae.tasks.robustness import sets
@@ -109,7 +109,7 @@ def unit(out: Path, seed: int, name: str) -> str:
             place = out / "tuned" / f"{file.stem}"
             options = Evaluation(labels=percent, seed=seed, device="cpu", cache=out / "cache", out=place)
             context = EvaluationContext(name, "backbone", backbone, data, options, device, World(), screen, pick_precision("auto", device))
-            tuning = Tuning(settings=(f"steps={STEPS[percent]}", "warmup_epochs=0.1"))
+            tuning = Finetune(settings=(f"steps={STEPS[percent]}", "warmup_epochs=0.1"))
             tasks = [KNN(k=(20,)), Linear(), Attentive(fit_steps=250, batch=256, queries=4), tuning]
             for kind, task in zip(TASKS, tasks if name != "raw pixels" else tasks[:3], strict=False):
                 result = task.run(context)

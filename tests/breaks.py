@@ -1336,7 +1336,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_race.py::test_a_race_is_stopped_resumed_judged_and_not_run_again",
     ),
     "the attentive probe attends to nothing": (
-        "rcmae.tasks.attentive:AttentivePool.forward",
+        "rcmae.tasks.attentive_probe:AttentivePool.forward",
         looks_everywhere,
         "test_race.py::test_the_attentive_probe_finds_one_token_among_many",
     ),
@@ -1396,14 +1396,14 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_finetune.py::test_an_unreadable_test_image_is_wrong_and_named",
     ),
     "the nearest neighbours come last": ("rcmae.tasks.knn:nearest", neighbours_by_length, "test_probes.py::test_a_feature_finds_itself"),
-    "LARS is SGD": ("rcmae.tasks.linear:lars", sgd_for_lars, "test_probes.py::test_maes_step_is_lars_on_standardised_features"),
+    "LARS is SGD": ("rcmae.tasks.linear_probe:lars", sgd_for_lars, "test_probes.py::test_maes_step_is_lars_on_standardised_features"),
     "a probe's layer forgets the features' scale": (
-        "rcmae.tasks.linear:folded",
+        "rcmae.tasks.linear_probe:folded",
         keeps_the_scale,
         "test_probes.py::test_scale_and_offset_of_features_are_nothing_to_it",
     ),
     "nothing is held out to choose a rate": (
-        "rcmae.tasks.linear:held_out",
+        "rcmae.tasks.linear_probe:held_out",
         scores_on_what_it_saw,
         "test_probes.py::test_the_rate_is_the_best_on_what_was_held_out_and_the_layer_is_fitted_on_all",
     ),

@@ -8,10 +8,10 @@ from torch import nn
 
 import rcmae.tasks.knn as knn_module
 from rcmae.errors import ConfigError
-from rcmae.tasks import attentive
+from rcmae.tasks import attentive_probe
 from rcmae.tasks.knn import Knn, check_k, nearest
 from rcmae.tasks.lars import lars
-from rcmae.tasks.linear import RATES, Heads, fit, fit_mae, fit_rates, predict
+from rcmae.tasks.linear_probe import RATES, Heads, fit, fit_mae, fit_rates, predict
 
 CLASSES = 5
 
@@ -166,7 +166,7 @@ def by_rates(train, labels, test, truth, seed=0):
 
 def by_mae(train, labels, test, truth, seed=0):
     """Few images: a high rate, as its docstring asks for."""
-    batches = attentive.in_memory(train, labels, 200, len(train), seed)
+    batches = attentive_probe.in_memory(train, labels, 200, len(train), seed)
     layer = fit_mae(batches, train.shape[1], CLASSES, steps=200, warmup=0.05, batch=len(train), base_lr=5.0, seed=seed)
     return predict(layer, test) == truth
 
@@ -282,7 +282,7 @@ def test_a_feature_that_never_changes_is_not_blown_up():
 # --- attentive --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", attentive.PROBES)
+@pytest.mark.parametrize("kind", attentive_probe.PROBES)
 def test_attentive_probes_find_one_token_among_many(kind):
     """The class stands in one token at a random place; the mean over the tokens hides it in noise."""
     rng = torch.Generator().manual_seed(0)
@@ -295,12 +295,12 @@ def test_attentive_probes_find_one_token_among_many(kind):
 
     (train, labels), (test, truth) = images(800), images(400)
     options = {"steps": 150, "rates": (1e-2, 3e-2), "heads": 5}
-    found = attentive.fit_rates(kind, train, labels, 4, **options)
+    found = attentive_probe.fit_rates(kind, train, labels, 4, **options)
     assert (predict(found.probe, test) == truth).mean() > 0.95
     assert found.held_out[found.rate] == max(found.held_out.values())
-    again = attentive.fit_rates(kind, train, labels, 4, **options | {"rates": (found.rate,)})
+    again = attentive_probe.fit_rates(kind, train, labels, 4, **options | {"rates": (found.rate,)})
     assert (predict(again.probe, test) == predict(found.probe, test)).all()
 
 
 def test_heads_divide_the_width():
-    assert [attentive.heads_for(width, 12) for width in (768, 128, 7)] == [12, 8, 7]
+    assert [attentive_probe.heads_for(width, 12) for width in (768, 128, 7)] == [12, 8, 7]

@@ -24,7 +24,7 @@ from rcmae.engine.metrics import read_metrics
 from rcmae.errors import ConfigError
 from rcmae.methods import METHODS
 from rcmae.methods.recipes import load_recipe
-from rcmae.tasks.attentive import attentive_right
+from rcmae.tasks.attentive_probe import attentive_right
 
 AVERAGED = "mae averaged"
 

@@ -19,7 +19,7 @@ from .errors import ConfigError, Preempted, RcmaeError, first_line
 from .tasks.detection.settings import Detection, Scoring
 from .tasks.evaluation import TASKS
 from .tasks.evaluation.base import Evaluation, Task, Which
-from .tasks.evaluation.tuning import Tuning
+from .tasks.evaluation.finetune import Finetune
 from .tasks.evaluation.worth import Worth
 
 app = App(
@@ -477,7 +477,7 @@ class Compared(Evaluation):
 
 @evaluate.command(name="worth-it")
 def evaluate_worth_it(
-    backbone: str, /, *, task: Annotated[Worth, Flat] = Worth(), tuning: Annotated[Tuning, Flat] = Tuning(),
+    backbone: str, /, *, task: Annotated[Worth, Flat] = Worth(), tuning: Annotated[Finetune, Flat] = Finetune(),
     options: Annotated[Compared, Flat] = Compared(),
 ) -> None:  # fmt: skip
     """Did pre-training pay? Fine-tuning from it and from scratch, at several shares of the labels, with intervals and a plain verdict.

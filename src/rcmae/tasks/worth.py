@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from .context import place, stem
 from .evaluate import backbones, evaluate, networks
 from .evaluation.base import Evaluation
-from .evaluation.tuning import Tuning
+from .evaluation.finetune import Finetune
 from .evaluation.worth import Worth
 from .interval import interval
 
@@ -32,7 +32,7 @@ def arms(name: str, against: tuple[str, ...]) -> dict[str, tuple[str, str]]:
     return {SCRATCH: (f"scratch:{name}", "teacher")} | own | others
 
 
-def worth_it(name: str, task: Worth, tuning: Tuning, options: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
+def worth_it(name: str, task: Worth, tuning: Finetune, options: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
     """Make the runs that are missing; the same command goes on where it stopped. Returns rows, and in words whether it paid.
 
     Every arm has the same labels, order and augmentation within a seed. Raises the errors of `rcmae.errors`.
@@ -47,7 +47,7 @@ def worth_it(name: str, task: Worth, tuning: Tuning, options: Evaluation, say: C
         return _worth_it(name, task, tuning, options, say if world.first else lambda text: None)
 
 
-def _worth_it(name: str, task: Worth, tuning: Tuning, options: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
+def _worth_it(name: str, task: Worth, tuning: Finetune, options: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
     out = (options.out or place(name, options)) / "worth-it"
     chosen, rows = arms(name, task.against), []
     for backbone, which in chosen.values():

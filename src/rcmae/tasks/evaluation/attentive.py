@@ -42,34 +42,34 @@ class Attentive(Task):
 
     def _fit_cached(self, context: "EvaluationContext", steps: int, batch: int) -> tuple[Any, Any, dict[str, Any]]:
         """On tokens that are computed once. Returns the probe, which test images are right, and what it chose."""
-        from .. import attentive, linear
+        from .. import attentive_probe, linear_probe
 
         train, labels = context.fitted_on(tokens=True)
-        with context.counting("fitting the attentive probe", steps * (len(attentive.RATES) + 1)) as tick:
-            found = attentive.fit_rates(
+        with context.counting("fitting the attentive probe", steps * (len(attentive_probe.RATES) + 1)) as tick:
+            found = attentive_probe.fit_rates(
                 self.kind, train.tokens, labels, len(context.set.classes), steps=steps, batch=batch, heads=self.queries,
                 seed=context.options.seed, device=context.device, tick=tick,
             )  # fmt: skip
         test = context.features("test", tokens=True)
-        hits = context.hits(linear.predict(found.probe, test.tokens.to(context.device)), test)
+        hits = context.hits(linear_probe.predict(found.probe, test.tokens.to(context.device)), test)
         return found.probe, hits, {"rate": found.rate, "held_out": {f"{k:g}": v for k, v in found.held_out.items()}}
 
     def _fit_streaming(self, context: "EvaluationContext", steps: int, batch: int) -> tuple[Any, Any, dict[str, Any]]:
         """On more tokens than TOKENS_IN_MEMORY: recomputed each epoch, from random crops, at one fixed learning rate (no search)."""
         import torch
 
-        from .. import attentive
+        from .. import attentive_probe
         from ..context import ProbedModel
 
         context.screen.say(
             f"note: {context.token_bytes() / 2**30:.0f} GiB of tokens are not kept: features are computed anew in every pass"
         )
-        rate = attentive.RATES[len(attentive.RATES) // 2]
+        rate = attentive_probe.RATES[len(attentive_probe.RATES) // 2]
         examples = next(context.crops(1, min(512, len(context.part("train"))), augment=False))[0].tokens
         with torch.random.fork_rng():
             torch.manual_seed(context.options.seed)
-            heads = attentive.heads_for(examples.shape[2], self.queries)
-            probe = attentive.PROBES[self.kind](examples, heads, len(context.set.classes)).to(context.device)
+            heads = attentive_probe.heads_for(examples.shape[2], self.queries)
+            probe = attentive_probe.PROBES[self.kind](examples, heads, len(context.set.classes)).to(context.device)
         batches = ((seen.tokens, answers) for seen, answers in context.crops(steps, batch, augment=True))
-        probe = attentive.fit(probe, batches, steps, rate)
+        probe = attentive_probe.fit(probe, batches, steps, rate)
         return probe, context.score(ProbedModel(context.backbone, "tokens", probe)).right, {"rate": rate}

@@ -37,24 +37,24 @@ class Linear(Task):
         return super().problems() + ["batch must be 2 or more: the protocol of mae standardises within a batch"] * alone
 
     def run(self, context: "EvaluationContext") -> "TaskResult":
-        from .. import linear
+        from .. import linear_probe
         from ..context import ProbedModel, TaskResult
 
         pool: Pool = self.pool or ("mean" if self.protocol == "rates" else "cls")
         layer, chose = (self._rates if self.protocol == "rates" else self._mae)(context, pool)
         test = context.features("test")
-        hits = context.hits(linear.predict(layer, test.pooled(pool).to(context.device)), test)
+        hits = context.hits(linear_probe.predict(layer, test.pooled(pool).to(context.device)), test)
         settings = asdict(self) | {"pool": pool} | chose
         return TaskResult({"top1": 100 * float(hits.mean())}, hits, ProbedModel(context.backbone, pool, layer), settings)
 
     def _rates(self, context: "EvaluationContext", pool: Pool) -> tuple["nn.Module", dict[str, Any]]:
-        from .. import linear
+        from .. import linear_probe
 
         train, labels = context.fitted_on()
         batch = min(self.batch or 1024, len(labels))
         steps = self.fit_steps or min(max(500, 100 * (len(labels) // batch)), 12_500)
         with context.counting("fitting the linear layer", 2 * steps) as tick:
-            found = linear.fit_rates(
+            found = linear_probe.fit_rates(
                 train.pooled(pool).to(context.device), labels, len(context.set.classes), steps=steps, batch=batch,
                 seed=context.options.seed, tick=tick,
             )  # fmt: skip
@@ -62,7 +62,7 @@ class Linear(Task):
         return found.layer, {"batch": batch, "fit_steps": steps, "rate": found.rate, "held_out": held_out}
 
     def _mae(self, context: "EvaluationContext", pool: Pool) -> tuple["nn.Module", dict[str, Any]]:
-        from .. import attentive, linear
+        from .. import attentive_probe, linear_probe
 
         size = len(context.part("train"))
         batch = min(self.batch or 16384, size)
@@ -71,10 +71,10 @@ class Linear(Task):
             batches = ((getattr(seen, pool), answers) for seen, answers in context.crops(steps, batch, augment=True))
         else:
             train, labels = context.fitted_on()
-            batches = attentive.in_memory(train.pooled(pool).to(context.device), labels, steps, batch, context.options.seed)
+            batches = attentive_probe.in_memory(train.pooled(pool).to(context.device), labels, steps, batch, context.options.seed)
             batches = context.counted("fitting the linear layer", steps, batches)
         width = context.features("test").pooled(pool).shape[1]
-        layer = linear.fit_mae(
+        layer = linear_probe.fit_mae(
             batches, width, len(context.set.classes), steps=steps, warmup=10 / max(self.fit_epochs, 20), batch=batch, base_lr=self.fit_lr,
             seed=context.options.seed, device=context.device,
         )  # fmt: skip

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning(Task):
+class Finetune(Task):
     """Train all of a backbone with a new head; the same command goes on where it stopped."""
 
     name = "finetune"

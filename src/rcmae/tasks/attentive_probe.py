@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from .linear import batches, predict
+from .linear_probe import batches, predict
 from .splits import held_out
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
