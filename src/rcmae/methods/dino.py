@@ -36,7 +36,7 @@ LONGEST_FREEZE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
+class DINOSettings(Section):
     """Prototypes, temperatures and the center."""
 
     prototypes: int = 65536
@@ -74,7 +74,7 @@ class DINORecipe(SelfDistillationRecipe):
     """What `dino` is told."""
 
     method: str = "dino"
-    dino: Settings = Settings()
+    dino: DINOSettings = DINOSettings()
 
 
 class DINO(SelfDistillation):

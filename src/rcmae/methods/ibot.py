@@ -26,7 +26,7 @@ from .distillation_losses import across_views, masked_patches
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
+class IBOTSettings(Section):
     """What iBOT adds to DINO: masked patches."""
 
     masked_images: float = 0.5
@@ -51,7 +51,7 @@ class IBOTRecipe(DINORecipe):
     """What `ibot` is told."""
 
     method: str = "ibot"
-    ibot: Settings = Settings()
+    ibot: IBOTSettings = IBOTSettings()
 
 
 class Batch(Crops):
@@ -67,7 +67,7 @@ class MaskedCrops:
 
     crops: MultiCrop
     grid: tuple[int, int]
-    settings: Settings
+    settings: IBOTSettings
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
         return self.crops(image, rng) | {"masked": torch.stack([self._mask(rng) for _ in range(2)])}

@@ -29,7 +29,7 @@ from .reconstruction_loss import squared_errors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
+class MAESettings(Section):
     """Masked auto-encoding."""
 
     mask_ratio: float = 0.75
@@ -51,7 +51,7 @@ class MAERecipe(Recipe):
     """What `mae` is told."""
 
     method: str = "mae"
-    mae: Settings = Settings()
+    mae: MAESettings = MAESettings()
 
 
 class Batch(TypedDict):

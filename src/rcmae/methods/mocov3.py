@@ -22,7 +22,7 @@ from .distillation_losses import contrast
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
+class MoCoV3Settings(Section):
     """The contrast."""
 
     student_temperature: float = 0.1
@@ -40,7 +40,7 @@ class MoCoV3Recipe(SelfDistillationRecipe):
 
     method: str = "mocov3"
     crops: Crops = Crops(local_crops=0)
-    mocov3: Settings = Settings()
+    mocov3: MoCoV3Settings = MoCoV3Settings()
 
 
 class MoCoV3(SelfDistillation):

@@ -37,7 +37,7 @@ from .distillation_losses import assignments, balanced, entropy_gap, sharpened
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
+class MSNSettings(Section):
     """Prototypes, anchors and targets."""
 
     prototypes: int = 65536
@@ -68,7 +68,7 @@ class MSNRecipe(SelfDistillationRecipe):
     """What `msn` is told."""
 
     method: str = "msn"
-    msn: Settings = Settings()
+    msn: MSNSettings = MSNSettings()
 
 
 class Batch(Crops):

@@ -29,7 +29,7 @@ from .reconstruction_loss import squared_errors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
+class RCMAESettings(Section):
     """What RC-MAE adds to MAE."""
 
     gamma: float = 1.0
@@ -46,7 +46,7 @@ class RCMAERecipe(MAERecipe, MeanTeacherRecipe):
     """What `rcmae` is told."""
 
     method: str = "rcmae"
-    rcmae: Settings = Settings()
+    rcmae: RCMAESettings = RCMAESettings()
 
 
 class Batch(BatchOfMAE):
