@@ -60,26 +60,26 @@ for options in (Workplace, Machine, Evaluation, *TASKS.values(), Worth, Detectio
     _as_flags(options)
 
 
-def _pretrain(cls: type[Recipe], given: str | None = None) -> Callable[..., None]:
-    """The command `pretrain` with the flags of a method's recipe; `given` is the recipe whose values are their defaults."""
+def _pretrain(cls: type[Recipe], loaded_name: str | None = None) -> Callable[..., None]:
+    """The command `pretrain` with the flags of a method's recipe; `loaded_name` is that of the recipe whose values are their defaults."""
 
     def pretrain(
-        recipe: str | None = None, /, *,
-        settings: Annotated[cls, Parameter(name="*", negative_iterable=(), show_default=False, group=Group("Recipe", sort_key=1))] = cls(),  # type: ignore
+        recipe_name: Annotated[str | None, Parameter(name="RECIPE")] = None, /, *,
+        recipe: Annotated[cls, Parameter(name="*", negative_iterable=(), show_default=False, group=Group("Recipe", sort_key=1))] = cls(),  # type: ignore
         machine: Annotated[Machine, Parameter(name="*", negative_iterable=(), group=Group("Machine", sort_key=99))] = Machine(),
     ) -> None:  # fmt: skip
         """Pre-train a Vision Transformer; a run that is already in --out goes on.
 
         Parameters
         ----------
-        recipe
+        recipe_name
             A recipe's name (`rcmae list`) or the path of a TOML file [default: embedded]. What it sets can be replaced by options.
         """
         from .pretraining import pretrain as run
 
-        if recipe != given:  # its values came too late to be defaults
-            raise ConfigError(f"write the recipe first: rcmae pretrain {recipe} --...")
-        run(settings, machine)
+        if recipe_name != loaded_name:  # cyclopts has already parsed the flags against another recipe's defaults: the name must come first
+            raise ConfigError(f"write the recipe first: rcmae pretrain {recipe_name} --...")
+        run(recipe, machine)
 
     for i, (name, section) in enumerate(sections(cls).items(), 2):
         title = Group(name, help=(section.__doc__ or "").splitlines()[0], sort_key=i)
@@ -743,20 +743,20 @@ def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:
             given[key.replace("-", "_")] = value if equals else following
     if given.get("out") == "":
         raise ConfigError("--out is empty; name a folder")
-    name = next((a for a in argv[1:2] if not a.startswith("-")), None)
+    recipe_name = next((a for a in argv[1:2] if not a.startswith("-")), None)
     begun = Path(given.get("out", "")) / "recipe.toml"
-    recipe = load_recipe(str(begun) if name is None and "out" in given and begun.exists() else name or "embedded")
+    recipe = load_recipe(str(begun) if recipe_name is None and "out" in given and begun.exists() else recipe_name or "embedded")
     recipe = with_method(recipe, given.get("method", recipe.method))
     for key in given.keys() - flags(type(recipe)).keys() - flags(Machine).keys():
         owners = [other for other, method in METHODS.items() if key.removeprefix("no_") in flags(method.recipe_type)]
         if owners and recipe.method not in owners:
             raise ConfigError(f"--{key.replace('_', '-')} is a setting of {spoken(owners)}; this run's method is {recipe.method}")
     del app["pretrain"]
-    app.command(_pretrain(type(recipe), name), name="pretrain")
+    app.command(_pretrain(type(recipe), recipe_name), name="pretrain")
     values = flat(recipe)
     if given.keys() & {"epochs", "steps", "time"}:  # a length on the command line replaces the recipe's, in whatever unit
         values = {k: v for k, v in values.items() if k not in ("epochs", "steps", "time")}
-    return (Dict({"pretrain": values}, source=f"recipe {name or 'embedded'}"),)
+    return (Dict({"pretrain": values}, source=f"recipe {recipe_name or 'embedded'}"),)
 
 
 def _check_folder(out: Path) -> None:
