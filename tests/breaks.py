@@ -215,7 +215,7 @@ def silence_unwatched(old):
 
 
 def health_left_out(old):
-    return lambda health, remedy: None
+    return lambda health, collapse_advice: None
 
 
 def momentum_as_told(old):
@@ -1156,7 +1156,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_diagnostics.py::test_the_page_speaks_of_its_own_method",
     ),
     "a page names a flag of another method": (
-        "rcmae.methods.diagnostics:Diagnostics.remedy",
+        "rcmae.methods.diagnostics:Diagnostics.collapse_advice",
         a_flag_of_another,
         "test_diagnostics.py::test_the_page_speaks_of_its_own_method",
     ),

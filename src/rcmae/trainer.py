@@ -33,7 +33,7 @@ class Trainer(ABC):
     A subclass calls `hold` once it has built what is trained, and implements the abstract methods below.
     """
 
-    remedy = "lower --base-lr, set --clip 1"
+    divergence_advice = "lower --base-lr, set --clip 1"
     "what to try when steps are not finite"
 
     loss_names: Mapping[str, str] = MappingProxyType({"loss": "loss"})
@@ -158,7 +158,7 @@ class Trainer(ABC):
     def train(self) -> Any:
         """From wherever the run stands to its end. Raises Preempted when a signal asked it to stop; the state is saved by then."""
         self.resume_or_begin()
-        self.window, self.skips = LogWindow(self.device), Skips(self.out / "checkpoints", self.remedy)
+        self.window, self.skips = LogWindow(self.device), Skips(self.out / "checkpoints", self.divergence_advice)
         try:
             with signals.held():
                 try:
@@ -223,7 +223,7 @@ class Trainer(ABC):
         Ranks must leave a step together, so several of them end it first.
         """
         for i in range(self.machine.accumulate):
-            with self.interruptible(), distributed.only_last(self.net, i == self.machine.accumulate - 1):
+            with self.interruptible(), distributed.sync_gradients_on_last(self.net, i == self.machine.accumulate - 1):
                 yield self.window.wait(self.batches)
 
     def interruptible(self) -> contextlib.AbstractContextManager[None]:

@@ -112,7 +112,7 @@ class Alarms:
         constant = monitor.seen and _constant(monitor.seen[0].prediction, monitor.seen[0].target)
         if constant or health["rankme"] < 1.5 or health["spread"] < 1e-3:
             what = "the same prediction for every image" if constant else f"features of effective rank {health['rankme']:.1f}"
-            return self._new([Alarm("collapse", f"{what} at step {t.step}: collapsed; {self.method.remedy}")])
+            return self._new([Alarm("collapse", f"{what} at step {t.step}: collapsed; {self.method.collapse_advice}")])
         return []
 
     def _new(self, found: list[Alarm]) -> list[Alarm]:

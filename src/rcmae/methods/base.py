@@ -76,7 +76,7 @@ class Method(Diagnostics, nn.Module):
         return []
 
     @classmethod
-    def whole_batch(cls, recipe: Recipe) -> str:
+    def accumulation_caveat(cls, recipe: Recipe) -> str:
         """Why micro-batches are another step than the batch they make; empty where they are the same."""
         return ""
 

@@ -42,7 +42,7 @@ class DINOSettings(Section):
     prototypes: int = 65536
     "width of the head's output"
     head_norm: bool = False
-    "BatchNorm between the head's layers, an option of both codes"
+    "BatchNorm between the head's layers, an option in the code of DINO and iBOT"
     student_temperature: float = 0.1
     "of the student's softmax"
     teacher_temperature: float = 0.04
@@ -89,7 +89,7 @@ class DINO(SelfDistillation):
         self.center = Center(recipe.dino.prototypes, recipe.dino.centre_momentum)
 
     @classmethod
-    def whole_batch(cls, recipe: DINORecipe) -> str:
+    def accumulation_caveat(cls, recipe: DINORecipe) -> str:
         own = {"the head's statistics": recipe.dino.head_norm, "the balance of the targets": recipe.dino.sinkhorn}
         names = " and ".join(name for name, there in own.items() if there)
         return f"{names} are those of a micro-batch" if names else ""

@@ -50,7 +50,7 @@ class MoCoV3(SelfDistillation):
     recipe: MoCoV3Recipe
 
     @classmethod
-    def whole_batch(cls, recipe: MoCoV3Recipe) -> str:
+    def accumulation_caveat(cls, recipe: MoCoV3Recipe) -> str:
         return "the other images and the heads' statistics are those of a micro-batch"
 
     @classmethod

@@ -106,7 +106,7 @@ class MSN(SelfDistillation):
     losses: ClassVar[dict[str, str]] = {"loss": "loss", "agreement": "agreement", "entropy_gap": "gap"} | SPREAD
 
     @classmethod
-    def whole_batch(cls, recipe: MSNRecipe) -> str:
+    def accumulation_caveat(cls, recipe: MSNRecipe) -> str:
         return "the mean entropy and the head's statistics are those of a micro-batch"
 
     def head(self, inputs: int) -> nn.Module:

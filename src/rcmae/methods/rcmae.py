@@ -62,7 +62,7 @@ class RCMAE(MeanTeacher, MAE):
     recipe_type = RCMAERecipe
     recipe: RCMAERecipe
     losses: ClassVar[dict[str, str]] = {"loss": "loss", "reconstruction": "rec", "consistency": "cons", "teacher_reconstruction": "teacher"}
-    remedy = "lower --base-lr or --gamma, or lengthen --warmup"
+    collapse_advice = "lower --base-lr or --gamma, or lengthen --warmup"
     controls: ClassVar[tuple[Variant, ...]] = (
         Variant("mae averaged", {"gamma": 0.0}, "Averaged weights cost what MAE costs: with gamma 0 the student is MAE to the bit.", "mae"),
     )

@@ -44,7 +44,7 @@ def render(run: Path) -> str:
         run=run.resolve().name, path=run.as_posix(), step=train[-1]["step"] if train else 0, total=total,
         verdict=alarm_sentences(alarms, watched) + verdict(method, train, probes, floor, reference, bad, total),
         table=score_table(floor, probes), learning=drawn(method.figures(), train, reference or {}), accuracy=probe_figure(probes, floor),
-        rates=rate_figures(train), panels=[p for p in panels if p], health=health_panel(health, method.remedy),
+        rates=rate_figures(train), panels=[p for p in panels if p], health=health_panel(health, method.collapse_advice),
         shots=reconstructions(run), strip=strip(run),
         recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad,
         events=sorted(by_kind["event"][-20:] + told, key=lambda line: line["step"]), export=exports(run),
