@@ -52,7 +52,7 @@ class ProbedModel(nn.Module):
         super().__init__()
         self.backbone, self.feature, self.layer = backbone, feature, layer
 
-    def forward(self, images: Float[Tensor, "b ch h w"]) -> Float[Tensor, "b c"]:
+    def forward(self, images: Float[Tensor, "b channels h w"]) -> Float[Tensor, "b c"]:
         return self.layer(getattr(self.backbone(images), self.feature))
 
 
