@@ -22,7 +22,7 @@ def main() -> int:
     source = open_source("embedded:digits", size=digits_recipe("rcmae").images.size)
     worst = 0.0
     recipes = {name: digits_recipe(name) for name in METHODS}
-    recipes = {name: recipe for name, recipe in recipes.items() if not METHODS[name].whole_batch(recipe)}
+    recipes = {name: recipe for name, recipe in recipes.items() if not METHODS[name].accumulation_caveat(recipe)}
     recipes["rcmae, the teacher under its own masks"] = changed(recipes["rcmae"], teacher_mask="different")
     for said, recipe in recipes.items():
         gradients = []

@@ -166,15 +166,15 @@ FAULTS = {
         "teacher-moves-twice", {}, "rcmae.methods.rcmae:RCMAE.before_step", once_a_micro_batch, accumulate=2
     ),
     "the teacher is stale after a resume": Fault("teacher-stale", {}, "rcmae.trainer:load_checkpoint", rebuilt_from_student, resumes=True),
-    "momentum 1 from the start": Fault("momentum-one", {"schedule": "released", "momentum": 1.0}),
+    "momentum 1 from the start": Fault("momentum-one", {"schedule": "constant", "momentum": 1.0}),
     "a buffer is missed": Fault("buffer-missed", {}, "rcmae.models.decoder:Decoder.__init__", running_statistics),
     "the teacher is in training mode": Fault("teacher-training", {}, "rcmae.models.teacher:Teacher.__init__", not_in_evaluation_mode),
     "the half-life is too long": Fault("teacher-drag", {"half_life": "50%"}),
     "the schedule ends too early": Fault(
-        "teacher-drag", {"schedule": "described", "momentum": 0.7}, "rcmae.methods.rcmae:RCMAE.momentum", frozen_early
+        "teacher-drag", {"schedule": "cosine", "momentum": 0.7}, "rcmae.methods.rcmae:RCMAE.momentum", frozen_early
     ),
     "the schedule never leaves its first epoch": Fault(
-        "schedule-stuck", {"schedule": "described", "momentum": 0.7}, "rcmae.methods.rcmae:RCMAE.momentum", of_the_epoch
+        "schedule-stuck", {"schedule": "cosine", "momentum": 0.7}, "rcmae.methods.rcmae:RCMAE.momentum", of_the_epoch
     ),
     "the output is constant": Fault("collapse", {}, "rcmae.models.decoder:Decoder.forward", constant_output),
     "the features lie on a line": Fault("collapse", {}, "rcmae.models.encoder:Encoder.__init__", one_direction),
@@ -186,11 +186,11 @@ FAULTS = {
 # Flags of healthy runs of 100 steps, 16 an epoch; every half-life lies within the bounds of `auto`.
 HEALTHY = [
     "", "--seed 1", "--seed 2 --half-life auto", "--half-life 5%", "--seed 3 --half-life 10%", "--half-life '2 steps'",
-    "--seed 4 --half-life '250 images'", "--half-life '0.5 epochs'", "--schedule described --momentum 0.9",
-    "--seed 5 --schedule released --momentum 0.9", "--schedule released --momentum 0.93 --ema-updates 2", "--ema-updates 2 --accumulate 2",
+    "--seed 4 --half-life '250 images'", "--half-life '0.5 epochs'", "--schedule cosine --momentum 0.9",
+    "--seed 5 --schedule constant --momentum 0.9", "--schedule constant --momentum 0.93 --ema-updates 2", "--ema-updates 2 --accumulate 2",
     "--accumulate 4", "--teacher-mask different", "--seed 6 --teacher-mask different --half-life auto --accumulate 2",
     "--precision bf16", "--seed 7 --precision bf16 --teacher-mask different --half-life 5%",
-    "--precision bf16 --schedule described --momentum 0.9 --gamma 0.5", "--method mae", "--method mae --seed 8 --precision bf16",
+    "--precision bf16 --schedule cosine --momentum 0.9 --gamma 0.5", "--method mae", "--method mae --seed 8 --precision bf16",
 ]  # fmt: skip
 
 

@@ -32,12 +32,12 @@ from rcmae.interop.load import load, scratch
 from rcmae.methods.recipes import load_recipe
 from rcmae.models.backbone import Features, Pixels
 from rcmae.pretraining import pretrain
-from rcmae.tasks.evaluation import KNN, Attentive, Linear, Tuning
+from rcmae.tasks.context import EvaluationContext
+from rcmae.tasks.evaluation import KNN, Attentive, Finetune, Linear
 from rcmae.tasks.evaluation.base import Evaluation
 from rcmae.tasks.interval import interval
 from rcmae.tasks.robustness import sets
 from rcmae.tasks.robustness.adversarial import fgsm, pgd
-from rcmae.tasks.subject import Subject
 
 ROOT = Path(__file__).parent.parent
 PRETRAINED = {"mae": {"gamma": 0.0}, "rcmae": {}}
@@ -107,12 +107,12 @@ def unit(out: Path, seed: int, name: str) -> str:
         models = {}
         for percent in PERCENTS:
             place = out / "tuned" / f"{file.stem}"
-            how = Evaluation(labels=percent, seed=seed, device="cpu", cache=out / "cache", out=place)
-            subject = Subject(name, "backbone", backbone, data, how, device, World(), screen, pick_precision("auto", device))
-            tuning = Tuning(settings=(f"steps={STEPS[percent]}", "warmup_epochs=0.1"))
+            options = Evaluation(labels=percent, seed=seed, device="cpu", cache=out / "cache", out=place)
+            context = EvaluationContext(name, "backbone", backbone, data, options, device, World(), screen, pick_precision("auto", device))
+            tuning = Finetune(settings=(f"steps={STEPS[percent]}", "warmup_epochs=0.1"))
             tasks = [KNN(k=(20,)), Linear(), Attentive(fit_steps=250, batch=256, queries=4), tuning]
             for kind, task in zip(TASKS, tasks if name != "raw pixels" else tasks[:3], strict=False):
-                result = task.run(subject)
+                result = task.run(context)
                 found[f"{kind}/{percent}/clean"] = result.right
                 models[f"{kind}/{percent}"] = result.model.to(device).eval().requires_grad_(False)
         once = Once(backbone.eval().requires_grad_(False))

@@ -119,7 +119,7 @@ def build(meta: dict[str, str]) -> RCMAE:
     )  # fmt: skip
     recipe = changed(
         recipe, mask_ratio=float(meta["mask_ratio"]), target="normalised" if meta["norm_pix_loss"] == "True" else "pixels",
-        gamma=float(meta["gamma"]), schedule="released", momentum=float(meta["momentum"]),
+        gamma=float(meta["gamma"]), schedule="constant", momentum=float(meta["momentum"]),
     )  # fmt: skip
     # Standardising with mean 0 and deviation 1/255 leaves recorded images as they are.
     return RCMAE(recipe, (0.0,) * channels, (1 / 255,) * channels)

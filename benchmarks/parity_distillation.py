@@ -1,8 +1,8 @@
 """The losses of self-distillation against recorded numbers; part of benchmarks/parity.py.
 
 A file holds, a case each, NAME/CALL/...: `dino` (crop-major student and teacher logits), `ibot` (class, local class and patch logits and
-the mask), `msn` (anchors, targets, prototypes), and `mocov3/...` (queries and keys of two views). Calls follow each other: the centre
-after one is the centre of the next. Sizes are read from the tensors; what tensors do not say (temperatures, momenta) stands in the
+the mask), `msn` (anchors, targets, prototypes), and `mocov3/...` (queries and keys of two views). Calls follow each other: the center
+after one is the center of the next. Sizes are read from the tensors; what tensors do not say (temperatures, momenta) stands in the
 metadata as text, and is read from it.
 """
 
@@ -13,8 +13,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rcmae.methods.distillation import Centre
-from rcmae.methods.losses import across_views, assignments, balanced, centred, contrast, entropy_gap, masked_patches, sharpened
+from rcmae.methods.distillation import Center
+from rcmae.methods.distillation_losses import (
+    across_views,
+    assignments,
+    balanced,
+    centered,
+    contrast,
+    entropy_gap,
+    masked_patches,
+    sharpened,
+)
 
 Worst = dict[str, tuple[float, str]]
 
@@ -56,46 +65,47 @@ def learning(tensor: Tensor) -> Tensor:
 
 def dino(part: dict[str, Tensor], text: str, temperatures: dict[str, float], note) -> None:
     """Logits are stacked crop by crop; the two global ones first."""
-    centre = Centre(part["0/student"].shape[1], number(text, "center momentum"))
+    center = Center(part["0/student"].shape[1], number(text, "center momentum"))
     for i, call in calls(part):
-        s, said = learning(call["student"]), call["teacher"].unflatten(0, (2, -1))
-        centre.see(said)
-        target = centred(said, centre.value, temperatures["teacher"])
-        loss = across_views(s.unflatten(0, (-1, said.shape[1])), target, number(text, "student_temp"))
+        s, teacher_logits = learning(call["student"]), call["teacher"].unflatten(0, (2, -1))
+        center.accumulate(teacher_logits)
+        target = centered(teacher_logits, center.value, temperatures["teacher"])
+        loss = across_views(s.unflatten(0, (-1, teacher_logits.shape[1])), target, number(text, "student_temp"))
         loss.backward()
-        centre.move(torch.ones(()))
+        center.update(torch.ones(()))
         note("loss", f"call {i}", loss, call["loss"])
         note("gradient", f"call {i}", s.grad, call["grad"])
-        note("centre", f"call {i}", centre.value, call["center_after"][0])
+        note("center", f"call {i}", center.value, call["center_after"][0])
 
 
 def ibot(part: dict[str, Tensor], text: str, temperatures: dict[str, float], note) -> None:
     """Two losses: across views on class tokens, within a view on masked patches."""
     width, momentum = part["0/student_cls"].shape[1], number(text, "center momentum")
-    centres = Centre(width, momentum), Centre(width, momentum)
+    centers = Center(width, momentum), Center(width, momentum)
     ts = 0.1  # its metadata says: the temperatures of `dino`
     for i, call in calls(part):
         names = ("student_cls", "student_local_cls", "student_patch")
         s = {name: learning(call[name]) for name in names}
-        said, patches = (call[f"teacher_{k}"].unflatten(0, (2, -1)) for k in ("cls", "patch"))
-        for centre, logits in zip(centres, (said, patches), strict=True):
-            centre.see(logits)
+        teacher_logits, patches = (call[f"teacher_{k}"].unflatten(0, (2, -1)) for k in ("cls", "patch"))
+        for center, logits in zip(centers, (teacher_logits, patches), strict=True):
+            center.accumulate(logits)
         target, patch_target = (
-            centred(logits, centre.value, temperatures["teacher"]) for centre, logits in zip(centres, (said, patches), strict=True)
+            centered(logits, center.value, temperatures["teacher"])
+            for center, logits in zip(centers, (teacher_logits, patches), strict=True)
         )
-        b = said.shape[1]
+        b = teacher_logits.shape[1]
         classes = torch.cat([s["student_cls"], s["student_local_cls"]]).unflatten(0, (-1, b))
         across = across_views(classes, target, ts)
         within = masked_patches(s["student_patch"].unflatten(0, (2, b)), patch_target, call["mask"].flatten(2).bool(), ts)
         (across + within).backward()
-        for centre in centres:
-            centre.move(torch.ones(()))
+        for center in centers:
+            center.update(torch.ones(()))
         note("loss", f"call {i} class", across, call["loss_cls"])
         note("loss", f"call {i} patch", within, call["loss_patch"])
         for name in names:
             note("gradient", f"call {i} {name}", s[name].grad, call[f"grad_{name}"])
-        note("centre", f"call {i} class", centres[0].value, call["center_cls_after"][0])
-        note("centre", f"call {i} patch", centres[1].value, call["center_patch_after"][0, 0])
+        note("center", f"call {i} class", centers[0].value, call["center_cls_after"][0])
+        note("center", f"call {i} patch", centers[1].value, call["center_patch_after"][0, 0])
 
 
 def msn(part: dict[str, Tensor], text: str, temperatures: dict[str, float], note) -> None:

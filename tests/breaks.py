@@ -215,7 +215,7 @@ def silence_unwatched(old):
 
 
 def health_left_out(old):
-    return lambda health, remedy: None
+    return lambda health, collapse_advice: None
 
 
 def momentum_as_told(old):
@@ -364,11 +364,11 @@ def centre_moves_anyway(old):
 
 
 def centre_forgets_micro_batches(old):
-    def move(self, applied):
-        del self.seen[:-1]
+    def update(self, applied):
+        del self.accumulated[:-1]
         return old(self, applied)
 
-    return move
+    return update
 
 
 def never_frozen(old):
@@ -444,7 +444,7 @@ def another_start(old):
 
 
 def centre_in_any_case(old):
-    return lambda self, said, centre, temperature: ((said - centre.value) / temperature).softmax(-1)
+    return lambda self, logits, center, temperature: ((logits - center.value) / temperature).softmax(-1)
 
 
 def neighbours_by_length(old):
@@ -476,7 +476,7 @@ def any_backbone_is_the_same(old):
 
 
 def grey_counts(old):
-    return lambda self, said, seen: said == seen.labels
+    return lambda self, predicted, seen: predicted == seen.labels
 
 
 def substitute_under_a_wrong_label(old):
@@ -1001,7 +1001,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     ),
     "gamma is ignored": ("rcmae.methods.rcmae:squared_errors", forgot_gamma, "test_methods.py::test_gamma_zero_is_mae_bit_for_bit"),
     "the fused loss forgets its scale": (
-        "rcmae.methods.loss:_Blend.backward",
+        "rcmae.methods.reconstruction_loss:_Blend.backward",
         half_the_gradient,
         "test_methods.py::test_the_fused_loss_is_the_sum_of_both",
     ),
@@ -1020,7 +1020,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         bf16_head,
         "test_methods.py::test_the_gap_to_the_teacher_survives_bf16",
     ),
-    "the described schedule restarts every epoch": (
+    "the cosine schedule restarts every epoch": (
         "rcmae.methods.rcmae:RCMAE.momentum",
         described_restarts,
         "test_methods.py::test_schedules",
@@ -1156,7 +1156,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_diagnostics.py::test_the_page_speaks_of_its_own_method",
     ),
     "a page names a flag of another method": (
-        "rcmae.methods.diagnostics:Diagnostics.remedy",
+        "rcmae.methods.diagnostics:Diagnostics.collapse_advice",
         a_flag_of_another,
         "test_diagnostics.py::test_the_page_speaks_of_its_own_method",
     ),
@@ -1255,12 +1255,12 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_distillation.py::test_ibot_without_masks_is_dino",
     ),
     "a skipped step moves the centre": (
-        "rcmae.methods.distillation:Centre.move",
+        "rcmae.methods.distillation:Center.update",
         centre_moves_anyway,
         "test_distillation.py::test_a_centre_is_a_running_mean_that_a_skipped_step_leaves_alone",
     ),
     "a centre knows the last micro-batch alone": (
-        "rcmae.methods.distillation:Centre.move",
+        "rcmae.methods.distillation:Center.update",
         centre_forgets_micro_batches,
         "test_distillation.py::test_micro_batches_give_the_gradient_and_the_centre_of_the_whole_batch",
     ),
@@ -1280,12 +1280,12 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_distillation.py::test_dropped_patches_do_not_reach_msns_anchor",
     ),
     "targets are not balanced": (
-        "rcmae.methods.losses:balanced",
+        "rcmae.methods.distillation_losses:balanced",
         lopsided,
         "test_distillation.py::test_recorded_numbers_of_the_reference_codes",
     ),
     "queries are their own keys": (
-        "rcmae.methods.losses:contrast",
+        "rcmae.methods.distillation_losses:contrast",
         contrast_with_oneself,
         "test_distillation.py::test_recorded_numbers_of_the_reference_codes",
     ),
@@ -1300,7 +1300,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_distillation.py::test_a_sample_is_a_function_of_seed_epoch_and_index",
     ),
     "every rank takes the first images for its own": (
-        "rcmae.methods.losses:rank",
+        "rcmae.methods.distillation_losses:rank",
         lambda old: lambda: 0,
         "test_distributed.py::test_methods_that_look_across_the_batch_do_so_across_ranks[mocov3]",
     ),
@@ -1311,7 +1311,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     ),
     "what is balanced is logged as balanced": (
         "rcmae.methods.dino:DINO.spread",
-        lambda old: lambda self, said, temperature: {"prototypes_used": torch.tensor(12.0), "entropy": torch.tensor(0.0)},
+        lambda old: lambda self, logits, temperature: {"prototypes_used": torch.tensor(12.0), "entropy": torch.tensor(0.0)},
         "test_distillation.py::test_balanced_targets_use_all_prototypes",
     ),
     "three seeds are taken for many": (
@@ -1336,7 +1336,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_race.py::test_a_race_is_stopped_resumed_judged_and_not_run_again",
     ),
     "the attentive probe attends to nothing": (
-        "rcmae.tasks.attentive:AttentivePool.forward",
+        "rcmae.tasks.attentive_probe:AttentivePool.forward",
         looks_everywhere,
         "test_race.py::test_the_attentive_probe_finds_one_token_among_many",
     ),
@@ -1396,14 +1396,14 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_finetune.py::test_an_unreadable_test_image_is_wrong_and_named",
     ),
     "the nearest neighbours come last": ("rcmae.tasks.knn:nearest", neighbours_by_length, "test_probes.py::test_a_feature_finds_itself"),
-    "LARS is SGD": ("rcmae.tasks.linear:lars", sgd_for_lars, "test_probes.py::test_maes_step_is_lars_on_standardised_features"),
+    "LARS is SGD": ("rcmae.tasks.linear_probe:lars", sgd_for_lars, "test_probes.py::test_maes_step_is_lars_on_standardised_features"),
     "a probe's layer forgets the features' scale": (
-        "rcmae.tasks.linear:folded",
+        "rcmae.tasks.linear_probe:folded",
         keeps_the_scale,
         "test_probes.py::test_scale_and_offset_of_features_are_nothing_to_it",
     ),
     "nothing is held out to choose a rate": (
-        "rcmae.tasks.linear:held_out",
+        "rcmae.tasks.linear_probe:held_out",
         scores_on_what_it_saw,
         "test_probes.py::test_the_rate_is_the_best_on_what_was_held_out_and_the_layer_is_fitted_on_all",
     ),
@@ -1469,7 +1469,7 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "test_probes.py::test_what_wants_a_gradient_keeps_no_pair_of_all",
     ),
     "what cannot be read is scored as grey": (
-        "rcmae.tasks.subject:Subject.hits",
+        "rcmae.tasks.context:EvaluationContext.hits",
         grey_counts,
         "test_evaluate.py::test_an_unreadable_image_is_wrong_and_named",
     ),

@@ -90,8 +90,8 @@ def test_a_fault_calls_its_own_alarm_once(tmp_path, capsys, name):
         ({"precision": "bf16"}, {"method": "mae", "seed": 1}),
         ({"precision": "bf16"}, {"half_life": "auto"}),
         ({"accumulate": 2}, {"ema_updates": 2, "teacher_mask": "different"}),
-        ({"accumulate": 2, "precision": "bf16"}, {"teacher_mask": "different", "schedule": "released", "momentum": 0.7}),
-        ({}, {"schedule": "described", "momentum": 0.7, "seed": 1}),
+        ({"accumulate": 2, "precision": "bf16"}, {"teacher_mask": "different", "schedule": "constant", "momentum": 0.7}),
+        ({}, {"schedule": "cosine", "momentum": 0.7, "seed": 1}),
         ({}, {"half_life": "auto", "teacher_mask": "different", "gamma": 0.5}),
     ],
     ids=lambda v: " ".join(f"{k} {x}" for k, x in v.items()) or "plain",
@@ -173,8 +173,8 @@ def test_a_stale_teacher_is_never_saved(tmp_path):
 def at_start(step: int, **changes) -> list[str]:
     """Alarms before step `step` of 400, 8 an epoch."""
     method = method_for(small(**changes))
-    if getattr(method, "memory", None) is not None:
-        method.memory.fill_(1e9)  # steered to its upper bound
+    if getattr(method, "adaptive_half_life", None) is not None:
+        method.adaptive_half_life.fill_(1e9)  # adapted to its upper bound
     return [a.name for a in Alarms(method, 400, 8).at_start(Progress(step, 400, 8))]
 
 
@@ -187,7 +187,7 @@ def test_what_auto_may_reach_is_not_too_long(step):
 
 @pytest.mark.parametrize("step", [0, 100, 399])
 def test_a_schedule_is_judged_by_its_start_also_in_a_resumed_run(step):
-    assert at_start(step, schedule="described", momentum=0.95) == []
-    assert at_start(step, schedule="described", momentum=1.0) == ["momentum-one"]
+    assert at_start(step, schedule="cosine", momentum=0.95) == []
+    assert at_start(step, schedule="cosine", momentum=1.0) == ["momentum-one"]
     assert at_start(step, half_life="1e30 steps") == ["momentum-one"]
     assert at_start(step, method="mae") == []

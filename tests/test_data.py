@@ -33,14 +33,14 @@ from rcmae.data.sources import open_source
 from rcmae.data.views import center, crop_box, flip, random_resized_crop, rng
 from rcmae.engine.console import Screen
 from rcmae.errors import ConfigError, DataError, StorageError
-from rcmae.methods.mae import CropAndOrder
+from rcmae.methods.mae import CropAndMask
 from rcmae.tasks.probe import probe_set
 from tests import images
 from tests.conftest import small
 
 ODD, BAD = images.odd(), images.bad()
 FIVE = images.tiff(np.zeros((8, 8, 5), np.uint8), photometric="minisblack", planarconfig="contig")
-VIEW = CropAndOrder(ImagesConfig(size=16, crop_scale=(0.3, 1.0)), patches=16)
+VIEW = CropAndMask(ImagesConfig(size=16, crop_scale=(0.3, 1.0)), patches=16)
 
 
 def fill(root: Path, files: dict[str, bytes]) -> Path:

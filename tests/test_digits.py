@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from rcmae.data import digits as d
-from rcmae.tasks.linear import linear_right
+from rcmae.tasks.linear_probe import linear_right
 
 
 @pytest.fixture(scope="module")

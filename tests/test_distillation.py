@@ -16,7 +16,7 @@ from rcmae.data.masking import block_mask
 from rcmae.data.views import rng
 from rcmae.engine.schedules import Progress
 from rcmae.errors import ConfigError
-from rcmae.methods.losses import across_views, assignments, balanced, contrast, entropy_gap, masked_patches
+from rcmae.methods.distillation_losses import across_views, assignments, balanced, contrast, entropy_gap, masked_patches
 from rcmae.models.heads import PrototypeHead
 from rcmae.pretraining import pretrain
 from tests.conftest import GOLDEN, batch_for, method_for, small, stop_at
@@ -177,8 +177,8 @@ def test_micro_batches_give_the_gradient_and_the_centre_of_the_whole_batch(name)
         assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-6 * scale.item()), key
     for method in (whole, parts):
         method.after_step(T0, ONE)
-    assert whole.centre.value.abs().sum() > 0
-    assert torch.allclose(whole.centre.value, parts.centre.value, atol=1e-7)
+    assert whole.center.value.abs().sum() > 0
+    assert torch.allclose(whole.center.value, parts.center.value, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["dino", "ibot"])
@@ -190,7 +190,7 @@ def test_a_centre_is_a_running_mean_that_a_skipped_step_leaves_alone(name):
     for applied, expected in ((NONE, 0.0), (ONE, 0.1), (ONE, 0.19)):
         method(batch, T0)
         method.after_step(T0, applied)
-        assert torch.allclose(method.centre.value, expected * said.mean((0, 1)), atol=1e-6)
+        assert torch.allclose(method.center.value, expected * said.mean((0, 1)), atol=1e-6)
         method.teacher = method_for(small(name)).teacher
 
 
@@ -200,7 +200,7 @@ def test_balanced_targets_use_all_prototypes(name):
     method = method_for(small(name, sinkhorn=True, head_norm=True, local_crops=0))
     said = 0.1 * torch.randn(2, 6, 12)
     said[..., 3] += 1.0
-    even = method.target(said, method.centre, 0.1).flatten(0, 1)
+    even = method.target(said, method.center, 0.1).flatten(0, 1)
     torch.testing.assert_close(even.sum(1), torch.ones(12))
     torch.testing.assert_close(even.sum(0), torch.ones(12), rtol=0.1, atol=0)
     assert method.spread(said, 0.1)["prototypes_used"] < 2
@@ -211,9 +211,9 @@ def test_a_collapsed_msn_shows_in_what_it_logs():
     """One answer for all images, balanced or not: few prototypes are in use."""
     method = method_for(small("msn", sinkhorn=True, sharpen=0.05))
     with torch.no_grad():
-        for part in (method.student.trunk, method.teacher.model):
+        for part in (method.student.shared, method.teacher.model):
             part.head[-1].weight.zero_()
-            part.head[-1].bias.copy_(5 * method.student.top.weight[0])
+            part.head[-1].bias.copy_(5 * method.student.predictor.weight[0])
     assert method(batch_for(method, size=6), LATER)["prototypes_used"] < 6
 
 
@@ -227,8 +227,8 @@ def test_a_centre_of_masked_patches_does_not_depend_on_how_a_batch_is_cut():
         parts({k: v[i : i + 1] for k, v in batch.items()}, LATER)
     for method in (whole, parts):
         method.after_step(LATER, ONE)
-    assert whole.patch_centre.value.abs().sum() > 0
-    torch.testing.assert_close(whole.patch_centre.value, parts.patch_centre.value)
+    assert whole.patch_center.value.abs().sum() > 0
+    torch.testing.assert_close(whole.patch_center.value, parts.patch_center.value)
 
 
 def test_a_heads_statistics_are_those_of_all_views_and_images():
@@ -310,23 +310,23 @@ def test_mocov3_leaves_its_patch_embedding_alone_and_its_teacher_has_no_predicto
     method = method_for(small("mocov3"))
     found = gradients(method, batch_for(method))
     assert not [n for n in found if "patch_embed" in n]
-    assert any(n.startswith("student.top") for n in found)
+    assert any(n.startswith("student.predictor") for n in found)
     assert not [n for n, _ in method.teacher.named_parameters() if "top" in n]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_student_and_teacher_start_alike_and_the_teacher_follows(name):
-    method = method_for(small(name, schedule="released", momentum=0.9))
+    method = method_for(small(name, schedule="constant", momentum=0.9))
     pairs = dict(method.teacher.model.named_parameters())
     with torch.no_grad():
-        for key, p in method.followed.named_parameters():
+        for key, p in method.ema_source.named_parameters():
             assert torch.equal(pairs[key], p)
             if p.requires_grad:
                 p += 1
     before = {key: p.clone() for key, p in pairs.items()}
     method(batch_for(method), T0)
     method.after_step(T0, ONE)
-    for key, p in method.followed.named_parameters():
+    for key, p in method.ema_source.named_parameters():
         assert torch.allclose(pairs[key], before[key] + 0.1 * p.requires_grad, atol=1e-6), key
 
 

@@ -31,6 +31,7 @@ from rcmae.interop.timm_export import export
 from rcmae.models.backbone import IMAGENET, Backbone
 from rcmae.tasks import features as features_module
 from rcmae.tasks import worth
+from rcmae.tasks.context import TaskResult
 from rcmae.tasks.evaluation import TASKS as KINDS
 from rcmae.tasks.evaluation.base import Evaluation, Task
 from rcmae.tasks.evaluation.worth import Worth
@@ -39,7 +40,6 @@ from rcmae.tasks.finetune import load_finetune
 from rcmae.tasks.robustness.corruptions import STANDARD
 from rcmae.tasks.robustness.metrics import imagenet_classes
 from rcmae.tasks.score import READ, Centers, in_parts, joined
-from rcmae.tasks.subject import Found
 from rcmae.tasks.worth import verdict
 from tests.conftest import GOLDEN, method_for, small
 from tests.processes import ranks
@@ -152,12 +152,12 @@ def test_a_task_is_one_class_and_one_line(tmp_path, data, capsys):
         label: int = 1
         "the class, from 1"
 
-        def reads(self, subject):
+        def required_features(self, context):
             return None
 
-        def run(self, subject):
-            labels = subject.set.test.labels
-            return Found({"top1": 50.0}, labels == self.label - 1, torch.nn.Identity(), {"label": self.label})
+        def run(self, context):
+            labels = context.set.test.labels
+            return TaskResult({"top1": 50.0}, labels == self.label - 1, torch.nn.Identity(), {"label": self.label})
 
     rcmae.cli.evaluate.command(rcmae.cli._command_of(Always), name="always")
     assert run(tmp_path, "always", "pixels", "--data", data, "--label", "2")[1]["per_class"] == {"a": 0.0, "b": 100.0, "c": 0.0}

@@ -16,7 +16,7 @@ from benchmarks import parity
 from rcmae.errors import CheckpointError, ConfigError
 from rcmae.interop.load import load
 from rcmae.interop.timm_export import export
-from rcmae.methods import loss
+from rcmae.methods import reconstruction_loss
 from rcmae.models.autoencoder import build
 from rcmae.models.backbone import Backbone
 from tests.conftest import GOLDEN, method_for, small
@@ -194,7 +194,7 @@ def test_parity_with_the_official_code(capsys):
 
 def test_parity_sees_nan(monkeypatch, capsys):
     """Nothing compares with NaN: it must not pass for no difference."""
-    whole = loss.squared_errors
+    whole = reconstruction_loss.squared_errors
     monkeypatch.setattr(rcmae.methods.rcmae, "squared_errors", lambda *args: {k: v * math.nan for k, v in whole(*args).items()})
     assert parity.main(str(GOLDEN / "rcmae_reference.safetensors")) == 1
     assert "inf" in capsys.readouterr().out

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from rcmae.engine.optim import adamw
 from rcmae.engine.schedules import Progress
-from rcmae.methods.loss import squared_errors
 from rcmae.methods.mean_teacher import teacher_clock
+from rcmae.methods.reconstruction_loss import squared_errors
 from rcmae.models.patches import patchify, standardise, take
 from tests.conftest import batch_for, method_for, small
 
@@ -51,7 +51,7 @@ def test_hidden_pixels_cannot_reach_the_encoder(registers):
         assert torch.equal(shots[0][who], shots[1][who])
         assert not torch.equal(shots[0][who], shots[2][who])
     ids = batch["order"][:, : method.visible]
-    latents = [method.student.encoder(take(method.cut(s["image"]), ids), ids) for s in shots[:2]]
+    latents = [method.student.encoder(take(method.normalize_and_patchify(s["image"]), ids), ids) for s in shots[:2]]
     assert torch.equal(*latents)
 
 
@@ -59,7 +59,7 @@ def test_visible_patches_get_exactly_no_gradient():
     """The loss, as a function of what it is compared with, depends on hidden patches only: visible targets cannot move it."""
     method = method_for(small("mae", target="pixels"))
     batch = batch_for(method)
-    patches = method.cut(batch["image"]).requires_grad_()
+    patches = method.normalize_and_patchify(batch["image"]).requires_grad_()
     with torch.no_grad():
         prediction = method.student(patches, batch["order"], method.visible)
     loss = F.mse_loss(prediction, method.target(take(patches, batch["order"][:, method.visible :])))
@@ -144,7 +144,7 @@ def test_the_teacher_never_gets_a_gradient():
 
 def test_momentum_one_and_zero_do_what_they_say():
     for momentum in (1.0, 0.0):
-        method = method_for(small(schedule="released", momentum=momentum))
+        method = method_for(small(schedule="constant", momentum=momentum))
         before = copy.deepcopy(method.teacher.model.state_dict())
         train(method, 2)
         expected = before if momentum else method.student.state_dict()
@@ -154,7 +154,7 @@ def test_momentum_one_and_zero_do_what_they_say():
 
 
 def test_the_teacher_is_the_moving_average_of_the_students():
-    method = method_for(small(schedule="released", momentum=0.7, ema_updates=2))
+    method = method_for(small(schedule="constant", momentum=0.7, ema_updates=2))
     expected = method.student.decoder.pred.weight.detach().double().clone()
     optimizer = adamw(method.student, method.recipe.optim, 1e-2)
     for step in range(4):
@@ -188,7 +188,7 @@ def test_different_masks_are_scored_where_both_are_blind():
     method = method_for(small(teacher_mask="different"))
     batch = batch_for(method)
     losses = method(batch, T0)
-    patches = method.cut(batch["image"])
+    patches = method.normalize_and_patchify(batch["image"])
     s = method.student(patches, batch["order"], method.visible)
     t = method.teacher(patches, batch["teacher_order"], method.visible)
     terms = []
@@ -201,9 +201,9 @@ def test_different_masks_are_scored_where_both_are_blind():
 
 def test_schedules():
     at = [Progress(k, 100, 10) for k in (0, 50, 100)]
-    described, released = method_for(small(schedule="described")), method_for(small(schedule="released"))
-    assert [described.momentum(t) for t in at] == pytest.approx([0.996, 0.998, 1.0])
-    assert [released.momentum(t) for t in at] == [0.996] * 3
+    cosine, constant = method_for(small(schedule="cosine")), method_for(small(schedule="constant"))
+    assert [cosine.momentum(t) for t in at] == pytest.approx([0.996, 0.998, 1.0])
+    assert [constant.momentum(t) for t in at] == [0.996] * 3
     for text, steps in (("5%", 5), ("7 steps", 7), ("80 images", 10), ("0.5 epochs", 5)):
         method = method_for(small(half_life=text))
         assert method.momentum(at[0]) ** steps == pytest.approx(0.5), text
@@ -284,7 +284,7 @@ def test_auto_half_life_follows_who_is_ahead(mask):
     assert method.half_life(t) == 2
     for advantage, steps in ((0.5, 10), (-0.5, 3), (0.001, 10), (5.0, 1000), (-5.0, 1000)):
         for _ in range(steps):
-            method.ahead.append(torch.tensor([1.0, 1.0 - advantage]))  # the student's error, and the teacher's
+            method.pending_errors.append(torch.tensor([1.0, 1.0 - advantage]))  # the student's error, and the teacher's
             method.after_step(t, ONE)
         seen.append(float(method.half_life(t)))
     grown = 2 + 10 * math.log(2)
@@ -300,13 +300,13 @@ def test_auto_half_life_is_steered_by_the_batch_and_by_nothing_that_was_skipped(
     with torch.no_grad():  # a student that guesses nothing, under a teacher that is worse
         method.student.decoder.pred.weight.zero_()
         method.teacher.model.decoder.pred.weight.mul_(30)
-    method.memory.fill_(40.0)
+    method.adaptive_half_life.fill_(40.0)
     method(batch, t)
     method.after_step(t, 0 * ONE)
-    assert method.memory == 40
+    assert method.adaptive_half_life == 40
     method(batch, t)
     method(batch, t)  # two micro-batches are one step
     method.after_step(t, ONE)
-    assert method.memory.item() == pytest.approx(40 - math.log(2), rel=1e-5)
-    assert "memory" in method.state_dict(), "a resumed run goes on from it"
-    assert "memory" not in method_for(small(half_life="2 steps")).state_dict()
+    assert method.adaptive_half_life.item() == pytest.approx(40 - math.log(2), rel=1e-5)
+    assert "adaptive_half_life" in method.state_dict(), "a resumed run goes on from it"
+    assert "adaptive_half_life" not in method_for(small(half_life="2 steps")).state_dict()

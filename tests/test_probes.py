@@ -8,10 +8,10 @@ from torch import nn
 
 import rcmae.tasks.knn as knn_module
 from rcmae.errors import ConfigError
-from rcmae.tasks import attentive
+from rcmae.tasks import attentive_probe
 from rcmae.tasks.knn import Knn, check_k, nearest
 from rcmae.tasks.lars import lars
-from rcmae.tasks.linear import RATES, Heads, fit, fit_mae, fit_rates, said
+from rcmae.tasks.linear_probe import RATES, Heads, fit, fit_mae, fit_rates, predict
 
 CLASSES = 5
 
@@ -60,7 +60,7 @@ def test_a_feature_finds_itself():
     train, labels, _ = random_set()
     unit = torch.nn.functional.normalize(train, dim=1)
     assert (nearest(unit, unit, 3)[:, 0] == torch.arange(len(train))).all()
-    assert (said(near(train, labels, 1), train) == labels).all()
+    assert (predict(near(train, labels, 1), train) == labels).all()
 
 
 def test_similarity_is_that_of_directions():
@@ -161,14 +161,14 @@ def gaussians(distance: float, n: int = 2000, m: int = 4000, d: int = 16):
 
 
 def by_rates(train, labels, test, truth, seed=0):
-    return said(fit_rates(train, labels, CLASSES, steps=300, seed=seed).layer, test) == truth
+    return predict(fit_rates(train, labels, CLASSES, steps=300, seed=seed).layer, test) == truth
 
 
 def by_mae(train, labels, test, truth, seed=0):
     """Few images: a high rate, as its docstring asks for."""
-    batches = attentive.in_memory(train, labels, 200, len(train), seed)
+    batches = attentive_probe.in_memory(train, labels, 200, len(train), seed)
     layer = fit_mae(batches, train.shape[1], CLASSES, steps=200, warmup=0.05, batch=len(train), base_lr=5.0, seed=seed)
-    return said(layer, test) == truth
+    return predict(layer, test) == truth
 
 
 both = pytest.mark.parametrize("probe", [by_mae, by_rates])
@@ -276,13 +276,13 @@ def test_a_feature_that_never_changes_is_not_blown_up():
     train, labels, test, truth = gaussians(distance=2.0, n=300)
     train[:, 0], test[:, 0] = 0, 1 / 255
     layer = fit_rates(train, labels, CLASSES, steps=300).layer
-    assert (said(layer, test) == truth).mean() > 0.9
+    assert (predict(layer, test) == truth).mean() > 0.9
 
 
 # --- attentive --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", attentive.PROBES)
+@pytest.mark.parametrize("kind", attentive_probe.PROBES)
 def test_attentive_probes_find_one_token_among_many(kind):
     """The class stands in one token at a random place; the mean over the tokens hides it in noise."""
     rng = torch.Generator().manual_seed(0)
@@ -295,12 +295,12 @@ def test_attentive_probes_find_one_token_among_many(kind):
 
     (train, labels), (test, truth) = images(800), images(400)
     options = {"steps": 150, "rates": (1e-2, 3e-2), "heads": 5}
-    found = attentive.fit_rates(kind, train, labels, 4, **options)
-    assert (said(found.probe, test) == truth).mean() > 0.95
+    found = attentive_probe.fit_rates(kind, train, labels, 4, **options)
+    assert (predict(found.probe, test) == truth).mean() > 0.95
     assert found.held_out[found.rate] == max(found.held_out.values())
-    again = attentive.fit_rates(kind, train, labels, 4, **options | {"rates": (found.rate,)})
-    assert (said(again.probe, test) == said(found.probe, test)).all()
+    again = attentive_probe.fit_rates(kind, train, labels, 4, **options | {"rates": (found.rate,)})
+    assert (predict(again.probe, test) == predict(found.probe, test)).all()
 
 
 def test_heads_divide_the_width():
-    assert [attentive.heads_for(width, 12) for width in (768, 128, 7)] == [12, 8, 7]
+    assert [attentive_probe.heads_for(width, 12) for width in (768, 128, 7)] == [12, 8, 7]

@@ -24,7 +24,7 @@ from rcmae.engine.metrics import read_metrics
 from rcmae.errors import ConfigError
 from rcmae.methods import METHODS
 from rcmae.methods.recipes import load_recipe
-from rcmae.tasks.attentive import attentive_right
+from rcmae.tasks.attentive_probe import attentive_right
 
 AVERAGED = "mae averaged"
 
@@ -45,7 +45,7 @@ def test_all_start_from_the_same_encoder_and_see_the_same_images():
     for arm in arms(ARMS):
         torch.manual_seed(arm.recipe.seed)
         method = METHODS[arm.recipe.method](arm.recipe, (0.5,) * 3, (0.25,) * 3)
-        weights = method.followed.encoder.state_dict()
+        weights = method.ema_source.encoder.state_dict()
         first = first or weights
         for name, value in weights.items():
             assert torch.equal(value, first[name]), (arm.name, name)

@@ -20,7 +20,7 @@ from .errors import ConfigError, Preempted, RcmaeError, first_line
 from .tasks.detection.settings import Detection, Scoring
 from .tasks.evaluation import TASKS
 from .tasks.evaluation.base import Evaluation, Task, Which
-from .tasks.evaluation.tuning import Tuning
+from .tasks.evaluation.finetune import Finetune
 from .tasks.evaluation.worth import Worth
 
 app = App(
@@ -61,26 +61,26 @@ for options in (Workplace, Machine, Evaluation, *TASKS.values(), Worth, Detectio
     _as_flags(options)
 
 
-def _pretrain(cls: type[Recipe], given: str | None = None) -> Callable[..., None]:
-    """The command `pretrain` with the flags of a method's recipe; `given` is the recipe whose values are their defaults."""
+def _pretrain(cls: type[Recipe], loaded_name: str | None = None) -> Callable[..., None]:
+    """The command `pretrain` with the flags of a method's recipe; `loaded_name` is that of the recipe whose values are their defaults."""
 
     def pretrain(
-        recipe: str | None = None, /, *,
-        settings: Annotated[cls, Parameter(name="*", negative_iterable=(), show_default=False, group=Group("Recipe", sort_key=1))] = cls(),  # type: ignore
+        recipe_name: Annotated[str | None, Parameter(name="RECIPE")] = None, /, *,
+        recipe: Annotated[cls, Parameter(name="*", negative_iterable=(), show_default=False, group=Group("Recipe", sort_key=1))] = cls(),  # type: ignore
         machine: Annotated[Machine, Parameter(name="*", negative_iterable=(), group=Group("Machine", sort_key=99))] = Machine(),
     ) -> None:  # fmt: skip
         """Pre-train a Vision Transformer; a run that is already in --out goes on.
 
         Parameters
         ----------
-        recipe
+        recipe_name
             A recipe's name (`rcmae list`) or the path of a TOML file [default: embedded]. What it sets can be replaced by options.
         """
         from .pretraining import pretrain as run
 
-        if recipe != given:  # its values came too late to be defaults
-            raise ConfigError(f"write the recipe first: rcmae pretrain {recipe} --...")
-        run(settings, machine)
+        if recipe_name != loaded_name:  # cyclopts has already parsed the flags against another recipe's defaults: the name must come first
+            raise ConfigError(f"write the recipe first: rcmae pretrain {recipe_name} --...")
+        run(recipe, machine)
 
     for i, (name, section) in enumerate(sections(cls).items(), 2):
         title = Group(name, help=(section.__doc__ or "").splitlines()[0], sort_key=i)
@@ -455,9 +455,9 @@ def _command_of(kind: type[Task]) -> Callable[..., None]:
 
     def command(
         backbone: Annotated[str, Parameter(help=kind.takes)], /, *, task: Annotated[kind, Flat] = kind(),
-        how: Annotated[Evaluation, Flat] = Evaluation(),
+        options: Annotated[Evaluation, Flat] = Evaluation(),
     ) -> None:  # fmt: skip
-        _evaluate(backbone, task, how)
+        _evaluate(backbone, task, options)
 
     command.__doc__ = kind.__doc__
     return command
@@ -478,8 +478,8 @@ class Compared(Evaluation):
 
 @evaluate.command(name="worth-it")
 def evaluate_worth_it(
-    backbone: str, /, *, task: Annotated[Worth, Flat] = Worth(), tuning: Annotated[Tuning, Flat] = Tuning(),
-    how: Annotated[Compared, Flat] = Compared(),
+    backbone: str, /, *, task: Annotated[Worth, Flat] = Worth(), tuning: Annotated[Finetune, Flat] = Finetune(),
+    options: Annotated[Compared, Flat] = Compared(),
 ) -> None:  # fmt: skip
     """Did pre-training pay? Fine-tuning from it and from scratch, at several shares of the labels, with intervals and a plain verdict.
 
@@ -490,14 +490,14 @@ def evaluate_worth_it(
     """
     from rich.table import Table
 
-    from .tasks.subject import place
+    from .tasks.context import place
     from .tasks.worth import worth_it
 
-    if how.out:
-        _check_folder(how.out)
-    if any(getattr(how, name) != getattr(Compared, name) for name in ("which", "labels", "seed")):
+    if options.out:
+        _check_folder(options.out)
+    if any(getattr(options, name) != getattr(Compared, name) for name in ("which", "labels", "seed")):
         raise ConfigError("worth-it compares all networks, at --percents and over --seeds; leave out --which, --labels and --seed")
-    found = worth_it(backbone, task, tuning, how, _console().print)
+    found = worth_it(backbone, task, tuning, options, _console().print)
     if not found["rows"]:  # not the first rank
         return
     table = Table("% right", "labels", "mean", "seeds", "against scratch", title_justify="left")
@@ -508,19 +508,19 @@ def evaluate_worth_it(
     _console().print(table)
     for text in found["said"]:
         _console().print(text)
-    _report_of_backbone(place(backbone, how))
+    _report_of_backbone(place(backbone, options))
 
 
-def _evaluate(backbone: str, task: Task, how: Evaluation) -> None:
+def _evaluate(backbone: str, task: Task, options: Evaluation) -> None:
     from rich.table import Table
 
     from .report.severity import write_figures
+    from .tasks.context import place
     from .tasks.evaluate import evaluate
-    from .tasks.subject import place
 
-    if how.out:
-        _check_folder(how.out)
-    records = evaluate(backbone, task, how)
+    if options.out:
+        _check_folder(options.out)
+    records = evaluate(backbone, task, options)
     if not records:  # not the first rank
         return
     title = f"{records[0]['task']}, %, {records[0]['test_images']:,} test images"
@@ -528,7 +528,7 @@ def _evaluate(backbone: str, task: Task, how: Evaluation) -> None:
     for name in dict.fromkeys(name for record in records for name in record["metrics"]):
         table.add_row(name, *(f"{record['metrics'][name]:.2f}" if name in record["metrics"] else "" for record in records))
     _console().print(table)
-    where = place(backbone, how)
+    where = place(backbone, options)
     for file in write_figures(records, where):
         print(f"Open {file}")
     _report_of_backbone(where)
@@ -550,7 +550,7 @@ app.command(detect)
 
 @detect.command(name="train")
 def detect_train(
-    backbone: str, /, *, how: Annotated[Detection, Flat] = Detection(), machine: Annotated[Workplace, Flat] = Workplace()
+    backbone: str, /, *, options: Annotated[Detection, Flat] = Detection(), machine: Annotated[Workplace, Flat] = Workplace()
 ) -> None:
     """Train a detector on a backbone; a run that is already in --out goes on.
 
@@ -564,7 +564,7 @@ def detect_train(
 
     if machine.out:
         _check_folder(machine.out)
-    run = train_detector(backbone, how, machine)
+    run = train_detector(backbone, options, machine)
     if run is None:  # not the first rank
         return
     print(f"Open {write_report(run)}")
@@ -572,7 +572,7 @@ def detect_train(
 
 
 @detect.command(name="eval")
-def detect_eval(checkpoint: Path, /, *, how: Annotated[Scoring, Flat] = Scoring()) -> None:
+def detect_eval(checkpoint: Path, /, *, options: Annotated[Scoring, Flat] = Scoring()) -> None:
     """COCO's average precision of boxes and masks, by class and size.
 
     Parameters
@@ -584,9 +584,9 @@ def detect_eval(checkpoint: Path, /, *, how: Annotated[Scoring, Flat] = Scoring(
 
     from .tasks.detection.commands import percent, score_detector
 
-    if how.out:
-        _check_folder(how.out)
-    found = score_detector(checkpoint, how)
+    if options.out:
+        _check_folder(options.out)
+    found = score_detector(checkpoint, options)
     if found is None:  # not the first rank
         return
     parts = [part for part in ("box", "mask") if part in found]
@@ -600,7 +600,7 @@ def detect_eval(checkpoint: Path, /, *, how: Annotated[Scoring, Flat] = Scoring(
     rule = found[parts[0]]["areas"]
     bounds = " and ".join(f"{bound:,.0f}" for bound in found[parts[0]]["bounds"])
     print(f"small, medium, large: below and above {bounds} px of area, {'as COCO' if rule == 'coco' else 'scaled to these images'}")
-    print(f"wrote {how.out or checkpoint / 'eval'}")
+    print(f"wrote {options.out or checkpoint / 'eval'}")
 
 
 @detect.command(name="show")
@@ -753,21 +753,21 @@ def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:
             given[key.replace("-", "_")] = value if equals else following
     if given.get("out") == "":
         raise ConfigError("--out is empty; name a folder")
-    name = next((a for a in argv[1:2] if not a.startswith("-")), None)
+    recipe_name = next((a for a in argv[1:2] if not a.startswith("-")), None)
     begun = Path(given.get("out", "")) / "recipe.toml"
-    resumes = name is None and "out" in given and begun.exists() and checkpoints(begun.parent / "checkpoints")
-    recipe = load_recipe(str(begun) if resumes else name or "embedded")
+    resumes = recipe_name is None and "out" in given and begun.exists() and checkpoints(begun.parent / "checkpoints")
+    recipe = load_recipe(str(begun) if resumes else recipe_name or "embedded")
     recipe = with_method(recipe, given.get("method", recipe.method))
     for key in given.keys() - flags(type(recipe)).keys() - flags(Machine).keys():
         owners = [other for other, method in METHODS.items() if key.removeprefix("no_") in flags(method.recipe_type)]
         if owners and recipe.method not in owners:
             raise ConfigError(f"--{key.replace('_', '-')} is a setting of {spoken(owners)}; this run's method is {recipe.method}")
     del app["pretrain"]
-    app.command(_pretrain(type(recipe), name), name="pretrain")
+    app.command(_pretrain(type(recipe), recipe_name), name="pretrain")
     values = flat(recipe)
     if given.keys() & {"epochs", "steps", "time"}:  # a length on the command line replaces the recipe's, in whatever unit
         values = {k: v for k, v in values.items() if k not in ("epochs", "steps", "time")}
-    return (Dict({"pretrain": values}, source=f"recipe {name or 'embedded'}"),)
+    return (Dict({"pretrain": values}, source=f"recipe {recipe_name or 'embedded'}"),)
 
 
 def _check_folder(out: Path) -> None:

@@ -29,7 +29,7 @@ from .engine.metrics import read_metrics
 from .engine.optim import adamw, linear_rule
 from .engine.run import ADVICE, RunContext, describe_machine, run_context, write_json
 from .engine.schedules import Progress, cosine, spread, warmup_cosine
-from .engine.step import LogWindow, Mean, clip_gradients, set_lr, set_weight_decay, step_where
+from .engine.step import LogWindow, Mean, clip_gradients, conditional_step, set_lr, set_weight_decay
 from .errors import AlarmError, ConfigError, DataError, first_line
 from .interop.timm_export import PLAIN, export
 from .lab.alarms import Alarm
@@ -84,7 +84,7 @@ class Pretraining(Trainer):
         check_parts(recipe.optim.batch_size, context.world.size, context.machine.accumulate)
         images = open_images(recipe, context.screen)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
-        if (why := METHODS[recipe.method].whole_batch(recipe)) and self.batch_size // self.machine.accumulate < 2:
+        if (why := METHODS[recipe.method].accumulation_caveat(recipe)) and self.batch_size // self.machine.accumulate < 2:
             raise ConfigError(f"{recipe.method} learns nothing from micro-batches of one image, as {why}: give a smaller --accumulate")
         self.method = self.build(*self.statistics())
         self.loss_names = self.method.losses
@@ -139,7 +139,7 @@ class Pretraining(Trainer):
         # Decided on the device, by all ranks: no step waits for the host, and no rank goes its own way.
         applied = self.world.everywhere((norm.isfinite() & mean.values["loss"].isfinite()).float())
         self.method.before_step(t, applied)
-        step_where(self.optimizer, applied)
+        conditional_step(self.optimizer, applied)
         self.method.after_step(t, applied)  # the teacher follows
         self.window.add(mean.values | {"grad_norm": norm}, applied, self.batch_size)
         return applied
@@ -171,7 +171,7 @@ class Pretraining(Trainer):
         images = f"{len(self.images):,} images of {self.recipe.data}"
         self.screen.say(f"fresh start in {self.out}: {self.recipe.method}, {parameters / 1e6:.1f} M parameters, {images}")
         self.screen.say(f"{self.total:,} steps ({self.total / self.steps_per_epoch:.1f} epochs) on {about['device']} in {self.precision}")
-        if self.machine.accumulate > 1 and (why := self.method.whole_batch(self.recipe)):
+        if self.machine.accumulate > 1 and (why := self.method.accumulation_caveat(self.recipe)):
             self.screen.say(f"note: with --accumulate the step is another one: {why}")
         state = self.method.state(Progress(0, self.total, self.steps_per_epoch))
         if "half_life_steps" in state:

@@ -36,7 +36,7 @@ class Trainer(ABC):
     A subclass calls `setup` once it has built what is trained, and implements the abstract methods below.
     """
 
-    remedy = "lower --base-lr, set --clip 1"
+    divergence_advice = "lower --base-lr, set --clip 1"
     "what to try when steps are not finite"
 
     loss_names: Mapping[str, str] = MappingProxyType({"loss": "loss"})
@@ -201,7 +201,7 @@ class Trainer(ABC):
     def _loop(self) -> None:
         milestones = self.milestone_steps()
         save_seconds = parse_time(self.machine.save_every)
-        self.skips = Skips(self.out / "checkpoints", self.remedy)
+        self.skips = Skips(self.out / "checkpoints", self.divergence_advice)
         if self.step in milestones and self.last_milestone < self.step:  # a signal came in the middle of it
             self._milestone()
         self.batches = self.loader(self.step, self.total)
@@ -259,7 +259,7 @@ class Trainer(ABC):
         so they end it first.
         """
         for i in range(self.machine.accumulate):
-            with self.interruptible(), distributed.only_last(self.net, i == self.machine.accumulate - 1):
+            with self.interruptible(), distributed.sync_gradients_on_last(self.net, i == self.machine.accumulate - 1):
                 yield self.window.wait(self.batches)
 
     def interruptible(self) -> contextlib.AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Crops as pure functions of a generator, and the generator as a pure function of (seed, epoch, index)."""
+"""Crops as pure functions of a generator, and the generator as a pure function of (seed, epoch, index). Letters: ch cw, a crop's pixels."""
 
 import math
 
@@ -23,7 +23,7 @@ def random_resized_crop(
     scale: tuple[float, float],
     rng: np.random.Generator,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> UInt8[Tensor, "c gh gw"]:
+) -> UInt8[Tensor, "c ch cw"]:
     """A crop of a random share of the area and a random aspect, resized to `shape` (height, width): bicubic, antialiased.
 
     An image that already has the shape, with scale (1, 1), is taken as it is.
@@ -51,7 +51,7 @@ def flip(crop: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> UInt8[Tensor
     return crop.flip(2) if rng.random() < 0.5 else crop
 
 
-def center(image: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c gh gw"]:
+def center(image: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
     """For evaluation: resized so that `shape` (height, width) is 224/256 of it, then its centre; untouched if it has the shape."""
     h, w = image.shape[:2]
     if (h, w) == tuple(shape):
@@ -62,6 +62,6 @@ def center(image: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c gh gw"]:
     return _resize(image[top : top + height, left : left + width], shape)
 
 
-def _resize(part: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c gh gw"]:
+def _resize(part: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
     pixels = torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1)
     return resize(pixels, list(shape), InterpolationMode.BICUBIC, antialias=True)

@@ -140,7 +140,7 @@ def wrap(method: nn.Module, world: World) -> nn.Module:
         return DistributedDataParallel(method, broadcast_buffers=False)
 
 
-def only_last(net: nn.Module, last: bool):
+def sync_gradients_on_last(net: nn.Module, last: bool):
     """A context in which gradients are exchanged for the last micro-batch only."""
     return nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync()
 

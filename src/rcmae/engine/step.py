@@ -39,7 +39,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Ten
     return norm
 
 
-def step_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+def conditional_step(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
     """The step of a fused optimizer where `applied`, on the device, is 1; nothing moves where it is 0. Gradients are dropped."""
     optimizer.found_inf = 1 - applied  # the fused optimizer leaves everything alone where this is 1
     optimizer.step()
@@ -61,8 +61,8 @@ class Mean:
 class Skips:
     """What the steps since the last look returned. Only looking waits for the device."""
 
-    def __init__(self, checkpoints: Path, remedy: str):
-        self.checkpoints, self.remedy = checkpoints, remedy
+    def __init__(self, checkpoints: Path, divergence_advice: str):
+        self.checkpoints, self.divergence_advice = checkpoints, divergence_advice
         self.recent: list[Tensor] = []
         self.in_a_row = 0
 
@@ -78,7 +78,7 @@ class Skips:
                 yield step - len(recent) + i
             if self.in_a_row >= PATIENCE:
                 last = newest(self.checkpoints)
-                advice = f"{self.remedy}, or try --precision fp32"
+                advice = f"{self.divergence_advice}, or try --precision fp32"
                 raise DivergedError(f"{PATIENCE} steps in a row were not finite, up to step {step}; {last} is kept; {advice}")
 
 

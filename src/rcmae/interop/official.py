@@ -218,7 +218,7 @@ def import_pth(file: Path, out: Path, heads: tuple[int, int] | None = None) -> l
         models["teacher"], *_ = autoencoder(official.teacher, heads)
     recipe = MAERecipe(images=images, network=network)
     if official.teacher is not None:
-        recipe = RCMAERecipe(images=images, network=network, teacher=TeacherSettings(schedule="released"))
+        recipe = RCMAERecipe(images=images, network=network, teacher=TeacherSettings(schedule="constant"))
     weights = {f"{who}.{k}": v.contiguous() for who, m in models.items() for k, v in m.state_dict().items()}
     write_folder(out, {"recipe.toml": to_toml(recipe).encode(), "weights.safetensors": save(weights)})
     for who, m in models.items():

@@ -22,7 +22,7 @@ LONGEST = 0.1
 
 DRAG = -0.1
 """Teacher advantage below which, past two thirds of the run, the teacher holds the student back. There, in runs of 100 steps, -0.04 was
-measured at the longest half-life of `auto` (a tenth of the run), -0.07 under `described`, -0.17 at twice that half-life."""
+measured at the longest half-life of `auto` (a tenth of the run), -0.07 under `cosine`, -0.17 at twice that half-life."""
 
 CAUSES = {"teacher-still", "teacher-moves-twice", "teacher-stale", "momentum-one", "buffer-missed", "teacher-training", "schedule-stuck"}
 "Faults that can make a teacher drag: once one is named, its consequence is not called too."
@@ -44,7 +44,7 @@ class Alarms:
         self.teacher = method.teacher
         self.called = set(called)
         self.rows: dict[str, int] = {}
-        self.first_buffers = _buffers(method.followed), _buffers(self.teacher.model) if self.teacher is not None else {}
+        self.first_buffers = _buffers(method.ema_source), _buffers(self.teacher.model) if self.teacher is not None else {}
 
     def at_start(self, t: Progress, drift: float | None = None) -> list[Alarm]:
         """What can be said before a step is made. `drift` is the distance to the teacher that the checkpoint recorded."""
@@ -112,7 +112,7 @@ class Alarms:
         constant = monitor.seen and _constant(monitor.seen[0].prediction, monitor.seen[0].target)
         if constant or health["rankme"] < 1.5 or health["spread"] < 1e-3:
             what = "the same prediction for every image" if constant else f"features of effective rank {health['rankme']:.1f}"
-            return self._new([Alarm("collapse", f"{what} at step {t.step}: collapsed; {self.method.remedy}")])
+            return self._new([Alarm("collapse", f"{what} at step {t.step}: collapsed; {self.method.collapse_advice}")])
         return []
 
     def _new(self, found: list[Alarm]) -> list[Alarm]:
@@ -136,7 +136,7 @@ class Alarms:
         return float(self.method.momentum_per_step(Progress(step, self.total, self.steps_per_epoch)))
 
     def _missed_buffer(self) -> str | None:
-        own, other = _buffers(self.method.followed), _buffers(self.teacher.model)
+        own, other = _buffers(self.method.ema_source), _buffers(self.teacher.model)
         for name in own.keys() & other.keys():
             if not torch.equal(own[name], self.first_buffers[0][name]) and torch.equal(other[name], self.first_buffers[1][name]):
                 return name

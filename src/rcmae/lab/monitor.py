@@ -87,7 +87,7 @@ class Monitor:
 
     def _slices(self) -> list[tuple[Tensor, Tensor]]:
         """Parts of some weights of (student, teacher), spread over the network."""
-        pairs = [(s, own) for s, own in _pairs(self.method.followed, self.teacher.model) if s.requires_grad]
+        pairs = [(s, own) for s, own in _pairs(self.method.ema_source, self.teacher.model) if s.requires_grad]
         chosen = pairs[:: max(1, len(pairs) // SLICES)]
         return [(s.detach().flatten()[:1024], own.detach().flatten()[:1024]) for s, own in chosen]
 
@@ -137,7 +137,7 @@ class Monitor:
         if self.features is not None and len(self.features) >= 16:
             found |= health(self.features)
         if self.teacher is not None:
-            found["distance"] = distance_by_block(self.method.followed, self.teacher.model)
+            found["distance"] = distance_by_block(self.method.ema_source, self.teacher.model)
             if self.seen and self.batch is not None:
                 parts, gamma = both_gradients(self.method, self.batch), self.seen[0].gamma
                 found["gradient"] = relation(*parts, gamma)

@@ -84,7 +84,7 @@ def verify(recipe: Recipe, *, steps: int = 5, batch_size: int = 32, device: str 
         straight = _run(Way("straight"), root / "straight", steps, device)
         for i, way in enumerate(ways, 2):
             say(f"{i} of 5: {way.name}")
-            if reason := _cannot(way, kind) or ("--accumulate" in way.flags and METHODS[recipe.method].whole_batch(recipe)):
+            if reason := _cannot(way, kind) or ("--accumulate" in way.flags and METHODS[recipe.method].accumulation_caveat(recipe)):
                 rows.append(Row(way.name, {}, True, reason))
                 continue
             try:

@@ -15,8 +15,8 @@ from ..models.patches import patchify
 from ..models.teacher import Teacher
 from .diagnostics import Diagnostics
 
-# image uint8 [h, w, c] and a generator -> named tensors of one sample (crops, masks); must pickle, for loader workers.
-Views = Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]]
+Transform = Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]]
+"image uint8 [h, w, c] and a generator -> named tensors of one sample; must pickle, for loader workers."
 
 WATCHED = 2**17
 """Predicted values of a step that instruments look at: the images that hold so many, but at least 8. What is kept does not grow with the
@@ -66,8 +66,8 @@ class Method(Diagnostics, nn.Module):
         self.teacher = None
 
     @property
-    def followed(self) -> nn.Module:
-        """The part of the student that is evaluated, and that a teacher copies."""
+    def ema_source(self) -> nn.Module:
+        """The part of the student that the teacher averages and that evaluation loads."""
         return self.student
 
     @classmethod
@@ -76,7 +76,7 @@ class Method(Diagnostics, nn.Module):
         return []
 
     @classmethod
-    def whole_batch(cls, recipe: Recipe) -> str:
+    def accumulation_caveat(cls, recipe: Recipe) -> str:
         """Why micro-batches are another step than the batch they make; empty where they are the same."""
         return ""
 
@@ -86,12 +86,12 @@ class Method(Diagnostics, nn.Module):
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    def cut(self, images: Num[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
+    def normalize_and_patchify(self, images: Num[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
         """Pixels from 0 to 255 to standardised patches."""
         return patchify((images.float() - self.mean) / self.std, self.patch)
 
-    def views(self) -> Views:
-        """What one sample is."""
+    def views(self) -> Transform:
+        """The transform of one image: uint8 [h, w, c] and a generator to named tensors (crops, mask order)."""
         raise NotImplementedError
 
     def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class Diagnostics:
 
     losses: ClassVar[dict[str, str]] = {"loss": "loss"}
     "every value that `forward` returns, and its name on the line of progress"
-    remedy: ClassVar[str] = "lower --base-lr or lengthen --warmup"
+    collapse_advice: ClassVar[str] = "lower --base-lr or lengthen --warmup"
     "what helps against collapse"
     variants: ClassVar[tuple[Variant, ...]] = ()
     "rows of their own in `compare cost`"

@@ -1,6 +1,6 @@
 """DINO: self-distillation with no labels (Caron et al., ICCV 2021, arXiv 2104.14294).
 
-    L = mean over (teacher view, other student view) of  - softmax((t - centre) / tt) . log softmax(s / ts)
+    L = mean over (teacher view, other student view) of  - softmax((t - center) / tt) . log softmax(s / ts)
 
 t, s: the cosines of an image's class token with the prototypes, from the teacher and from the student.
 """
@@ -21,7 +21,7 @@ from .distillation import (
     LOOKED_AT,
     SPREAD,
     Batch,
-    Centre,
+    Center,
     SelfDistillation,
     SelfDistillationRecipe,
     judge_answers,
@@ -29,20 +29,20 @@ from .distillation import (
     spread_figures,
     spread_of,
 )
-from .losses import across_views, balanced, centred
+from .distillation_losses import across_views, balanced, centered
 
 LONGEST_FREEZE = 0.1
 "Share of the run in which the last layer may be frozen: an epoch of a large set can be longer than a run."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
-    """Prototypes, temperatures and the centre."""
+class DINOSettings(Section):
+    """Prototypes, temperatures and the center."""
 
     prototypes: int = 65536
     "width of the head's output"
     head_norm: bool = False
-    "BatchNorm between the head's layers, an option of both codes"
+    "BatchNorm between the head's layers, an option in the code of DINO and iBOT"
     student_temperature: float = 0.1
     "of the student's softmax"
     teacher_temperature: float = 0.04
@@ -52,9 +52,9 @@ class Settings(Section):
     teacher_temperature_warmup: float = 0.0
     "share of the run in which it rises linearly"
     centre_momentum: float = 0.9
-    "what a centre keeps of itself in a step"
+    "what a center keeps of itself in a step"
     sinkhorn: bool = False
-    "balance the targets over the prototypes in place of the centre, as DINOv2 does"
+    "balance the targets over the prototypes in place of the center, as DINOv2 does"
     freeze_last: float = 1.0
     "epochs in which the head's last layer does not move, within the first tenth of the run"
 
@@ -74,11 +74,11 @@ class DINORecipe(SelfDistillationRecipe):
     """What `dino` is told."""
 
     method: str = "dino"
-    dino: Settings = Settings()
+    dino: DINOSettings = DINOSettings()
 
 
 class DINO(SelfDistillation):
-    """Self-distillation across crops, with a centred and sharpened teacher."""
+    """Self-distillation across crops, with a centered and sharpened teacher."""
 
     recipe_type = DINORecipe
     recipe: DINORecipe
@@ -86,10 +86,10 @@ class DINO(SelfDistillation):
 
     def __init__(self, recipe: DINORecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
-        self.centre = Centre(recipe.dino.prototypes, recipe.dino.centre_momentum)
+        self.center = Center(recipe.dino.prototypes, recipe.dino.centre_momentum)
 
     @classmethod
-    def whole_batch(cls, recipe: DINORecipe) -> str:
+    def accumulation_caveat(cls, recipe: DINORecipe) -> str:
         own = {"the head's statistics": recipe.dino.head_norm, "the balance of the targets": recipe.dino.sinkhorn}
         names = " and ".join(name for name, there in own.items() if there)
         return f"{names} are those of a micro-batch" if names else ""
@@ -101,22 +101,22 @@ class DINO(SelfDistillation):
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         teacher, temperature = self.teacher.model, self.teacher_temperature(t)
         with torch.no_grad():
-            said = teacher.head(self.tokens(teacher, batch["image"])[:, :, 0])
-        self.centre.see(said)
-        target = self.target(said, self.centre, temperature)
+            teacher_logits = teacher.head(self.tokens(teacher, batch["image"])[:, :, 0])
+        self.center.accumulate(teacher_logits)
+        target = self.target(teacher_logits, self.center, temperature)
         loss = across_views(self.student.head(self.classes(batch)), target, self.recipe.dino.student_temperature)
-        return {"loss": loss} | self.spread(said, temperature)
+        return {"loss": loss} | self.spread(teacher_logits, temperature)
 
-    def target(self, said: Float[Tensor, "*s c"], centre: Centre, temperature: float) -> Float[Tensor, "*s c"]:
-        """What the teacher says as probabilities that do not all fall to one prototype."""
+    def target(self, teacher_logits: Float[Tensor, "*s c"], center: Center, temperature: float) -> Float[Tensor, "*s c"]:
+        """The teacher's probabilities, centered or balanced so that they do not all fall to one prototype."""
         if self.recipe.dino.sinkhorn:
-            return balanced((said.flatten(0, -2) / temperature).softmax(-1)).view_as(said)
-        return centred(said, centre.value, temperature)
+            return balanced((teacher_logits.flatten(0, -2) / temperature).softmax(-1)).view_as(teacher_logits)
+        return centered(teacher_logits, center.value, temperature)
 
-    def spread(self, said: Float[Tensor, "*s c"], temperature: float) -> dict[str, Tensor]:
+    def spread(self, teacher_logits: Float[Tensor, "*s c"], temperature: float) -> dict[str, Tensor]:
         """Of the teacher's answers, see `spread_of`; what is balanced is looked at before."""
-        shift = 0.0 if self.recipe.dino.sinkhorn else self.centre.value
-        return spread_of(((said.flatten(0, -2)[:LOOKED_AT] - shift) / temperature).softmax(-1))
+        shift = 0.0 if self.recipe.dino.sinkhorn else self.center.value
+        return spread_of(((teacher_logits.flatten(0, -2)[:LOOKED_AT] - shift) / temperature).softmax(-1))
 
     def classes(self, batch: Batch) -> Tensor:
         """The student's class tokens of all views [v b d]."""
@@ -135,7 +135,7 @@ class DINO(SelfDistillation):
 
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)
-        self.centre.move(applied)
+        self.center.update(applied)
 
     def references(self, batch: Batch) -> dict[str, float]:
         """The cross-entropy of a student whose answers are even, in nats."""

@@ -37,8 +37,8 @@ class Batch(TypedDict):
     "k small ones"
 
 
-class Siamese(nn.Module):
-    """What student and teacher have alike."""
+class EncoderWithHead(nn.Module):
+    """An encoder and a projection head, which student and teacher both have."""
 
     def __init__(self, encoder: Encoder, head: nn.Module):
         super().__init__()
@@ -58,8 +58,8 @@ class SelfDistillation(MeanTeacher):
         encoder = build_encoder(recipe.images, recipe.network)
         self.patch = encoder.patch
         self.patches = encoder.grid[0] * encoder.grid[1]
-        self.student = self.grow(Siamese(encoder, self.head(encoder.width)))
-        self.teacher = Teacher(self.followed)
+        self.student = self.build_student(EncoderWithHead(encoder, self.head(encoder.width)))
+        self.teacher = Teacher(self.ema_source)
 
     @classmethod
     def problems(cls, recipe: SelfDistillationRecipe) -> list[str]:
@@ -85,53 +85,54 @@ class SelfDistillation(MeanTeacher):
     def head(self, inputs: int) -> nn.Module:
         """What is put on an encoder of that width."""
 
-    def grow(self, net: Siamese) -> nn.Module:
-        """The student: what the teacher copies, and what it does not."""
+    def build_student(self, net: EncoderWithHead) -> nn.Module:
+        """The student, from the part that the teacher averages."""
         return net
 
     def views(self) -> MultiCrop:
         return MultiCrop(self.recipe.images, self.recipe.crops)
 
     def tokens(
-        self, net: Siamese, images: UInt8[Tensor, "b v c h w"], ids: Int[Tensor, "vb k"] | None = None, masked=None
+        self, net: EncoderWithHead, images: UInt8[Tensor, "b v c h w"], ids: Int[Tensor, "vb k"] | None = None, masked=None
     ) -> Float[Tensor, "v b t d"]:
         """Views of a batch through an encoder; see `Encoder.forward` for `ids` and `masked`."""
         b, v, _, h, w = images.shape
-        patches = self.cut(images.transpose(0, 1).flatten(0, 1))
+        patches = self.normalize_and_patchify(images.transpose(0, 1).flatten(0, 1))
         if ids is not None:
             patches = take(patches, ids)
         return net.encoder(patches, ids, (h // self.patch, w // self.patch), masked).unflatten(0, (v, b))
 
 
-class Student(nn.Module):
-    """A student with something that the teacher has not."""
+class StudentWithPredictor(nn.Module):
+    """A student with a part that the teacher has not: MoCo v3's predictor, MSN's prototypes."""
 
-    def __init__(self, trunk: Siamese, top: nn.Module):
+    def __init__(self, shared: EncoderWithHead, predictor: nn.Module):
         super().__init__()
-        self.trunk = trunk
-        self.top = top
+        self.shared = shared
+        self.predictor = predictor
 
 
-class Centre(nn.Module):
-    """A running mean of what the teacher says, over all ranks. It moves once an applied optimizer step, however many calls make one."""
+class Center(nn.Module):
+    """A running mean of the teacher's logits, over all ranks, updated once an applied optimizer step of any number of micro-batches."""
 
     def __init__(self, width: int, momentum: float):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(width))
-        self.seen: list[Tensor] = []
+        self.accumulated: list[Tensor] = []
 
-    def see(self, logits: Float[Tensor, "*s c"], counted: Bool[Tensor, " m"] | None = None) -> None:
-        """What one micro-batch of the step showed; `counted` says which rows count (default: all)."""
+    def accumulate(self, logits: Float[Tensor, "*s c"], counted: Bool[Tensor, " m"] | None = None) -> None:
+        """Add the logits of a micro-batch to those of the step; `counted` says which rows count (default: all)."""
         rows = logits.detach().float().flatten(0, -2)
         weight = torch.ones(len(rows), device=rows.device) if counted is None else counted.float()
-        self.seen.append(torch.cat([weight @ rows, weight.sum(0, keepdim=True)]))
+        self.accumulated.append(torch.cat([weight @ rows, weight.sum(0, keepdim=True)]))
 
     @torch.no_grad()
-    def move(self, applied: Tensor) -> None:
+    def update(self, applied: Tensor) -> None:
+        """Move to the mean over the step, and begin another step; `applied` as in `Method.after_step`."""
         # Sums and counts, not means: the same however rows fall to micro-batches and ranks.
-        sums = average(torch.stack(self.seen).sum(0))
-        self.seen.clear()
+        sums = average(torch.stack(self.accumulated).sum(0))
+        self.accumulated.clear()
         total = sums[-1]
         mean = sums[:-1] / total.clamp_min(1e-6)
         self.value.copy_(torch.where((applied > 0) & (total > 0), torch.lerp(mean, self.value, self.momentum), self.value))

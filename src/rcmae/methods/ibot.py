@@ -1,9 +1,9 @@
 """iBOT: image BERT pre-training with an online tokenizer (Zhou et al., ICLR 2022, arXiv 2111.07832).
 
-    L = DINO's loss + mean over masked patches of  - softmax((t - centre') / tt) . log softmax(s / ts)
+    L = DINO's loss + mean over masked patches of  - softmax((t - center') / tt) . log softmax(s / ts)
 
 The student sees the global crops with patches replaced by a token, and is asked what the teacher says of those patches. One head
-for class tokens and patches, a centre for each.
+for class tokens and patches, a center for each.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from ..data.masking import block_mask, random_order
 from ..engine.schedules import Progress
 from .diagnostics import Curve, Figure, Numbers, Sentence, Variant
 from .dino import DINO, DINORecipe
-from .distillation import SPREAD, Centre, Siamese, judge_answers, judge_spread
+from .distillation import SPREAD, Center, EncoderWithHead, judge_answers, judge_spread
 from .distillation import Batch as Crops
-from .losses import across_views, masked_patches
+from .distillation_losses import across_views, masked_patches
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
+class IBOTSettings(Section):
     """What iBOT adds to DINO: masked patches."""
 
     masked_images: float = 0.5
@@ -51,7 +51,7 @@ class IBOTRecipe(DINORecipe):
     """What `ibot` is told."""
 
     method: str = "ibot"
-    ibot: Settings = Settings()
+    ibot: IBOTSettings = IBOTSettings()
 
 
 class Batch(Crops):
@@ -67,7 +67,7 @@ class MaskedCrops:
 
     crops: MultiCrop
     grid: tuple[int, int]
-    settings: Settings
+    settings: IBOTSettings
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
         return self.crops(image, rng) | {"masked": torch.stack([self._mask(rng) for _ in range(2)])}
@@ -97,9 +97,9 @@ class IBOT(DINO):
 
     def __init__(self, recipe: IBOTRecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
-        self.patch_centre = Centre(recipe.dino.prototypes, recipe.dino.centre_momentum)
+        self.patch_center = Center(recipe.dino.prototypes, recipe.dino.centre_momentum)
 
-    def grow(self, net: Siamese) -> Siamese:
+    def build_student(self, net: EncoderWithHead) -> EncoderWithHead:
         net.mask_token = nn.Parameter(torch.zeros(net.encoder.width))
         return net
 
@@ -112,10 +112,10 @@ class IBOT(DINO):
         chosen = self.chosen(masked)
         with torch.no_grad():
             seen = self.tokens(teacher, batch["image"])
-            said, patches_said = teacher.head(seen[:, :, 0]), teacher.head(_at(seen[:, :, prefix:], chosen))
-        self.centre.see(said)
-        self.patch_centre.see(patches_said, None if chosen is None else masked.flatten()[chosen])
-        target = self.target(said, self.centre, temperature)
+            teacher_logits, patch_logits = teacher.head(seen[:, :, 0]), teacher.head(_at(seen[:, :, prefix:], chosen))
+        self.center.accumulate(teacher_logits)
+        self.patch_center.accumulate(patch_logits, None if chosen is None else masked.flatten()[chosen])
+        target = self.target(teacher_logits, self.center, temperature)
         tokens = self.tokens(self.student, batch["image"], masked=(masked.flatten(0, 1), self.student.mask_token))
         classes = tokens[:, :, 0]
         if "local" in batch:
@@ -123,8 +123,8 @@ class IBOT(DINO):
         ts = self.recipe.dino.student_temperature
         across = across_views(self.student.head(classes), target, ts)
         foretold = self.student.head(_at(tokens[:, :, prefix:], chosen))
-        within = masked_patches(foretold, self.target(patches_said, self.patch_centre, temperature), masked, ts, chosen)
-        return {"loss": across + within, "across": across.detach(), "within": within.detach()} | self.spread(said, temperature)
+        within = masked_patches(foretold, self.target(patch_logits, self.patch_center, temperature), masked, ts, chosen)
+        return {"loss": across + within, "across": across.detach(), "within": within.detach()} | self.spread(teacher_logits, temperature)
 
     def chosen(self, masked: Bool[Tensor, "v b n"]) -> Int[Tensor, " k"] | None:
         """Places, among all patches of all views, on which the head is put; None: on every one."""
@@ -142,7 +142,7 @@ class IBOT(DINO):
 
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)
-        self.patch_centre.move(applied)
+        self.patch_center.update(applied)
 
     @classmethod
     def figures(cls) -> tuple[Figure, ...]:

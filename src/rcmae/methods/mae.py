@@ -25,11 +25,11 @@ from ..models.backbone import Backbone
 from ..models.patches import standardise, take
 from .base import Method
 from .diagnostics import Curve, Figure, Numbers, Sentence
-from .loss import squared_errors
+from .reconstruction_loss import squared_errors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
+class MAESettings(Section):
     """Masked auto-encoding."""
 
     mask_ratio: float = 0.75
@@ -51,7 +51,7 @@ class MAERecipe(Recipe):
     """What `mae` is told."""
 
     method: str = "mae"
-    mae: Settings = Settings()
+    mae: MAESettings = MAESettings()
 
 
 class Batch(TypedDict):
@@ -63,7 +63,7 @@ class Batch(TypedDict):
 
 
 @dataclass(frozen=True)
-class CropAndOrder:
+class CropAndMask:
     """One random crop, and for each name in `orders` a random order of its patches (the visible ones first)."""
 
     images: Images
@@ -95,8 +95,8 @@ class MAE(Method):
         self.patches = gh * gw
         self.visible = visible_count(self.patches, recipe.mae.mask_ratio)
 
-    def views(self) -> CropAndOrder:
-        return CropAndOrder(self.recipe.images, self.patches)
+    def views(self) -> CropAndMask:
+        return CropAndMask(self.recipe.images, self.patches)
 
     def target(self, hidden: Float[Tensor, "b m p"]) -> Float[Tensor, "b m p"]:
         """What the hidden patches are compared with."""
@@ -104,14 +104,14 @@ class MAE(Method):
 
     def encode(self, batch: Batch) -> Float[Tensor, "b t d"]:
         seen = batch["order"][:, : self.visible]
-        return self.student.encoder(take(self.cut(batch["image"]), seen), seen)
+        return self.student.encoder(take(self.normalize_and_patchify(batch["image"]), seen), seen)
 
     def masked_anew(self, batch: Batch, generator: torch.Generator) -> Batch:
         order = torch.stack([torch.randperm(self.patches, generator=generator) for _ in batch["order"]])
         return batch | {"order": order.to(batch["order"].device)}
 
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
-        patches, order = self.cut(batch["image"]), batch["order"]
+        patches, order = self.normalize_and_patchify(batch["image"]), batch["order"]
         prediction = self.student(patches, order, self.visible)
         return squared_errors(prediction, self.target(take(patches, order[:, self.visible :])))
 
@@ -121,7 +121,7 @@ class MAE(Method):
     @torch.no_grad()
     def references(self, batch: Batch) -> dict[str, float]:
         """The reconstruction loss of three guesses: nothing (0), each patch's own mean colour, the nearest visible patch."""
-        patches, order = self.cut(batch["image"]), batch["order"]
+        patches, order = self.normalize_and_patchify(batch["image"]), batch["order"]
         seen, hidden = order[:, : self.visible], order[:, self.visible :]
         target = self.target(take(patches, hidden))
         colours = self.target(take(patches, hidden)).unflatten(2, (-1, self.recipe.images.channels)).mean(2, keepdim=True)
@@ -140,7 +140,7 @@ class MAE(Method):
             "image": batch["image"],
             "visible": order[:, : self.visible],
             "hidden": order[:, self.visible :],
-            "student": self.student(self.cut(batch["image"]), order, self.visible),
+            "student": self.student(self.normalize_and_patchify(batch["image"]), order, self.visible),
         }
         mean, std = self.statistics
         facts = {"patch": self.patch, "target": self.recipe.mae.target, "target_eps": self.recipe.mae.target_eps}

@@ -21,10 +21,11 @@ MSN_STRETCH = 1.25
 class TeacherSettings(Section):
     """The mean teacher."""
 
-    schedule: Literal["half-life", "described", "released", "linear"] = "half-life"
-    "teacher momentum: constant, from `half_life`; a cosine to 1 (RC-MAE's text, DINO); constant (RC-MAE's code); linear towards 1 (MSN)"
+    schedule: Literal["half-life", "cosine", "constant", "linear"] = "half-life"
+    """how momentum changes over the run: constant, set by half_life; cosine to 1 (RC-MAE's paper, DINO); constant, set by momentum
+    (RC-MAE's code); linear towards 1 (MSN)"""
     momentum: float = 0.996
-    "where `described` and `linear` start, where `released` stays; `half-life` does not use it"
+    "where `cosine` and `linear` start, where `constant` stays; `half-life` does not use it"
     half_life: str = "0.5%"
     "how long a student stays half remembered: '0.5%' of the run, '173 steps', '2e6 images', '0.5 epochs' or 'auto'"
     ema_updates: int = 1
@@ -57,17 +58,17 @@ class MeanTeacher(Method):
     def before_step(self, t: Progress, applied: Tensor) -> None:
         # RC-MAE's code moves the teacher after every micro-batch, all but the last towards the student as it was.
         for _ in range(self.recipe.teacher.ema_updates - 1):
-            self.teacher.update(self.followed, self.momentum(t), applied)
+            self.teacher.update(self.ema_source, self.momentum(t), applied)
 
     def after_step(self, t: Progress, applied: Tensor) -> None:
-        self.teacher.update(self.followed, self.momentum(t), applied)
+        self.teacher.update(self.ema_source, self.momentum(t), applied)
 
     def momentum(self, t: Progress) -> float | Tensor:
         """Momentum of one teacher update; a scalar on the device where it is steered."""
         r = self.recipe.teacher
-        if r.schedule == "released":
+        if r.schedule == "constant":
             return r.momentum
-        if r.schedule == "described":
+        if r.schedule == "cosine":
             return cosine(r.momentum, 1.0, t.fraction)
         if r.schedule == "linear":
             return r.momentum + (1 - r.momentum) * t.fraction / MSN_STRETCH
@@ -83,11 +84,11 @@ class MeanTeacher(Method):
         return number * steps[unit]
 
     def backbone(self, which: str = "teacher") -> Backbone:
-        model = self.followed if which == "student" else self.teacher.model
+        model = self.ema_source if which == "student" else self.teacher.model
         return Backbone(model.encoder.vit, *self.statistics)
 
     def state(self, t: Progress) -> dict[str, float | Tensor]:
-        return teacher_clock(self.momentum_per_step(t), t, self.recipe.optim.batch_size) | {"drift": self.teacher.drift(self.followed)}
+        return teacher_clock(self.momentum_per_step(t), t, self.recipe.optim.batch_size) | {"drift": self.teacher.drift(self.ema_source)}
 
     @classmethod
     def panels(cls) -> tuple[Panel, ...]:

@@ -17,12 +17,12 @@ from ..data.augment import Crops
 from ..engine.schedules import Progress
 from ..models.heads import mlp
 from .diagnostics import Curve, Figure, Numbers, Sentence
-from .distillation import Batch, SelfDistillation, SelfDistillationRecipe, Siamese, Student
-from .losses import contrast
+from .distillation import Batch, EncoderWithHead, SelfDistillation, SelfDistillationRecipe, StudentWithPredictor
+from .distillation_losses import contrast
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
+class MoCoV3Settings(Section):
     """The contrast."""
 
     student_temperature: float = 0.1
@@ -40,7 +40,7 @@ class MoCoV3Recipe(SelfDistillationRecipe):
 
     method: str = "mocov3"
     crops: Crops = Crops(local_crops=0)
-    mocov3: Settings = Settings()
+    mocov3: MoCoV3Settings = MoCoV3Settings()
 
 
 class MoCoV3(SelfDistillation):
@@ -50,7 +50,7 @@ class MoCoV3(SelfDistillation):
     recipe: MoCoV3Recipe
 
     @classmethod
-    def whole_batch(cls, recipe: MoCoV3Recipe) -> str:
+    def accumulation_caveat(cls, recipe: MoCoV3Recipe) -> str:
         return "the other images and the heads' statistics are those of a micro-batch"
 
     @classmethod
@@ -62,26 +62,28 @@ class MoCoV3(SelfDistillation):
         h = self.recipe.head
         return mlp([inputs, h.head_width, h.head_width, h.embedding], norm=True, activation=nn.ReLU, bias=False, last_norm=True)
 
-    def grow(self, net: Siamese) -> Student:
+    def build_student(self, net: EncoderWithHead) -> StudentWithPredictor:
         h = self.recipe.head
         if self.recipe.mocov3.freeze_patches:
             net.encoder.vit.patch_embed.requires_grad_(False)
-        return Student(net, mlp([h.embedding, h.head_width, h.embedding], norm=True, activation=nn.ReLU, bias=False, last_norm=True))
+        return StudentWithPredictor(
+            net, mlp([h.embedding, h.head_width, h.embedding], norm=True, activation=nn.ReLU, bias=False, last_norm=True)
+        )
 
     @property
-    def followed(self) -> Siamese:
-        return self.student.trunk
+    def ema_source(self) -> EncoderWithHead:
+        return self.student.shared
 
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         tau = self.recipe.mocov3.student_temperature
         with torch.no_grad():
             k = self.project(self.teacher.model, batch["image"])
-        q = [self.student.top(z) for z in self.project(self.student.trunk, batch["image"])]
+        q = [self.student.predictor(z) for z in self.project(self.student.shared, batch["image"])]
         with torch.autocast(q[0].device.type, enabled=False):
             loss = contrast(q[0].float(), k[1].float(), tau) + contrast(q[1].float(), k[0].float(), tau)
         return {"loss": loss}
 
-    def project(self, net: Siamese, images: Tensor) -> list[Tensor]:
+    def project(self, net: EncoderWithHead, images: Tensor) -> list[Tensor]:
         """The projections of each view: statistics are those of one view."""
         return [net.head(tokens[:, 0]) for tokens in self.tokens(net, images)]
 

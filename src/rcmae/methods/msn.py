@@ -23,21 +23,21 @@ from ..models.heads import mlp
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .distillation import (
     SPREAD,
+    EncoderWithHead,
     SelfDistillation,
     SelfDistillationRecipe,
-    Siamese,
-    Student,
+    StudentWithPredictor,
     judge_answers,
     judge_spread,
     spread_figures,
     spread_of,
 )
 from .distillation import Batch as Crops
-from .losses import assignments, balanced, entropy_gap, sharpened
+from .distillation_losses import assignments, balanced, entropy_gap, sharpened
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
+class MSNSettings(Section):
     """Prototypes, anchors and targets."""
 
     prototypes: int = 65536
@@ -68,7 +68,7 @@ class MSNRecipe(SelfDistillationRecipe):
     """What `msn` is told."""
 
     method: str = "msn"
-    msn: Settings = Settings()
+    msn: MSNSettings = MSNSettings()
 
 
 class Batch(Crops):
@@ -106,40 +106,40 @@ class MSN(SelfDistillation):
     losses: ClassVar[dict[str, str]] = {"loss": "loss", "agreement": "agreement", "entropy_gap": "gap"} | SPREAD
 
     @classmethod
-    def whole_batch(cls, recipe: MSNRecipe) -> str:
+    def accumulation_caveat(cls, recipe: MSNRecipe) -> str:
         return "the mean entropy and the head's statistics are those of a micro-batch"
 
     def head(self, inputs: int) -> nn.Module:
         h = self.recipe.head
         return mlp([inputs, h.head_width, h.head_width, h.embedding], norm=True)
 
-    def grow(self, net: Siamese) -> Student:
-        return Student(net, Prototypes(self.recipe.msn.prototypes, self.recipe.head.embedding))
+    def build_student(self, net: EncoderWithHead) -> StudentWithPredictor:
+        return StudentWithPredictor(net, Prototypes(self.recipe.msn.prototypes, self.recipe.head.embedding))
 
     @property
-    def followed(self) -> Siamese:
-        return self.student.trunk
+    def ema_source(self) -> EncoderWithHead:
+        return self.student.shared
 
     def views(self) -> AnchoredCrops:
         return AnchoredCrops(super().views(), self.patches)
 
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
-        own, teacher, trunk = self.recipe.msn, self.teacher.model, self.student.trunk
+        own, teacher, shared = self.recipe.msn, self.teacher.model, self.student.shared
         kept = batch["anchor_order"][:, : max(1, int((1 - own.anchor_drop) * self.patches))]
-        classes = [self.tokens(trunk, batch["image"][:, 1:], ids=kept)]
-        classes += [self.tokens(trunk, batch["local"])] if "local" in batch else []
+        classes = [self.tokens(shared, batch["image"][:, 1:], ids=kept)]
+        classes += [self.tokens(shared, batch["local"])] if "local" in batch else []
         with torch.no_grad():
             z = teacher.head(self.tokens(teacher, batch["image"][:, :1])[0, :, 0])
-        z_anchor = torch.cat([trunk.head(tokens[:, :, 0].flatten(0, 1)) for tokens in classes])  # statistics are those of one size
+        z_anchor = torch.cat([shared.head(tokens[:, :, 0].flatten(0, 1)) for tokens in classes])  # statistics are those of one size
         with torch.autocast(z.device.type, enabled=False):
-            prototypes = self.student.top.weight
+            prototypes = self.student.predictor.weight
             with torch.no_grad():
-                said = sharpened(assignments(z.float(), prototypes, own.student_temperature), own.sharpen)
-                target = balanced(said) if own.sinkhorn else said
+                assigned = sharpened(assignments(z.float(), prototypes, own.student_temperature), own.sharpen)
+                target = balanced(assigned) if own.sinkhorn else assigned
             p = assignments(z_anchor.float(), prototypes, own.student_temperature)
             agreement = -torch.special.xlogy(target.repeat(len(z_anchor) // len(target), 1), p).sum(1).mean()
             gap = entropy_gap(p)
-        return {"loss": agreement + own.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(said)
+        return {"loss": agreement + own.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(assigned)
 
     def references(self, batch: Batch) -> dict[str, float]:
         """The cross-entropy of anchors whose assignments are even, in nats; also the largest entropy gap."""

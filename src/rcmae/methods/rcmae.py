@@ -22,14 +22,14 @@ from ..models.patches import take
 from ..models.teacher import Teacher
 from .base import Comparison
 from .diagnostics import BlockFigure, Curve, Figure, Numbers, Panel, Sentence, Variant
-from .loss import squared_errors
-from .mae import MAE, CropAndOrder, MAERecipe
+from .mae import MAE, CropAndMask, MAERecipe
 from .mae import Batch as BatchOfMAE
 from .mean_teacher import MeanTeacher, MeanTeacherRecipe
+from .reconstruction_loss import squared_errors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
+class RCMAESettings(Section):
     """What RC-MAE adds to MAE."""
 
     gamma: float = 1.0
@@ -46,7 +46,7 @@ class RCMAERecipe(MAERecipe, MeanTeacherRecipe):
     """What `rcmae` is told."""
 
     method: str = "rcmae"
-    rcmae: Settings = Settings()
+    rcmae: RCMAESettings = RCMAESettings()
 
 
 class Batch(BatchOfMAE):
@@ -62,7 +62,7 @@ class RCMAE(MeanTeacher, MAE):
     recipe_type = RCMAERecipe
     recipe: RCMAERecipe
     losses: ClassVar[dict[str, str]] = {"loss": "loss", "reconstruction": "rec", "consistency": "cons", "teacher_reconstruction": "teacher"}
-    remedy = "lower --base-lr or --gamma, or lengthen --warmup"
+    collapse_advice = "lower --base-lr or --gamma, or lengthen --warmup"
     controls: ClassVar[tuple[Variant, ...]] = (
         Variant("mae averaged", {"gamma": 0.0}, "Averaged weights cost what MAE costs: with gamma 0 the student is MAE to the bit.", "mae"),
     )
@@ -74,21 +74,21 @@ class RCMAE(MeanTeacher, MAE):
     def __init__(self, recipe: RCMAERecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
         self.teacher = Teacher(self.student)
-        # The half-life in steps where it is steered: a part of the checkpoint. 0 until the length of the run is known.
-        steered = recipe.teacher.schedule == "half-life" and parse_half_life(recipe.teacher.half_life)[1] == "auto"
-        self.register_buffer("memory", torch.zeros(()) if steered else None)
-        self.ahead: list[Tensor] = []
+        # Half-life in steps where half_life = "auto"; a buffer, so that checkpoints keep it. 0 until the length of the run is known.
+        auto = recipe.teacher.schedule == "half-life" and parse_half_life(recipe.teacher.half_life)[1] == "auto"
+        self.register_buffer("adaptive_half_life", torch.zeros(()) if auto else None)
+        self.pending_errors: list[Tensor] = []
 
-    def views(self) -> CropAndOrder:
+    def views(self) -> CropAndMask:
         own = ("teacher_order",) if self.recipe.rcmae.teacher_mask == "different" else ()
-        return CropAndOrder(self.recipe.images, self.patches, ("order", *own))
+        return CropAndMask(self.recipe.images, self.patches, ("order", *own))
 
     @property
     def last_layer(self) -> nn.Linear:
         return self.student.decoder.pred
 
     def compare(self, batch: Batch) -> Comparison:
-        patches, order, gamma = self.cut(batch["image"]), batch["order"], self.recipe.rcmae.gamma
+        patches, order, gamma = self.normalize_and_patchify(batch["image"]), batch["order"], self.recipe.rcmae.gamma
         target = self.target(take(patches, order[:, self.visible :]))
         # The teacher runs first: nothing of it is kept when the student's activations are.
         if "teacher_order" not in batch:
@@ -115,36 +115,36 @@ class RCMAE(MeanTeacher, MAE):
                 "consistency": consistency.detach(),
                 "teacher_reconstruction": c.mean(c.guess - c.target),
             }
-        if self.memory is not None:
+        if self.adaptive_half_life is not None:
             own = losses["reconstruction"] if c.weight is None else c.mean((c.prediction - c.target).detach())
-            self.ahead.append(torch.stack([own, losses["teacher_reconstruction"]]))
+            self.pending_errors.append(torch.stack([own, losses["teacher_reconstruction"]]))
         return losses
 
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)
-        if self.memory is not None:
-            self.steer(t, applied)
+        if self.adaptive_half_life is not None:
+            self.adapt_half_life(t, applied)
 
     @torch.no_grad()
-    def steer(self, t: Progress, applied: Tensor) -> None:
+    def adapt_half_life(self, t: Progress, applied: Tensor) -> None:
         """`half_life = "auto"`: longer while the teacher reconstructs better than the student, shorter while worse.
 
         An advantage of 1 % or more moves the half-life by ln 2 steps a step, less moves it in proportion: so it grows no faster
         than the run does. Bounds: 2 steps, and a tenth of the run.
         """
         low, high = auto_bounds(t)
-        own, theirs = average(torch.stack(self.ahead).mean(0))
-        self.ahead.clear()
+        own, theirs = average(torch.stack(self.pending_errors).mean(0))
+        self.pending_errors.clear()
         change = (100 * (1 - theirs / own)).clamp(-1, 1) * math.log(2)
-        self.memory.copy_((self.half_life(t) + torch.where(applied > 0, change, 0.0)).clamp(low, high))
+        self.adaptive_half_life.copy_((self.half_life(t) + torch.where(applied > 0, change, 0.0)).clamp(low, high))
 
     def half_life(self, t: Progress) -> float | Tensor:
-        return super().half_life(t) if self.memory is None else self.memory.clamp(*auto_bounds(t))
+        return super().half_life(t) if self.adaptive_half_life is None else self.adaptive_half_life.clamp(*auto_bounds(t))
 
     @torch.no_grad()
     def snapshot(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, facts = super().snapshot(batch)
-        return tensors | {"teacher": self.teacher(self.cut(batch["image"]), batch["order"], self.visible)}, facts
+        return tensors | {"teacher": self.teacher(self.normalize_and_patchify(batch["image"]), batch["order"], self.visible)}, facts
 
     # --- what a run shows of it -----------------------------------------------------------------------------------------
 
@@ -160,17 +160,17 @@ class RCMAE(MeanTeacher, MAE):
 
     @classmethod
     def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
-        said, ahead = super().judge(means, reference), advantage(means)
+        sentences, ahead = super().judge(means, reference), advantage(means)
         if ahead is None:
-            return said
+            return sentences
         if abs(ahead) < 0.002:
             text = "Teacher and student reconstruct equally well now, so the teacher neither pulls ahead nor holds back."
-            return [*said, ("note", text)]
+            return [*sentences, ("note", text)]
         text = f"On the same batches the teacher reconstructs {abs(ahead):.1%} {'better' if ahead > 0 else 'worse'} than the student: "
         if ahead > 0:
-            return [*said, ("good", text + "it is ahead, so agreeing with it adds information.")]
+            return [*sentences, ("good", text + "it is ahead, so agreeing with it adds information.")]
         text += "it lags, so agreeing with it slows the student down (normal early in a run; if it stays, shorten --half-life)."
-        return [*said, ("note", text)]
+        return [*sentences, ("note", text)]
 
     @classmethod
     def panels(cls) -> tuple[Panel, ...]:

@@ -44,7 +44,7 @@ def render(run: Path) -> str:
         run=run.resolve().name, path=run.as_posix(), step=train[-1]["step"] if train else 0, total=total,
         verdict=alarm_sentences(alarms, watched) + verdict(method, train, probes, floor, reference, bad, total),
         table=score_table(floor, probes), learning=drawn(method.figures(), train, reference or {}), accuracy=probe_figure(probes, floor),
-        rates=rate_figures(train), panels=[p for p in panels if p], health=health_panel(health, method.remedy),
+        rates=rate_figures(train), panels=[p for p in panels if p], health=health_panel(health, method.collapse_advice),
         shots=reconstructions(run), strip=strip(run),
         recipe=flat(recipe), recipe_hash=recipe_hash(recipe), machine=machine, bad=bad,
         events=sorted(by_kind["event"][-20:] + told, key=lambda line: line["step"]), export=exports(run),
@@ -74,39 +74,43 @@ def verdict(
     """
     if not train:
         return [("note", "The run has not made a step that was recorded yet.")]
-    last, said = train[-1], []
+    last, sentences = train[-1], []
     done = total is not None and last["step"] >= total
-    said.append(("good" if done else "note", f"{'Finished' if done else 'Running or stopped'} at step {last['step']:,} of {total or 0:,}."))
+    sentences.append(
+        ("good" if done else "note", f"{'Finished' if done else 'Running or stopped'} at step {last['step']:,} of {total or 0:,}.")
+    )
     means = recent(train)
-    said += method.judge(means, reference or {}) if method.losses.keys() <= means.keys() else [("bad", "The last losses are not finite.")]
+    sentences += (
+        method.judge(means, reference or {}) if method.losses.keys() <= means.keys() else [("bad", "The last losses are not finite.")]
+    )
     if floor and probes:
         best = "teacher" if "teacher" in probes[-1] else "student"
         score, raw, untrained = probes[-1][best]["linear"], floor["raw_pixels"]["linear"], floor["untrained"]["linear"]
         gain = score - max(raw, untrained)
         text = f"A linear probe on the {best}'s features is right on {score:.1f} %: {score - untrained:+.1f} points against the untrained "
         text += f"encoder ({untrained:.1f} %), {score - raw:+.1f} against raw pixels ({raw:.1f} %). "
-        said.append(("good" if gain > 2 else "note", text + ("It learns." if gain > 2 else "Not yet better than its floors.")))
+        sentences.append(("good" if gain > 2 else "note", text + ("It learns." if gain > 2 else "Not yet better than its floors.")))
     elif not floor:
-        said.append(
+        sentences.append(
             (
                 "note",
                 "The images have no labels (or probes are off), so accuracy could not be watched; the loss is all there is to see.",
             )
         )
-    return said + failure_sentences(train, bad)
+    return sentences + failure_sentences(train, bad)
 
 
 def failure_sentences(train: list[dict], bad: Sequence, bad_test: Sequence = ()) -> list[tuple[str, str]]:
     """What went wrong: steps that were skipped, and images that could not be read, of training and of a test."""
-    said = []
+    sentences = []
     if train and train[-1].get("skipped"):
-        said.append(("bad", f"{train[-1]['skipped']} steps were not finite and were skipped; they are listed below."))
+        sentences.append(("bad", f"{train[-1]['skipped']} steps were not finite and were skipped; they are listed below."))
     if bad:
-        said.append(("bad", f"{len(bad)} of the images could not be read and were replaced by others; they are named below."))
+        sentences.append(("bad", f"{len(bad)} of the images could not be read and were replaced by others; they are named below."))
     if bad_test:
         text = f"{len(bad_test)} of the test images could not be read: their objects count as missed; they are named below."
-        said.append(("bad", text))
-    return said
+        sentences.append(("bad", text))
+    return sentences
 
 
 def alarm_sentences(alarms: list[dict], watched: bool) -> list[tuple[str, str]]:

@@ -101,20 +101,20 @@ MEASURES = {
 "A health number's name, and its value when all features have become the same."
 
 
-def health_panel(health: list[Numbers], remedy: str) -> dict[str, Any] | None:
-    """Numbers on the representation that need no labels, first and now, and over time; `remedy` is what helps against collapse."""
+def health_panel(health: list[Numbers], advice: str) -> dict[str, Any] | None:
+    """Numbers on the representation that need no labels, first and now, and over time; `advice` is what helps against collapse."""
     known = {key: values for key in MEASURES if (values := [h[key] for h in health if h.get(key) is not None])}
     if not known:
         return None
     lidar = ", and how many tell images apart whatever is masked (LiDAR)" if "lidar" in known else ""
-    ranks = f"How many directions the features use (RankMe){lidar}. Rising or level is healthy; falling towards 1 is collapse: {remedy}."
+    ranks = f"How many directions the features use (RankMe){lidar}. Rising or level is healthy; falling towards 1 is collapse: {advice}."
     spread = "How far the features of different images lie apart, over their length. At 0 every image looks the same to the network; then "
     even = "How evenly the features fill the sphere: lower is more even, 0 is collapse."
     fall = "How fast the directions fall in size. About 1 is said to be good; far above it few are left, far below it there is noise."
     both, student = (Curve("rankme", "RankMe", "student"), Curve("lidar", "LiDAR", "ink")), "student"
     main = (
         Figure("figure-rank", "effective rank", both, ranks, (("collapse", 1.0),), markers=True),
-        Figure("figure-spread", "spread", (Curve("spread", "", student),), f"{spread}{remedy}.", (("collapse", 0.0),), markers=True),
+        Figure("figure-spread", "spread", (Curve("spread", "", student),), f"{spread}{advice}.", (("collapse", 0.0),), markers=True),
     )
     more = (
         Figure("figure-uniformity", "uniformity", (Curve("uniformity", "", student),), even, (("collapse", 0.0),), markers=True),

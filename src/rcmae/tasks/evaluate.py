@@ -26,36 +26,36 @@ from ..interop.load import load, load_classifier, tested_on
 from ..interop.official import read_pth
 from ..models.backbone import Backbone, Pixels
 from ..models.classifier import Classifier
+from .context import EvaluationContext, TaskResult, place, stem
 from .evaluation.base import Evaluation, Task, check_evaluation
 from .features import identity
-from .subject import Found, Subject, place, stem
 
 ALONE = "backbone"
 "What a network is called that is neither a student nor a teacher."
 
 
-def backbones(name: str, how: Evaluation) -> list[tuple[str, Backbone | Pixels]]:
+def backbones(name: str, options: Evaluation) -> list[tuple[str, Backbone | Pixels]]:
     """The networks that are asked for, by what they are called. Raises CheckpointError or ConfigError."""
     return [
-        (which, Pixels() if name == "pixels" else load(name, "teacher" if which == ALONE else which, how.heads, how.seed))
-        for which in networks(name, how.which)
+        (which, Pixels() if name == "pixels" else load(name, "teacher" if which == ALONE else which, options.heads, options.seed))
+        for which in networks(name, options.which)
     ]
 
 
-def subjects(name: str, task: Task, how: Evaluation, world: World, screen: Screen) -> list[Subject]:
+def contexts(name: str, task: Task, options: Evaluation, world: World, screen: Screen) -> list[EvaluationContext]:
     """The backbone, both networks of a run, or a classifier if the task takes one, before the data. Refuses what cannot be asked of it."""
-    device = distributed.pick_device(how.device)
-    precision = distributed.pick_precision(how.precision, device)
-    whole = load_classifier(name, how.heads) if task.takes_classifiers else None
-    found = [("classifier", Backbone(whole[0].vit, *_statistics(whole[0])))] if whole else backbones(name, how)
+    device = distributed.pick_device(options.device)
+    precision = distributed.pick_precision(options.precision, device)
+    whole = load_classifier(name, options.heads) if task.takes_classifiers else None
+    found = [("classifier", Backbone(whole[0].vit, *_statistics(whole[0])))] if whole else backbones(name, options)
     first, tested = found[0][1], tested_on(name) if whole else None
-    data = open_labelled(how.data, how.val, channels=first.channels, size=first.shape[1], tested=tested)
+    data = open_labelled(options.data, options.val, channels=first.channels, size=first.shape[1], tested=tested)
     screen.say(f"{task.name}: {len(data.train):,} training and {len(data.test):,} test images of {len(data.classes)} classes")
     for note in data.notes:
         screen.say(f"note: {note}")
-    made = [Subject(name, which, backbone, data, how, device, world, screen, precision, whole) for which, backbone in found]
-    for subject in made:
-        task.check(subject)
+    made = [EvaluationContext(name, which, backbone, data, options, device, world, screen, precision, whole) for which, backbone in found]
+    for context in made:
+        task.check(context)
     return made
 
 
@@ -80,51 +80,51 @@ def networks(name: str, which: str) -> list[str]:
     return ["student", "teacher"] if which == "both" else [which]
 
 
-def evaluate(name: str, task: Task, how: Evaluation = Evaluation()) -> list[dict[str, Any]]:
+def evaluate(name: str, task: Task, options: Evaluation = Evaluation()) -> list[dict[str, Any]]:
     """Carry a task out on a backbone, write its files, and return what they say: one record a network.
 
     Works under `torchrun`: ranks share the work of the backbone, the first one fits and writes. Raises the errors of `rcmae.errors`.
     """
     if wrong := task.problems():
         raise ConfigError("; ".join(wrong))
-    check_evaluation(how)
-    device, records = distributed.pick_device(how.device), []
+    check_evaluation(options)
+    device, records = distributed.pick_device(options.device), []
     advice = "try a smaller --batch or --device cpu" if hasattr(task, "batch") else "try --device cpu"
     with distributed.joined(device) as world, plain_failures(device, world, advice), Screen(world.first) as screen:
-        found = subjects(name, task, how, world, screen)
+        found = contexts(name, task, options, world, screen)
         if world.size > 1 and not task.all_ranks:  # all make the features of all, so that none has to wait for the fits of the first
-            for subject in found:
-                if kind := task.reads(subject):
+            for context in found:
+                if kind := task.required_features(context):
                     for part in ("train", "test"):
-                        subject.features(part, kind == "tokens")
-        for subject in found if world.first or task.all_ranks else ():
+                        context.features(part, kind == "tokens")
+        for context in found if world.first or task.all_ranks else ():
             began = time.monotonic()
-            result = task.run(subject)
+            result = task.run(context)
             if world.first:
-                records.append(record(task, subject, result, time.monotonic() - began))
-            subject.seen.clear()
+                records.append(record(task, context, result, time.monotonic() - began))
+            context.extracted.clear()
     return records
 
 
-def record(task: Task, subject: Subject, found: Found, seconds: float) -> dict[str, Any]:
+def record(task: Task, context: EvaluationContext, found: TaskResult, seconds: float) -> dict[str, Any]:
     """Write a result's JSON and hits, beside those of another question that go by the same name; returns the JSON's content."""
-    how, test = subject.how, subject.set.test
-    hashes = {"backbone": identity(subject.backbone), "train": subject.part("train").fingerprint()[:16], "test": test.fingerprint()[:16]}
+    options, test = context.options, context.set.test
+    hashes = {"backbone": identity(context.backbone), "train": context.part("train").fingerprint()[:16], "test": test.fingerprint()[:16]}
     asked = hashlib.sha256(json.dumps([hashes, asdict(task)], default=str).encode()).hexdigest()[:16]
-    classes = subject.set.classes
+    classes = context.set.classes
     by_class = {classes[i]: 100 * float(found.right[test.labels == i].mean()) for i in np.unique(test.labels)}
     content = {
-        "task": task.name, "backbone": subject.name, "network": subject.which, "metrics": found.metrics, "labels_percent": how.labels,
-        "train_images": len(subject.part("train")), "test_images": len(test), "classes": len(classes), "settings": found.settings,
-        "seed": how.seed, "data": how.data, "val": how.val, "notes": list(subject.set.notes),
+        "task": task.name, "backbone": context.name, "network": context.which, "metrics": found.metrics, "labels_percent": options.labels,
+        "train_images": len(context.part("train")), "test_images": len(test), "classes": len(classes), "settings": found.settings,
+        "seed": options.seed, "data": options.data, "val": options.val, "notes": list(context.set.notes),
         "hashes": hashes | {"asked": asked},
-        "seconds": round(found.seconds or seconds, 1), "machine": describe_machine(subject.device, subject.precision),
+        "seconds": round(found.seconds or seconds, 1), "machine": describe_machine(context.device, context.precision),
         "per_class": by_class,
     }  # fmt: skip
     content |= {"details": found.details} if found.details else {}
-    folder = place(subject.name, how)
+    folder = place(context.name, options)
     folder.mkdir(parents=True, exist_ok=True)
-    name = stem(task.name, subject.which, how) + task.variant()
+    name = stem(task.name, context.which, options) + task.variant()
     there = folder / f"{name}.json"
     if there.exists() and not task.resumes and read_json(there).get("hashes", {}).get("asked") != asked:
         name += f"-{asked[:6]}"  # other settings, images or weights: both are kept (fine-tuning refuses them in the same place)

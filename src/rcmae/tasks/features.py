@@ -51,7 +51,7 @@ def features(
     return np.concatenate(means), torch.cat(kept) if tokens else None
 
 
-class Seen(NamedTuple):
+class ExtractedFeatures(NamedTuple):
     """What a backbone makes of a set: of each image the class token, the mean over the patches, and if asked all tokens (float16)."""
 
     cls: Float[Tensor, "n d"]
@@ -89,7 +89,7 @@ def extract(
     backbone: Backbone | Pixels, part: Subset, *, cache: Path, tokens: bool, device: torch.device, precision: str, world: World,
     workers: int | None = 0, batch: int = 256, tick: Callable[[int], None] = lambda done: None,
     note: Callable[[list[Bad]], None] = lambda bad: None,
-) -> Seen:  # fmt: skip
+) -> ExtractedFeatures:  # fmt: skip
     """Features of a set, from the cache as far as it has them.
 
     A file holds `PART` images; ranks make files in turn, and an interrupted extraction goes on at the first file that is missing.
@@ -126,4 +126,4 @@ def extract(
     readable = whole["readable"].bool().numpy()
     if not readable.any():
         raise DataError(f"none of the {len(part)} images of {part.name} can be read; look with `rcmae check`")
-    return Seen(whole["cls"], whole["mean"], part.labels, readable, whole.get("tokens"))
+    return ExtractedFeatures(whole["cls"], whole["mean"], part.labels, readable, whole.get("tokens"))

@@ -285,7 +285,7 @@ class FineTuning(Supervised):
         )  # fmt: skip
         return {"accuracy": 100 * float(self.scored.right.mean())}
 
-    def said(self, scores: dict[str, float]) -> str:
+    def format_scores(self, scores: dict[str, float]) -> str:
         return f"{scores['accuracy']:.1f} % of the test images are right"
 
     def finish(self) -> FineTuned:

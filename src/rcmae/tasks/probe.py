@@ -20,16 +20,16 @@ from ..data.sources import Source
 from ..data.views import center
 from ..engine.checkpoint import replace_file
 from ..models.backbone import Backbone
-from .attentive import attentive_right
+from .attentive_probe import attentive_right
 from .features import features
 from .knn import Knn
-from .linear import linear_right, said
+from .linear_probe import linear_right, predict
 
 Scores = dict[str, float]
 Right = dict[str, Bool[np.ndarray, " m"]]
 "By probe, which test images it got right."
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+ShowProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """`with progress(what, total) as tick: tick(done)`, as `Screen.progress`."""
 
 
@@ -53,7 +53,7 @@ class ProbeSet:
         near = Knn(torch.from_numpy(train), torch.from_numpy(self.labels), int(self.labels.max()) + 1, min(20, len(train)))
         return {
             "linear": linear_right(train, self.labels, test, self.truth),
-            "knn": said(near, torch.from_numpy(test)) == self.truth,
+            "knn": predict(near, torch.from_numpy(test)) == self.truth,
         }
 
     def pixels(self) -> Right:
@@ -61,7 +61,9 @@ class ProbeSet:
         side = [min(s, 32) for s in self.train.shape[2:]]
         return self.right(*(F.adaptive_avg_pool2d(x.float() / 255, side).flatten(1).numpy() for x in (self.train, self.test)))
 
-    def backbone(self, backbone: Backbone, device: torch.device, precision: str, progress: Progress | None = None, name: str = "") -> Right:
+    def backbone(
+        self, backbone: Backbone, device: torch.device, precision: str, progress: ShowProgress | None = None, name: str = ""
+    ) -> Right:
         """Of a backbone, linear and k-NN probe see the mean over the patches, the attentive one all tokens."""
         with progress(f"probing {name}", len(self.train) + len(self.test)) if progress else nullcontext(lambda done: None) as tick:
             train, tokens = features(backbone, self.train, device, precision, tokens=self.attentive, tick=tick)
@@ -77,7 +79,7 @@ class ProbeSet:
 class Probes:
     """The probes of one run: scores in percent by network; which test images were right is kept in probes/, for paired comparisons."""
 
-    def __init__(self, chosen: ProbeSet, run: Path, device: torch.device, precision: str, progress: Progress | None = None):
+    def __init__(self, chosen: ProbeSet, run: Path, device: torch.device, precision: str, progress: ShowProgress | None = None):
         self.set, self.folder, self.device, self.precision, self.progress = chosen, run / "probes", device, precision, progress
 
     def baselines(self, untrained: Backbone) -> tuple[dict[str, Scores], float]:
@@ -101,7 +103,7 @@ class Probes:
         return {who: percent(of) for who, of in right.items()}
 
 
-def probe_set(source: Source, recipe: Recipe, progress: Progress | None = None) -> ProbeSet | None:
+def probe_set(source: Source, recipe: Recipe, progress: ShowProgress | None = None) -> ProbeSet | None:
     """The probe's images: what the source has for probes, else two parts of it; None without labels.
 
     Pre-training has seen the images of both parts (not the labels); what is in the first part is left out of the second.
@@ -130,7 +132,7 @@ def probe_set(source: Source, recipe: Recipe, progress: Progress | None = None) 
     return ProbeSet(train, labels, test, truth, p.attentive)
 
 
-def _read(source: Source, indices: np.ndarray, recipe: Recipe, progress: Progress | None) -> tuple[Tensor, np.ndarray]:
+def _read(source: Source, indices: np.ndarray, recipe: Recipe, progress: ShowProgress | None) -> tuple[Tensor, np.ndarray]:
     images, labels = [], []
     with progress("reading labelled images for the probes", len(indices)) if progress else nullcontext(lambda done: None) as tick:
         for done, i in enumerate(indices, 1):

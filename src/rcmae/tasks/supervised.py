@@ -13,7 +13,7 @@ from ..config import recipe_hash
 from ..data.sources import Source
 from ..engine.run import RunContext, describe_machine, write_json
 from ..engine.schedules import Progress, spread
-from ..engine.step import Mean, clip_gradients, set_lr, step_where
+from ..engine.step import Mean, clip_gradients, conditional_step, set_lr
 from ..errors import DataError
 from ..trainer import Trainer
 
@@ -44,7 +44,7 @@ class Supervised(Trainer):
         """`about` goes into machine.json, and into what is exported."""
         super().__init__(settings, context, train_set, settings.batch_size, settings.seed)
         self.about = about
-        self.remedy = f"lower {self.rate_name} or set clip (--settings {self.rate_name}=... clip=1)"
+        self.divergence_advice = f"lower {self.rate_name} or set clip (--settings {self.rate_name}=... clip=1)"
         self.part = settings.batch_size // (self.world.size * self.machine.accumulate)
         self.total = settings.total_steps(len(train_set))
         self.history: list[dict[str, float]] = []
@@ -76,7 +76,7 @@ class Supervised(Trainer):
     def score(self) -> dict[str, float]:
         """Score the test images as the weights are, on all ranks."""
 
-    def said(self, scores: dict[str, float]) -> str:
+    def format_scores(self, scores: dict[str, float]) -> str:
         """Scores in words."""
         return ", ".join(f"{name} {value:.1f}" for name, value in scores.items() if not math.isnan(value))
 
@@ -107,7 +107,7 @@ class Supervised(Trainer):
             mean.add(losses)
         norm = clip_gradients(self.optimizer, self.recipe.clip)
         applied = self.world.everywhere((norm.isfinite() & mean.values["loss"].isfinite()).float())
-        step_where(self.optimizer, applied)
+        conditional_step(self.optimizer, applied)
         self.window.add(mean.values | {"grad_norm": norm}, applied, self.batch_size)
         return applied
 
@@ -121,7 +121,7 @@ class Supervised(Trainer):
         epoch = self.step / self.steps_per_epoch
         self.history.append({"step": self.step, "epoch": epoch, **found})
         self.write("val", epoch=epoch, **found)
-        self.screen.say(f"step {self.step:,}: {self.said(found)}")
+        self.screen.say(f"step {self.step:,}: {self.format_scores(found)}")
 
     def report(self) -> None:
         return  # drawn by the command, or part of the page of the run that it began from

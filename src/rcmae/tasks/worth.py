@@ -13,12 +13,12 @@ from ..engine import distributed
 from ..engine.console import clock
 from ..engine.run import write_json
 from ..errors import ConfigError
+from .context import place, stem
 from .evaluate import backbones, evaluate, networks
 from .evaluation.base import Evaluation
-from .evaluation.tuning import Tuning
+from .evaluation.finetune import Finetune
 from .evaluation.worth import Worth
 from .interval import interval
-from .subject import place, stem
 
 SCRATCH = "from scratch"
 
@@ -32,7 +32,7 @@ def arms(name: str, against: tuple[str, ...]) -> dict[str, tuple[str, str]]:
     return {SCRATCH: (f"scratch:{name}", "teacher")} | own | others
 
 
-def worth_it(name: str, task: Worth, tuning: Tuning, how: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
+def worth_it(name: str, task: Worth, tuning: Finetune, options: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
     """Make the runs that are missing; the same command goes on where it stopped. Returns rows, and in words whether it paid.
 
     Every arm has the same labels, order and augmentation within a seed. Raises the errors of `rcmae.errors`.
@@ -43,15 +43,15 @@ def worth_it(name: str, task: Worth, tuning: Tuning, how: Evaluation, say: Calla
         raise ConfigError(f"percents are shares of the labels, above 0 and up to 100, not {wrong[0]:g}")
     if "pixels" in (name, *task.against):
         raise ConfigError("pixels have no weights to fine-tune; give backbones")
-    with distributed.joined(distributed.pick_device(how.device)) as world:
-        return _worth_it(name, task, tuning, how, say if world.first else lambda text: None)
+    with distributed.joined(distributed.pick_device(options.device)) as world:
+        return _worth_it(name, task, tuning, options, say if world.first else lambda text: None)
 
 
-def _worth_it(name: str, task: Worth, tuning: Tuning, how: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
-    out = (how.out or place(name, how)) / "worth-it"
+def _worth_it(name: str, task: Worth, tuning: Finetune, options: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
+    out = (options.out or place(name, options)) / "worth-it"
     chosen, rows = arms(name, task.against), []
     for backbone, which in chosen.values():
-        backbones(backbone, replace(how, which=which))  # type: ignore[arg-type]  # one that cannot be loaded is told before hours of training
+        backbones(backbone, replace(options, which=which))  # type: ignore[arg-type]  # one that cannot be loaded is told before hours of training
     trainings, shares = len(task.percents) * task.seeds * len(chosen), ", ".join(f"{percent:g}" for percent in task.percents)
     say(f"{trainings} trainings: {', '.join(chosen)}, on {shares} % of the labels, {task.seeds} seeds each")
     begun, took = 0, {percent: [] for percent in task.percents}
@@ -60,7 +60,7 @@ def _worth_it(name: str, task: Worth, tuning: Tuning, how: Evaluation, say: Call
         images = 0
         for seed in range(1, task.seeds + 1):
             for number, (arm, (backbone, which)) in enumerate(chosen.items()):
-                own = replace(how, labels=percent, seed=seed, which=which, out=out / f"{number}-{_plain(arm)}")  # type: ignore[arg-type]
+                own = replace(options, labels=percent, seed=seed, which=which, out=out / f"{number}-{_plain(arm)}")  # type: ignore[arg-type]
                 begun += 1
                 left = _left(took, task.seeds * len(chosen))
                 say(f"training {begun} of {trainings}{left}: {arm}, {percent:g} % of the labels, seed {seed}")
@@ -74,7 +74,7 @@ def _worth_it(name: str, task: Worth, tuning: Tuning, how: Evaluation, say: Call
         for arm, of in hits.items():
             row = {"arm": arm, "percent": percent, "images": images, "seeds": [100 * float(h.mean()) for h in of]}
             rows.append(row | ({} if arm == SCRATCH else {"gain": interval(of, hits[SCRATCH])}))
-    content = {"backbone": name, "data": how.data, "seeds": task.seeds, "rows": rows, "said": verdict(rows)}
+    content = {"backbone": name, "data": options.data, "seeds": task.seeds, "rows": rows, "said": verdict(rows)}
     if rows:
         write_json(out / "worth-it.json", content)
     return content

@@ -27,30 +27,30 @@ from .windows import check_backbone
 PARTS = {"box": "bbox", "mask": "segm"}
 
 
-def train_detector(name: str, how: Detection, machine: Workplace) -> Path | None:
-    """Train on the data that `how` names, from the backbone of that name; the same call goes on.
+def train_detector(name: str, options: Detection, machine: Workplace) -> Path | None:
+    """Train on the data that `options` names, from the backbone of that name; the same call goes on.
 
     Returns the run directory, or None on ranks but the first. Raises the errors of `rcmae.errors`.
     """
-    recipe = how.recipe or (suited if (suited := recipe_for(how.data)) in shipped_recipes("detection") else "vitdet-base")
-    settings = settings_of(recipe, how.settings)
-    backbone = load(name, how.which, how.heads, settings.seed)
-    if how.recipe is None and recipe == "vitdet-base" and backbone.vit.embed_dim >= 1024:
+    recipe = options.recipe or (suited if (suited := recipe_for(options.data)) in shipped_recipes("detection") else "vitdet-base")
+    settings = settings_of(recipe, options.settings)
+    backbone = load(name, options.which, options.heads, settings.seed)
+    if options.recipe is None and recipe == "vitdet-base" and backbone.vit.embed_dim >= 1024:
         recipe = "vitdet-large"
-        settings = settings_of(recipe, how.settings)
+        settings = settings_of(recipe, options.settings)
     check_backbone(backbone.vit, settings)  # before annotations are read, which takes minutes of a large set
-    images, test = open_coco(how.data, how.val, channels=backbone.channels)
-    if how.images is not None:
-        images = few(images, how.images)
+    images, test = open_coco(options.data, options.val, channels=backbone.channels)
+    if options.images is not None:
+        images = few(images, options.images)
     about = {
         "backbone_name": name,
-        "network": how.which,
-        "data_name": how.data,
-        "val_name": how.val,
-        "images": how.images,
+        "network": options.which,
+        "data_name": options.data,
+        "val_name": options.val,
+        "images": options.images,
         "recipe": recipe,
     }
-    out = machine.out or place(name, how.which)
+    out = machine.out or place(name, options.which)
     with distributed.joined(distributed.pick_device(machine.device)) as world:
         for line in (f"recipe {recipe}", *(f"note: {note}" for note in (*images.notes, *test.notes))):
             Screen(world.first).say(line)
@@ -74,35 +74,35 @@ def place(name: str, which: str = "teacher") -> Path:
     return Path("runs") / own / (re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "backbone")
 
 
-def score_detector(checkpoint: Path, how: Scoring) -> dict[str, Any] | None:
+def score_detector(checkpoint: Path, options: Scoring) -> dict[str, Any] | None:
     """COCO's twelve numbers of boxes and masks on the test part of the data, written as scores.json beside coco_results.json.
 
-    Of a file of results (`how.results`) what it holds is scored, and scores-FILE.json written alone. Returns what was written, or None on
-    ranks but the first. Raises the errors of `rcmae.errors`.
+    Of a file of results (`options.results`) what it holds is scored, and scores-FILE.json written alone. Returns what was written, or None
+    on ranks but the first. Raises the errors of `rcmae.errors`.
     """
-    check_scoring(how)
+    check_scoring(options)
     loaded = load_detector(checkpoint)
-    data = how.data or loaded.about.get("val_name") or loaded.about.get("data_name") or Detection.data
-    device = distributed.pick_device(how.device)
-    precision = distributed.pick_precision(how.precision, device)
+    data = options.data or loaded.about.get("val_name") or loaded.about.get("data_name") or Detection.data
+    device = distributed.pick_device(options.device)
+    precision = distributed.pick_precision(options.precision, device)
     channels = loaded.model.mean.shape[1]
     test = open_test(data, channels=channels)
     if differ := [f"{k} {v}" for k, v in _classes(test).items() ^ _classes(loaded).items()]:
         some = ", ".join(sorted(differ)[:4])
         raise DataError(f"{test.name} has other categories than {checkpoint} was trained on, as {some}; give --data with the same ones")
-    out, advice = how.out or checkpoint / "eval", "try a smaller --batch"
+    out, advice = options.out or checkpoint / "eval", "try a smaller --batch"
     with distributed.joined(device) as world, plain_failures(device, world, advice), Screen(world.first) as screen:
         for line in test.notes:
             screen.say(f"note: {line}")
         unreadable: list[Bad] = []
         truth = test.truth
-        if how.results:
-            results = load_results(how.results, truth)
+        if options.results:
+            results = load_results(options.results, truth)
         else:
             with screen.progress(f"detecting in {test.name}", len(range(0, len(test), world.size))) as tick:
                 results = predict(
-                    loaded.model, test, size=loaded.settings.size, channels=channels, device=device, precision=precision, batch=how.batch,
-                    workers=how.workers, world=world, note=unreadable.extend, tick=tick,
+                    loaded.model, test, size=loaded.settings.size, channels=channels, device=device, precision=precision,
+                    batch=options.batch, workers=options.workers, world=world, note=unreadable.extend, tick=tick,
                 )  # fmt: skip
         unreadable = [bad for part in world.to_first(unreadable) for bad in part]
         if not world.first:
@@ -110,15 +110,15 @@ def score_detector(checkpoint: Path, how: Scoring) -> dict[str, Any] | None:
         for _, where, reason in unreadable:
             screen.say(f"note: {where} cannot be read ({reason}); nothing was found there")
         kinds = kinds_of(results)
-        found = {name: evaluate(truth, results, kind, areas=how.areas)._asdict() for name, kind in PARTS.items() if kind in kinds}
+        found = {name: evaluate(truth, results, kind, areas=options.areas)._asdict() for name, kind in PARTS.items() if kind in kinds}
         content = {
-            "checkpoint": str(checkpoint), "results": how.results and str(how.results), "data": data, "test": test.fingerprint(),
+            "checkpoint": str(checkpoint), "results": options.results and str(options.results), "data": data, "test": test.fingerprint(),
             "test_images": len(test), "unreadable": [where for _, where, _ in unreadable], "preset": loaded.settings.preset,
             "recipe_hash": recipe_hash(loaded.settings), "detector": loaded.about, "machine": describe_machine(device, precision), **found,
         }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
-        if how.results:
-            write_json(out / f"scores-{how.results.stem}.json", content)
+        if options.results:
+            write_json(out / f"scores-{options.results.stem}.json", content)
         else:
             replace_file(out / "coco_results.json", json.dumps(results))
             write_json(out / "scores.json", content)

@@ -166,5 +166,5 @@ class DetectionTraining(Supervised):
             export(self.model, folder, self.images, self.recipe, self.architecture, about)
             write_examples(self.out / "examples.safetensors", self.test_set, results, self.channels)
             last = {name: value for name, value in self.history[-1].items() if name not in ("step", "epoch")}
-            self.screen.say(f"{self.said(last)} after {self.step:,} steps, {clock(self.seconds)}; the detector is in {folder}")
+            self.screen.say(f"{self.format_scores(last)} after {self.step:,} steps, {clock(self.seconds)}; the detector is in {folder}")
         return Detected(self.model, results, box, mask, self.history)

@@ -63,7 +63,7 @@ class Jitter:
         return {"image": canvas, "boxes": boxes, "labels": torch.from_numpy(objects.labels[order]), "masks": found}
 
 
-def fit(image: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[Tensor, "c gh gw"]:
+def fit(image: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[Tensor, "c ch cw"]:
     """For evaluation: the longest side becomes `size`, and nothing is added."""
     return resized(image, fitted(image.shape[:2], size))
 
@@ -74,7 +74,7 @@ def fitted(shape: tuple[int, ...], side: float) -> tuple[int, int]:
     return h, w
 
 
-def resized(image: UInt8[np.ndarray, "h w c"], shape: tuple[int, int]) -> UInt8[Tensor, "c gh gw"]:
+def resized(image: UInt8[np.ndarray, "h w c"], shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
     """Bilinear, antialiased."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)
     return resize(pixels, list(shape), InterpolationMode.BILINEAR, antialias=True)

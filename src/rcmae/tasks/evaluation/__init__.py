@@ -2,9 +2,9 @@
 
 from .attentive import Attentive
 from .base import Task
+from .finetune import Finetune
 from .knn import KNN
 from .linear import Linear
 from .robustness import Robustness
-from .tuning import Tuning
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (KNN, Linear, Attentive, Tuning, Robustness)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (KNN, Linear, Attentive, Finetune, Robustness)}

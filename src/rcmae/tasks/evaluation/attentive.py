@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from .base import Task
 
 if TYPE_CHECKING:
-    from ..subject import Found, Subject
+    from ..context import EvaluationContext, TaskResult
 
 TOKENS_IN_MEMORY = 16 * 2**30
-"Bytes of tokens that are kept; above it a probe computes them anew in every pass, as its papers do."
+"Bytes of tokens that are kept; above it a probe recomputes them each epoch, as its papers do."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,49 +27,49 @@ class Attentive(Task):
     batch: int = 1024
     "images a step"
 
-    def reads(self, subject: "Subject") -> Literal["tokens"] | None:
-        return "tokens" if subject.token_bytes() <= TOKENS_IN_MEMORY else None
+    def required_features(self, context: "EvaluationContext") -> Literal["tokens"] | None:
+        return "tokens" if context.token_bytes() <= TOKENS_IN_MEMORY else None
 
-    def run(self, subject: "Subject") -> "Found":
-        from ..subject import Found, Probed
+    def run(self, context: "EvaluationContext") -> "TaskResult":
+        from ..context import ProbedModel, TaskResult
 
-        size = len(subject.part("train"))
+        size = len(context.part("train"))
         batch = min(self.batch, size)
         steps = self.fit_steps or min(max(500, 40 * (size // batch)), 50_000)
-        probe, hits, chose = (self._kept if self.reads(subject) else self._anew)(subject, steps, batch)
+        probe, hits, chose = (self._fit_cached if self.required_features(context) else self._fit_streaming)(context, steps, batch)
         settings = asdict(self) | {"batch": batch, "fit_steps": steps} | chose
-        return Found({"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, "tokens", probe), settings)
+        return TaskResult({"top1": 100 * float(hits.mean())}, hits, ProbedModel(context.backbone, "tokens", probe), settings)
 
-    def _kept(self, subject: "Subject", steps: int, batch: int) -> tuple[Any, Any, dict[str, Any]]:
-        """Tokens lie in memory. Returns the probe, which test images are right, and what it chose."""
-        from .. import attentive, linear
+    def _fit_cached(self, context: "EvaluationContext", steps: int, batch: int) -> tuple[Any, Any, dict[str, Any]]:
+        """On tokens that are computed once. Returns the probe, which test images are right, and what it chose."""
+        from .. import attentive_probe, linear_probe
 
-        train, labels = subject.fitted_on(tokens=True)
-        with subject.counting("fitting the attentive probe", steps * (len(attentive.RATES) + 1)) as tick:
-            found = attentive.fit_rates(
-                self.kind, train.tokens, labels, len(subject.set.classes), steps=steps, batch=batch, heads=self.queries,
-                seed=subject.how.seed, device=subject.device, tick=tick,
+        train, labels = context.fitted_on(tokens=True)
+        with context.counting("fitting the attentive probe", steps * (len(attentive_probe.RATES) + 1)) as tick:
+            found = attentive_probe.fit_rates(
+                self.kind, train.tokens, labels, len(context.set.classes), steps=steps, batch=batch, heads=self.queries,
+                seed=context.options.seed, device=context.device, tick=tick,
             )  # fmt: skip
-        test = subject.features("test", tokens=True)
-        hits = subject.hits(linear.said(found.probe, test.tokens.to(subject.device)), test)
+        test = context.features("test", tokens=True)
+        hits = context.hits(linear_probe.predict(found.probe, test.tokens.to(context.device)), test)
         return found.probe, hits, {"rate": found.rate, "held_out": {f"{k:g}": v for k, v in found.held_out.items()}}
 
-    def _anew(self, subject: "Subject", steps: int, batch: int) -> tuple[Any, Any, dict[str, Any]]:
-        """Tokens are computed anew in every pass."""
+    def _fit_streaming(self, context: "EvaluationContext", steps: int, batch: int) -> tuple[Any, Any, dict[str, Any]]:
+        """On more tokens than TOKENS_IN_MEMORY: recomputed each epoch, from random crops, at one fixed learning rate (no search)."""
         import torch
 
-        from .. import attentive
-        from ..subject import Probed
+        from .. import attentive_probe
+        from ..context import ProbedModel
 
-        subject.screen.say(
-            f"note: {subject.token_bytes() / 2**30:.0f} GiB of tokens are not kept: features are computed anew in every pass"
+        context.screen.say(
+            f"note: {context.token_bytes() / 2**30:.0f} GiB of tokens are not kept: features are computed anew in every pass"
         )
-        rate = attentive.RATES[len(attentive.RATES) // 2]
-        examples = next(subject.crops(1, min(512, len(subject.part("train"))), augment=False))[0].tokens
+        rate = attentive_probe.RATES[len(attentive_probe.RATES) // 2]
+        examples = next(context.crops(1, min(512, len(context.part("train"))), augment=False))[0].tokens
         with torch.random.fork_rng():
-            torch.manual_seed(subject.how.seed)
-            heads = attentive.heads_for(examples.shape[2], self.queries)
-            probe = attentive.PROBES[self.kind](examples, heads, len(subject.set.classes)).to(subject.device)
-        batches = ((seen.tokens, answers) for seen, answers in subject.crops(steps, batch, augment=True))
-        probe = attentive.fit(probe, batches, steps, rate)
-        return probe, subject.score(Probed(subject.backbone, "tokens", probe)).right, {"rate": rate}
+            torch.manual_seed(context.options.seed)
+            heads = attentive_probe.heads_for(examples.shape[2], self.queries)
+            probe = attentive_probe.PROBES[self.kind](examples, heads, len(context.set.classes)).to(context.device)
+        batches = ((seen.tokens, answers) for seen, answers in context.crops(steps, batch, augment=True))
+        probe = attentive_probe.fit(probe, batches, steps, rate)
+        return probe, context.score(ProbedModel(context.backbone, "tokens", probe)).right, {"rate": rate}

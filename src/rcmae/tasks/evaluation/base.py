@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..subject import Found, Subject
+    from ..context import EvaluationContext, TaskResult
 
 Which = Literal["teacher", "student", "both"]
 Pool = Literal["mean", "cls"]
@@ -41,13 +41,13 @@ class Evaluation:
     "where features and label splits are kept; default: ~/.cache/rcmae"
 
 
-def check_evaluation(how: Evaluation) -> None:
+def check_evaluation(options: Evaluation) -> None:
     """Refuse impossible values, all problems in one ConfigError."""
     rules = [
-        (0 < how.labels <= 100, f"labels is a percentage above 0 and up to 100, not {how.labels:g}"),
-        (0 <= how.seed < 2**63, f"seed must be 0 or more and below 2**63, not {how.seed}"),
-        (how.heads is None or how.heads >= 1, f"heads must be 1 or more, not {how.heads}"),
-        (how.workers is None or how.workers >= 0, f"workers must be 0 or more, not {how.workers}"),
+        (0 < options.labels <= 100, f"labels is a percentage above 0 and up to 100, not {options.labels:g}"),
+        (0 <= options.seed < 2**63, f"seed must be 0 or more and below 2**63, not {options.seed}"),
+        (options.heads is None or options.heads >= 1, f"heads must be 1 or more, not {options.heads}"),
+        (options.workers is None or options.workers >= 0, f"workers must be 0 or more, not {options.workers}"),
     ]
     if wrong := [message for fine, message in rules if not fine]:
         raise ConfigError("; ".join(wrong))
@@ -70,7 +70,7 @@ class Task:
     takes_classifiers: ClassVar[bool] = False
     "whether a classifier that comes with its head is taken as it is"
     all_ranks: ClassVar[bool] = False
-    "whether all ranks run it; else they share the making of the features that it `reads`, and the first one runs it"
+    "whether all ranks run it; else they share the making of its `required_features`, and the first one runs it"
     resumes: ClassVar[bool] = False
     "whether its results lie in a run that the same command goes on with: one place, whatever the settings; else each question has its own"
 
@@ -83,14 +83,14 @@ class Task:
         values = [(f.name, getattr(self, f.name)) for f in fields(self)]
         return [(k, x) for k, v in values for x in (v if isinstance(v, tuple) else [v]) if type(x) in (int, float)]
 
-    def check(self, subject: "Subject") -> None:
+    def check(self, context: "EvaluationContext") -> None:
         """Refuse, by ConfigError or DataError and before any work, what cannot be asked of this backbone on these images."""
 
-    def reads(self, subject: "Subject") -> Literal["pooled", "tokens"] | None:
+    def required_features(self, context: "EvaluationContext") -> Literal["pooled", "tokens"] | None:
         """The features that `run` will ask for first; None where it takes images."""
         return "pooled"
 
-    def run(self, subject: "Subject") -> "Found":
+    def run(self, context: "EvaluationContext") -> "TaskResult":
         """Fit on the training part, score on the test part. Raises the errors of `rcmae.errors`."""
         raise NotImplementedError
 

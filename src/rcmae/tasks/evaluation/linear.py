@@ -8,7 +8,7 @@ from .base import Pool, Task
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..subject import Found, Subject
+    from ..context import EvaluationContext, TaskResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,46 +36,46 @@ class Linear(Task):
         alone = self.protocol == "mae" and self.batch == 1
         return super().problems() + ["batch must be 2 or more: the protocol of mae standardises within a batch"] * alone
 
-    def run(self, subject: "Subject") -> "Found":
-        from .. import linear
-        from ..subject import Found, Probed
+    def run(self, context: "EvaluationContext") -> "TaskResult":
+        from .. import linear_probe
+        from ..context import ProbedModel, TaskResult
 
         pool: Pool = self.pool or ("mean" if self.protocol == "rates" else "cls")
-        layer, chose = (self._rates if self.protocol == "rates" else self._mae)(subject, pool)
-        test = subject.features("test")
-        hits = subject.hits(linear.said(layer, test.pooled(pool).to(subject.device)), test)
+        layer, chose = (self._rates if self.protocol == "rates" else self._mae)(context, pool)
+        test = context.features("test")
+        hits = context.hits(linear_probe.predict(layer, test.pooled(pool).to(context.device)), test)
         settings = asdict(self) | {"pool": pool} | chose
-        return Found({"top1": 100 * float(hits.mean())}, hits, Probed(subject.backbone, pool, layer), settings)
+        return TaskResult({"top1": 100 * float(hits.mean())}, hits, ProbedModel(context.backbone, pool, layer), settings)
 
-    def _rates(self, subject: "Subject", pool: Pool) -> tuple["nn.Module", dict[str, Any]]:
-        from .. import linear
+    def _rates(self, context: "EvaluationContext", pool: Pool) -> tuple["nn.Module", dict[str, Any]]:
+        from .. import linear_probe
 
-        train, labels = subject.fitted_on()
+        train, labels = context.fitted_on()
         batch = min(self.batch or 1024, len(labels))
         steps = self.fit_steps or min(max(500, 100 * (len(labels) // batch)), 12_500)
-        with subject.counting("fitting the linear layer", 2 * steps) as tick:
-            found = linear.fit_rates(
-                train.pooled(pool).to(subject.device), labels, len(subject.set.classes), steps=steps, batch=batch, seed=subject.how.seed,
-                tick=tick,
+        with context.counting("fitting the linear layer", 2 * steps) as tick:
+            found = linear_probe.fit_rates(
+                train.pooled(pool).to(context.device), labels, len(context.set.classes), steps=steps, batch=batch,
+                seed=context.options.seed, tick=tick,
             )  # fmt: skip
         held_out = {f"{k:g}": v for k, v in found.held_out.items()}
         return found.layer, {"batch": batch, "fit_steps": steps, "rate": found.rate, "held_out": held_out}
 
-    def _mae(self, subject: "Subject", pool: Pool) -> tuple["nn.Module", dict[str, Any]]:
-        from .. import attentive, linear
+    def _mae(self, context: "EvaluationContext", pool: Pool) -> tuple["nn.Module", dict[str, Any]]:
+        from .. import attentive_probe, linear_probe
 
-        size = len(subject.part("train"))
+        size = len(context.part("train"))
         batch = min(self.batch or 16384, size)
         steps = self.fit_epochs * (size // batch)
         if self.augment:
-            batches = ((getattr(seen, pool), answers) for seen, answers in subject.crops(steps, batch, augment=True))
+            batches = ((getattr(seen, pool), answers) for seen, answers in context.crops(steps, batch, augment=True))
         else:
-            train, labels = subject.fitted_on()
-            batches = attentive.in_memory(train.pooled(pool).to(subject.device), labels, steps, batch, subject.how.seed)
-            batches = subject.counted("fitting the linear layer", steps, batches)
-        width = subject.features("test").pooled(pool).shape[1]
-        layer = linear.fit_mae(
-            batches, width, len(subject.set.classes), steps=steps, warmup=10 / max(self.fit_epochs, 20), batch=batch, base_lr=self.fit_lr,
-            seed=subject.how.seed, device=subject.device,
+            train, labels = context.fitted_on()
+            batches = attentive_probe.in_memory(train.pooled(pool).to(context.device), labels, steps, batch, context.options.seed)
+            batches = context.counted("fitting the linear layer", steps, batches)
+        width = context.features("test").pooled(pool).shape[1]
+        layer = linear_probe.fit_mae(
+            batches, width, len(context.set.classes), steps=steps, warmup=10 / max(self.fit_epochs, 20), batch=batch, base_lr=self.fit_lr,
+            seed=context.options.seed, device=context.device,
         )  # fmt: skip
         return layer, {"batch": batch, "fit_steps": steps}

@@ -13,7 +13,7 @@ from .linear import Linear
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..subject import Found, Subject
+    from ..context import EvaluationContext, TaskResult
 
 PROBES: dict[str, Task] = {"linear": Linear(), "knn": KNN(), "attentive": Attentive()}
 
@@ -55,43 +55,43 @@ class Robustness(Task):
     real: Path | None = None
     "ImageNet's validation images, to be scored by their reassessed labels (ReaL)"
 
-    def check(self, subject: "Subject") -> None:
+    def check(self, context: "EvaluationContext") -> None:
         from ..robustness.study import check
 
-        check(self, self._classes(subject), tuple(subject.backbone.shape))
+        check(self, self._classes(context), tuple(context.backbone.shape))
 
-    def reads(self, subject: "Subject") -> Literal["pooled", "tokens"] | None:
-        return PROBES[self.probe].reads(subject) if subject.classifier is None else None
+    def required_features(self, context: "EvaluationContext") -> Literal["pooled", "tokens"] | None:
+        return PROBES[self.probe].required_features(context) if context.classifier is None else None
 
-    def run(self, subject: "Subject") -> "Found":
+    def run(self, context: "EvaluationContext") -> "TaskResult":
         """A classifier as it is, or a probe that is fitted first."""
         from ...data.loader import processes
+        from ..context import TaskResult
         from ..robustness.sets import Loading
         from ..robustness.study import settings, study
-        from ..subject import Found
 
-        model, fitted = (subject.classifier[0], {}) if subject.classifier else self._fitted(subject)
-        workers = processes(subject.set.test, subject.how.workers)
-        loading = Loading(tuple(subject.backbone.shape), subject.device, workers=workers)
-        subject.precision = "fp32"  # of what is recorded: images are judged, and attacked, without autocast
-        of = study(model, self._classes(subject), subject.set.test, self, loading, subject.how.seed, subject.screen)
+        model, fitted = (context.classifier[0], {}) if context.classifier else self._fitted(context)
+        workers = processes(context.set.test, context.options.workers)
+        loading = Loading(tuple(context.backbone.shape), context.device, workers=workers)
+        context.precision = "fp32"  # of what is recorded: images are judged, and attacked, without autocast
+        of = study(model, self._classes(context), context.set.test, self, loading, context.options.seed, context.screen)
         more = {k: v for k, v in of.right.items() if k != "clean"}
-        return Found(of.metrics, of.right["clean"], model, settings(self) | fitted, of.details, more)
+        return TaskResult(of.metrics, of.right["clean"], model, settings(self) | fitted, of.details, more)
 
-    def _classes(self, subject: "Subject") -> list[str]:
+    def _classes(self, context: "EvaluationContext") -> list[str]:
         """The classes of the logits. Raises ConfigError for a backbone that cannot be asked."""
-        if subject.backbone.channels != 3:
-            raise ConfigError(f"corruptions and published sets are of 3 channels; {subject.name} takes {subject.backbone.channels}")
-        if subject.classifier is None:
-            return subject.set.classes
-        model, names = subject.classifier
-        if not names and model.vit.num_classes != len(subject.set.classes):
-            raise ConfigError(f"{subject.name} has {model.vit.num_classes} classes without names, and the data {len(subject.set.classes)}")
-        return names or subject.set.classes
+        if context.backbone.channels != 3:
+            raise ConfigError(f"corruptions and published sets are of 3 channels; {context.name} takes {context.backbone.channels}")
+        if context.classifier is None:
+            return context.set.classes
+        model, names = context.classifier
+        if not names and model.vit.num_classes != len(context.set.classes):
+            raise ConfigError(f"{context.name} has {model.vit.num_classes} classes without names, and the data {len(context.set.classes)}")
+        return names or context.set.classes
 
-    def _fitted(self, subject: "Subject") -> tuple["nn.Module", dict[str, Any]]:
+    def _fitted(self, context: "EvaluationContext") -> tuple["nn.Module", dict[str, Any]]:
         """A probe on the backbone, and what is recorded of it."""
-        task = KNN(k=(min(20, len(subject.fitted_on()[1])),)) if self.probe == "knn" else PROBES[self.probe]
-        found = task.run(subject)
-        subject.screen.say(f"fitted: {self.probe} probe, on {len(subject.part('train')):,} images: {found.metrics['top1']:.1f} % right")
-        return found.model, {"probe_settings": found.settings | {"precision": subject.precision}}
+        task = KNN(k=(min(20, len(context.fitted_on()[1])),)) if self.probe == "knn" else PROBES[self.probe]
+        found = task.run(context)
+        context.screen.say(f"fitted: {self.probe} probe, on {len(context.part('train')):,} images: {found.metrics['top1']:.1f} % right")
+        return found.model, {"probe_settings": found.settings | {"precision": context.precision}}

@@ -36,7 +36,7 @@ Labels = Int[np.ndarray, " n"]
 "The right column of a model's logits for each image of a source; -1: not known, the image is left out."
 Right = Bool[np.ndarray, " n"]
 Say = Callable[[str], object]
-View = Callable[[UInt8[np.ndarray, "h w c"], int], UInt8[Tensor, "s c gh gw"]]
+View = Callable[[UInt8[np.ndarray, "h w c"], int], UInt8[Tensor, "s c ch cw"]]
 "An image and its number to what models see of it: s forms of one picture."
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -146,7 +146,7 @@ def labels_for(source: Source, classes: Sequence[str]) -> Labels:
     return place[source.labels]
 
 
-def _plain(image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int]) -> UInt8[Tensor, "1 c gh gw"]:
+def _plain(image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int]) -> UInt8[Tensor, "1 c ch cw"]:
     return center(image, shape)[None]
 
 
@@ -199,7 +199,7 @@ class Corrupted:
 
 def _severities(
     image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int], corruption: str, severities: tuple[int, ...], seed: int
-) -> UInt8[Tensor, "s c gh gw"]:
+) -> UInt8[Tensor, "s c ch cw"]:
     picture = center(image, shape).permute(1, 2, 0).numpy()
     return torch.from_numpy(np.stack([corrupt(picture, corruption, s, seed, index) for s in severities])).permute(0, 3, 1, 2)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..engine.distributed import average, gather, mean_with_gradient, rank
 
 
-def centred(logits: Float[Tensor, "*s c"], centre: Float[Tensor, " c"], temperature: float) -> Float[Tensor, "*s c"]:
-    """The teacher's probabilities: softmax((t - centre) / temperature)."""
-    return ((logits - centre) / temperature).softmax(-1)
+def centered(logits: Float[Tensor, "*s c"], center: Float[Tensor, " c"], temperature: float) -> Float[Tensor, "*s c"]:
+    """The teacher's probabilities: softmax((t - center) / temperature)."""
+    return ((logits - center) / temperature).softmax(-1)
 
 
 def across_views(student: Float[Tensor, "v b c"], teacher: Float[Tensor, "w b c"], temperature: float) -> Float[Tensor, ""]:

@@ -1,4 +1,4 @@
-"""A backbone before a labelled set: what tasks ask of both, and what they hand back."""
+"""A backbone, a labeled data set and the evaluation options, with cached feature extraction: what a task gets, and what it returns."""
 
 import functools
 import os
@@ -25,15 +25,15 @@ from ..engine.distributed import World
 from ..models.backbone import Backbone, Features, Pixels
 from ..models.classifier import Classifier
 from .evaluation.base import Evaluation
-from .features import Seen, extract
+from .features import ExtractedFeatures, extract
 from .score import Scored, score
 from .splits import PERCENTS, read_split, write_splits
 
 T = TypeVar("T")
 
 
-class Found(NamedTuple):
-    """What a task found: metrics, which test images were right, the model (pixels in 0 to 1 to logits), what it was told or chose."""
+class TaskResult(NamedTuple):
+    """Metrics, which test images were right, the model (pixels in 0 to 1 to logits), and the settings it was given or chose."""
 
     metrics: dict[str, float]
     right: Bool[np.ndarray, " m"]
@@ -45,79 +45,79 @@ class Found(NamedTuple):
     "where the work was done before, or in parts"
 
 
-class Probed(nn.Module):
+class ProbedModel(nn.Module):
     """A frozen backbone with a layer on what it makes of pixels in 0 to 1: logits "b c"."""
 
-    def __init__(self, backbone: nn.Module, reads: Literal["mean", "cls", "tokens"], layer: nn.Module):
+    def __init__(self, backbone: nn.Module, feature: Literal["mean", "cls", "tokens"], layer: nn.Module):
         super().__init__()
-        self.backbone, self.reads, self.layer = backbone, reads, layer
+        self.backbone, self.feature, self.layer = backbone, feature, layer
 
-    def forward(self, images: Float[Tensor, "b ch h w"]) -> Float[Tensor, "b c"]:
-        return self.layer(getattr(self.backbone(images), self.reads))
+    def forward(self, images: Float[Tensor, "b channels h w"]) -> Float[Tensor, "b c"]:
+        return self.layer(getattr(self.backbone(images), self.feature))
 
 
 @dataclass
-class Subject:
-    """A backbone before a labelled set: what tasks ask of both."""
+class EvaluationContext:
+    """A backbone, a labeled data set and the evaluation options, with cached feature extraction."""
 
     name: str
     which: str
     backbone: Backbone | Pixels
     set: Labelled
-    how: Evaluation
+    options: Evaluation
     device: torch.device
     world: World
     screen: Screen
     precision: str
     classifier: tuple[Classifier, list[str]] | None = None
     "where the backbone came with a head: the whole, and its classes"
-    seen: dict[tuple[str, bool], Seen] = field(default_factory=dict)
+    extracted: dict[tuple[str, bool], ExtractedFeatures] = field(default_factory=dict)
 
     @property
     def cache(self) -> Path:
-        return self.how.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rcmae"
+        return self.options.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rcmae"
 
     def part(self, part: Literal["train", "test"]) -> Subset:
         """The test part, or of the training part the images whose labels are used."""
         if part == "test":
             return self.set.test
-        return self.set.train if self.how.labels == 100 else Subset(self.set.train, self.split())
+        return self.set.train if self.options.labels == 100 else Subset(self.set.train, self.split())
 
     def split(self) -> Int[np.ndarray, " k"]:
         """The images whose labels are used, from a file that all backbones share."""
-        train, folder = self.set.train, self.cache / "splits" / f"{self.set.train.fingerprint()[:16]}-{self.how.seed}"
-        file = folder / f"labels-{self.how.labels:g}.json"
+        train, folder = self.set.train, self.cache / "splits" / f"{self.set.train.fingerprint()[:16]}-{self.options.seed}"
+        file = folder / f"labels-{self.options.labels:g}.json"
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_splits(folder, train.labels, self.how.seed, sorted({*PERCENTS, self.how.labels}))
+            write_splits(folder, train.labels, self.options.seed, sorted({*PERCENTS, self.options.labels}))
         return read_split(file, train.labels)
 
-    def features(self, part: Literal["train", "test"], tokens: bool = False) -> Seen:
+    def features(self, part: Literal["train", "test"], tokens: bool = False) -> ExtractedFeatures:
         """Features of a part, computed once and cached."""
-        if (part, tokens) not in self.seen:
+        if (part, tokens) not in self.extracted:
             images = self.part(part)
             with self.screen.progress(f"features of {images.name}", len(images)) as tick:
-                self.seen[part, tokens] = extract(
+                self.extracted[part, tokens] = extract(
                     self.backbone, images, cache=self.cache / "features", tokens=tokens, device=self.device, precision=self.precision,
-                    world=self.world, workers=self.how.workers, tick=tick, note=self.note,
+                    world=self.world, workers=self.options.workers, tick=tick, note=self.note,
                 )  # fmt: skip
-        return self.seen[part, tokens]
+        return self.extracted[part, tokens]
 
     def note(self, bad: list[Bad]) -> None:
         """Name images that cannot be read."""
         for _, where, reason in bad:
             self.screen.say(f"note: {where} cannot be read ({reason})")
 
-    def fitted_on(self, tokens: bool = False) -> tuple[Seen, Int[np.ndarray, " n"]]:
+    def fitted_on(self, tokens: bool = False) -> tuple[ExtractedFeatures, Int[np.ndarray, " n"]]:
         """Features of the readable training images, and their labels."""
         seen = self.features("train", tokens)
         if not seen.readable.all():
-            seen = Seen(*(x[seen.readable] if x is not None else None for x in seen))
+            seen = ExtractedFeatures(*(x[seen.readable] if x is not None else None for x in seen))
         return seen, seen.labels
 
-    def hits(self, said: Int[np.ndarray, " m"], seen: Seen) -> Bool[np.ndarray, " m"]:
+    def hits(self, predicted: Int[np.ndarray, " m"], seen: ExtractedFeatures) -> Bool[np.ndarray, " m"]:
         """Which test images are right; one that cannot be read is wrong."""
-        return (said == seen.labels) & seen.readable
+        return (predicted == seen.labels) & seen.readable
 
     def score(self, model: nn.Module) -> Scored:
         """What a model of pixels makes of the test images."""
@@ -125,17 +125,17 @@ class Subject:
         with self.screen.progress(f"scoring on {test.name}", len(test)) as tick:
             return score(
                 model, test, shape=tuple(self.backbone.shape), channels=self.backbone.channels, device=self.device,
-                precision=self.precision, workers=self.how.workers, note=self.note, tick=tick,
+                precision=self.precision, workers=self.options.workers, note=self.note, tick=tick,
             )  # fmt: skip
 
     def crops(self, steps: int, batch: int, augment: bool) -> Iterator[tuple[Features, Int[Tensor, " b"]]]:
         """Batches of `steps`: what the backbone makes of new crops and flips in every pass (or of the same views), and labels."""
         part = self.part("train")
-        sampler = BatchSampler(len(part), batch, start=0, stop=steps, seed=self.how.seed)
+        sampler = BatchSampler(len(part), batch, start=0, stop=steps, seed=self.options.seed)
         view = functools.partial(_crop, shape=tuple(self.backbone.shape), augment=augment)
-        crops = Images(part, view, self.how.seed, self.backbone.channels, labelled=True)
+        crops = Images(part, view, self.options.seed, self.backbone.channels, labelled=True)
         backbone = self.backbone.to(self.device).eval()
-        batches = batches_of(crops, sampler, part, self.how.workers, self.device, self.note)
+        batches = batches_of(crops, sampler, part, self.options.workers, self.device, self.note)
         for images in self.counted("fitting on new crops", steps, batches):
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 seen = backbone(images["image"].float() / 255)
@@ -174,17 +174,17 @@ def _crop(image: Image, draws: np.random.Generator, shape: tuple[int, int], augm
     return {"image": view.contiguous()}
 
 
-def place(name: str, how: Evaluation) -> Path:
+def place(name: str, options: Evaluation) -> Path:
     """The folder that results of a backbone go to."""
-    if how.out:
-        return how.out
+    if options.out:
+        return options.out
     path = Path(name)
     if (path / "recipe.toml").exists():
         return path / "evaluate"
     return Path("runs") / "evaluate" / (re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "backbone")
 
 
-def stem(kind: str, which: str, how: Evaluation) -> str:
+def stem(kind: str, which: str, options: Evaluation) -> str:
     """What a result's files are called: the task, the network, and what is unusual: the share of the labels, the seed."""
-    share = "" if how.labels == 100 else f"-{how.labels:g}-percent"
-    return f"{kind}-{which}{share}{f'-seed-{how.seed}' if how.seed else ''}"
+    share = "" if options.labels == 100 else f"-{options.labels:g}-percent"
+    return f"{kind}-{which}{share}{f'-seed-{options.seed}' if options.seed else ''}"

@@ -41,7 +41,7 @@ def linear_right(
 
 
 @torch.no_grad()
-def said(layer: nn.Module, x: Float[Tensor, "m ..."]) -> Int[np.ndarray, " m"]:
+def predict(layer: nn.Module, x: Float[Tensor, "m ..."]) -> Int[np.ndarray, " m"]:
     """The class that a layer names for each feature."""
     return torch.cat([layer(part.float()).argmax(1) for part in x.split(SCORED)]).cpu().numpy()
 
@@ -138,7 +138,7 @@ class Heads(nn.Module):
         answers = torch.from_numpy(truth).to(x.device)
         losses = [_losses(self(a), b) * len(b) for a, b in zip(x.split(SCORED), answers.split(SCORED), strict=True)]
         loss = (torch.stack(losses).sum(0) / len(x)).nan_to_num(nan=float("inf"))
-        return list(zip((said(self, x) == truth[:, None]).mean(0).tolist(), loss.tolist(), strict=True))
+        return list(zip((predict(self, x) == truth[:, None]).mean(0).tolist(), loss.tolist(), strict=True))
 
 
 def fit(

@@ -7,11 +7,11 @@ from ...errors import ConfigError
 from .base import Task
 
 if TYPE_CHECKING:
-    from ..subject import Found, Subject
+    from ..context import EvaluationContext, TaskResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning(Task):
+class Finetune(Task):
     """Train all of a backbone with a new head; the same command goes on where it stopped."""
 
     name = "finetune"
@@ -34,39 +34,39 @@ class Tuning(Task):
     def numbers(self) -> list[tuple[str, float]]:
         return [(name, x) for name, x in super().numbers() if name != "bad_share"]  # which may be 0
 
-    def reads(self, subject: "Subject") -> None:
+    def required_features(self, context: "EvaluationContext") -> None:
         return None
 
-    def run(self, subject: "Subject") -> "Found":
+    def run(self, context: "EvaluationContext") -> "TaskResult":
         """The run lies beside the results; the last step is the result."""
         from ...config import Workplace, replaced
         from ...data.sources import recipe_for
         from ...models.backbone import Pixels
+        from ..context import TaskResult, place, stem
         from ..finetune import check_finetune, finetune, load_finetune
         from ..robustness.metrics import ece
-        from ..subject import Found, place, stem
 
-        how = subject.how
-        if isinstance(subject.backbone, Pixels):
+        options = context.options
+        if isinstance(context.backbone, Pixels):
             raise ConfigError("pixels have no weights to fine-tune; give a backbone, or scratch:BACKBONE for new weights")
-        name = self.recipe or recipe_for(how.data)
+        name = self.recipe or recipe_for(options.data)
         recipe = load_finetune(name)
         if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in self.settings):
             recipe = replace(recipe, steps=None, epochs=None)
         recipe = replaced(recipe, self.settings, name)
         if recipe.seed:
             raise ConfigError(f"{name} and its settings say seed {recipe.seed}; leave it out there, --seed gives it")
-        recipe = check_finetune(replace(recipe, seed=how.seed))
-        out = place(subject.name, how) / stem(self.name, subject.which, how)
+        recipe = check_finetune(replace(recipe, seed=options.seed))
+        out = place(context.name, options) / stem(self.name, context.which, options)
         machine = Workplace(
-            out=out, device=how.device, precision=how.precision, workers=how.workers, accumulate=self.accumulate, compile=self.compile,
-            checkpointing=self.checkpointing, bad_share=self.bad_share,
+            out=out, device=options.device, precision=options.precision, workers=options.workers, accumulate=self.accumulate,
+            compile=self.compile, checkpointing=self.checkpointing, bad_share=self.bad_share,
         )  # fmt: skip
-        about = {"backbone": subject.name, "network": subject.which, "test": subject.set.test.fingerprint()[:16]}
-        tuned = finetune(subject.backbone, subject.part("train"), subject.set.test, subject.set.classes, recipe, machine, about)
+        about = {"backbone": context.name, "network": context.which, "test": context.set.test.fingerprint()[:16]}
+        tuned = finetune(context.backbone, context.part("train"), context.set.test, context.set.classes, recipe, machine, about)
         best = max(line["accuracy"] for line in tuned.history)
         metrics = {"top1": 100 * float(tuned.right.mean()), "ECE": ece(tuned.confidence, tuned.right)}
-        if subject.world.first and best > metrics["top1"]:
+        if context.world.first and best > metrics["top1"]:
             metrics |= {"best epoch, chosen on the test images": best}
         settings = asdict(self) | asdict(recipe) | {"recipe": name, "run": str(out)}
-        return Found(metrics, tuned.right, tuned.model, settings, seconds=tuned.seconds)
+        return TaskResult(metrics, tuned.right, tuned.model, settings, seconds=tuned.seconds)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from .linear import batches, said
+from .linear_probe import batches, predict
 from .splits import held_out
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -134,7 +134,7 @@ def fit_rates(
     if held.any() and len(rates) > 1:
         inside, outside = np.flatnonzero(~held), np.flatnonzero(held)
         unseen = tokens[torch.from_numpy(outside)].to(device)
-        scores = {rate: 100 * float((said(fitted(inside, rate), unseen) == labels[outside]).mean()) for rate in rates}
+        scores = {rate: 100 * float((predict(fitted(inside, rate), unseen) == labels[outside]).mean()) for rate in rates}
     rate = max(scores, key=scores.__getitem__) if scores else rates[len(rates) // 2]
     return Rated(fitted(np.arange(len(labels)), rate), rate, scores)
 
@@ -148,4 +148,4 @@ def attentive_right(
         torch.manual_seed(seed)
         probe = AttentivePool(train[:512], heads, int(labels.max()) + 1).to(train.device)
     steps = epochs * (len(train) // min(batch, len(train)))
-    return said(fit(probe, in_memory(train, labels, steps, batch, seed), steps, lr), test) == truth
+    return predict(fit(probe, in_memory(train, labels, steps, batch, seed), steps, lr), test) == truth

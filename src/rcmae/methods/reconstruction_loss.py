@@ -22,9 +22,9 @@ class _Blend(torch.autograd.Function):
             return reconstruction, reconstruction.clone()
         d = s - t
         consistency = _mean_product(d, d)
-        ahead = reconstruction + consistency - 2 * _mean_product(e, d)  # |t - x|^2, since t - x = e - d
+        teacher_reconstruction = reconstruction + consistency - 2 * _mean_product(e, d)  # |t - x|^2, since t - x = e - d
         ctx.save_for_backward(e.add_(d, alpha=gamma))
-        return reconstruction + gamma * consistency, reconstruction, consistency, ahead
+        return reconstruction + gamma * consistency, reconstruction, consistency, teacher_reconstruction
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
