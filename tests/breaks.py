@@ -1289,6 +1289,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         contrast_with_oneself,
         "test_distillation.py::test_recorded_numbers_of_the_reference_codes",
     ),
+    "weights of grouped convolutions cost what dense ones do": (
+        "rcmae.compare.cost:_convolution_backward_flops",
+        lambda old: lambda grad, x, weight, *rest, **_: old(grad, x, (weight[0], x[1], *weight[2:]), *rest),
+        "test_compare.py::test_a_convolution_costs_twice_as_much_backwards",
+    ),
     "the teacher's work is the student's": (
         "rcmae.compare.cost:_Phases.watch",
         all_is_the_students,

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from rcmae.cli import main
-from rcmae.compare.cost import T, _Kept, cost, largest_batch, peak, recipes
+from rcmae.compare.cost import T, _Kept, _Phases, cost, largest_batch, peak, recipes
 from rcmae.methods import METHODS
 from rcmae.methods.recipes import load_recipe
 from tests.conftest import batch_for, method_for, small
@@ -25,6 +26,17 @@ def test_flops_of_the_encoder_by_hand():
     by_hand = 2 * v * patch * d + block(seen, seen, d) + 2 * seen * d * w + block(all_, hidden, w) + 2 * hidden * w * patch
     # Nothing else multiplies matrices but the loss: an inner product over the hidden values.
     assert cost(recipe, "fp32").student_forward == by_hand + 2 * hidden * patch
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_convolution_costs_twice_as_much_backwards(groups):
+    convolution, x = torch.nn.Conv2d(8, 12, 3, padding=1, groups=groups), torch.randn(2, 8, 5, 5, requires_grad=True)
+    with _Phases() as counter:
+        y = convolution(x)
+        counter.phase = "backward"
+        y.sum().backward()
+    by_hand = 2 * 2 * 25 * 12 * (8 // groups) * 9
+    assert counter.flops == {"student_forward": by_hand, "teacher_forward": 0, "backward": 2 * by_hand}
 
 
 def test_rcmae_costs_a_third_more_than_mae_and_keeps_as_much():

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..config import Recipe, changed
 from ..data.dataset import collate
@@ -201,6 +201,14 @@ def _count(recipe: Recipe, batch: int, precision: str) -> dict[str, Any]:
         return counter.flops | {"saved": kept.bytes, "trained": trained, "frozen": every - trained}
 
 
+def _convolution_backward_flops(grad: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    """Of a convolution's backward pass: each gradient that is asked for costs what the forward pass does.
+
+    torch's own formula takes the gradient of grouped weights for that of dense ones.
+    """
+    return sum(rest[-1][:2]) * conv_flop_count(list(x), list(weight), list(grad))
+
+
 class _Phases(FlopCounterMode):
     """FLOPs by phase: the teacher's forward is what runs inside one of its modules."""
 
@@ -209,6 +217,7 @@ class _Phases(FlopCounterMode):
         forward, backward = aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
         own = {forward: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
         own |= {backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+        own |= {aten.convolution_backward: _convolution_backward_flops}
         super().__init__(display=False, custom_mapping=own)
         self.phase = "forward"
         self.flops = dict.fromkeys(("student_forward", "teacher_forward", "backward"), 0)
