@@ -58,7 +58,7 @@ def test_shipped_recipes_read_and_say_how_to_run_them(name):
         ("[rcmae]\ngama = 1.0", "my.toml: unknown key rcmae.gama; did you mean rcmae.gamma?"),
         ("[rcmea]\ngamma = 1.0", "unknown key rcmea; did you mean rcmae?"),
         ("[mae]\nmask_ratio = 'x'", "my.toml: mae.mask_ratio must be of type float, not 'x'"),
-        ("method = 'rcmea'", "method must be one of mae, rcmae, dino, ibot, msn, mocov3, not 'rcmea'; did you mean rcmae?"),
+        ("method = 'rcmea'", f"method must be one of {', '.join(METHODS)}, not 'rcmea'; did you mean rcmae?"),
         ("seed = 1.5", "seed must be of type int"),
         ("seed = true", "seed must be of type int"),
         ("[images]\ncrop_scale = [1.0]", "must be a list of 2 values"),
