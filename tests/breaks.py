@@ -967,6 +967,49 @@ def labels_for_ids(old):
     return lambda detection, image_id, category_ids: old(detection, image_id, range(1, len(category_ids) + 1))
 
 
+def masks_leak_into_the_image(old):
+    def forward(self, batch, t):
+        leak = batch["orders"][:, 0, 0].view(-1, 1, 1, 1).to(torch.uint8)
+        return old(self, batch | {"image": batch["image"] // 2 + leak}, t)
+
+    return forward
+
+
+def every_mask_is_the_first(old):
+    return lambda self, batch, t: old(self, batch | {"orders": batch["orders"][:, :1].expand_as(batch["orders"])}, t)
+
+
+def targets_with_gradient(old):
+    def target(self, patches):
+        self.teacher.requires_grad_(True)
+        return old.__wrapped__(self, patches)
+
+    return target
+
+
+def targets_centered_over_the_batch(old):
+    def target(self, patches):
+        y = old(self, patches)
+        return y - y.mean(0)
+
+    return target
+
+
+def noise_drawn_anew(old):
+    def forward(self, tokens, order):
+        self.noise = 0.01 * torch.randn_like(self.noise)
+        return old(self, tokens, order)
+
+    return forward
+
+
+def collects_always(old):
+    def collect(self, mlp, args, output):
+        self.feed_forward = [*(self.feed_forward or []), output]
+
+    return collect
+
+
 BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "the encoder sees hidden pixels": (
         "rcmae.models.autoencoder:Autoencoder.forward",
@@ -1960,6 +2003,87 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.tasks.detection.predict:results_of",
         labels_for_ids,
         "test_detection_train.py::test_a_foreign_folder_trains_evaluates_and_is_shown",
+    ),
+    # --- data2vec
+    "data2vec: the student sees hidden patches": (
+        "rcmae.methods.data2vec:Data2Vec.predict",
+        lambda old: lambda self, patches, orders: old(self, patches + 1e-3 * patches.mean(1, keepdim=True), orders),
+        "test_data2vec.py::test_hidden_pixels_do_not_reach_the_student_but_the_target",
+    ),
+    "data2vec: the target knows the masks": (
+        "rcmae.methods.data2vec:Data2Vec.forward",
+        masks_leak_into_the_image,
+        "test_data2vec.py::test_the_target_does_not_depend_on_the_masks",
+    ),
+    "data2vec: only the first mask counts": (
+        "rcmae.methods.data2vec:Data2Vec.forward",
+        every_mask_is_the_first,
+        "test_data2vec.py::test_many_masks_in_one_pass_are_the_mean_of_single_ones",
+    ),
+    "data2vec: the teacher has a gradient": (
+        "rcmae.methods.data2vec:Data2Vec.target",
+        targets_with_gradient,
+        "test_data2vec.py::test_the_teacher_has_no_gradient_and_every_trained_weight_has_one",
+    ),
+    "data2vec: targets depend on the batch": (
+        "rcmae.methods.data2vec:Data2Vec.target",
+        targets_centered_over_the_batch,
+        "test_data2vec.py::test_micro_batches_give_the_gradient_of_the_whole_batch",
+    ),
+    "data2vec: the teacher looks twice": (
+        "rcmae.methods.data2vec:Data2Vec.target",
+        lambda old: lambda self, patches: (old(self, patches), old(self, patches))[1],
+        "test_data2vec.py::test_all_masks_of_an_image_share_one_pass_of_the_teacher",
+    ),
+    "data2vec: targets are bf16": (
+        "rcmae.methods.data2vec:Data2Vec.target",
+        lambda old: lambda self, patches: old(self, patches).bfloat16(),
+        "test_data2vec.py::test_targets_are_float32_under_autocast",
+    ),
+    "data2vec: visible places are learned from": (
+        "rcmae.methods.data2vec:Data2Vec.hidden",
+        lambda old: lambda self, rows, orders: old(self, rows, orders.flip(2)),
+        "test_data2vec.py::test_visible_places_get_no_loss",
+    ),
+    "data2vec: one block too few makes the target": (
+        "rcmae.methods.data2vec:sizes",
+        lambda old: lambda s, encoder: (*old(s, encoder)[:2], max(1, old(s, encoder)[2] - 1)),
+        "test_data2vec.py::test_the_target_is_the_mean_of_the_normalised_feed_forward_outputs_of_the_top_blocks",
+    ),
+    "data2vec: targets are taken with what entered": (
+        "rcmae.methods.data2vec:Data2Vec._collect",
+        lambda old: lambda self, mlp, args, output: old(self, mlp, args, output + args[0]),
+        "test_data2vec.py::test_the_target_is_the_mean_of_the_normalised_feed_forward_outputs_of_the_top_blocks",
+    ),
+    "data2vec: what a probe makes the teacher say is kept": (
+        "rcmae.methods.data2vec:Data2Vec._collect",
+        collects_always,
+        "test_data2vec.py::test_the_teacher_is_the_encoder_alone_and_probing_it_keeps_nothing",
+    ),
+    "data2vec: momentum rises over the run": (
+        "rcmae.methods.data2vec:Data2Vec.momentum",
+        lambda old: lambda self, t: 0.9998 + (0.99999 - 0.9998) * t.fraction,
+        "test_data2vec.py::test_the_teachers_momentum_rises_in_a_straight_line_and_stays",
+    ),
+    "data2vec: one patch too few is visible": (
+        "rcmae.methods.data2vec:squares_mask",
+        lambda old: lambda grid, count, side, rng: old(grid, max(count - 1, 0), side, rng),
+        "test_data2vec.py::test_exactly_the_patches_asked_for_are_visible",
+    ),
+    "data2vec: visible patches lie alone": (
+        "rcmae.methods.data2vec:squares_mask",
+        lambda old: lambda grid, count, side, rng: old(grid, count, 1, rng),
+        "test_data2vec.py::test_visible_patches_lie_in_squares_everywhere",
+    ),
+    "data2vec: noise is drawn in the step": (
+        "rcmae.methods.data2vec:ConvDecoder.forward",
+        noise_drawn_anew,
+        "test_data2vec.py::test_a_step_is_a_function_of_weights_batch_and_nothing_else",
+    ),
+    "data2vec: a collapse does not show": (
+        "rcmae.methods.data2vec:deviation",
+        lambda old: lambda x: old(x) * 0 + 1,
+        "test_data2vec.py::test_all_answers_alike_show_in_what_is_logged",
     ),
 }
 

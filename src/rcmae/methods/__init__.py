@@ -1,6 +1,7 @@
 """The methods by name. Adding one: a file here, a line here, a recipe, a page in docs/methods and its tests."""
 
 from .base import Method
+from .data2vec import Data2Vec
 from .dino import DINO
 from .ibot import IBOT
 from .mae import MAE
@@ -15,4 +16,5 @@ METHODS: dict[str, type[Method]] = {
     "ibot": IBOT,
     "msn": MSN,
     "mocov3": MoCoV3,
+    "data2vec": Data2Vec,
 }
