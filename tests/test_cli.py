@@ -109,6 +109,7 @@ def test_every_failure_is_one_line_and_its_code(tmp_path, capsys, monkeypatch, a
     for name in ("latin.toml", "begun/recipe.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"# \xe9t\xe9\n")
+    (tmp_path / "begun" / "checkpoints" / "step_00000000").mkdir(parents=True)
     assert main([a.format(**place) for a in argv]) == code
     err = capsys.readouterr().err
     assert err.startswith("rcmae: error: ")
