@@ -98,6 +98,13 @@ def evaluate_linear(run: Path, name: str) -> list[str]:
     return ["evaluate", "linear", str(run), "--data", data, "--device", "cpu", "--fit-steps", "5"]
 
 
+def fine_tune(run: Path, name: str) -> list[str]:
+    """By the recipe that everybody's images get."""
+    data = re.search(r'^data = "(.+)"', (run / "recipe.toml").read_text(), re.MULTILINE)[1]
+    own = ["--recipe", "folder", "--settings", "steps=20", "--device", "cpu", "--workers", "0", "--out", str(run.parent / "tuned")]
+    return ["evaluate", "finetune", str(run), "--data", data, *own]
+
+
 def verify(run: Path, name: str) -> list[str]:
     """Its arguments only: the runs that it makes take minutes."""
     return ["verify", name, "--recipe", str(run / "recipe.toml"), "--batch-size", "6"]
@@ -110,7 +117,7 @@ CANNOT = {
 "What a command says of a run that it cannot take, in one line with exit code 2."
 
 
-@pytest.mark.parametrize("command", [report, lab_gradients, evaluate_linear, verify])
+@pytest.mark.parametrize("command", [report, lab_gradients, evaluate_linear, fine_tune, verify])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_command_works_or_says_why_not(runs, capsys, name, command):
     argv = command(runs(name), name)
