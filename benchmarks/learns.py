@@ -1,7 +1,7 @@
-"""Does each method of self-distillation learn, by its own small recipe? `python -m benchmarks.learns`.
+"""Does each method that has a small recipe of its own learn by it? `python -m benchmarks.learns [METHOD...]`.
 
-The same command goes on where it stopped. Runs are those of `rcmae compare race`, at each recipe's own length instead of an equal
-budget. Writes results/learns.json.
+The same command resumes where it stopped. Runs are those of `rcmae compare race`, at each recipe's own length instead of an equal
+budget. Writes results/learns.json; where methods are named, the rows of others stay as they are.
 """
 
 import argparse
@@ -11,21 +11,24 @@ import torch
 
 from rcmae.compare.cost import cost
 from rcmae.compare.race import Budget, Run, Setting, arms, carry_out, judge
+from rcmae.config import shipped_recipes
 from rcmae.data.sources import open_source
 from rcmae.engine import signals
-from rcmae.engine.run import write_json
+from rcmae.engine.run import read_json, write_json
+from rcmae.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("dino", "ibot", "msn", "mocov3")
+OWN = [name for name in METHODS if f"{name}-embedded" in shipped_recipes()]
 
 
 def main() -> None:
     """Make the runs that are missing, and write what they tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", default=OWN, metavar="METHOD", help=f"of {', '.join(OWN)} [default: all]")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "learns")
     args = parser.parse_args()
-    contestants = arms(METHODS)
+    contestants = [arm for arm in arms(OWN) if arm.name in args.methods]
     setting = Setting(Budget("recipe's own", 0), args.seeds, probes=1, jobs=torch.get_num_threads())
     recipe = contestants[0].recipe
     data = open_source(recipe.data, recipe.images.channels, size=recipe.images.size).fingerprint()
@@ -34,7 +37,11 @@ def main() -> None:
     with signals.answered():
         carry_out(runs, [run.steps * costs[run.arm.name] for run in runs], setting, lambda text: print(text, flush=True))
     found = judge(runs, costs, setting)
-    write_json(ROOT / "results" / "learns.json", {part: found[part] for part in ("rows", "machine")} | {"seeds": args.seeds})
+    file = ROOT / "results" / "learns.json"
+    made = {row["arm"]: row | {"machine": found["machine"]} for row in found["rows"]}
+    before = {row["arm"]: row for row in read_json(file).get("rows", [])}
+    rows = [made.get(name) or before[name] for name in OWN if name in made or name in before]
+    write_json(file, {"rows": rows, "machine": read_json(file).get("machine", found["machine"]), "seeds": args.seeds})
     for row in found["rows"]:
         print(
             row["arm"],

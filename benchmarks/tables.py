@@ -232,7 +232,11 @@ def learns() -> str:
     above = [row["arm"] for row in r["rows"] if row["linear gain"][1] > 0]
     unsure = [row["arm"] for row in r["rows"] if row["arm"] not in above]
     rows += ["", f"Above the untrained encoder: {', '.join(above) or 'none'}. Cannot be told: {', '.join(unsure) or 'none'}."]
-    return "\n".join([*rows, "", f"{seeds} seeds, 95 % intervals; {m['cpu']}, {m['precision']}, torch {m['torch']}."])
+    text = f"{seeds} seeds, 95 % intervals; {m['cpu']}, {m['precision']}, torch {m['torch']}"
+    for row in r["rows"]:
+        if (own := row.get("machine")) and own["precision"] != m["precision"]:
+            text += f"; {row['arm']}: {own['cpu']}, {own['precision']}, torch {own['torch']}"
+    return "\n".join([*rows, "", f"{text}."])
 
 
 def paper() -> str:
