@@ -205,6 +205,7 @@ def test_help_is_quick_and_does_not_import_torch(argv):
 def test_help_of_pretrain_shows_the_settings_of_its_method_alone(tmp_path, capsys, monkeypatch, argv, method):
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "recipe.toml").write_text('method = "ibot"')
+    (tmp_path / "checkpoints" / "step_00000000").mkdir(parents=True)
     assert main(["pretrain", *(a.format(tmp=tmp_path) for a in argv), "--help"]) == 0
     out = capsys.readouterr().out
     shown = set(re.findall(r"^│ --([a-z-]+)", out, re.MULTILINE))
