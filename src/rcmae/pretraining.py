@@ -229,7 +229,7 @@ class Pretraining(Trainer):
             self.screen.say(f"{self.out} is finished at step {self.step:,}")
             if not all((self.out / "export" / which).is_dir() for which in self.method.networks):
                 self.export()
-        if self.world.first:  # read now what milestones will need, and find out now if it is gone
+        elif self.world.first:  # read now what milestones will need, and find out now if it is gone
             _ = self.probes, self.fixed
         if self.world.first and self.machine.monitor:
             self.watch = Watch(self.method, self.total, self.steps_per_epoch, self.log_every, read_metrics(self.out), self.step)
