@@ -73,7 +73,9 @@ def run(command: str, photos: Path, delay: float, number: int) -> dict[str, Any]
         argv = [sys.executable, "-m", "rcmae", *command.format(photos=photos, out=Path(folder) / "out").split()]
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         start = time.monotonic()
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, env=environment) as process:
+        with subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, env=environment, preexec_fn=_deaf_no_more
+        ) as process:
             lines: list[tuple[float, str]] = []
 
             def read() -> None:
@@ -96,6 +98,11 @@ def run(command: str, photos: Path, delay: float, number: int) -> dict[str, Any]
             "ended_before": ended, "answer": answers[0] if answers else None, "end": None if ended else end, "code": process.returncode,
             "last": lines[-1][1] if lines else "",
         }  # fmt: skip
+
+
+def _deaf_no_more() -> None:
+    """Whoever started this benchmark in the background made its children ignore SIGINT until they ask for it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """A checkpoint is whole or it is not there; damage is noticed; nothing else is ever taken for it."""
 
+import contextlib
 import json
 import os
 import random
@@ -236,3 +237,36 @@ def test_another_model_does_not_load(tmp_path):
     other = method_for(small(width=32))
     with pytest.raises(CheckpointError, match="is of another model"):
         cp.load_checkpoint(path, other, adamw(other.student, other.recipe.optim, 1e-3))
+
+
+@pytest.mark.parametrize("call", range(1, 4))
+def test_a_kill_while_the_same_step_is_saved_again_loses_nothing(tmp_path, monkeypatch, call):
+    """At each renaming or removal of the replacement, twice in a row, and then without a kill."""
+    save(tmp_path, 3)
+    whole = (tmp_path / "step_00000003" / "model.safetensors").read_bytes()
+
+    class Killed(BaseException):
+        pass
+
+    for _ in range(2):
+        calls = []
+
+        def counted(old, calls=calls):
+            def wrapped(*args, **options):
+                calls.append(1)
+                if len(calls) == call:
+                    raise Killed
+                return old(*args, **options)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", counted(Path.rename))
+            with pytest.raises(Killed) if call < 3 else contextlib.nullcontext():
+                save(tmp_path, 3)
+        assert cp.newest(tmp_path).name == "step_00000003"
+        assert (tmp_path / "step_00000003" / "model.safetensors").read_bytes() == whole
+    (tmp_path / f"{cp.ASIDE}step_00000003").mkdir(exist_ok=True)
+    (tmp_path / f"{cp.ASIDE}step_00000003" / "left").touch()
+    save(tmp_path, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000003"]

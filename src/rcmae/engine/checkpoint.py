@@ -57,6 +57,7 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
         _sync(temporary)
         aside = path.parent / f"{ASIDE}{path.name}"
         if path.exists():  # the same step again: until the new one has its place, `newest` finds the old one aside
+            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
             path.rename(aside)
         temporary.rename(path)
         _sync(path.parent)
@@ -79,7 +80,9 @@ def newest(folder: Path, warn=print) -> Path | None:
     """
     for aside in folder.glob(f"{ASIDE}step_*"):
         place = folder / aside.name.removeprefix(ASIDE)
-        if not place.exists():
+        if place.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
             aside.rename(place)
     found = checkpoints(folder)
     for path in found:
