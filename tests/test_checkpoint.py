@@ -264,6 +264,7 @@ def test_a_kill_while_the_same_step_is_saved_again_loses_nothing(tmp_path, monke
             patch.setattr(Path, "rename", counted(Path.rename))
             with pytest.raises(Killed) if call < 3 else contextlib.nullcontext():
                 save(tmp_path, 3)
+        cp.recover(tmp_path)
         assert cp.newest(tmp_path).name == "step_00000003"
         assert (tmp_path / "step_00000003" / "model.safetensors").read_bytes() == whole
     (tmp_path / f"{cp.ASIDE}step_00000003").mkdir(exist_ok=True)

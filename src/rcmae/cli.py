@@ -725,10 +725,12 @@ def _run(argv: list[str]) -> int:
     except MemoryError:
         return _fail("the host ran out of memory; try a smaller batch or fewer --workers", 8)
     except OSError as e:
+        signals.raise_if_asked()  # raised within a library, it can come out as something else
         if debug:
             raise
         return _fail(f"{e.filename or 'a file'} cannot be used: {e.strerror or first_line(e)}", 6)
     except Exception as e:
+        signals.raise_if_asked()
         if debug:
             raise
         with contextlib.suppress(OSError):

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import parse_time, recipe_hash
+from .config import parse_time, recipe_hash, to_toml
 from .data.dataset import BadFiles
 from .data.sampler import BatchSampler, check_parts
 from .data.sources import Source
 from .engine import distributed, signals
-from .engine.checkpoint import load_checkpoint, newest, save_checkpoint
+from .engine.checkpoint import checkpoints, load_checkpoint, newest, recover, replace_file, save_checkpoint
 from .engine.metrics import Metrics
 from .engine.run import RunContext, changed_environment, describe_environment, memory_gib, record_recipe
 from .engine.schedules import Progress, usual_log_every
 from .engine.step import LogWindow, Skips
-from .errors import CheckpointError, DataError, Preempted
+from .errors import CheckpointError, ConfigError, DataError, Preempted
 
 FORMAT = 2
 "Of what a checkpoint's state.json holds."
@@ -129,11 +129,16 @@ class Trainer(ABC):
         Raises ConfigError, DataError or CheckpointError when the run in this directory is another one.
         """
         if self.world.first:
+            recover(self.out / "checkpoints")
             record_recipe(self.out, self.recipe, self.load)
+        self.world.agree(True)  # ranks look for the same checkpoint
         path = newest(self.out / "checkpoints", warn=self.screen.say)
         if path is not None:
-            state = load_checkpoint(path, self.model, self.optimizer)
+            with signals.held():  # what is raised within safetensors comes out as another error
+                state = load_checkpoint(path, self.model, self.optimizer)
             self._check_same(state, path)
+            if self.world.first and not (self.out / "recipe.toml").exists():
+                replace_file(self.out / "recipe.toml", to_toml(self.recipe))
             self.step, self.total, self.skipped = state["step"], state["total_steps"], state["skipped"]
             self.seconds, self.last_milestone = state["seconds"], state["last_milestone"]
             self.saved = self.step, self.last_milestone
@@ -157,6 +162,8 @@ class Trainer(ABC):
             raise DataError(f"the data ({what}) has changed since {path} was written; use another --out to start anew")
         if state["backbone"] != self.backbone:
             raise CheckpointError(f"{path} was begun from another backbone; use another --out to start anew")
+        if state["recipe_hash"] != recipe_hash(self.recipe):
+            raise ConfigError(f"{path} was made by another recipe; use another --out, or the recipe that the run was begun with")
 
     def environment(self) -> dict[str, Any]:
         """What must not change if a resumed run is to be equal to the bit."""
@@ -190,8 +197,9 @@ class Trainer(ABC):
                     return self.finish()
             return self.finish()
         except signals.Interrupted as e:
-            if self.saved is None:
+            if not (kept := checkpoints(self.out / "checkpoints")):
                 raise
+            self.step = int(kept[0].name.removeprefix("step_"))
             raise self._preempted(str(e)) from e
 
     def _preempted(self, signal: str) -> Preempted:

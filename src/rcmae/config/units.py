@@ -1,5 +1,6 @@
 """Lengths of time and half-lives, as one writes them."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from ..errors import ConfigError
 def parse_time(text: str) -> float:
     """'90s', '10m', '1.5h' or '2d' in seconds. Raises ConfigError, also without a unit: one meant minutes, or hours."""
     m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*([smhd]?)\s*", text)
-    if m is None or not float(m[1]) > 0:
+    if m is None or not 0 < float(m[1]) < math.inf:
         raise ConfigError(f"{text!r} is no length of time; write 90s, 10m, 8h or 2d")
     if not m[2]:
         number = text.strip()
@@ -23,7 +24,7 @@ def parse_half_life(text: str) -> tuple[float, str]:
     if text.strip() == "auto":
         return 0.0, "auto"
     m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*(%|steps?|images?|epochs?)\s*", text)
-    if m is None or not float(m[1]) > 0:
+    if m is None or not 0 < float(m[1]) < math.inf:
         raise ConfigError(f"{text!r} is no half-life; write '0.5%' (of the run), '173 steps', '2e6 images', '0.5 epochs' or 'auto'")
     return float(m[1]), m[2] if m[2] == "%" else m[2].rstrip("s") + "s"
 

@@ -46,7 +46,7 @@ def save_checkpoint(folder: Path, method: nn.Module, optimizer: torch.optim.Opti
 def write_folder(path: Path, files: dict[str, bytes]) -> None:
     """Write files and their manifest as the folder `path`, all or nothing. Raises StorageError."""
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    # A fixed temporary name: what a killed process left there is cleared by the next save.
+    # A fixed temporary name: what a killed process left there is cleared by the next save of it, or by `recover`.
     temporary = path.parent / f".tmp_{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
             _write(temporary / name, content)
         _sync(temporary)
         aside = path.parent / f"{ASIDE}{path.name}"
-        if path.exists():  # the same step again: until the new one has its place, `newest` finds the old one aside
+        if path.exists():  # the same step again: until the new one has its place, `recover` finds the old one aside
             shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
             path.rename(aside)
         temporary.rename(path)
@@ -72,18 +72,24 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_" + "[0-9]" * 8), key=lambda p: p.name, reverse=True)
 
 
-def newest(folder: Path, warn=print) -> Path | None:
-    """The newest checkpoint whose files match their hashes; None if there is none at all.
-
-    Damaged ones are named to `warn`. Raises CheckpointError when there are checkpoints and all are damaged: a run never
-    starts again from nothing by itself.
-    """
+def recover(folder: Path) -> None:
+    """Put in order what a process left that was killed while it saved: for the one that holds the run, before `newest`."""
     for aside in folder.glob(f"{ASIDE}step_*"):
         place = folder / aside.name.removeprefix(ASIDE)
         if place.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.rename(place)
+    for temporary in folder.glob(".tmp_step_*"):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def newest(folder: Path, warn=print) -> Path | None:
+    """The newest checkpoint whose files match their hashes; None if there is none at all.
+
+    Damaged ones are named to `warn`. Raises CheckpointError when there are checkpoints and all are damaged: a run never
+    starts again from nothing by itself.
+    """
     found = checkpoints(folder)
     for path in found:
         problem = verify(path)

@@ -92,10 +92,12 @@ def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
     `load` reads the file back.
     """
     path = run / "recipe.toml"
-    if not checkpoints(run / "checkpoints") or not path.exists():
+    if not checkpoints(run / "checkpoints"):
         replace_file(path, to_toml(recipe))
         for path in run.glob("bad_*.jsonl"):
             path.unlink()
+        return
+    if not path.exists():  # lost: written again once the checkpoint has told that the recipe is its own
         return
     old, new = flat(load(str(path))), flat(recipe)
     differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if k != "data" and old.get(k) != new.get(k)]

@@ -20,6 +20,7 @@ from ..data.dataset import Images, collate, measure_statistics
 from ..data.sampler import BatchSampler
 from ..data.sources import open_source
 from ..engine.checkpoint import load_checkpoint, newest
+from ..engine.console import Screen
 from ..engine.distributed import pick_device
 from ..engine.optim import adamw
 from ..engine.schedules import Progress
@@ -178,9 +179,14 @@ def study(run: str, setting: Setting, say: Any = lambda text: None) -> dict[str,
     """Settle, then look at `setting.batches` steps; all rows, their summary and the findings in words."""
     s = Study(run, setting)
     say(f"{s.about['recipe']} at step {s.step}: {s.settle} steps to settle, then {setting.batches} to look at, {s.batch_size} images each")
-    for k in range(s.settle):
-        s.train(s.batch([i for _, i in s.sampler.keys(k)], 2 * k))
-    rows = [row for k in range(s.settle, s.settle + setting.batches) for row in s.look(k)]
+    rows: list[dict[str, Any]] = []
+    with Screen(True).progress("settling, then looking at batches", s.settle + setting.batches) as tick:
+        for k in range(s.settle + setting.batches):
+            if k < s.settle:
+                s.train(s.batch([i for _, i in s.sampler.keys(k)], 2 * k))
+            else:
+                rows += s.look(k)
+            tick(k + 1)
     found = {"about": s.about, "rows": rows, "summary": summary(rows)}
     return found | {"said": findings(rows, s.about)}
 
