@@ -1,6 +1,7 @@
 """Alarms: each fault, put into the code of a real run, calls its own alarm and no other; a healthy run calls none."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,20 @@ def test_a_schedule_is_judged_by_its_start_also_in_a_resumed_run(step):
     assert at_start(step, schedule="cosine", momentum=1.0) == ["momentum-one"]
     assert at_start(step, half_life="1e30 steps") == ["momentum-one"]
     assert at_start(step, method="mae") == []
+
+
+def test_a_run_that_an_alarm_ends_has_it_on_its_page(tmp_path, monkeypatch):
+    """However short a while ago the page was drawn."""
+    drawn = []
+
+    def draw(run: Path) -> None:
+        time.sleep(0.3)  # the next milestone's page would wait for twenty times that
+        drawn.append(recorded(run))
+
+    monkeypatch.setattr(pretraining, "write_report", draw)
+    with (
+        pytest.raises(AlarmError),
+        broken(FAULTS["the teacher is in training mode"].place, FAULTS["the teacher is in training mode"].wrong),
+    ):
+        run(tmp_path / "run", {"on_alarm": "stop", "log_every": 1})
+    assert len(drawn) == 2 and not drawn[0] and drawn[1], "at the beginning and at the end"

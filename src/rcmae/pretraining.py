@@ -256,6 +256,7 @@ class Pretraining(Trainer):
         return f"{self.alarm.name}: {self.alarm.text}" if self.alarm else ""
 
     def stop(self, reason: str) -> None:
+        self.next_report = 0.0  # the page must tell why, however lately it was drawn
         self.report()
         kept = f"stopped at step {self.step}, its checkpoint is kept; the same command goes on and does not stop for this alarm again"
         raise AlarmError(f"alarm {reason or 'called by rank 0'}; {kept}")
