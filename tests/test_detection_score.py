@@ -73,7 +73,7 @@ def plain(truth: dict, results: list[dict], kind: str, bounds=None) -> list[floa
     """pycocotools as its own demo calls it; masks without boxes."""
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
-        gt.dataset = copy.deepcopy(truth)
+        gt.dataset = {"info": {}} | copy.deepcopy(truth)  # pycocotools 2.0.10 wants it
         gt.createIndex()
         drop = {"bbox": "segmentation", "segm": "bbox"}[kind]
         run = COCOeval(gt, gt.loadRes([{k: v for k, v in copy.deepcopy(r).items() if k != drop} for r in results]), kind)

@@ -39,7 +39,8 @@ def export(
         "pretrained_cfg": {
             "num_classes": vit.num_classes, "input_size": [vit.in_chans, *size], "fixed_input_size": True,
             "interpolation": "bicubic", "crop_pct": 224 / 256, "mean": mean, "std": std, "license": "your own",
-            "first_conv": "patch_embed.proj", "classifier": "head",
+            # timm before 1.0.31 takes weights of a first_conv for ones of 3 channels, and draws new ones where they are not
+            "first_conv": "patch_embed.proj" if vit.in_chans == 3 else None, "classifier": "head",
         },
         "rcmae": about,
     }  # fmt: skip

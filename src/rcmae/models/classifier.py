@@ -43,7 +43,7 @@ def classifier(backbone: Backbone, classes: int, *, drop_path: float = 0.0, seed
     width, eps = vit.embed_dim, getattr(vit.norm, "eps", 1e-6)
     vit.norm, vit.fc_norm, vit.attn_pool = nn.Identity(), nn.LayerNorm(width, eps=eps), None
     vit.global_pool, vit.num_classes, vit.head = "avg", classes, nn.utils.skip_init(nn.Linear, width, classes)
-    nn.init.trunc_normal_(vit.head.weight, std=head_std, generator=torch.Generator().manual_seed(seed))
+    nn.init.normal_(vit.head.weight, std=head_std, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(vit.head.bias)
     for block, rate in zip(vit.blocks, torch.linspace(0, drop_path, len(vit.blocks)).tolist(), strict=True):
         if not (hasattr(block, "drop_path1") and hasattr(block, "drop_path2")):

@@ -51,7 +51,7 @@ def mlp(widths: list[int], *, norm: bool = False, activation: type[nn.Module] = 
         last = i == len(widths) - 2
         normed = last_norm if last else norm
         layers.append(linear := nn.Linear(a, b, bias=bias and not normed))  # a bias before BatchNorm does nothing
-        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.normal_(linear.weight, std=0.02)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
         if normed:

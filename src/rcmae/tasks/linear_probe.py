@@ -66,7 +66,7 @@ def fit_mae(
     first values; take `fit_rates` there. What differs: the statistics are of the whole batch, not of each GPU's part.
     """
     head = nn.utils.skip_init(nn.Linear, width, classes)
-    nn.init.trunc_normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
     norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
     probe = nn.Sequential(norm, head).to(device)
