@@ -170,10 +170,15 @@ def test_a_task_is_one_class_and_one_line(tmp_path, data, capsys):
 
 
 def test_progress_is_told_while_a_long_part_is_under_way(capsys):
-    with Screen(True) as screen, screen.progress("reading", 40) as tick:
-        time.sleep(5.3)
-        tick(20)
-    assert capsys.readouterr().out == "reading: 0 of 40, 0:05 so far\n"
+    """Five seconds after the last line, though neither part takes that long by itself."""
+    with Screen(True) as screen:
+        screen.say("begun")
+        with screen.progress("indexing", 3):
+            time.sleep(3)
+        with screen.progress("reading", 40) as tick:
+            tick(20)
+            time.sleep(2.7)
+    assert capsys.readouterr().out == "begun\nreading: 20 of 40, 0:02 left\n"
     parts = in_parts(range(100, 141), 20)
     assert [i for part in parts for i in part] == list(range(100, 141)) and max(map(len, parts)) <= READ
     images = [{k: torch.tensor(part) for k in ("image", "index", "fine")} for part in parts]

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -16,6 +17,7 @@ from cyclopts.config import Dict
 from . import __version__
 from .config import Machine, Recipe, Workplace, check, flags, flat, sections, shipped_recipes
 from .engine import signals
+from .engine.console import Screen
 from .errors import ConfigError, Preempted, RcmaeError, first_line
 from .tasks.detection.settings import Detection, Scoring
 from .tasks.evaluation import TASKS
@@ -116,16 +118,11 @@ def check_data(
     json
         Also write the findings to this file.
     """
-    from .engine.console import Screen
+    from .data.audit import audit, render, to_json
+    from .data.sources import recipe_for
     from .methods.recipes import load_recipe
 
     _check_place(json)
-    screen = Screen(True)
-    screen.say(f"checking {path}{f' against {val}' if val else ''}")  # first: what follows takes seconds to load
-
-    from .data.audit import audit, render, to_json
-    from .data.sources import recipe_for
-
     chosen = load_recipe(recipe or recipe_for(path))
     if batch_size is not None:
         chosen = replace(chosen, optim=replace(chosen.optim, batch_size=batch_size))
@@ -133,7 +130,7 @@ def check_data(
         chosen = replace(chosen, images=replace(chosen.images, channels=channels))
     check(chosen)
     check(Machine(bad_share=bad_share))
-    found = audit(path, val=val, recipe=chosen, bad_share=bad_share, screen=screen)
+    found = audit(path, val=val, recipe=chosen, bad_share=bad_share, screen=Screen(True))
     _console().print(render(found))
     if json:
         json.write_text(to_json(found), encoding="utf-8")
@@ -149,9 +146,7 @@ def report(run: Path, /) -> None:
     run
         A run directory, of pre-training or of `rcmae detect train`.
     """
-    from .report import write_report
-
-    print(write_report(run))
+    print(_draw(run))
 
 
 @app.command(name="import")
@@ -537,11 +532,17 @@ def _evaluate(backbone: str, task: Task, options: Evaluation) -> None:
 
 def _report_of_backbone(place: Path) -> None:
     """Results that lie in a run of pre-training, however deep, are told by its report."""
-    from .report import write_report
     from .report.files import kind_of
 
     if run := next((folder for folder in (place, *place.parents) if kind_of(folder) == "pre-training"), None):
-        print(f"Open {write_report(run)}")
+        print(f"Open {_draw(run)}")
+
+
+def _draw(run: Path) -> Path:
+    from .report import write_report
+
+    with Screen(True).progress(f"drawing the report of {run}", 1):
+        return write_report(run)
 
 
 detect = App(name="detect", help="Objects: Mask R-CNN on a backbone, boxes and masks in COCO's layout.")
@@ -559,7 +560,6 @@ def detect_train(
     backbone
         A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME, or scratch:BACKBONE for new weights.
     """
-    from .report import write_report
     from .tasks.detection.commands import train_detector
 
     if machine.out:
@@ -567,7 +567,7 @@ def detect_train(
     run = train_detector(backbone, options, machine)
     if run is None:  # not the first rank
         return
-    print(f"Open {write_report(run)}")
+    print(f"Open {_draw(run)}")
     _report_of_backbone(run.parent)
 
 
@@ -685,8 +685,10 @@ def list_all() -> None:
     _console().print(table)
 
 
-WAITS = {"pretrain", "check", "import", "lab", "verify", "compare", "evaluate", "detect"}
-"Commands that load PyTorch, which takes seconds, and then work on something."
+WAITS = {"pretrain", "check", "import", "report", "lab", "verify", "compare", "evaluate", "detect"}
+"Commands that load these libraries, which takes seconds, and then work on something."
+
+LIBRARIES = ("torch", "torchvision", "timm", "sklearn.linear_model", "matplotlib.figure")
 
 
 def main(argv: Sequence[str] | None = None, program: bool = False) -> int:
@@ -709,11 +711,20 @@ def main(argv: Sequence[str] | None = None, program: bool = False) -> int:
 def _run(argv: list[str]) -> int:
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
-    if argv[:1] and argv[0] in WAITS and not {"--help", "-h"} & set(argv) and os.environ.get("RANK", "0") == "0":
+    first = os.environ.get("RANK", "0") == "0"
+    waits = bool(argv) and argv[0] in WAITS and not {"--help", "-h"} & set(argv)
+    if waits and first:
         print(f"rcmae {' '.join(argv)}", flush=True)  # the first line within a second, whatever is loaded after it
     try:
-        app.config = _pretrain_defaults(argv) if argv[:1] == ["pretrain"] else ()
-        result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+        if argv[:1] == ["pretrain"]:
+            _load_libraries(first)  # its options depend on what they hold; the others refuse a wrong option without waiting for them
+            app.config = _pretrain_defaults(argv)
+        else:
+            app.config = ()
+        command, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
+        if waits:
+            _load_libraries(first)
+        result = command(*bound.args, **bound.kwargs)
     except CycloptsError as e:
         return _fail(" ".join(str(e).split()), 2)
     except Preempted:
@@ -737,6 +748,14 @@ def _run(argv: list[str]) -> int:
             Path("rcmae-error.log").write_text(traceback.format_exc(), encoding="utf-8")
         return _fail(f"unexpected {type(e).__name__}: {first_line(e)}; see rcmae-error.log", 1)
     return result if isinstance(result, int) else 0
+
+
+def _load_libraries(first: bool) -> None:
+    """It takes 5 seconds, the first time after an installation a minute."""
+    with Screen(first).progress("loading PyTorch and other libraries", len(LIBRARIES)) as tick:
+        for done, name in enumerate(LIBRARIES, 1):
+            import_module(name)
+            tick(done)
 
 
 def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:

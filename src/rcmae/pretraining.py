@@ -345,7 +345,8 @@ class Pretraining(Trainer):
             return
         began = time.monotonic()
         try:
-            write_report(self.out)
+            with self.screen.progress("drawing report.html", 1):
+                write_report(self.out)
         except Exception as e:
             self.screen.say(f"note: report.html could not be written ({type(e).__name__}: {first_line(e)}); `rcmae report` tries again")
         now = time.monotonic()

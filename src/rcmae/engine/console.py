@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
+from typing import ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,12 +25,19 @@ class Screen:
     SECONDS = 60.0
     "and the longest time between two of them, if there is anything to tell"
 
+    QUIET = 5.0
+    "seconds after the last line from which on `progress` tells what is being done"
+
+    last: ClassVar[float] = time.monotonic()
+    "when any screen said its last line; at first, when the process began"
+
     def __init__(self, first: bool):
-        self.told, self.last = -1, time.monotonic()
+        self.told = -1
         self.console = Console(quiet=not first, soft_wrap=True, highlight=False)
         self.bar: Progress | None = None
 
     def say(self, text: str) -> None:
+        Screen.last = time.monotonic()
         self.console.print(text, markup=False)
 
     def start(self, total: int, done: int) -> None:
@@ -52,8 +60,8 @@ class Screen:
         text = describe(line, labels)
         if self.bar:
             self.bar.update(self.task, description=text)
-        elif done == total or done * self.LINES // total > self.told or time.monotonic() - self.last > self.SECONDS:
-            self.told, self.last = done * self.LINES // total, time.monotonic()
+        elif done == total or done * self.LINES // total > self.told or time.monotonic() - Screen.last > self.SECONDS:
+            self.told = done * self.LINES // total
             self.say(f"step {done:>6,}/{total:,}  {text}  {clock(left)} left")
 
     def stop(self) -> None:
@@ -65,7 +73,8 @@ class Screen:
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar for something that is no training; the body tells it how much is done. Without a terminal, a line now and then.
 
-        Nothing is said of what ends within 5 seconds. A line also comes while the body is busy with a long part and tells nothing.
+        Nothing is said of what ends within `QUIET` seconds after the last line, which may be one of another part that ended as soon. A line
+        also comes while the body is busy with a long part and tells nothing.
         """
         began, done, ended = time.monotonic(), 0, threading.Event()
         inside = self.bar  # of training, which goes on afterwards
@@ -79,7 +88,7 @@ class Screen:
             self.step(done)
 
         def lines() -> None:
-            wait = 5.0
+            wait = max(0.5, Screen.last + self.QUIET - began)
             while not ended.wait(wait):
                 took = time.monotonic() - began
                 wait = min(30.0, 10 + took / 20)
