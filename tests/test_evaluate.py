@@ -174,10 +174,10 @@ def test_progress_is_told_while_a_long_part_is_under_way(capsys):
     with Screen(True) as screen:
         screen.say("begun")
         with screen.progress("indexing", 3):
-            time.sleep(3)
+            time.sleep(2.5)
         with screen.progress("reading", 40) as tick:
             tick(20)
-            time.sleep(2.7)
+            time.sleep(3.2)
     assert capsys.readouterr().out == "begun\nreading: 20 of 40, 0:02 left\n"
     parts = in_parts(range(100, 141), 20)
     assert [i for part in parts for i in part] == list(range(100, 141)) and max(map(len, parts)) <= READ
