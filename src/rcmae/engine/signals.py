@@ -6,6 +6,7 @@ ends the process without another word, and so does a watchdog, `GRACE` seconds a
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import select
@@ -13,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -49,6 +50,10 @@ _raises = True
 "Whether a signal is raised where the main thread stands."
 _holds = False
 "Whether the main thread stands in a block of `held()`, where the watchdog waits."
+_lost = False
+"Whether Python dropped what was raised, as it does in a destructor and in the callback of a weak reference."
+_repeats = False
+"Whether the next call of the handler is the watchdog's, which raises again what was lost."
 
 
 def asked() -> str | None:
@@ -59,17 +64,19 @@ def asked() -> str | None:
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
     """Answer signals within this block, which must be the outermost one; inside another, or outside the main thread, it does nothing."""
-    global _asked, _unsaid, _code, _raises, _holds
+    global _asked, _unsaid, _code, _raises, _holds, _lost, _repeats
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is _handle:
         yield
         return
-    _asked, _unsaid, _code, _raises, _holds = None, threading.Lock(), None, True, False
+    _asked, _unsaid, _code, _raises, _holds, _lost, _repeats = None, threading.Lock(), None, True, False, False, False
     receive, send = os.pipe()
     os.set_blocking(send, False)
     before = {n: signal.getsignal(n) for n in NUMBERS}
     fd = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(receive,), daemon=True)
     watcher.start()
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_unraisable, unraisable)
     try:
         for number in NUMBERS:
             if not (number == signal.SIGHUP and before[number] is signal.SIG_IGN):  # ignored under nohup
@@ -79,6 +86,7 @@ def answered() -> Iterator[None]:
         for number in NUMBERS:
             signal.signal(number, before[number] or signal.SIG_DFL)
         signal.set_wakeup_fd(fd)
+        sys.unraisablehook = unraisable
         os.write(send, b"\0")
         watcher.join()
         os.close(receive), os.close(send)
@@ -152,9 +160,20 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
+def _unraisable(otherwise: Callable[["sys.UnraisableHookArgs"], object], lost: "sys.UnraisableHookArgs") -> None:
+    global _lost
+    if lost.exc_type is Interrupted:
+        _lost = True
+    else:
+        otherwise(lost)
+
+
 def _handle(number: int, frame: object) -> None:
-    global _asked, _first
-    if _asked is None:
+    global _asked, _first, _repeats
+    if _repeats:
+        _repeats = False
+        raise_if_asked()
+    elif _asked is None:
         _asked, _first = number, time.monotonic()
         _answer(number)
         raise_if_asked()
@@ -170,17 +189,24 @@ def _answer(number: int) -> None:
 
 def _watch(receive: int) -> None:
     """In a thread of its own, since the main one may be inside of a long call: say that a signal came, then count to GRACE."""
+    global _lost, _repeats
     number, came, seconds, tick = 0, 0.0, 0.0, 0.1
+    own = 0  # bytes to come from signals of this thread
     while True:
         if select.select([receive], [], [], tick if number else None)[0]:
             for byte in os.read(receive, 64):
                 if byte == 0:
                     return
-                if byte in NUMBERS and not number:
+                if own and byte == number:
+                    own -= 1
+                elif byte in NUMBERS and not number:
                     number, came = byte, time.monotonic()
                     _answer(number)
                 elif byte in NUMBERS and time.monotonic() - came > SAME:
                     time.sleep(tick)  # the handler ends the process, unless the main thread is inside of a long call
                     end_at_once(128 + byte if _code is None else _code)
+        elif _lost:
+            _lost, _repeats, own = False, True, own + 1
+            signal.pthread_kill(threading.main_thread().ident, number)
         elif number and not _holds and (seconds := seconds + tick) > GRACE:
             end_at_once(128 + number if _code is None else _code)
