@@ -481,6 +481,17 @@ def test_a_signal_within_a_milestone_repeats_it_after_the_resume(tmp_path, folde
     assert lines[0] == lines[1]
 
 
+def test_a_signal_while_a_resumed_run_is_set_up_says_that_it_is_saved(tmp_path, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, pretraining.Pretraining, 2)
+        with pytest.raises(Preempted):
+            run(tmp_path / "run", folder)
+    monkeypatch.setattr(pretraining, "open_images", lambda *args: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Preempted, match="stopped by SIGINT; saved at step 2, run the same command again") as e:
+        run(tmp_path / "run", folder)
+    assert e.value.exit_code == 75
+
+
 def test_a_signal_before_the_first_step_ends_the_run_where_it_stands(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(Probes, "baselines", lambda *args: signal.raise_signal(signal.SIGINT))
     with pytest.raises(signals.Interrupted) as e:

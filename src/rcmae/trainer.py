@@ -19,12 +19,12 @@ from .data.dataset import BadFiles
 from .data.sampler import BatchSampler, check_parts
 from .data.sources import Source
 from .engine import distributed, signals
-from .engine.checkpoint import checkpoints, load_checkpoint, newest, recover, replace_file, save_checkpoint
+from .engine.checkpoint import load_checkpoint, newest, recover, replace_file, save_checkpoint
 from .engine.metrics import Metrics
-from .engine.run import RunContext, changed_environment, describe_environment, memory_gib, record_recipe
+from .engine.run import RunContext, changed_environment, describe_environment, memory_gib, preempted, record_recipe
 from .engine.schedules import Progress, usual_log_every
 from .engine.step import LogWindow, Skips
-from .errors import CheckpointError, ConfigError, DataError, Preempted
+from .errors import CheckpointError, ConfigError, DataError
 
 FORMAT = 2
 "Of what a checkpoint's state.json holds."
@@ -183,28 +183,18 @@ class Trainer(ABC):
     # --- the loop -------------------------------------------------------------------------------------------------------
 
     def train(self) -> Any:
-        """From wherever the run stands to its end. Raises Preempted when a signal asked it to stop; the state is saved by then."""
-        try:
-            self.resume_or_begin()
-            with signals.held():
-                try:
-                    self._loop()
-                except signals.Interrupted:  # between two steps as far as the weights know: see `micro_batches`
-                    self.name_skipped()
-                    self.save()
-                    raise
-                if self.world.size > 1:  # no rank may leave the others alone in it
-                    return self.finish()
-            return self.finish()
-        except signals.Interrupted as e:
-            if not (kept := checkpoints(self.out / "checkpoints")):
+        """From wherever the run stands to its end. A signal raises Interrupted, or Preempted at the end of a step; the state is saved by then."""
+        self.resume_or_begin()
+        with signals.held():
+            try:
+                self._loop()
+            except signals.Interrupted:  # between two steps as far as the weights know: see `micro_batches`
+                self.name_skipped()
+                self.save()
                 raise
-            self.step = int(kept[0].name.removeprefix("step_"))
-            raise self._preempted(str(e)) from e
-
-    def _preempted(self, signal: str) -> Preempted:
-        signals.end_with(Preempted.exit_code)
-        return Preempted(f"stopped by {signal}; saved at step {self.step}, run the same command again")
+            if self.world.size > 1:  # no rank may leave the others alone in it
+                return self.finish()
+        return self.finish()
 
     def _loop(self) -> None:
         milestones = self.milestone_steps()
@@ -243,7 +233,7 @@ class Trainer(ABC):
             if stops:
                 self.stop(self.stops())
             if asked:
-                raise self._preempted(signals.asked() or "another rank")
+                raise preempted(signals.asked() or "another rank", self.step)
 
     def _milestone(self) -> None:
         with self.interruptible():

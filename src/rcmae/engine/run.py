@@ -18,7 +18,7 @@ import torch
 
 from .. import __version__
 from ..config import Workplace, check, flat, to_toml
-from ..errors import ConfigError, OutOfMemoryError, ProcessError, StorageError, first_line
+from ..errors import ConfigError, OutOfMemoryError, Preempted, ProcessError, StorageError, first_line
 from . import distributed, signals
 from .checkpoint import checkpoints, replace_file
 from .console import Screen
@@ -40,7 +40,7 @@ def run_context(machine: Workplace, out: Path | None, advice: str) -> Iterator[R
     """Everything that a run is carried out in: its device and threads, the other ranks, its directory `out`, locked, and the screen.
 
     Signals are answered within it, failures come out as errors of `rcmae.errors`, lacks of memory with `advice`, and torch's own
-    generators are left as they were. Raises ConfigError without `out`.
+    generators are left as they were. Raises ConfigError without `out`, and Preempted for Interrupted where there is a checkpoint.
     """
     check(machine)
     if out is None:
@@ -53,7 +53,18 @@ def run_context(machine: Workplace, out: Path | None, advice: str) -> Iterator[R
     with signals.answered(), distributed.joined(device) as world, plain_failures(device, world, advice):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             with owned(out) if world.first else nullcontext(), Screen(world.first) as screen:
-                yield RunContext(out, machine, device, world, screen)
+                try:
+                    yield RunContext(out, machine, device, world, screen)
+                except signals.Interrupted as e:
+                    if not (kept := checkpoints(out / "checkpoints")):
+                        raise
+                    raise preempted(str(e), int(kept[0].name.removeprefix("step_"))) from e
+
+
+def preempted(signal: str, step: int) -> Preempted:
+    """The error of a run that a signal ended and that can be resumed."""
+    signals.end_with(Preempted.exit_code)
+    return Preempted(f"stopped by {signal}; saved at step {step}, run the same command again")
 
 
 @contextmanager
