@@ -206,6 +206,18 @@ def endless_patience(old):
     return 10**9
 
 
+def without_the_last(old):
+    return lambda self: old(self)[:-1]
+
+
+def replaces_nothing(old):
+    return {}
+
+
+def always_half_life(old):
+    return "a shorter --half-life"
+
+
 def alarms_unread(old):
     return lambda alarms, watched: old([], watched)
 
@@ -1248,6 +1260,21 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.lab.monitor:Monitor._measured_momentum",
         momentum_as_expected,
         "test_alarms.py::test_a_fault_calls_its_own_alarm_once",
+    ),
+    "a half-life without effect is taken": (
+        "rcmae.methods.mean_teacher:TeacherSettings.rules",
+        without_the_last,
+        "test_config.py::test_a_wrong_recipe_is_one_line_that_names_it",
+    ),
+    "a recipe's half-life goes over to another schedule": (
+        "rcmae.methods.mean_teacher:TeacherSettings.replaces",
+        replaces_nothing,
+        "test_config.py::test_a_half_life_does_not_go_over_to_another_schedule",
+    ),
+    "an alarm advises a setting without effect": (
+        "rcmae.methods.mean_teacher:MeanTeacher.shorter",
+        always_half_life,
+        "test_alarms.py::test_advice_is_a_setting_that_the_schedule_reads",
     ),
     "nothing is called at the start": (
         "rcmae.lab.alarms:Alarms.at_start",
