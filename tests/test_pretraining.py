@@ -427,6 +427,23 @@ class Hollow(Trainer):
         assert self.measured == self.saved
 
 
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"half_life": "0.9 steps"}, "longer --half-life"), ({"schedule": "constant", "momentum": 0.4}, "higher --momentum"),
+        ({"half_life": "1 step"}, None), ({"method": "mae"}, None),
+    ],
+)  # fmt: skip
+def test_a_teacher_that_is_its_student_is_noted_once(tmp_path, folder, capsys, settings, advice):
+    for _ in range(2):
+        run(tmp_path / "run", folder, **{"steps": 2} | settings)
+    noted = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the teacher's half-life is shorter than a step")
+    ]
+    assert len(noted) == (advice is not None)
+    assert not advice or noted[0].endswith(f"give a {advice}")
+
+
 def test_probes_are_made_whatever_their_number(tmp_path, folder):
     run(tmp_path / "run", folder, steps=12, probes=5, probe_train=20, probe_test=10)
     probes = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "probe"]

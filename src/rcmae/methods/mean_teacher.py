@@ -101,6 +101,11 @@ class MeanTeacher(Method):
         """What gives the teacher a shorter memory, under the schedule of the run."""
         return "a shorter --half-life" if self.recipe.teacher.schedule == "half-life" else "a lower --momentum"
 
+    @property
+    def longer(self) -> str:
+        """What gives it a longer one."""
+        return "a longer --half-life" if self.recipe.teacher.schedule == "half-life" else "a higher --momentum"
+
     def backbone(self, which: str = "teacher") -> Backbone:
         model = self.ema_source if which == "student" else self.teacher.model
         return Backbone(model.encoder.vit, *self.statistics)
