@@ -222,6 +222,10 @@ def zero(old):
     return 0
 
 
+def notes_nothing(old):
+    return lambda rows, about: ""
+
+
 def alarms_unread(old):
     return lambda alarms, watched: old([], watched)
 
@@ -1254,6 +1258,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.lab.linear:figures",
         shades_swapped,
         "test_lab_pages.py::test_the_linear_figures_are_drawn_in_order",
+    ),
+    "a gradient of zero is judged": (
+        "rcmae.lab.gradients:nothing_to_judge",
+        notes_nothing,
+        "test_gradients.py::test_without_consistency_there_is_nothing_to_judge",
     ),
     "the conditions of lab gradients are drawn in reverse": (
         "rcmae.lab.gradients:by_depth",
