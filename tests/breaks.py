@@ -226,6 +226,10 @@ def notes_nothing(old):
     return lambda rows, about: ""
 
 
+def any_dictionary(old):
+    return lambda line: isinstance(line, dict)
+
+
 def alarms_unread(old):
     return lambda alarms, watched: old([], watched)
 
@@ -1293,6 +1297,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.pretraining:SHORTEST",
         zero,
         "test_pretraining.py::test_a_teacher_that_is_its_student_is_noted_once",
+    ),
+    "a line without a step is read": (
+        "rcmae.engine.metrics:_whole",
+        any_dictionary,
+        "test_checkpoint.py::test_a_malformed_line_of_the_record_is_left_out",
     ),
     "nothing is called at the start": (
         "rcmae.lab.alarms:Alarms.at_start",

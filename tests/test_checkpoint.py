@@ -122,6 +122,19 @@ def test_the_record_survives_a_full_disk_at_a_resume(tmp_path, monkeypatch):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
+@pytest.mark.parametrize(
+    "text", ['{"kind": "train", "step": null}', '{"kind": "train", "step": "1"}', '{"kind": "train", "step": 1.5}', '{"kind": "train"}',
+             '{"kind": "train", "step": true}', '{"step": 1}', '{"kind": null, "step": 1}', "5", '{"kind": "tr'],
+)  # fmt: skip
+def test_a_malformed_line_of_the_record_is_left_out(tmp_path, text):
+    """Wherever it stands, and from the file too at the next resume."""
+    fine = '{"kind": "train", "step": 1}'
+    (tmp_path / "metrics.jsonl").write_text(f"{text}\n{fine}\n{text}\n")
+    assert read_metrics(tmp_path) == [json.loads(fine)]
+    Metrics(tmp_path, 1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == fine + "\n"
+
+
 def test_a_resume_goes_on_in_the_same_place_of_every_sink(tmp_path, monkeypatch):
     """W&B by the run's own id, TensorBoard without the points beyond the checkpoint."""
     asked, purged = [], []

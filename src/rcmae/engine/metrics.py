@@ -20,7 +20,7 @@ class Metrics:
         Raises ConfigError when an optional sink is not installed, StorageError.
         """
         self.path = run / "metrics.jsonl"
-        kept = [] if step is None else [line for line in read_metrics(run) if line.get("step", 0) <= step]
+        kept = [] if step is None else [line for line in read_metrics(run) if line["step"] <= step]
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.board = self.wandb = None
@@ -61,7 +61,7 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    """All whole lines of a run's metrics.jsonl, each with a kind and a step; a last line that a kill cut short is left out."""
     path = run / "metrics.jsonl"
     lines = []
     if path.exists():
@@ -70,9 +70,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if isinstance(line, dict):
+            if _whole(line):
                 lines.append(line)
     return lines
+
+
+def _whole(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int
 
 
 def _plain(value: Any) -> Any:
