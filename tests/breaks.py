@@ -223,7 +223,11 @@ def zero(old):
 
 
 def notes_nothing(old):
-    return lambda rows, about: ""
+    return lambda *args: ""
+
+
+def all_milestones(old):
+    return lambda run, step, milestone, *sinks: old(run, step, step or 0, *sinks)
 
 
 def any_dictionary(old):
@@ -1302,6 +1306,16 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.engine.metrics:_whole",
         any_dictionary,
         "test_checkpoint.py::test_a_malformed_line_of_the_record_is_left_out",
+    ),
+    "a milestone that was told twice is read twice": (
+        "rcmae.engine.metrics:_measured",
+        notes_nothing,
+        "test_checkpoint.py::test_of_a_milestone_that_was_told_twice_the_last_one_is_read",
+    ),
+    "a milestone that is not saved stays in the record": (
+        "rcmae.trainer:Metrics",
+        all_milestones,
+        "test_pretraining.py::test_a_milestone_that_was_recorded_but_not_saved_is_told_once",
     ),
     "nothing is called at the start": (
         "rcmae.lab.alarms:Alarms.at_start",

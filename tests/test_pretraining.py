@@ -498,6 +498,35 @@ def test_a_signal_within_a_milestone_repeats_it_after_the_resume(tmp_path, folde
     assert lines[0] == lines[1]
 
 
+def test_a_milestone_that_was_recorded_but_not_saved_is_told_once(tmp_path, folder, monkeypatch):
+    """A signal comes in the middle of it; the resumed run is killed between its record and its checkpoint; the next one goes on."""
+    settings = {"steps": 12, "probes": 3, "probe_train": 20, "probe_test": 10}
+
+    def signaled(probes, backbones, step):
+        signal.raise_signal(signal.SIGINT)
+
+    def killed(self, found):
+        record(self, found)
+        raise KeyboardInterrupt
+
+    record = pretraining.Pretraining.record
+    with monkeypatch.context() as patch:
+        patch.setattr(Probes, "score", signaled)
+        with pytest.raises(Preempted, match="saved at step 4"):
+            run(tmp_path / "run", folder, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining.Pretraining, "record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", folder, **settings)
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "probe"] == [4]
+    run(tmp_path / "run", folder, **settings)
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "probe"] == [4, 8, 12]
+    steps = [line["step"] for line in lines if "lidar" in line]
+    assert steps and len(steps) == len(set(steps))
+    assert len([line for line in lines if line["kind"] == "train" and line["step"] == 4]) == 1
+
+
 def test_a_signal_before_the_first_step_ends_the_run_where_it_stands(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(Probes, "baselines", lambda *args: signal.raise_signal(signal.SIGINT))
     with pytest.raises(signals.Interrupted) as e:

@@ -147,7 +147,8 @@ class Trainer(ABC):
             for note in changed_environment(state["environment"], self.environment()):
                 self.screen.say(note)
         m = self.machine
-        self.metrics = Metrics(self.out, None if path is None else self.step, m.tensorboard, m.wandb) if self.world.first else None
+        at = None if path is None else self.step
+        self.metrics = Metrics(self.out, at, self.last_milestone, m.tensorboard, m.wandb) if self.world.first else None
         if path is None:
             self.begin()
         else:
