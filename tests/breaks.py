@@ -206,6 +206,34 @@ def endless_patience(old):
     return 10**9
 
 
+def without_the_last(old):
+    return lambda self: old(self)[:-1]
+
+
+def replaces_nothing(old):
+    return {}
+
+
+def always_half_life(old):
+    return "a shorter --half-life"
+
+
+def zero(old):
+    return 0
+
+
+def notes_nothing(old):
+    return lambda *args: ""
+
+
+def all_milestones(old):
+    return lambda run, step, milestone, *sinks: old(run, step, step or 0, *sinks)
+
+
+def any_dictionary(old):
+    return lambda line: isinstance(line, dict)
+
+
 def alarms_unread(old):
     return lambda alarms, watched: old([], watched)
 
@@ -1239,6 +1267,11 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         shades_swapped,
         "test_lab_pages.py::test_the_linear_figures_are_drawn_in_order",
     ),
+    "a gradient of zero is judged": (
+        "rcmae.lab.gradients:nothing_to_judge",
+        notes_nothing,
+        "test_gradients.py::test_without_consistency_there_is_nothing_to_judge",
+    ),
     "the conditions of lab gradients are drawn in reverse": (
         "rcmae.lab.gradients:by_depth",
         conditions_reversed,
@@ -1248,6 +1281,41 @@ BREAKS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "rcmae.lab.monitor:Monitor._measured_momentum",
         momentum_as_expected,
         "test_alarms.py::test_a_fault_calls_its_own_alarm_once",
+    ),
+    "a half-life without effect is taken": (
+        "rcmae.methods.mean_teacher:TeacherSettings.rules",
+        without_the_last,
+        "test_config.py::test_a_wrong_recipe_is_one_line_that_names_it",
+    ),
+    "a recipe's half-life goes over to another schedule": (
+        "rcmae.methods.mean_teacher:TeacherSettings.replaces",
+        replaces_nothing,
+        "test_config.py::test_a_half_life_does_not_go_over_to_another_schedule",
+    ),
+    "an alarm advises a setting without effect": (
+        "rcmae.methods.mean_teacher:MeanTeacher.shorter",
+        always_half_life,
+        "test_alarms.py::test_advice_is_a_setting_that_the_schedule_reads",
+    ),
+    "a teacher that is its student is not noted": (
+        "rcmae.pretraining:SHORTEST",
+        zero,
+        "test_pretraining.py::test_a_teacher_that_is_its_student_is_noted_once",
+    ),
+    "a line without a step is read": (
+        "rcmae.engine.metrics:_whole",
+        any_dictionary,
+        "test_checkpoint.py::test_a_malformed_line_of_the_record_is_left_out",
+    ),
+    "a milestone that was told twice is read twice": (
+        "rcmae.engine.metrics:_measured",
+        notes_nothing,
+        "test_checkpoint.py::test_of_a_milestone_that_was_told_twice_the_last_one_is_read",
+    ),
+    "a milestone that is not saved stays in the record": (
+        "rcmae.trainer:Metrics",
+        all_milestones,
+        "test_pretraining.py::test_a_milestone_that_was_recorded_but_not_saved_is_told_once",
     ),
     "nothing is called at the start": (
         "rcmae.lab.alarms:Alarms.at_start",

@@ -110,16 +110,42 @@ def test_the_record_survives_a_full_disk_at_a_resume(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cp, "_write", refuse)
         with pytest.raises(StorageError, match=r"metrics.jsonl: No space left on device"):
-            Metrics(tmp_path, 1)
+            Metrics(tmp_path, 1, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 9]
-    metrics = Metrics(tmp_path, 1)
+    metrics = Metrics(tmp_path, 1, 1)
     metrics.close()
     metrics.file = Path("/dev/full").open("a")  # noqa: SIM115 - closed below
     with pytest.raises(StorageError, match=r"cannot write .*metrics.jsonl: No space left on device"):
         metrics.write("train", 2, loss=1.0)
     metrics.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"kind": "train", "step": null}', '{"kind": "train", "step": "1"}', '{"kind": "train", "step": 1.5}', '{"kind": "train"}',
+             '{"kind": "train", "step": true}', '{"step": 1}', '{"kind": null, "step": 1}', "5", '{"kind": "tr'],
+)  # fmt: skip
+def test_a_malformed_line_of_the_record_is_left_out(tmp_path, text):
+    """Wherever it stands, and from the file too at the next resume."""
+    fine = '{"kind": "train", "step": 1}'
+    (tmp_path / "metrics.jsonl").write_text(f"{text}\n{fine}\n{text}\n")
+    assert read_metrics(tmp_path) == [json.loads(fine)]
+    Metrics(tmp_path, 1, 1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == fine + "\n"
+
+
+def test_of_a_milestone_that_was_told_twice_the_last_one_is_read(tmp_path):
+    """What is not measured at milestones may be said twice in a step."""
+    lines = [
+        {"kind": "probe", "step": 1, "student": {"linear": 1.0}}, {"kind": "health", "step": 1, "rankme": 2.0},
+        {"kind": "health", "step": 1, "lidar": 2.0}, {"kind": "event", "step": 1, "text": "one"},
+        {"kind": "event", "step": 1, "text": "two"},
+        {"kind": "health", "step": 1, "lidar": 3.0}, {"kind": "probe", "step": 1, "student": {"linear": 4.0}},
+        {"kind": "probe", "step": 2, "student": {"linear": 5.0}},
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_metrics(tmp_path) == [lines[1], *lines[3:]]
 
 
 def test_a_resume_goes_on_in_the_same_place_of_every_sink(tmp_path, monkeypatch):

@@ -44,6 +44,13 @@ FAILURES = [
     ),
     (["pretrain", "--patch", "-4", "--registers", "-1"], 2, "registers must be 0 or more, not -1; patch must be above 0, not -4"),
     (["pretrain", "--half-life", "1.2.3%"], 2, "'1.2.3%' is no half-life"),
+    (
+        ["pretrain", "--schedule", "cosine", "--half-life", "5%"],
+        2,
+        "half_life has no effect under schedule cosine: leave it out, or give schedule half-life",
+    ),
+    (["pretrain", "rcmae-vits16-in1k", "--half-life", "5%"], 2, "half_life has no effect under schedule constant"),
+    (["pretrain", "--schedule", "cosine", "--data", "{tmp}/nowhere"], 3, "{tmp}/nowhere does not exist"),
     (["pretrain", "{tmp}/latin.toml"], 2, "latin.toml is not UTF-8 text"),
     (["pretrain", "--mask-ratio", "1.0", "--warmup", "2"], 2, "not 2.0; mask_ratio must lie between 0 and 1, not 1.0"),
     (["pretrain", "mae-vits16-in1k", "--gamma", "3"], 2, "--gamma is a setting of rcmae; this run's method is mae"),

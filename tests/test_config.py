@@ -24,6 +24,7 @@ from rcmae.config import (
     sections,
     shipped_recipes,
     to_toml,
+    with_settings,
 )  # fmt: skip
 from rcmae.errors import ConfigError
 from rcmae.methods import METHODS
@@ -70,6 +71,10 @@ def test_shipped_recipes_read_and_say_how_to_run_them(name):
         ("[teacher]\nhalf_life = 'long'", "'long' is no half-life"),
         ("[optim]\nbase_lr = nan", "base_lr must be of type float, not nan"),
         ("[teacher]\nmomentum = 1.5", "momentum must lie in 0 to 1"),
+        (
+            "[teacher]\nschedule = 'cosine'\nhalf_life = '0.5%'",
+            "^half_life has no effect under schedule cosine: leave it out, or give schedule half-life$",
+        ),
         ("method = 'mae'\n[rcmae]\ngamma = 1.0", r"my.toml: \[rcmae\] is a section of rcmae; this recipe's method is mae"),
         ("[crops]\ngrey = 0.1", r"\[crops\] is a section of dino, ibot, msn and mocov3; this recipe's method is rcmae"),
         ("method = 'dino'\n[dino]\nprototypes = 1\n[head]\nembedding = 1", "embedding must be 2 or more, not 1; prototypes must be 2"),
@@ -133,6 +138,25 @@ def test_a_method_takes_over_what_both_have(name):
     assert parse_recipe(to_toml(other), "x") == other
     assert METHODS[name].problems(digits_recipe(name)) == []
     assert digits_recipe(name).data == "embedded:digits"
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "half_life" in flags(recipe_type(name))])
+def test_a_half_life_does_not_go_over_to_another_schedule(name):
+    """That of a recipe; one that is given with the schedule is refused. The same schedule leaves it as it is."""
+    mine = changed(load_recipe("dino-embedded" if name == "dino" else "embedded"), half_life="7%")
+    mine = with_method(mine, name)
+    for other in (changed(mine, schedule="cosine"), with_settings(mine, ["schedule=cosine"], "x")):
+        assert check(other).teacher == dataclasses.replace(mine.teacher, schedule="cosine", half_life=None)
+    assert changed(mine, schedule="half-life") == with_settings(mine, ["schedule=half-life"], "x") == mine
+    with pytest.raises(ConfigError, match="half_life has no effect under schedule linear"):
+        with_settings(mine, ["schedule=linear", "half_life=5%"], "x")
+    assert recipe_type(name)().teacher.memory == (0.5, "%")
+
+
+def test_a_length_replaces_a_length():
+    mine = dataclasses.replace(load_recipe("embedded"), epochs=4.0, steps=None)
+    for other in (changed(mine, time="5m"), with_settings(mine, ["time=5m"], "x")):
+        assert (check(other).time, other.epochs) == ("5m", None)
 
 
 def test_a_section_keeps_the_values_that_its_method_gives_it():

@@ -333,7 +333,7 @@ def test_the_published_recipe_makes_the_published_network():
     [
         ({"top_blocks": 3}, "top_blocks must lie in 1 to the encoder's 2 blocks, not 3"),
         ({"hidden_share": 1.0, "masks": 0}, "masks must be 1 or more, not 0; hidden_share must lie between 0 and 1, not 1.0"),
-        ({"half_life": "auto"}, "half_life auto is steered by a reconstruction"),
+        ({"schedule": "half-life", "half_life": "auto"}, "half_life auto is steered by a reconstruction"),
         ({"conv_groups": 16}, "conv_groups 16 must divide the encoder's width, 24, and conv_width, 24"),
         ({"model": "timm:vit_base_patch16_siglip_224", "width": None, "depth": None, "heads": None, "size": 32}, "class token"),
     ],

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from rcmae.cli import main
 from rcmae.config import to_toml
-from rcmae.lab.gradients import CONDITIONS, Setting, Study, findings
+from rcmae.lab.gradients import CONDITIONS, Setting, Study, findings, study
 from tests.conftest import small
 from tests.test_pretraining import folder, run  # noqa: F401 - a fixture
 
@@ -85,15 +85,29 @@ def test_the_command_writes_its_page_and_leaves_the_run_alone(finished, tmp_path
     assert (tmp_path / "page" / "gradients.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"schedule": "constant", "momentum": 0.0}, "The consistency gradient is zero on every batch: teacher and student are the same"),
+        ({"gamma": 0.0}, "The consistency has weight 0"),
+    ],
+)
+def test_without_consistency_there_is_nothing_to_judge(tmp_path, folder, changes, why):  # noqa: F811
+    run(tmp_path / "run", folder, steps=2, **changes)
+    found = study(str(tmp_path / "run"), TINY)
+    ((tone, text),) = found["said"]
+    assert tone == "note" and text.startswith(why) and text.endswith("there is nothing to judge.")
+
+
 def test_findings_say_when_theory_does_not_hold():
     def said(means):
         rng = np.random.default_rng(0)
         rows = [
-            {"condition": c, "previous": m + 0.01 * rng.standard_normal()}
+            {"condition": c, "previous": m + 0.01 * rng.standard_normal(), "ratio": 0.5}
             for c, m in zip(CONDITIONS, means, strict=True)
             for _ in range(20)
         ]
-        return findings(rows, {"whole_images": False})
+        return findings(rows, {"whole_images": False, "gamma": 1.0})
 
     as_expected = said((-0.9, -0.5, -0.4, 0.0))
     assert [tone for tone, _ in as_expected] == ["good"] * 4

@@ -32,7 +32,7 @@ def gradients_page(tmp_path) -> Path:
     ]  # fmt: skip
     about = {
         "run": "mine", "recipe": "rcmae", "step": 10, "batches": 3, "batch_size": 8, "settle": 5, "lr": 1e-3, "half_life": 3.0,
-        "whole_images": True,
+        "whole_images": True, "gamma": 1.0,
     }  # fmt: skip
     found = {"about": about, "rows": rows, "summary": gradients.summary(rows), "said": gradients.findings(rows, about)}
     return gradients.write_page(found, tmp_path)

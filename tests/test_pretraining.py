@@ -427,6 +427,23 @@ class Hollow(Trainer):
         assert self.measured == self.saved
 
 
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"half_life": "0.9 steps"}, "longer --half-life"), ({"schedule": "constant", "momentum": 0.4}, "higher --momentum"),
+        ({"half_life": "1 step"}, None), ({"method": "mae"}, None),
+    ],
+)  # fmt: skip
+def test_a_teacher_that_is_its_student_is_noted_once(tmp_path, folder, capsys, settings, advice):
+    for _ in range(2):
+        run(tmp_path / "run", folder, **{"steps": 2} | settings)
+    noted = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the teacher's half-life is shorter than a step")
+    ]
+    assert len(noted) == (advice is not None)
+    assert not advice or noted[0].endswith(f"give a {advice}")
+
+
 def test_probes_are_made_whatever_their_number(tmp_path, folder):
     run(tmp_path / "run", folder, steps=12, probes=5, probe_train=20, probe_test=10)
     probes = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "probe"]
@@ -490,6 +507,35 @@ def test_a_signal_while_a_resumed_run_is_set_up_says_that_it_is_saved(tmp_path, 
     with pytest.raises(Preempted, match="stopped by SIGINT; saved at step 2, run the same command again") as e:
         run(tmp_path / "run", folder)
     assert e.value.exit_code == 75
+
+
+def test_a_milestone_that_was_recorded_but_not_saved_is_told_once(tmp_path, folder, monkeypatch):
+    """A signal comes in the middle of it; the resumed run is killed between its record and its checkpoint; the next one goes on."""
+    settings = {"steps": 12, "probes": 3, "probe_train": 20, "probe_test": 10}
+
+    def signaled(probes, backbones, step):
+        signal.raise_signal(signal.SIGINT)
+
+    def killed(self, found):
+        record(self, found)
+        raise KeyboardInterrupt
+
+    record = pretraining.Pretraining.record
+    with monkeypatch.context() as patch:
+        patch.setattr(Probes, "score", signaled)
+        with pytest.raises(Preempted, match="saved at step 4"):
+            run(tmp_path / "run", folder, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining.Pretraining, "record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", folder, **settings)
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "probe"] == [4]
+    run(tmp_path / "run", folder, **settings)
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "probe"] == [4, 8, 12]
+    steps = [line["step"] for line in lines if "lidar" in line]
+    assert steps and len(steps) == len(set(steps))
+    assert len([line for line in lines if line["kind"] == "train" and line["step"] == 4]) == 1
 
 
 def test_a_signal_before_the_first_step_ends_the_run_where_it_stands(tmp_path, folder, monkeypatch):

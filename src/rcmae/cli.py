@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Group, Parameter, Token
 from cyclopts.config import Dict
 
 from . import __version__
-from .config import Machine, Recipe, Workplace, check, flags, flat, sections, shipped_recipes
+from .config import Machine, Recipe, Workplace, check, flags, flat, replaced_by, sections, shipped_recipes
 from .engine import signals
 from .engine.console import Screen
 from .errors import ConfigError, Preempted, RcmaeError, first_line
@@ -785,9 +785,7 @@ def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:
             raise ConfigError(f"--{key.replace('_', '-')} is a setting of {spoken(owners)}; this run's method is {recipe.method}")
     del app["pretrain"]
     app.command(_pretrain(type(recipe), recipe_name), name="pretrain")
-    values = flat(recipe)
-    if given.keys() & {"epochs", "steps", "time"}:  # a length on the command line replaces the recipe's, in whatever unit
-        values = {k: v for k, v in values.items() if k not in ("epochs", "steps", "time")}
+    values = {k: v for k, v in flat(recipe).items() if k not in replaced_by(recipe, given)}
     return (Dict({"pretrain": values}, source=f"recipe {recipe_name or 'embedded'}"),)
 
 

@@ -47,6 +47,9 @@ SNAPSHOTS = 6
 FEWEST = 10
 "Steps below which a run of a given time is refused."
 
+SHORTEST = 0.99
+"Half-life in steps below which a teacher is noted to be nearly the student: one step, but for rounding."
+
 
 @dataclass(frozen=True)
 class Result:
@@ -178,6 +181,9 @@ class Pretraining(Trainer):
             units = "half-life {half_life_steps:,.1f} steps, {half_life_images:,.0f} images, {half_life_epochs:.2f} epochs, "
             units += "{half_life_share:.2%} of the run"
             self.screen.say(f"momentum {state['momentum']:.5f}: " + units.format(**state))
+            if state["half_life_steps"] < SHORTEST:
+                text = "note: the teacher's half-life is shorter than a step, so it is nearly the student and has little to teach; "
+                self.screen.say(f"{text}give {self.method.longer}")
         if baselines:
             f = {k: v["linear"] for k, v in baselines.items()}
             self.screen.say(f"floors of the linear probe: raw pixels {f['raw_pixels']:.1f} %, untrained {f['untrained']:.1f} %")

@@ -147,7 +147,8 @@ class Trainer(ABC):
             for note in changed_environment(state["environment"], self.environment()):
                 self.screen.say(note)
         m = self.machine
-        self.metrics = Metrics(self.out, None if path is None else self.step, m.tensorboard, m.wandb) if self.world.first else None
+        at = None if path is None else self.step
+        self.metrics = Metrics(self.out, at, self.last_milestone, m.tensorboard, m.wandb) if self.world.first else None
         if path is None:
             self.begin()
         else:
@@ -183,7 +184,7 @@ class Trainer(ABC):
     # --- the loop -------------------------------------------------------------------------------------------------------
 
     def train(self) -> Any:
-        """From wherever the run stands to its end. A signal raises Interrupted, or Preempted at the end of a step; the state is saved by then."""
+        """From wherever the run stands to its end. A signal raises Interrupted, or Preempted after a step; the state is saved by then."""
         self.resume_or_begin()
         with signals.held():
             try:

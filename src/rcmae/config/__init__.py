@@ -17,6 +17,7 @@ from .toml import (
     parse_toml,
     recipe_hash,
     replaced,
+    replaced_by,
     sections,
     shipped_recipes,
     to_toml,
@@ -26,5 +27,5 @@ from .units import parse_half_life, parse_time, readable
 __all__ = [
     "Images", "Machine", "Network", "Optim", "Probe", "Recipe", "Rules", "Section", "Workplace",
     "build", "changed", "check", "flags", "flat", "hint", "load_settings", "parse_half_life", "parse_settings", "parse_time", "parse_toml",
-    "readable", "recipe_hash", "replaced", "sections", "shipped_recipes", "to_toml", "with_settings",
+    "readable", "recipe_hash", "replaced", "replaced_by", "sections", "shipped_recipes", "to_toml", "with_settings",
 ]  # fmt: skip

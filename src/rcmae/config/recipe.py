@@ -1,9 +1,9 @@
 """What a run learns: all that changes its result. What only one method has stands beside its code in `methods`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from ..errors import ConfigError
 from .toml import flat, replaced, sections
@@ -16,6 +16,9 @@ Rules = list[tuple[bool, str]]
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """Settings that belong together."""
+
+    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    "Settings that go back to their default when another one is given another value, and are not given themselves."
 
     def rules(self) -> Rules:
         """What must hold of these values alone."""
@@ -151,6 +154,10 @@ class Probe(Section):
 class Recipe(Section):
     """All that changes the result of a pre-training run: what every method has. Each adds its own sections, beside its code."""
 
+    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "epochs": ("steps", "time"), "steps": ("epochs", "time"), "time": ("epochs", "steps"),
+    }  # fmt: skip
+    "a length replaces a length, in whatever unit"
     method: str = ""
     "what is learned: see `rcmae list`"
     data: str = "embedded:digits"

@@ -8,7 +8,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -97,8 +97,16 @@ def flat(recipe: Any) -> dict[str, Any]:
     return {k: v for k, v in tree.items() if v is not None}
 
 
+def replaced_by(recipe: Any, given: Mapping[str, Any]) -> set[str]:
+    """Settings of the recipe that go back to their default as others are `given`, values or their text: see `Section.replaces`."""
+    own, parts = flat(recipe), (type(recipe), *sections(type(recipe)).values())
+    pairs = [pair for part in parts for pair in getattr(part, "replaces", {}).items()]
+    return {name for key, names in pairs if key in given and str(given[key]) != str(own.get(key)) for name in names} - given.keys()
+
+
 def changed(recipe: T, **settings: Any) -> T:
     """The recipe with settings of any section replaced, each by its flag's name."""
+    settings |= dict.fromkeys(replaced_by(recipe, settings))
     parts = {name: getattr(recipe, name) for name in sections(type(recipe))}
     for name, part in parts.items():
         parts[name] = replace(part, **{f.name: settings.pop(f.name) for f in fields(part) if f.name in settings})
@@ -107,7 +115,7 @@ def changed(recipe: T, **settings: Any) -> T:
 
 def replaced(recipe: T, settings: Sequence[str], source: str) -> T:
     """The recipe with settings of any section replaced, each given as "key=value"; unchecked. Raises ConfigError that names `source`."""
-    tree, homes = tomllib.loads(to_toml(recipe)), flags(type(recipe))
+    tree, homes, given = tomllib.loads(to_toml(recipe)), flags(type(recipe)), {}
     for text in settings:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or key not in homes:
@@ -117,6 +125,9 @@ def replaced(recipe: T, settings: Sequence[str], source: str) -> T:
             home[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             home[key] = value
+        given[key] = home[key]
+    for key in replaced_by(recipe, given):
+        (tree[homes[key]] if homes[key] else tree).pop(key, None)
     return build(type(recipe), tree, source)
 
 

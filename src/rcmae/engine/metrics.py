@@ -14,13 +14,15 @@ from .checkpoint import replace_file
 class Metrics:
     """Appends to `metrics.jsonl`; on a resume, what lies beyond the checkpoint is cut off first."""
 
-    def __init__(self, run: Path, step: int | None, tensorboard: bool = False, wandb: str | None = None):
+    def __init__(self, run: Path, step: int | None, milestone: int = 0, tensorboard: bool = False, wandb: str | None = None):
         """Open the record of `run` at optimizer step `step`, or begin a new one (None).
 
+        What was measured after the last saved `milestone` is cut off too, also at that step: it will be measured again.
         Raises ConfigError when an optional sink is not installed, StorageError.
         """
         self.path = run / "metrics.jsonl"
-        kept = [] if step is None else [line for line in read_metrics(run) if line.get("step", 0) <= step]
+        lines = [] if step is None else read_metrics(run)
+        kept = [line for line in lines if line["step"] <= (milestone if _measured(line) else step)]
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.board = self.wandb = None
@@ -61,7 +63,10 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    """All whole lines of a run's metrics.jsonl, each with a kind and a step; a last line that a kill cut short is left out.
+
+    A milestone that was measured again, since it had been recorded and not saved, has its last record.
+    """
     path = run / "metrics.jsonl"
     lines = []
     if path.exists():
@@ -70,9 +75,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if isinstance(line, dict):
+            if _whole(line):
                 lines.append(line)
-    return lines
+    last = {(what, line["step"]): line for line in lines if (what := _measured(line))}
+    return [line for line in lines if not (what := _measured(line)) or last[what, line["step"]] is line]
+
+
+def _whole(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int
+
+
+def _measured(line: dict[str, Any]) -> str:
+    """Which of a milestone's records a line is; empty for other lines."""
+    return "lidar" if "lidar" in line else line["kind"] if line["kind"] in ("probe", "val") else ""
 
 
 def _plain(value: Any) -> Any:

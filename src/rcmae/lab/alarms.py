@@ -54,13 +54,14 @@ class Alarms:
         # The first momentum, also in a resumed run: what a schedule grows to is no fault.
         kept, longest = self._momentum(0), max(2.0, LONGEST * self.total)
         if kept >= 1:
-            text = "the teacher's momentum is 1 from the start: it will never learn; lower --momentum or --half-life"
-            found.append(Alarm("momentum-one", text))
+            text = "the teacher's momentum is 1 from the start: it will never learn; "
+            found.append(Alarm("momentum-one", f"{text}give {self.method.shorter}"))
         elif kept > 0 and (steps := -1 / math.log2(kept)) > 1.01 * longest:
             text = (
                 f"a half-life of {steps:,.0f} steps is {steps / self.total:.0%} of the run: what the teacher learned first is still in it "
             )
-            found.append(Alarm("teacher-drag", text + f"at the end; shorten it to {longest:,.0f} steps or less with --half-life"))
+            text += f"at the end; give {self.method.shorter}, for {longest:,.0f} steps or less"
+            found.append(Alarm("teacher-drag", text))
         if self._repeats():
             text = "the momentum schedule starts again every epoch and never reaches its end; count steps over the whole run, not the epoch"
             found.append(Alarm("schedule-stuck", text))
@@ -96,7 +97,7 @@ class Alarms:
         advantage = line.get("teacher_advantage", 0.0)
         if self._lasts("drag", advantage < DRAG and t.fraction > 2 / 3 and not self.called & CAUSES):
             text = f"the teacher reconstructs {-advantage:.0%} worse than the student after {t.fraction:.0%} of the run: it is drag; "
-            found.append(Alarm("teacher-drag", text + "shorten --half-life"))
+            found.append(Alarm("teacher-drag", f"{text}give {self.method.shorter}"))
         if monitor.seen:
             looked = {"predictions": monitor.seen[0].prediction[:8], "teacher's predictions": monitor.seen[0].guess[:8]}
             rounded = [name for name, v in (looked | {"losses": monitor.losses}).items() if v is not None and _rounded(v)]

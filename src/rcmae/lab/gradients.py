@@ -110,9 +110,12 @@ class Study:
         self.images = Images(self.source, self.method.views(), self.recipe.seed, self.recipe.images.channels)
         self.sampler = BatchSampler(len(self.source), self.batch_size, seed=self.recipe.seed + 1)
         self.per_epoch = len(self.source) // self.batch_size
+        with torch.no_grad():
+            gamma = self.method.compare(self.batch([0, 1], 0)).gamma
         self.about = {
             "run": folder.name, "recipe": self.recipe.method, "step": self.step, "batches": setting.batches, "batch_size": self.batch_size,
-            "settle": self.settle, "lr": self.lr, "half_life": half_life, "momentum": kept, "images": len(self.source),
+            "settle": self.settle, "lr": self.lr, "half_life": half_life, "momentum": kept, "gamma": gamma,
+            "images": len(self.source),
             "whole_images": self.recipe.images.crop_scale == (1.0, 1.0) and not self.recipe.images.flip,
         }  # fmt: skip
 
@@ -214,8 +217,19 @@ def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float, flo
     return float(v.mean()), float(low), float(high)
 
 
+def nothing_to_judge(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """Why no consistency takes anything back here; empty where one does."""
+    if about["gamma"] == 0:
+        return "The consistency has weight 0 in this run"
+    if not any(row["ratio"] for row in rows):
+        return "The consistency gradient is zero on every batch: teacher and student are the same"
+    return ""
+
+
 def findings(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[tuple[str, str]]:
     """Does the expected order hold? A (good | note, sentence) for each part of it, from paired differences over the batches."""
+    if why := nothing_to_judge(rows, about):
+        return [("note", f"{why}, so there is nothing to judge.")]
     by = {name: [row["previous"] for row in rows if row["condition"] == name] for name in CONDITIONS}
     said = []
     for one, other in (("i", "ii"), ("ii", "iii"), ("iii", "iv")):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from ..config import Images, Rules, Section, parse_half_life
+from ..config import Images, Rules, Section
 from ..data.masking import visible_count
 from ..data.views import flip, random_resized_crop
 from ..engine.schedules import Progress
@@ -198,7 +198,7 @@ class Data2Vec(MeanTeacher):
         rules = [
             (encoder.vit.has_class_token, f"data2vec reads the class token, which {recipe.network.model} has not"),
             (1 <= top <= depth, f"top_blocks must lie in 1 to the encoder's {depth} blocks, not {top}"),
-            (parse_half_life(recipe.teacher.half_life)[1] != "auto", "half_life auto is steered by a reconstruction: give a length"),
+            (recipe.teacher.memory[1] != "auto", "half_life auto is steered by a reconstruction: give a length"),
             (
                 encoder.width % groups == 0 == width % groups,
                 f"conv_groups {groups} must divide the encoder's width, {encoder.width}, and conv_width, {width}",

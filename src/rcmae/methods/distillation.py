@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from ..config import parse_half_life
 from ..data.augment import Crops, MultiCrop
 from ..engine.distributed import average
 from ..models.autoencoder import build_encoder
@@ -77,7 +76,7 @@ class SelfDistillation(MeanTeacher):
                 not c.local_crops or c.local_size % encoder.patch == 0,
                 f"local_size {c.local_size} is not a multiple of the patch, {encoder.patch}",
             ),
-            (parse_half_life(recipe.teacher.half_life)[1] != "auto", "half_life auto is steered by a reconstruction: give a length"),
+            (recipe.teacher.memory[1] != "auto", "half_life auto is steered by a reconstruction: give a length"),
         ]
         return [text for fine, text in rules if not fine]
 

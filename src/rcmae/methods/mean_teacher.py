@@ -1,8 +1,9 @@
 """What all methods with a mean teacher share: when it moves, how far, and what it is worth knowing of it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -21,13 +22,16 @@ MSN_STRETCH = 1.25
 class TeacherSettings(Section):
     """The mean teacher."""
 
+    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {"schedule": ("half_life",)}
+    "a recipe's half-life does not go over to another schedule"
     schedule: Literal["half-life", "cosine", "constant", "linear"] = "half-life"
     """how momentum changes over the run: constant, set by half_life; cosine to 1 (RC-MAE's paper, DINO); constant, set by momentum
     (RC-MAE's code); linear towards 1 (MSN)"""
     momentum: float = 0.996
     "where `cosine` and `linear` start, where `constant` stays; `half-life` does not use it"
-    half_life: str = "0.5%"
-    "how long a student stays half remembered: '0.5%' of the run, '173 steps', '2e6 images', '0.5 epochs' or 'auto'"
+    half_life: str | None = None
+    """how long a student stays half remembered, under the schedule `half-life` alone: '0.5%' of the run (the default), '173 steps',
+    '2e6 images', '0.5 epochs' or 'auto'"""
     ema_updates: int = 1
     "teacher updates an optimizer step; the official code makes one a micro-batch (ViT-B and L: 2)"
 
@@ -36,7 +40,16 @@ class TeacherSettings(Section):
             (0 <= self.momentum <= 1, f"momentum must lie in 0 to 1, not {self.momentum}"),
             (self.ema_updates >= 1, f"ema_updates must be 1 or more, not {self.ema_updates}"),
             readable(parse_half_life, self.half_life),
+            (
+                self.half_life is None or self.schedule == "half-life",
+                f"half_life has no effect under schedule {self.schedule}: leave it out, or give schedule half-life",
+            ),
         ]
+
+    @property
+    def memory(self) -> tuple[float, str]:
+        """The half-life as a number and its unit: see `parse_half_life`."""
+        return parse_half_life("0.5%" if self.half_life is None else self.half_life)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +92,19 @@ class MeanTeacher(Method):
 
     def half_life(self, t: Progress) -> float | Tensor:
         """The recipe's half-life in optimizer steps."""
-        number, unit = parse_half_life(self.recipe.teacher.half_life)
+        number, unit = self.recipe.teacher.memory
         steps = {"%": t.total_steps / 100, "steps": 1, "images": 1 / self.recipe.optim.batch_size, "epochs": t.steps_per_epoch}
         return number * steps[unit]
+
+    @property
+    def shorter(self) -> str:
+        """What gives the teacher a shorter memory, under the schedule of the run."""
+        return "a shorter --half-life" if self.recipe.teacher.schedule == "half-life" else "a lower --momentum"
+
+    @property
+    def longer(self) -> str:
+        """What gives it a longer one."""
+        return "a longer --half-life" if self.recipe.teacher.schedule == "half-life" else "a higher --momentum"
 
     def backbone(self, which: str = "teacher") -> Backbone:
         model = self.ema_source if which == "student" else self.teacher.model

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from ..config import Rules, Section, parse_half_life
+from ..config import Rules, Section
 from ..engine.distributed import average
 from ..engine.schedules import Progress
 from ..models.patches import take
@@ -26,6 +26,9 @@ from .mae import MAE, CropAndMask, MAERecipe
 from .mae import Batch as BatchOfMAE
 from .mean_teacher import MeanTeacher, MeanTeacherRecipe
 from .reconstruction_loss import squared_errors
+
+SHORTER = "shorten --half-life (under another schedule lower --momentum)"
+"What helps against a teacher that lags."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class RCMAE(MeanTeacher, MAE):
         super().__init__(recipe, mean, std)
         self.teacher = Teacher(self.student)
         # Half-life in steps where half_life = "auto"; a buffer, so that checkpoints keep it. 0 until the length of the run is known.
-        auto = recipe.teacher.schedule == "half-life" and parse_half_life(recipe.teacher.half_life)[1] == "auto"
+        auto = recipe.teacher.memory[1] == "auto"
         self.register_buffer("adaptive_half_life", torch.zeros(()) if auto else None)
         self.pending_errors: list[Tensor] = []
 
@@ -169,20 +172,20 @@ class RCMAE(MeanTeacher, MAE):
         text = f"On the same batches the teacher reconstructs {abs(ahead):.1%} {'better' if ahead > 0 else 'worse'} than the student: "
         if ahead > 0:
             return [*sentences, ("good", text + "it is ahead, so agreeing with it adds information.")]
-        text += "it lags, so agreeing with it slows the student down (normal early in a run; if it stays, shorten --half-life)."
+        text += f"it lags, so agreeing with it slows the student down (normal early in a run; if it stays, {SHORTER})."
         return [*sentences, ("note", text)]
 
     @classmethod
     def panels(cls) -> tuple[Panel, ...]:
         """What the teacher does to the student, before how far it is from it."""
         ahead = "How much less the teacher errs than the student on the same batch. Above 0 it has something to teach; "
-        ahead += "if it stays below 0 past the first third of the run, shorten --half-life."
+        ahead += f"if it stays below 0 past the first third of the run, {SHORTER}."
         pulls = "Where the teacher pulls, against where the images pull: 1 is the same way, 0 across, −1 straight back. "
         pulls += "Below 0 it takes back part of the steps before, as the theory says; above 0 it hurries the student on."
         shrinks = (
             "Length of the gradient with the teacher over its length without. Near 1 the teacher hardly matters; above 1 both push the "
         )
-        shrinks += "same way; if it stays far below 1 the teacher cancels what is learned: shorten --half-life or lower --gamma."
+        shrinks += f"same way; if it stays far below 1 the teacher cancels what is learned: {SHORTER}, or lower --gamma."
         leads = "Length of the consistency gradient over that of the reconstruction gradient. Far below 1 the images lead, as they should; "
         leads += "above 1 the teacher does: lower --gamma if the loss stands still."
         where = "Cosine of both gradients by block, at the last look: which part of the network the teacher holds back (below 0)."

@@ -1,6 +1,7 @@
 """Recipes of methods: from a file, by name, of another method."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from ..config import Recipe, build, check, hint, load_settings, parse_toml, sections, shipped_recipes
 from ..errors import ConfigError
@@ -38,7 +39,7 @@ def with_method(recipe: Recipe, method: str) -> Recipe:
     cls = recipe_type(method)
     if type(recipe) is cls:
         return recipe
-    kept = {name: getattr(recipe, name) for name in cls.__dataclass_fields__ if name != "method" and hasattr(recipe, name)}
+    kept = {name: getattr(recipe, name) for name in (f.name for f in fields(cls)) if name != "method" and hasattr(recipe, name)}
     return cls(**kept)
 
 
