@@ -1,4 +1,6 @@
 PYTHON ?= python
+# this checkout, whatever is installed
+export PYTHONPATH := src:.
 
 .PHONY: fix check test oldest golden mutants
 
