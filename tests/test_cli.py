@@ -48,6 +48,8 @@ FAILURES = [
     (["pretrain", "--mask-ratio", "1.0", "--warmup", "2"], 2, "not 2.0; mask_ratio must lie between 0 and 1, not 1.0"),
     (["pretrain", "mae-vits16-in1k", "--gamma", "3"], 2, "--gamma is a setting of rcmae; this run's method is mae"),
     (["pretrain", "folder", "--method", "mae", "--half-life=5%"], 2, "--half-life is a setting of rcmae, dino"),
+    (["pretrain", "dino-embedded", "--decoder-depth", "2"], 2, "--decoder-depth is a setting of mae and rcmae; this run's method is dino"),
+    (["pretrain", "--method", "data2vec", "--decoder-width=8"], 2, "--decoder-width is a setting of mae and rcmae"),
     (["pretrain", "--no-sinkhorn"], 2, "--no-sinkhorn is a setting of dino, ibot and msn; this run's method is rcmae"),
     (["pretrain", "folder", "--method", "mae", "--data", "{tmp}/nowhere"], 3, "{tmp}/nowhere does not exist"),
     (["pretrain", "--method=rcmea"], 2, f"method must be one of {', '.join(METHODS)}, not 'rcmea'; did you mean rcmae?"),
@@ -212,6 +214,29 @@ def test_help_of_pretrain_shows_the_settings_of_its_method_alone(tmp_path, capsy
     assert shown == {name.replace("_", "-") for name in flags(recipe_type(method)) | flags(Machine)}
     titles = re.findall(r"─ (\w+) ─", out)
     assert titles == ["Arguments", "Recipe", *sections(recipe_type(method)), "Machine"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "values"),
+    [
+        ([], {"steps": "2000", "depth": "3", "decoder-depth": "1", "half-life": "0.5%", "crop-scale": "1.0 1.0", "flip": "False"}),
+        (["dino-embedded"], {"steps": "700", "batch-size": "128", "clip": "3.0", "teacher-temperature": "0.03", "blur": "0.0 0.0 0.0"}),
+        (["{tmp}/mine.toml"], {"method": "mae", "size": "96", "crop-scale": "0.2 1.0", "flip": "True"}),
+        (["--out", "{tmp}/run"], {"method": "ibot", "seed": "7"}),
+    ],
+)
+def test_help_of_pretrain_shows_the_values_of_its_recipe(tmp_path, capsys, monkeypatch, argv, values):
+    monkeypatch.setenv("COLUMNS", "300")
+    (tmp_path / "mine.toml").write_text('method = "mae"\n[images]\nsize = 96')
+    (tmp_path / "run" / "checkpoints" / "step_00000000").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.toml").write_text('method = "ibot"\nseed = 7')
+    argv = [a.format(tmp=tmp_path) for a in argv]
+    for order in ([*argv, "--help"], ["--help", *argv]):
+        assert main(["pretrain", *order]) == 0
+        out = capsys.readouterr().out
+        shown = dict(re.findall(r"^│ --([a-z-]+) .*\[default: (.*?)\]", out, re.MULTILINE))
+        assert {name: shown.get(name) for name in values} == values
+        assert "height" not in shown, "what the recipe leaves open has no value"
 
 
 def test_python_dash_m(tmp_path):

@@ -6,9 +6,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from cyclopts import App, CycloptsError, Group, Parameter, Token
 from cyclopts.config import Dict
@@ -47,26 +47,34 @@ Many = Parameter(consume_multiple=True, negative_iterable=())
 Flat = Parameter(name="*", negative_iterable=())
 
 
-def _as_flags(section: type, how: Parameter = Flat) -> None:
-    """`--size`, not `--images.size`."""
+def _as_flags(section: type, how: Parameter = Flat, values: dict[str, Any] | None = None) -> None:
+    """`--size`, not `--images.size`. Help shows the `values`, where they are given, instead of the defaults of the class."""
     how(section)
     for field in fields(section):
+        kind: Any = field.type
         if field.type in (int, int | None):
-            section.__annotations__[field.name] = Whole if field.type is int else Whole | None
+            kind = Whole if field.type is int else Whole | None
         elif get_origin(field.type) is tuple and Ellipsis in get_args(field.type):
-            section.__annotations__[field.name] = Annotated[field.type, Many]
+            kind = Annotated[field.type, Many]
+        if values is not None and not is_dataclass(field.type):
+            value = values.get(field.name)
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            kind = Annotated[kind, Parameter(show_default=False if value is None else text)]
+        if kind is not field.type:
+            section.__annotations__[field.name] = kind
 
 
 for options in (Workplace, Machine, Evaluation, *TASKS.values(), Worth, Detection, Scoring):
     _as_flags(options)
 
 
-def _pretrain(cls: type[Recipe], loaded_name: str | None = None) -> Callable[..., None]:
-    """The command `pretrain` with the flags of a method's recipe; `loaded_name` is that of the recipe whose values are their defaults."""
+def _pretrain(loaded: Recipe, loaded_name: str | None = None) -> Callable[..., None]:
+    """The command `pretrain` with the flags of a recipe's method, and its values as their defaults; `loaded_name` is how it was named."""
+    cls, values = type(loaded), flat(loaded)
 
     def pretrain(
         recipe_name: Annotated[str | None, Parameter(name="RECIPE")] = None, /, *,
-        recipe: Annotated[cls, Parameter(name="*", negative_iterable=(), show_default=False, group=Group("Recipe", sort_key=1))] = cls(),  # type: ignore
+        recipe: Annotated[cls, Parameter(name="*", negative_iterable=(), group=Group("Recipe", sort_key=1))] = cls(),  # type: ignore
         machine: Annotated[Machine, Parameter(name="*", negative_iterable=(), group=Group("Machine", sort_key=99))] = Machine(),
     ) -> None:  # fmt: skip
         """Pre-train a Vision Transformer; a run that is already in --out goes on.
@@ -84,12 +92,12 @@ def _pretrain(cls: type[Recipe], loaded_name: str | None = None) -> Callable[...
 
     for i, (name, section) in enumerate(sections(cls).items(), 2):
         title = Group(name, help=(section.__doc__ or "").splitlines()[0], sort_key=i)
-        _as_flags(section, Parameter(name="*", negative_iterable=(), group=title))
-    _as_flags(cls)
+        _as_flags(section, Parameter(name="*", negative_iterable=(), group=title), values)
+    _as_flags(cls, values=values)
     return pretrain
 
 
-app.command(_pretrain(Recipe), name="pretrain")
+app.command(_pretrain(Recipe()), name="pretrain")
 
 
 @app.command(name="check")
@@ -755,7 +763,8 @@ def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:
             given[key.replace("-", "_")] = value if equals else following
     if given.get("out") == "":
         raise ConfigError("--out is empty; name a folder")
-    recipe_name = next((a for a in argv[1:2] if not a.startswith("-")), None)
+    words = [a for a in argv[1:] if a not in ("--help", "-h")]
+    recipe_name = next((a for a in words[:1] if not a.startswith("-")), None)
     begun = Path(given.get("out", "")) / "recipe.toml"
     resumes = recipe_name is None and "out" in given and begun.exists() and checkpoints(begun.parent / "checkpoints")
     recipe = load_recipe(str(begun) if resumes else recipe_name or "embedded")
@@ -765,7 +774,7 @@ def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:
         if owners and recipe.method not in owners:
             raise ConfigError(f"--{key.replace('_', '-')} is a setting of {spoken(owners)}; this run's method is {recipe.method}")
     del app["pretrain"]
-    app.command(_pretrain(type(recipe), recipe_name), name="pretrain")
+    app.command(_pretrain(recipe, recipe_name), name="pretrain")
     values = flat(recipe)
     if given.keys() & {"epochs", "steps", "time"}:  # a length on the command line replaces the recipe's, in whatever unit
         values = {k: v for k, v in values.items() if k not in ("epochs", "steps", "time")}

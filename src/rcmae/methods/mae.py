@@ -20,7 +20,7 @@ from ..config import Images, Recipe, Rules, Section
 from ..data.masking import random_order, visible_count
 from ..data.views import flip, random_resized_crop
 from ..engine.schedules import Progress
-from ..models.autoencoder import build
+from ..models.autoencoder import AutoencoderNetwork, build
 from ..models.backbone import Backbone
 from ..models.patches import standardise, take
 from .base import Method
@@ -51,6 +51,7 @@ class MAERecipe(Recipe):
     """What `mae` is told."""
 
     method: str = "mae"
+    network: AutoencoderNetwork = AutoencoderNetwork()
     mae: MAESettings = MAESettings()
 
 
