@@ -209,9 +209,9 @@ def test_the_recipe_fits_the_backbone(tmp_path, foreign, monkeypatch, width, giv
     monkeypatch.setattr(commands, "load", lambda *args: Backbone(vit, (0.5,) * 3, (0.25,) * 3))
     seen = []
     monkeypatch.setattr(commands, "train", lambda backbone, train, test, settings, machine, about: seen.append((settings, about["recipe"])))
-    how = Detection(data=str(foreign), recipe=given, settings=("steps=7",))
+    how = Detection(data=str(foreign), recipe=given, settings=("steps=7", "warmup_steps=1"))
     commands.train_detector("x", how, Machine(out=tmp_path / "run", device="cpu"))
-    expected = dataclasses.replace(load_detect(recipe), steps=7, epochs=None)
+    expected = dataclasses.replace(load_detect(recipe), steps=7, epochs=None, warmup_steps=1)
     assert seen == [(expected, recipe)]
 
 

@@ -496,15 +496,17 @@ def evaluate_worth_it(
     backbone
         A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights.
     """
+    if options.out:
+        _check_folder(options.out)
+    if any(getattr(options, name) != getattr(Compared, name) for name in ("which", "labels", "seed")):
+        raise ConfigError("worth-it compares all networks, at --percents and over --seeds; leave out --which, --labels and --seed")
+    task.check_settings(backbone, tuning, options)
+
     from rich.table import Table
 
     from .tasks.context import place
     from .tasks.worth import worth_it
 
-    if options.out:
-        _check_folder(options.out)
-    if any(getattr(options, name) != getattr(Compared, name) for name in ("which", "labels", "seed")):
-        raise ConfigError("worth-it compares all networks, at --percents and over --seeds; leave out --which, --labels and --seed")
     found = worth_it(backbone, task, tuning, options, _console().print)
     if not found["rows"]:  # not the first rank
         return
@@ -520,14 +522,16 @@ def evaluate_worth_it(
 
 
 def _evaluate(backbone: str, task: Task, options: Evaluation) -> None:
+    if options.out:
+        _check_folder(options.out)
+    task.check_settings(backbone, options)  # before torch is loaded, which takes seconds
+
     from rich.table import Table
 
     from .report.severity import write_figures
     from .tasks.context import place
     from .tasks.evaluate import evaluate
 
-    if options.out:
-        _check_folder(options.out)
     records = evaluate(backbone, task, options)
     if not records:  # not the first rank
         return

@@ -27,7 +27,7 @@ from .engine.checkpoint import replace_file
 from .engine.console import Screen, clock
 from .engine.metrics import read_metrics
 from .engine.optim import adamw, linear_rule
-from .engine.run import ADVICE, RunContext, describe_machine, run_context, write_json
+from .engine.run import ADVICE, RunContext, check_same_recipe, describe_machine, run_context, write_json
 from .engine.schedules import Progress, cosine, spread, warmup_cosine
 from .engine.step import LogWindow, Mean, clip_gradients, conditional_step, set_lr, set_weight_decay
 from .errors import AlarmError, ConfigError, DataError, first_line
@@ -82,10 +82,11 @@ class Pretraining(Trainer):
     def __init__(self, recipe: Recipe, context: RunContext):
         self.began = time.monotonic()
         check_parts(recipe.optim.batch_size, context.world.size, context.machine.accumulate)
+        if (why := METHODS[recipe.method].accumulation_caveat(recipe)) and recipe.optim.batch_size // context.machine.accumulate < 2:
+            raise ConfigError(f"{recipe.method} learns nothing from micro-batches of one image, as {why}: give a smaller --accumulate")
+        check_same_recipe(context.out, recipe, load_recipe)
         images = open_images(recipe, context.screen)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
-        if (why := METHODS[recipe.method].accumulation_caveat(recipe)) and self.batch_size // self.machine.accumulate < 2:
-            raise ConfigError(f"{recipe.method} learns nothing from micro-batches of one image, as {why}: give a smaller --accumulate")
         self.method = self.build(*self.statistics())
         self.loss_names = self.method.losses
         optimizer = adamw(self.method.student, recipe.optim, linear_rule(recipe.optim))

@@ -167,6 +167,8 @@ class Setting:
 
 def race(contestants: list[Arm], setting: Setting, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Make the runs that are missing under `out`, and judge. Raises DataError without labels, Preempted when stopped."""
+    if setting.budget.kind == "images":  # what other budgets hold must be counted or measured first
+        steps_of(contestants, setting, {}, {})
     recipe = contestants[0].recipe
     source = open_source(recipe.data, recipe.images.channels, size=recipe.images.size)
     if probe_set(source, changed(recipe, probes=1, probe_train=setting.probe_train, probe_test=setting.probe_test)) is None:
@@ -257,10 +259,15 @@ def plan(contestants: list[Arm], setting: Setting, costs: dict[str, float], data
             seen = [line["images_per_s"] for line in read_metrics(run.place) if line["kind"] == "train"]
             rates[name] = statistics.median(seen[1:])  # the first one warmed up
             say(f"{name}: {rates[name]:,.0f} images a second")
+    return steps_of(contestants, setting, costs, rates)
+
+
+def steps_of(contestants: list[Arm], setting: Setting, costs: dict[str, float], rates: dict[str, float]) -> dict[str, int]:
+    """Steps that the budget holds, of arms with these costs (FLOPs an image) and rates (images a second). Raises ConfigError."""
     steps = {}
     for arm in contestants:
-        images = {"images": 1.0, "FLOPs": 1 / costs[arm.name], "seconds": rates[arm.name]}[setting.budget.kind] * setting.budget.amount
-        steps[arm.name] = int(images / arm.recipe.optim.batch_size)
+        each = {"images": lambda name: 1.0, "FLOPs": lambda name: 1 / costs[name], "seconds": rates.get}[setting.budget.kind]
+        steps[arm.name] = int(each(arm.name) * setting.budget.amount / arm.recipe.optim.batch_size)
     if few := [f"{count} steps of {name}" for name, count in steps.items() if count < setting.probes]:
         raise ConfigError(f"{setting.budget} are {', '.join(few)}: too few to probe {setting.probes} times")
     return steps

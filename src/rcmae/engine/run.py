@@ -85,11 +85,9 @@ def owned(run: Path) -> Iterator[None]:
 
 
 def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
-    """Write recipe.toml at a fresh start; else compare with the one that is there. Raises ConfigError naming what differs.
+    """Write recipe.toml at a fresh start; else compare with the one that is there, see `check_same_recipe`.
 
-    Where the data lies may change: whether it is the same is told by its fingerprint in the checkpoint. A run without any
-    checkpoint has not begun: what an attempt that ended before its first one left is of no meaning, and is replaced.
-    `load` reads the file back.
+    A run without any checkpoint has not begun: what an attempt that ended before its first one left is of no meaning, and is replaced.
     """
     path = run / "recipe.toml"
     if not checkpoints(run / "checkpoints"):
@@ -97,7 +95,16 @@ def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
         for path in run.glob("bad_*.jsonl"):
             path.unlink()
         return
-    if not path.exists():  # lost: written again once the checkpoint has told that the recipe is its own
+    check_same_recipe(run, recipe, load)
+
+
+def check_same_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
+    """Raises ConfigError naming what differs from the recipe that a run was begun with, if it has begun. `load` reads the file back.
+
+    Where the data lies may change: whether it is the same is told by its fingerprint in the checkpoint.
+    """
+    path = run / "recipe.toml"
+    if not checkpoints(run / "checkpoints") or not path.exists():  # lost: written again once the checkpoint has told that it is its own
         return
     old, new = flat(load(str(path))), flat(recipe)
     differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if k != "data" and old.get(k) != new.get(k)]

@@ -96,6 +96,12 @@ class MAE(Method):
         self.patches = gh * gw
         self.visible = visible_count(self.patches, recipe.mae.mask_ratio)
 
+    @classmethod
+    def problems(cls, recipe: MAERecipe) -> list[str]:
+        with torch.device("meta"):
+            build(recipe.images, recipe.network)  # raises what does not fit together
+        return []
+
     def views(self) -> CropAndMask:
         return CropAndMask(self.recipe.images, self.patches)
 

@@ -21,13 +21,12 @@ from ..engine.checkpoint import replace_file
 from ..engine.console import Screen
 from ..engine.distributed import World
 from ..engine.run import describe_machine, plain_failures, read_json, write_json
-from ..errors import ConfigError
 from ..interop.load import load, load_classifier, tested_on
 from ..interop.official import read_pth
 from ..models.backbone import Backbone, Pixels
 from ..models.classifier import Classifier
 from .context import EvaluationContext, TaskResult, place, stem
-from .evaluation.base import Evaluation, Task, check_evaluation
+from .evaluation.base import Evaluation, Task
 from .features import identity
 
 ALONE = "backbone"
@@ -85,9 +84,7 @@ def evaluate(name: str, task: Task, options: Evaluation = Evaluation()) -> list[
 
     Works under `torchrun`: ranks share the work of the backbone, the first one fits and writes. Raises the errors of `rcmae.errors`.
     """
-    if wrong := task.problems():
-        raise ConfigError("; ".join(wrong))
-    check_evaluation(options)
+    task.check_settings(name, options)
     device, records = distributed.pick_device(options.device), []
     advice = "try a smaller --batch or --device cpu" if hasattr(task, "batch") else "try --device cpu"
     with distributed.joined(device) as world, plain_failures(device, world, advice), Screen(world.first) as screen:

@@ -108,6 +108,7 @@ def load_finetune(name: str) -> FineTune:
 def check_finetune(s: FineTune) -> FineTune:
     """Refuse impossible values, all problems in one message. Returns the settings."""
     lo, hi = s.crop_scale
+    longest = s.epochs or s.steps or math.inf  # in epochs: a step is one at most, so some are refused before images are counted
     rules = [
         ((s.epochs is None) != (s.steps is None), "give one of epochs and steps"),
         (s.epochs is None or s.epochs > 0, f"epochs must be above 0, not {s.epochs}"),
@@ -123,6 +124,11 @@ def check_finetune(s: FineTune) -> FineTune:
         (s.base_lr > 0, f"base_lr must be above 0, not {s.base_lr}"),
         (s.min_lr >= 0, f"min_lr must be 0 or more, not {s.min_lr}"),
         (s.warmup_epochs >= 0, f"warmup_epochs must be 0 or more, not {s.warmup_epochs}"),
+        (
+            longest <= 0 or s.warmup_epochs < longest,
+            f"warmup_epochs {s.warmup_epochs:g} is not below the length of the run, "
+            + (f"{s.epochs:.2f} epochs" if s.epochs else f"{s.steps} steps"),
+        ),
         (s.weight_decay >= 0, f"weight_decay must be 0 or more, not {s.weight_decay}"),
         (all(0 <= b < 1 for b in s.betas), f"betas must lie in 0 to below 1, not {s.betas}"),
         (s.clip is None or s.clip > 0, f"clip must be above 0, not {s.clip}"),

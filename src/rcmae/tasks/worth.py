@@ -37,12 +37,7 @@ def worth_it(name: str, task: Worth, tuning: Finetune, options: Evaluation, say:
 
     Every arm has the same labels, order and augmentation within a seed. Raises the errors of `rcmae.errors`.
     """
-    if task.seeds < 2:
-        raise ConfigError(f"seeds must be 2 or more for an interval, not {task.seeds}")
-    if wrong := [p for p in task.percents if not 0 < p <= 100]:
-        raise ConfigError(f"percents are shares of the labels, above 0 and up to 100, not {wrong[0]:g}")
-    if "pixels" in (name, *task.against):
-        raise ConfigError("pixels have no weights to fine-tune; give backbones")
+    task.check_settings(name, tuning, options)
     with distributed.joined(distributed.pick_device(options.device)) as world:
         return _worth_it(name, task, tuning, options, say if world.first else lambda text: None)
 

@@ -55,6 +55,10 @@ class Robustness(Task):
     real: Path | None = None
     "ImageNet's validation images, to be scored by their reassessed labels (ReaL)"
 
+    def problems(self) -> list[str]:
+        sizes = [f"{eps:g}" for eps in self.eps]
+        return super().problems() + [f"eps has a size twice: {', '.join(sizes)}"] * (len(set(sizes)) < len(sizes))
+
     def check(self, context: "EvaluationContext") -> None:
         from ..robustness.study import check
 
