@@ -40,22 +40,37 @@ FAILURES = [
     (
         ["pretrain", "--seed", "-1", "--probe-train", "0"],
         2,
-        "seed must be 0 or more and below 2**63, not -1; probe_train must be above 0, not 0",
+        "--seed must be 0 or more and below 2**63, not -1; --probe-train must be above 0, not 0",
     ),
-    (["pretrain", "--patch", "-4", "--registers", "-1"], 2, "registers must be 0 or more, not -1; patch must be above 0, not -4"),
+    (["pretrain", "--patch", "-4", "--registers", "-1"], 2, "--registers must be 0 or more, not -1; --patch must be above 0, not -4"),
+    (["pretrain", "dino-vits16-in1k", "--size", "64"], 2, "error: --local-size 96 is larger than the image, 64"),
+    (["pretrain", "dino-embedded", "--batch-size=1"], 2, "dino compares images: give a --batch-size of 2 or more, not 1"),
+    (["pretrain", "dino-embedded", "--half-life", "auto"], 2, "error: --half-life auto is steered by a reconstruction"),
+    (["pretrain", "--depth", "0", "--decoder-width", "0"], 2, "error: --depth must be above 0, not 0; --decoder-width must be above 0"),
+    (["pretrain", "{tmp}/wrong.toml"], 2, "wrong.toml: unknown key optim.batch_sise; did you mean optim.batch_size?"),
+    (["compare", "cost", "--batch-size", "1"], 2, "--batch-size and --measured-batch must be 2 or more"),
+    (["compare", "race", "mae", "rcmae", "--probe-train", "0"], 2, "error: --probe-train must be 1 or more, not 0"),
+    (["compare", "race", "mae", "dino, local_crops=1, local_size=64"], 2, "dino, local_crops=1, local_size=64: local_size 64 is larger"),
+    (["evaluate", "finetune", "x", "--settings", "steps=2", "--accumulate", "0"], 2, "error: --accumulate must be above 0"),
+    (
+        ["evaluate", "finetune", "x", "--recipe", "folder", "--settings", "steps=2"],
+        2,
+        "error: warmup_epochs 5 is not below the length of the run, 2 steps",
+    ),
+    (["evaluate", "finetune", "x", "--recipe", "x.toml"], 2, "error: recipe file x.toml does not exist"),
     (["pretrain", "--half-life", "1.2.3%"], 2, "'1.2.3%' is no half-life"),
     (["pretrain", "{tmp}/latin.toml"], 2, "latin.toml is not UTF-8 text"),
-    (["pretrain", "--mask-ratio", "1.0", "--warmup", "2"], 2, "not 2.0; mask_ratio must lie between 0 and 1, not 1.0"),
+    (["pretrain", "--mask-ratio", "1.0", "--warmup", "2"], 2, "not 2.0; --mask-ratio must lie between 0 and 1, not 1.0"),
     (["pretrain", "mae-vits16-in1k", "--gamma", "3"], 2, "--gamma is a setting of rcmae; this run's method is mae"),
     (["pretrain", "folder", "--method", "mae", "--half-life=5%"], 2, "--half-life is a setting of rcmae, dino"),
     (["pretrain", "dino-embedded", "--decoder-depth", "2"], 2, "--decoder-depth is a setting of mae and rcmae; this run's method is dino"),
     (["pretrain", "--method", "data2vec", "--decoder-width=8"], 2, "--decoder-width is a setting of mae and rcmae"),
     (["pretrain", "--no-sinkhorn"], 2, "--no-sinkhorn is a setting of dino, ibot and msn; this run's method is rcmae"),
     (["pretrain", "folder", "--method", "mae", "--data", "{tmp}/nowhere"], 3, "{tmp}/nowhere does not exist"),
-    (["pretrain", "--method=rcmea"], 2, f"method must be one of {', '.join(METHODS)}, not 'rcmea'; did you mean rcmae?"),
+    (["pretrain", "--method=rcmea"], 2, f"--method must be one of {', '.join(METHODS)}, not 'rcmea'; did you mean rcmae?"),
     (["verify", "rcmea"], 2, "not 'rcmea'; did you mean rcmae?"),
     (["compare", "cost", "--methods", "mae", "rcmea"], 2, f"--methods must be one of {', '.join(METHODS)}, not 'rcmea'"),
-    (["pretrain", "--size", "30", "--out", "{tmp}/run"], 2, "size 30 x 30 is not a multiple of the patch, 4"),
+    (["pretrain", "--size", "30", "--out", "{tmp}/run"], 2, "error: --size 30 x 30 is not a multiple of the patch, 4"),
     (["pretrain", "--model", "vit_bas"], 2, "there is no model 'vit_bas'"),
     (["pretrain", "--device", "tpu"], 2, "'tpu' is no device"),
     (["pretrain", "--device", "cuda:7"], 2, "cuda:7 is"),
@@ -81,19 +96,23 @@ FAILURES = [
     (["check", "{tmp}/nowhere"], 3, "nowhere"),
     (["check", "{tmp}", "--json", "{tmp}/no/x.json"], 2, "there is no folder {tmp}/no"),
     (["check", "{tmp}", "--json", "{tmp}"], 2, "--json {tmp}: that is a folder"),
-    (["check", "{tmp}", "--batch-size", "0"], 2, "batch_size must be above 0, not 0"),
-    (["check", "{tmp}", "--channels", "0"], 2, "channels must be above 0, not 0"),
-    (["pretrain", "--min-lr", "nan"], 2, "min_lr must be a finite number, not nan"),
-    (["pretrain", "--epochs", "inf"], 2, "epochs must be a finite number, not inf"),
+    (["check", "{tmp}", "--batch-size", "0"], 2, "--batch-size must be above 0, not 0"),
+    (["check", "{tmp}", "--channels", "0"], 2, "--channels must be above 0, not 0"),
+    (["pretrain", "--min-lr", "nan"], 2, "--min-lr must be a finite number, not nan"),
+    (["pretrain", "--epochs", "inf"], 2, "--epochs must be a finite number, not inf"),
     (
         ["pretrain", "--min-lr", "-1", "--seed", "99999999999999999999"],
         2,
-        "below 2**63, not 99999999999999999999; min_lr must be 0 or more",
+        "below 2**63, not 99999999999999999999; --min-lr must be 0 or more",
     ),
-    (["lab", "gradients", "embedded", "--lr", "0", "--settle", "-1"], 2, "lr must be above 0, not 0.0; settle must be 0 or more, not -1"),
+    (
+        ["lab", "gradients", "embedded", "--lr", "0", "--settle", "-1"],
+        2,
+        "--lr must be above 0, not 0.0; --settle must be 0 or more, not -1",
+    ),
     (["lab", "gradients", "embedded", "--batch-size", "0"], 2, "a batch needs 2 images or more, not 0"),
     (["verify", "rcmae", "--steps", "2000"], 2, "at most 1,000, not 2000"),
-    (["check", "{tmp}", "--bad-share", "2"], 2, "bad_share must lie in 0 to 1, not 2.0"),
+    (["check", "{tmp}", "--bad-share", "2"], 2, "--bad-share must lie in 0 to 1, not 2.0"),
     (["verify", "rcmae", "--json", "{tmp}"], 2, "--json {tmp}: that is a folder"),
     (["report", "{tmp}"], 2, "is no run directory: recipe.toml is missing"),
     (["import", "{tmp}/no.pth"], 4, "no.pth does not exist"),
@@ -111,6 +130,7 @@ def test_every_failure_is_one_line_and_its_code(tmp_path, capsys, monkeypatch, a
     for name in ("latin.toml", "begun/recipe.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"# \xe9t\xe9\n")
+    (tmp_path / "wrong.toml").write_text("[optim]\nbatch_sise = 1\n")
     (tmp_path / "begun" / "checkpoints" / "step_00000000").mkdir(parents=True)
     assert main([a.format(**place) for a in argv]) == code
     err = capsys.readouterr().err
@@ -132,7 +152,7 @@ def test_the_main_job_resume_and_report(tmp_path, capsys, monkeypatch):
     assert "is finished at step 2" in capsys.readouterr().out
     assert main(["pretrain", "--out", str(run)]) == 0, "a run's own recipe is taken when no other is named"
     assert main(["pretrain", "--out", str(run), "--base-lr", "1"]) == 2
-    assert "was begun with base_lr 0.006 (now 1.0);" in capsys.readouterr().err, "and is what flags change"
+    assert "was begun with --base-lr 0.006 (now 1.0);" in capsys.readouterr().err, "and is what flags change"
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").exists()

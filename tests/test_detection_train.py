@@ -378,7 +378,7 @@ def test_the_student_has_a_place_of_its_own(tmp_path):
         (["detect", "show", "RUN", "none.png", "--threshold", "2"], 2, "threshold must lie in 0 to 1, not 2"),
         (["detect", "eval", "nowhere"], 4, "nowhere holds no detector; give a run of `rcmae detect train` that has ended"),
         (["detect", "eval", "RUN", "--data", "FOREIGN"], 3, "has other categories than"),
-        (["detect", "eval", "RUN", "--batch", "0"], 2, "batch must be 1 or more and workers 0 or more, not 0 and None"),
+        (["detect", "eval", "RUN", "--batch", "0"], 2, "error: --batch must be 1 or more, not 0"),
         (["detect", "train", "nowhere"], 4, "nowhere does not exist"),
         (["detect", "train", "RUN", "--recipe", "vitdet-bas"], 2, "there is no recipe 'vitdet-bas'; did you mean vitdet-base?"),
         (["detect", "train", "RUN", "--settings", "siez=3"], 2, "'siez=3' is no setting"),

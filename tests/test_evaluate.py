@@ -648,7 +648,7 @@ FAILURES = [
         (["evaluate", "robustness", "X", "--eps", "1", "1"], "eps has a size twice: 1, 1"),
         (["detect", "train", "X", "--accumulate", "0"], "accumulate must be 1 or more, not 0"),
         (["detect", "train", "X", "--device", "tpu"], "'tpu' is no device"),
-        (["detect", "train", "X", "--images", "0", "--heads", "0"], "images must be 1 or more, not 0; heads must be 1 or more, not 0"),
+        (["detect", "train", "X", "--images", "0", "--heads", "0"], "--images must be 1 or more, not 0; --heads must be 1 or more, not 0"),
         (["detect", "train", "X", "--settings", "steps=3"], "warmup_steps 250 is not below the run's 3 steps"),
         (["detect", "eval", "X", "--device", "tpu"], "'tpu' is no device"),
         (["detect", "show", "X", "x.png", "--device", "tpu"], "'tpu' is no device"),

@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -733,7 +734,7 @@ def _run(argv: list[str]) -> int:
     except RcmaeError as e:
         if debug:
             traceback.print_exc()
-        return _fail(str(e), e.exit_code)
+        return _fail(_as_typed(str(e), argv) if isinstance(e, ConfigError) else str(e), e.exit_code)
     except MemoryError:
         return _fail("the host ran out of memory; try a smaller batch or fewer --workers", 8)
     except OSError as e:
@@ -795,6 +796,18 @@ def _check_place(json: Path | None) -> None:
     """Likewise."""
     if json and (json.is_dir() or not json.parent.is_dir()):
         raise ConfigError(f"--json {json}: " + ("that is a folder" if json.is_dir() else f"there is no folder {json.parent}"))
+
+
+def _as_typed(text: str, argv: list[str]) -> str:
+    """What is said of settings, whose names are those of a recipe file, with the flags of the command that was called.
+
+    A name is one with an underscore, or the word that a problem begins with. Others stay as they are: what stands in a recipe's file, or
+    behind --settings.
+    """
+    arguments = app.parse_commands(argv)[1][-1].assemble_argument_collection()
+    known = {name.removeprefix("--").replace("-", "_"): name for each in arguments for name in each.names if name.startswith("--")}
+    names = r"(?<![\w./'-])[a-z]+(?:_[a-z]+)+(?![\w./='-])|(?:^|(?<=; ))[a-z]+(?= (?:must|is|are|has|-?\d))"
+    return re.sub(names, lambda found: known.get(found[0], found[0]), text)
 
 
 def _fail(message: str, code: int, word: str = "error") -> int:

@@ -158,5 +158,9 @@ def check_detection(d: Detection) -> None:
 
 def check_scoring(s: Scoring) -> None:
     """Refuse impossible values. Raises ConfigError."""
-    if s.batch < 1 or (s.workers is not None and s.workers < 0):
-        raise ConfigError(f"batch must be 1 or more and workers 0 or more, not {s.batch} and {s.workers}")
+    rules = [
+        (s.batch >= 1, f"batch must be 1 or more, not {s.batch}"),
+        (s.workers is None or s.workers >= 0, f"workers must be 0 or more, not {s.workers}"),
+    ]
+    if problems := [message for fine, message in rules if not fine]:
+        raise ConfigError("; ".join(problems))
