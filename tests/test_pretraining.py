@@ -31,7 +31,7 @@ from rcmae.errors import ConfigError, DataError, DivergedError, OutOfMemoryError
 from rcmae.interop.load import load
 from rcmae.tasks.probe import Probes
 from rcmae.trainer import Trainer
-from tests.conftest import small, stop_at
+from tests.conftest import ROOT, small, stop_at
 from tests.processes import start
 
 
@@ -159,6 +159,16 @@ def test_a_run_directory_explains_itself(straight):
     } <= set(line)
     assert load(straight)(torch.rand(1, 3, 16, 16)).cls.shape == (1, 24)
     assert not torch.equal(load(straight, "student").vit.norm.bias, load(straight, "teacher").vit.norm.bias)
+
+
+def test_the_readmes_example_runs_on_any_run(tmp_path, straight, monkeypatch):
+    """This one has images of 16 px."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/mine").symlink_to(straight)
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(code, found := {})
+    assert (found["features"].mean.shape, found["features"].patches.shape) == ((8, 24), (8, 24, 4, 4))
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path, folder, monkeypatch):
