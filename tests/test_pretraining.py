@@ -451,6 +451,32 @@ def test_a_time_that_setting_up_has_eaten_is_refused_with_what_it_needs(tmp_path
         run(tmp_path / "other", folder, steps=None, time="4s", probes=9, probe_train=20, probe_test=10)
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_refusal_before_the_first_step_leaves_the_directory_as_it_was(tmp_path, folder, monkeypatch, there):
+    monkeypatch.setattr(pretraining.Pretraining, "measure_step", lambda self: 0.5)
+    out, own = tmp_path / "runs" / "mine", {"notes.txt": "mine", "recipe.toml": "an older attempt's", "metrics.jsonl": "and its lines"}
+    if there:
+        out.mkdir(parents=True)
+        for name, text in own.items():
+            (out / name).write_text(text)
+    with pytest.raises(ConfigError, match="--time 4s holds"):
+        run(out, folder, steps=None, time="4s", probes=1, probe_train=20, probe_test=10)
+    with pytest.raises(DataError, match="fewer than the batch"):
+        run(out, folder, batch_size=64)
+    assert (tmp_path / "runs").exists() == there
+    assert not there or {path.name: path.read_text() for path in out.iterdir()} == own
+
+
+def test_a_refusal_for_bad_images_keeps_the_file_that_names_them(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i}.png").write_bytes(b"no")
+        if i % 4 == 0:
+            Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
+    with pytest.raises(DataError, match=r"all are named in .*bad_files.jsonl"):
+        run(tmp_path / "run", tmp_path, steps=None, time="1m")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["bad_files.jsonl"]
+
+
 def test_a_signal_in_the_middle_of_a_step_leaves_it_unmade(tmp_path, folder, straight, monkeypatch):
     """The step that gradients are computed for is dropped, the state before it saved, and the run resumed to the same bit."""
     from rcmae.methods.rcmae import RCMAE
