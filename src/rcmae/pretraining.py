@@ -28,7 +28,7 @@ from .engine.console import Screen, clock
 from .engine.metrics import read_metrics
 from .engine.optim import adamw, linear_rule
 from .engine.run import ADVICE, RunContext, check_same_recipe, describe_machine, run_context, write_json
-from .engine.schedules import Progress, cosine, spread, warmup_cosine
+from .engine.schedules import Progress, cosine, share_of_run, spread, warmup_cosine
 from .engine.step import LogWindow, Mean, clip_gradients, conditional_step, set_lr, set_weight_decay
 from .errors import AlarmError, ConfigError, DataError, first_line
 from .interop.timm_export import PLAIN, export
@@ -177,7 +177,7 @@ class Pretraining(Trainer):
         state = self.method.state(Progress(0, self.total, self.steps_per_epoch))
         if "half_life_steps" in state:
             units = "half-life {half_life_steps:,.1f} steps, {half_life_images:,.0f} images, {half_life_epochs:.2f} epochs, "
-            units += "{half_life_share:.2%} of the run"
+            units += share_of_run(state["half_life_share"])
             self.screen.say(f"momentum {state['momentum']:.5f}: " + units.format(**state))
         if baselines:
             f = {k: v["linear"] for k, v in baselines.items()}

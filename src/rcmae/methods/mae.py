@@ -168,7 +168,8 @@ class MAE(Method):
         if not reference:
             return [("note", f"The reconstruction loss is {loss:.4f}.")]
         explained = 1 - loss / reference["zero"] if reference["zero"] else 0.0  # flat images hold nothing to explain
-        text = f"The reconstruction loss is {loss:.3f}. Guessing nothing would score {reference['zero']:.3f}, so {explained:.0%} of what "
+        share = f"{explained:.0%}" if explained >= 0.005 else "none"
+        text = f"The reconstruction loss is {loss:.3f}. Guessing nothing would score {reference['zero']:.3f}, so {share} of what "
         text += f"is hidden is explained; painting each hidden patch in its own true mean color would score {reference['patch_mean']:.3f}, "
         text += f"and copying the nearest visible patch {reference['nearest_visible']:.3f}. "
         if explained <= 0.02:
