@@ -197,6 +197,18 @@ def test_a_length_on_the_command_line_replaces_the_recipes(tmp_path, monkeypatch
     assert json.loads((tmp_path / "runs/rcmae-data/machine.json").read_text())["steps"] == 2
 
 
+def test_one_image_and_one_step_are_said_as_one(tmp_path, capsys):
+    data, one = images(tmp_path / "data", 1), [*TINY[:-1], "1", "--no-monitor"]
+    one[one.index("--batch-size") + 1] = "1"
+    assert main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run"), *TINY]) == 3
+    assert "holds 1 image, fewer than the batch of 8" in capsys.readouterr().err
+    assert main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run"), *one]) == 0
+    main(["check", str(data)])
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("1 image of", "1 step (1.0 epochs)", "for 1 step. Open", "1 image (folder)"))
+    assert not re.search(r"\b1 (?:images|steps|files|classes)\b", out)
+
+
 def test_import_and_list_and_help(tmp_path, capsys):
     file = str(GOLDEN / "rcmae_official_layout.pth")
     assert main(["import", file, "--out", str(tmp_path / "x"), "--heads", "3", "--decoder-heads", "2"]) == 0

@@ -18,6 +18,7 @@ from rcmae.config import (
     check,
     flags,
     flat,
+    how_many,
     parse_half_life,
     parse_time,
     recipe_hash,
@@ -169,3 +170,8 @@ def test_impossible_values_are_told_together():
         check(recipe_type("mae")(images=Images(size=0), optim=Optim(batch_size=0)))
     with pytest.raises(ConfigError, match="method is mae in a MAERecipe, not rcmae"):
         check(changed(recipe_type("mae")(), method="rcmae"))
+
+
+def test_one_thing_is_no_plural():
+    assert [how_many(n, "image") for n in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
+    assert [how_many(2, what) for what in ("class", "batch", "test image")] == ["2 classes", "2 batches", "2 test images"]

@@ -16,7 +16,7 @@ import rcmae.tasks.detection.commands as commands
 import rcmae.tasks.detection.examples as keeping
 import rcmae.tasks.detection.train as dt
 from rcmae.cli import main
-from rcmae.config import Machine
+from rcmae.config import Machine, how_many
 from rcmae.data.digits import write_coco
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.console import Screen
@@ -184,7 +184,7 @@ def test_views_that_cannot_mark_all_objects_are_counted(tmp_path, sets, capsys, 
     assert "more than" not in capsys.readouterr().out
     run(tmp_path / "run", sets, dataclasses.replace(TINY, max_instances=4))
     above = sum(count > 4 for count in counts)
-    assert above and f"note: {above} training images show more than 4 objects" in capsys.readouterr().out.replace("\n", " ")
+    assert above and f"note: more than 4 objects in {how_many(above, 'training image')}" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_the_recipe_of_the_scenes_is_scored_on_its_way(tmp_path, monkeypatch):

@@ -321,7 +321,7 @@ def test_data_that_cannot_be_used(tmp_path):
         open_labelled(str(tmp_path / "alone"))
     far = open_labelled(str(class_folders(tmp_path / "far", "ab", 5))).train.source
     far.labels = far.labels + 1
-    with pytest.raises(DataError, match=r"b/\d.png has label 2, but there are 2 classes"):
+    with pytest.raises(DataError, match=r"b/\d.png has label 2, outside the set's 2 classes"):
         from rcmae.data.labelled import _parts
 
         _parts(far, far)

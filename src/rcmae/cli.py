@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Group, Parameter, Token
 from cyclopts.config import Dict
 
 from . import __version__
-from .config import Machine, Recipe, Workplace, check, flags, flat, sections, shipped_recipes
+from .config import Machine, Recipe, Workplace, check, flags, flat, how_many, sections, shipped_recipes
 from .engine import signals
 from .errors import ConfigError, Preempted, RcmaeError, first_line
 from .tasks.detection.settings import Detection, Scoring
@@ -304,7 +304,7 @@ def verify(
     chosen = replace(chosen, data=data or chosen.data)
     rows = run(chosen, steps=steps, batch_size=batch_size, device=device, say=_console().print)
     parts = list(dict.fromkeys(part for row in rows for part in row.differences))
-    table = Table(f"{method}, {steps} steps in fp32", "", *parts, title="Largest difference, relative", title_justify="left")
+    table = Table(f"{method}, {how_many(steps, 'step')} in fp32", "", *parts, title="Largest difference, relative", title_justify="left")
     for row in rows:
         word = "yes" if row.holds and row.differences else "not run" if row.holds else "NO"
         table.add_row(row.name, word, *(f"{row.differences[p]:.1e}" if p in row.differences else "" for p in parts))
@@ -536,7 +536,7 @@ def _evaluate(backbone: str, task: Task, options: Evaluation) -> None:
     records = evaluate(backbone, task, options)
     if not records:  # not the first rank
         return
-    title = f"{records[0]['task']}, %, {records[0]['test_images']:,} test images"
+    title = f"{records[0]['task']}, %, {how_many(records[0]['test_images'], 'test image')}"
     table = Table("", *(record["network"] for record in records), title=title, title_justify="left")
     for name in dict.fromkeys(name for record in records for name in record["metrics"]):
         table.add_row(name, *(f"{record['metrics'][name]:.2f}" if name in record["metrics"] else "" for record in records))
@@ -603,7 +603,7 @@ def detect_eval(checkpoint: Path, /, *, options: Annotated[Scoring, Flat] = Scor
     if found is None:  # not the first rank
         return
     parts = [part for part in ("box", "mask") if part in found]
-    title = f"{found['data']}, {found['test_images']:,} images, {found['preset']}"
+    title = f"{found['data']}, {how_many(found['test_images'], 'image')}, {found['preset']}"
     for key, kind in (("stats", "%"), ("per_class", "AP of class, %")):
         cells = [percent(found[part][key]) for part in parts]
         table = Table(kind, *parts, title=title if key == "stats" else None, title_justify="left")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .config import Machine, Recipe, check, parse_time, recipe_hash
+from .config import Machine, Recipe, check, how_many, parse_time, recipe_hash
 from .data.dataset import Images, collate, measure_statistics
 from .data.loader import batches_of
 from .data.sampler import check_parts
@@ -102,7 +102,7 @@ class Pretraining(Trainer):
         images, count = self.recipe.images, min(1000, len(self.images))
         if usual := usual_statistics(images):
             return usual
-        with self.screen.progress(f"measuring mean and deviation of {count:,} images", count) as tick:
+        with self.screen.progress(f"measuring mean and deviation of {how_many(count, 'image')}", count) as tick:
             return self.world.from_first(measure_statistics(self.images, images.channels, count, tick) if self.world.first else None)
 
     def build(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Method:
@@ -169,9 +169,11 @@ class Pretraining(Trainer):
             self.save_reconstructions()
         self.save()
         self.report()
-        images = f"{len(self.images):,} images of {self.recipe.data}"
+        images = f"{how_many(len(self.images), 'image')} of {self.recipe.data}"
         self.screen.say(f"fresh start in {self.out}: {self.recipe.method}, {parameters / 1e6:.1f} M parameters, {images}")
-        self.screen.say(f"{self.total:,} steps ({self.total / self.steps_per_epoch:.1f} epochs) on {about['device']} in {self.precision}")
+        self.screen.say(
+            f"{how_many(self.total, 'step')} ({self.total / self.steps_per_epoch:.1f} epochs) on {about['device']} in {self.precision}"
+        )
         if self.machine.accumulate > 1 and (why := self.method.accumulation_caveat(self.recipe)):
             self.screen.say(f"note: with --accumulate the step is another one: {why}")
         state = self.method.state(Progress(0, self.total, self.steps_per_epoch))
@@ -196,9 +198,8 @@ class Pretraining(Trainer):
         steps = int(0.95 * (given - setup - probing) / step)
         if steps < FEWEST:
             need = setup + probing + 100 * step / 0.95
-            text = (
-                f"--time {r.time} holds {max(steps, 0)} steps: setting up took {setup:.0f} s, the probes of the run take {probing:.0f} s "
-            )
+            text = f"--time {r.time} holds {how_many(max(steps, 0), 'step')}: setting up took {setup:.0f} s, "
+            text += f"the probes of the run take {probing:.0f} s "
             text += f"and a step {step:.2f} s; give --time {-int(-need // 60)}m, which holds 100 steps"
             raise ConfigError(text + (", or fewer --probes" if probing else ""))
         self.screen.say(f"{r.time} hold about {steps:,} steps of {1000 * step:.0f} ms")
@@ -358,7 +359,7 @@ class Pretraining(Trainer):
         if self.world.first:
             self.report()
             summarize(self.out, self.screen)
-            self.screen.say(f"{clock(self.seconds)} for {self.step:,} steps. Open {self.out / 'report.html'}")
+            self.screen.say(f"{clock(self.seconds)} for {how_many(self.step, 'step')}. Open {self.out / 'report.html'}")
             self.screen.say(
                 f'Load the backbone: timm.create_model("local-dir:{self.out / "export" / self.method.networks[-1]}", pretrained=True)'
             )
@@ -373,7 +374,7 @@ def open_images(recipe: Recipe, screen: Screen) -> Source:
         screen.say(f"note: {note}")
     batch = recipe.optim.batch_size
     if len(images) < batch:
-        have = f"{recipe.data} holds {len(images)} images, fewer than the batch of {batch}"
+        have = f"{recipe.data} holds {how_many(len(images), 'image')}, fewer than the batch of {batch}"
         raise DataError(f"{have}; give --batch-size {2 ** (max(len(images), 1).bit_length() - 1)} or more images")
     return images
 

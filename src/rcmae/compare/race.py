@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool
 from safetensors.numpy import load_file
 
-from ..config import Recipe, changed, flags, hint, parse_time, recipe_hash, shipped_recipes, to_toml, with_settings
+from ..config import Recipe, changed, flags, hint, how_many, parse_time, recipe_hash, shipped_recipes, to_toml, with_settings
 from ..data.sources import open_source, recipe_for
 from ..engine import signals
 from ..engine.checkpoint import replace_file
@@ -174,7 +174,9 @@ def race(contestants: list[Arm], setting: Setting, out: Path, say: Callable[[str
     if probe_set(source, changed(recipe, probes=1, probe_train=setting.probe_train, probe_test=setting.probe_test)) is None:
         raise DataError(f"{recipe.data} has no labels to probe with, or one class: a race needs a folder for each of several classes")
     if (few := max(arm.recipe.optim.batch_size for arm in contestants)) > len(source):
-        raise DataError(f"{recipe.data} holds {len(source)} images, fewer than a batch of {few}: give --settings batch_size=...")
+        raise DataError(
+            f"{recipe.data} holds {how_many(len(source), 'image')}, fewer than a batch of {few}: give --settings batch_size=..."
+        )
     data = source.fingerprint()
     with owned(out), signals.answered():
         costs = {arm.name: cost(arm.paid).flops for arm in contestants}
@@ -268,7 +270,7 @@ def steps_of(contestants: list[Arm], setting: Setting, costs: dict[str, float], 
     for arm in contestants:
         each = {"images": lambda name: 1.0, "FLOPs": lambda name: 1 / costs[name], "seconds": rates.get}[setting.budget.kind]
         steps[arm.name] = int(each(arm.name) * setting.budget.amount / arm.recipe.optim.batch_size)
-    if few := [f"{count} steps of {name}" for name, count in steps.items() if count < setting.probes]:
+    if few := [f"{how_many(count, 'step')} of {name}" for name, count in steps.items() if count < setting.probes]:
         raise ConfigError(f"{setting.budget} are {', '.join(few)}: too few to probe {setting.probes} times")
     return steps
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from ..config import how_many
 from ..data.labelled import open_labelled
 from ..engine import distributed
 from ..engine.checkpoint import replace_file
@@ -49,7 +50,9 @@ def contexts(name: str, task: Task, options: Evaluation, world: World, screen: S
     found = [("classifier", Backbone(whole[0].vit, *_statistics(whole[0])))] if whole else backbones(name, options)
     first, tested = found[0][1], tested_on(name) if whole else None
     data = open_labelled(options.data, options.val, channels=first.channels, size=first.shape[1], tested=tested)
-    screen.say(f"{task.name}: {len(data.train):,} training and {len(data.test):,} test images of {len(data.classes)} classes")
+    screen.say(
+        f"{task.name}: {len(data.train):,} training and {how_many(len(data.test), 'test image')} of {how_many(len(data.classes), 'class')}"
+    )
     for note in data.notes:
         screen.say(f"note: {note}")
     made = [EvaluationContext(name, which, backbone, data, options, device, world, screen, precision, whole) for which, backbone in found]

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
-from ..config import Workplace, load_settings, parse_settings, recipe_hash, shipped_recipes
+from ..config import Workplace, how_many, load_settings, parse_settings, recipe_hash, shipped_recipes
 from ..data.dataset import Images
 from ..data.loader import batches_of
 from ..data.sources import Source
@@ -183,7 +183,7 @@ def finetune(
     """
     check_finetune(settings)
     if len(classes) < 2:
-        raise DataError(f"{train.name} has {len(classes)} classes; two or more are needed")
+        raise DataError(f"{train.name} has {how_many(len(classes), 'class')}; two or more are needed")
     for source in (train, test):
         check_labels(source, len(classes))
     if settings.randaugment and backbone.vit.in_chans != 3:
@@ -200,7 +200,7 @@ def check_labels(source: Source, classes: int) -> None:
     if source.labels is None:
         raise DataError(f"{source.name} has no labels; give class folders, a list with labels, or shards with .cls files")
     if (odd := np.flatnonzero((source.labels < 0) | (source.labels >= classes))).size:
-        raise DataError(f"{source.where(int(odd[0]))} has no label among the {classes} classes ({odd.size} such images)")
+        raise DataError(f"{source.where(int(odd[0]))} has no label among the {classes} classes ({how_many(odd.size, 'such image')})")
 
 
 def fitted(settings: FineTune, images: int, parts: int = 1) -> FineTune:
@@ -222,7 +222,9 @@ class FineTuning(Supervised):
     ):  # fmt: skip
         s = fitted(settings, len(train), context.world.size * context.machine.accumulate)
         if s.batch_size < settings.batch_size:
-            context.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
+            context.screen.say(
+                f"note: {how_many(len(train), 'training image')}: batches of {s.batch_size} instead of {settings.batch_size}"
+            )
         super().__init__(s, context, train, about)
         self.test_set, self.classes = test, classes
         if s.mixes and self.part % s.mix_group:
@@ -254,7 +256,7 @@ class FineTuning(Supervised):
             "test_labels": _hash(test.labels), "classes": classes,
         }  # fmt: skip
         optimizer = torch.optim.AdamW(groups, lr=s.peak_lr, betas=s.betas, fused=True)
-        images = f"{len(train):,} images of {len(classes)} classes, {len(test):,} to test on"
+        images = f"{how_many(len(train), 'image')} of {how_many(len(classes), 'class')}, {len(test):,} to test on"
         facts = {"train_images": len(train), "test_images": len(test), "classes": len(classes)}
         self.learn(model, optimizer, data, identity(backbone), load_finetune, images, **facts)
 
@@ -308,7 +310,7 @@ class FineTuning(Supervised):
             export(self.model, folder, about, architecture_of(self.model.vit), self.classes)
             best, last = max(h["accuracy"] for h in self.history), self.history[-1]["accuracy"]
             chosen = f" (best of {len(self.history)}, chosen on the test images: {best:.1f} %)" if best > last else ""
-            self.screen.say(f"{last:.1f} % right after {self.step:,} steps{chosen}, {clock(self.seconds)}")
+            self.screen.say(f"{last:.1f} % right after {how_many(self.step, 'step')}{chosen}, {clock(self.seconds)}")
             self.screen.say(f'Load the classifier: timm.create_model("local-dir:{folder}", pretrained=True)')
         return FineTuned(self.model, right, confidence, self.step, self.history, self.seconds)
 

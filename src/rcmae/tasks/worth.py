@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 from safetensors.numpy import load_file
 
+from ..config import how_many
 from ..engine import distributed
 from ..engine.console import clock
 from ..engine.run import write_json
@@ -83,7 +84,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             gain, low, high = row["gain"]
             word = "pre-training paid" if low > 0 else "pre-training did not pay: it is worse" if high < 0 else "can't tell"
             start = next(r for r in rows if r["arm"] == SCRATCH and r["percent"] == row["percent"])
-            text = f"With {row['percent']:g} % of the labels ({row['images']:,} images), {row['arm']}: {word}"
+            text = f"With {row['percent']:g} % of the labels ({how_many(row['images'], 'image')}), {row['arm']}: {word}"
             numbers = f"{np.mean(row['seeds']):.1f} % right, {np.mean(start['seeds']):.1f} % from scratch"
             said.append(f"{text} ({numbers}; {gain:+.1f} points, {low:+.1f} to {high:+.1f}).")
     return said
