@@ -443,6 +443,26 @@ def test_probes_are_made_whatever_their_number(tmp_path, folder):
     assert probes == [2, 5, 7, 10, 12]
 
 
+@pytest.mark.parametrize(
+    ("asked", "unlabelled", "says"),
+    [
+        ((20, 10), 0, ""),
+        ((60, 20), 0, "note: the probes are fitted on 30 labelled images and scored on 10 (60 and 20 were asked for)\n"),
+        ((20, 10), 4, "fitted on 20 labelled images and scored on 10 (20 and 10 were asked for); 4 of 40 images without a label\n"),
+    ],
+)
+def test_probes_say_on_how_many_images_they_are_where_these_are_few(tmp_path, folder, capsys, monkeypatch, asked, unlabelled, says):
+    def some(recipe, screen):
+        source = pretraining.open_source(recipe.data, 3)
+        source.labels[:unlabelled] = -1
+        return source
+
+    monkeypatch.setattr(pretraining, "open_images", some)
+    run(tmp_path / "run", folder, steps=1, probes=1, probe_train=asked[0], probe_test=asked[1])
+    out = capsys.readouterr().out
+    assert says in out if says else "asked for" not in out
+
+
 def test_a_time_that_setting_up_has_eaten_is_refused_with_what_it_needs(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(pretraining.Pretraining, "measure_step", lambda self: 0.5)
     with pytest.raises(ConfigError, match=r"--time 4s holds \d steps: .*a step 0.50 s; give --time 1m, which holds 100 steps$"):

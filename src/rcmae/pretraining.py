@@ -38,7 +38,7 @@ from .methods import METHODS, Method
 from .methods.recipes import load_recipe, recipe_type
 from .models.backbone import usual_statistics
 from .report import write_report
-from .tasks.probe import Probes, Scores, probe_set
+from .tasks.probe import Probes, Scores, fewer, probe_set
 from .trainer import Trainer
 
 SNAPSHOTS = 6
@@ -151,6 +151,8 @@ class Pretraining(Trainer):
         """Plan a new run: its baselines, how many steps, and a first checkpoint that also proves the disk."""
         baselines, seconds = {}, 0.0
         if self.probes:
+            if note := fewer(self.probes.set, self.images, self.recipe):
+                self.screen.say(f"note: {note}")
             baselines, seconds = self.probes.baselines(self.method.backbone("student"))
             self.method.train()
         self.total = self.plan(self.recipe.probe.probes * len(self.method.networks) * seconds)
