@@ -29,12 +29,13 @@ import torch
 
 import rcmae.pretraining as pretraining
 from benchmarks.alarms import broken
-from rcmae.config import Machine, Network, Recipe
+from rcmae.config import Machine, Recipe
 from rcmae.engine.run import describe_machine
 from rcmae.errors import Preempted
 from rcmae.lab.monitor import LIDAR_EVERY, Monitor, cadence
 from rcmae.lab.watch import Watch
 from rcmae.methods.recipes import load_recipe
+from rcmae.models.autoencoder import AutoencoderNetwork
 
 BOUND = 0.02
 MILESTONES = 6
@@ -53,7 +54,7 @@ def recipe_of(size: str) -> tuple[Recipe, int]:
     recipe = replace(recipe, probe=replace(recipe.probe, probes=0))
     if size == "embedded":
         return recipe, 4096
-    network, images = Network(model="vit_tiny_patch16"), replace(recipe.images, size=224)
+    network, images = AutoencoderNetwork(model="vit_tiny_patch16"), replace(recipe.images, size=224)
     return replace(recipe, network=network, images=images, optim=replace(recipe.optim, batch_size=64)), 128
 
 

@@ -19,11 +19,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from benchmarks.parity_distillation import compare_distillation
-from rcmae.config import Images, Network, Optim, changed
+from rcmae.config import Images, Optim, changed
 from rcmae.engine.optim import adamw
 from rcmae.engine.schedules import Progress
 from rcmae.interop.official import load_official, ours
 from rcmae.methods.rcmae import RCMAE, RCMAERecipe
+from rcmae.models.autoencoder import AutoencoderNetwork
 
 LIMITS = {"prediction": 1e-5, "mask": 0.0, "loss": 1e-5, "gradient": 1e-5, "final weight": 1e-4, "key bias": 1.0}
 
@@ -111,7 +112,7 @@ def build(meta: dict[str, str]) -> RCMAE:
     channels = number.get("in_chans", 3)
     recipe = RCMAERecipe(
         images=Images(size=number["img_size"], channels=channels),
-        network=Network(
+        network=AutoencoderNetwork(
             patch=number["patch_size"], width=number["embed_dim"], depth=number["depth"], heads=number["num_heads"],
             decoder_width=number["decoder_embed_dim"], decoder_depth=number["decoder_depth"],
             decoder_heads=number["decoder_num_heads"],

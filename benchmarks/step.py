@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 
-from rcmae.config import Images, Machine, Network, Optim, Recipe
+from rcmae.config import Images, Machine, Optim, Recipe
 from rcmae.engine.distributed import World, pick_device, pick_precision
 from rcmae.engine.optim import adamw
 from rcmae.engine.run import describe_machine, keep_freed_memory
 from rcmae.engine.schedules import Progress
 from rcmae.methods import METHODS
 from rcmae.methods.recipes import recipe_type
+from rcmae.models.autoencoder import AutoencoderNetwork
 from rcmae.models.backbone import IMAGENET
 from rcmae.pretraining import LogWindow, Pretraining
 
@@ -45,7 +46,7 @@ REFERENCE = "plain RC-MAE fp32"
 
 def recipe_of(size: str, method: str, batch: int) -> Recipe:
     model, side, *_ = SIZES[size]
-    return recipe_type(method)(images=Images(size=side), network=Network(model=model), optim=Optim(batch_size=batch))
+    return recipe_type(method)(images=Images(size=side), network=AutoencoderNetwork(model=model), optim=Optim(batch_size=batch))
 
 
 def batch_of(method: Any, batch: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -56,10 +56,11 @@ def small(method: str = "rcmae", **changes) -> c.Recipe:
     """A recipe of a second: 16 px, patch 4, two blocks. Keyword arguments replace fields of any section."""
     base = recipe_type(method)(
         steps=6, images=c.Images(size=16, crop_scale=(1.0, 1.0), flip=False),
-        network=c.Network(model="vit_tiny_small_images", width=24, depth=2, heads=2, decoder_width=16, decoder_depth=2, decoder_heads=2),
         optim=c.Optim(batch_size=8, base_lr=0.03), probe=c.Probe(probes=0),
     )  # fmt: skip
     own = {"target_eps": 0.1, "local_crops": 0 if method == "mocov3" else 2, "local_size": 8}
+    own |= {"model": "vit_tiny_small_images", "width": 24, "depth": 2, "heads": 2}
+    own |= {"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2}
     own |= {"prototypes": 12, "head_width": 20, "embedding": 8}
     if changes.get("schedule", c.flat(base).get("schedule")) == "half-life":
         own["half_life"] = "2 steps"

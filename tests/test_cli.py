@@ -40,9 +40,24 @@ FAILURES = [
     (
         ["pretrain", "--seed", "-1", "--probe-train", "0"],
         2,
-        "seed must be 0 or more and below 2**63, not -1; probe_train must be above 0, not 0",
+        "--seed must be 0 or more and below 2**63, not -1; --probe-train must be above 0, not 0",
     ),
-    (["pretrain", "--patch", "-4", "--registers", "-1"], 2, "registers must be 0 or more, not -1; patch must be above 0, not -4"),
+    (["pretrain", "--patch", "-4", "--registers", "-1"], 2, "--registers must be 0 or more, not -1; --patch must be above 0, not -4"),
+    (["pretrain", "dino-vits16-in1k", "--size", "64"], 2, "error: --local-size 96 is larger than the image, 64"),
+    (["pretrain", "dino-embedded", "--batch-size=1"], 2, "dino compares images: give a --batch-size of 2 or more, not 1"),
+    (["pretrain", "dino-embedded", "--half-life", "auto"], 2, "error: --half-life auto is steered by a reconstruction"),
+    (["pretrain", "--depth", "0", "--decoder-width", "0"], 2, "error: --depth must be above 0, not 0; --decoder-width must be above 0"),
+    (["pretrain", "{tmp}/wrong.toml"], 2, "wrong.toml: unknown key optim.batch_sise; did you mean optim.batch_size?"),
+    (["compare", "cost", "--batch-size", "1"], 2, "--batch-size and --measured-batch must be 2 or more"),
+    (["compare", "race", "mae", "rcmae", "--probe-train", "0"], 2, "error: --probe-train must be 1 or more, not 0"),
+    (["compare", "race", "mae", "dino, local_crops=1, local_size=64"], 2, "dino, local_crops=1, local_size=64: local_size 64 is larger"),
+    (["evaluate", "finetune", "x", "--settings", "steps=2", "--accumulate", "0"], 2, "error: --accumulate must be above 0"),
+    (
+        ["evaluate", "finetune", "x", "--recipe", "folder", "--settings", "steps=2"],
+        2,
+        "error: warmup_epochs 5 is not below the length of the run, 2 steps",
+    ),
+    (["evaluate", "finetune", "x", "--recipe", "x.toml"], 2, "error: recipe file x.toml does not exist"),
     (["pretrain", "--half-life", "1.2.3%"], 2, "'1.2.3%' is no half-life"),
     (
         ["pretrain", "--schedule", "cosine", "--half-life", "5%"],
@@ -52,15 +67,17 @@ FAILURES = [
     (["pretrain", "rcmae-vits16-in1k", "--half-life", "5%"], 2, "half_life has no effect under schedule constant"),
     (["pretrain", "--schedule", "cosine", "--data", "{tmp}/nowhere"], 3, "{tmp}/nowhere does not exist"),
     (["pretrain", "{tmp}/latin.toml"], 2, "latin.toml is not UTF-8 text"),
-    (["pretrain", "--mask-ratio", "1.0", "--warmup", "2"], 2, "not 2.0; mask_ratio must lie between 0 and 1, not 1.0"),
+    (["pretrain", "--mask-ratio", "1.0", "--warmup", "2"], 2, "not 2.0; --mask-ratio must lie between 0 and 1, not 1.0"),
     (["pretrain", "mae-vits16-in1k", "--gamma", "3"], 2, "--gamma is a setting of rcmae; this run's method is mae"),
     (["pretrain", "folder", "--method", "mae", "--half-life=5%"], 2, "--half-life is a setting of rcmae, dino"),
+    (["pretrain", "dino-embedded", "--decoder-depth", "2"], 2, "--decoder-depth is a setting of mae and rcmae; this run's method is dino"),
+    (["pretrain", "--method", "data2vec", "--decoder-width=8"], 2, "--decoder-width is a setting of mae and rcmae"),
     (["pretrain", "--no-sinkhorn"], 2, "--no-sinkhorn is a setting of dino, ibot and msn; this run's method is rcmae"),
     (["pretrain", "folder", "--method", "mae", "--data", "{tmp}/nowhere"], 3, "{tmp}/nowhere does not exist"),
-    (["pretrain", "--method=rcmea"], 2, f"method must be one of {', '.join(METHODS)}, not 'rcmea'; did you mean rcmae?"),
+    (["pretrain", "--method=rcmea"], 2, f"--method must be one of {', '.join(METHODS)}, not 'rcmea'; did you mean rcmae?"),
     (["verify", "rcmea"], 2, "not 'rcmea'; did you mean rcmae?"),
     (["compare", "cost", "--methods", "mae", "rcmea"], 2, f"--methods must be one of {', '.join(METHODS)}, not 'rcmea'"),
-    (["pretrain", "--size", "30", "--out", "{tmp}/run"], 2, "size 30 x 30 is not a multiple of the patch, 4"),
+    (["pretrain", "--size", "30", "--out", "{tmp}/run"], 2, "error: --size 30 x 30 is not a multiple of the patch, 4"),
     (["pretrain", "--model", "vit_bas"], 2, "there is no model 'vit_bas'"),
     (["pretrain", "--device", "tpu"], 2, "'tpu' is no device"),
     (["pretrain", "--device", "cuda:7"], 2, "cuda:7 is"),
@@ -86,19 +103,23 @@ FAILURES = [
     (["check", "{tmp}/nowhere"], 3, "nowhere"),
     (["check", "{tmp}", "--json", "{tmp}/no/x.json"], 2, "there is no folder {tmp}/no"),
     (["check", "{tmp}", "--json", "{tmp}"], 2, "--json {tmp}: that is a folder"),
-    (["check", "{tmp}", "--batch-size", "0"], 2, "batch_size must be above 0, not 0"),
-    (["check", "{tmp}", "--channels", "0"], 2, "channels must be above 0, not 0"),
-    (["pretrain", "--min-lr", "nan"], 2, "min_lr must be a finite number, not nan"),
-    (["pretrain", "--epochs", "inf"], 2, "epochs must be a finite number, not inf"),
+    (["check", "{tmp}", "--batch-size", "0"], 2, "--batch-size must be above 0, not 0"),
+    (["check", "{tmp}", "--channels", "0"], 2, "--channels must be above 0, not 0"),
+    (["pretrain", "--min-lr", "nan"], 2, "--min-lr must be a finite number, not nan"),
+    (["pretrain", "--epochs", "inf"], 2, "--epochs must be a finite number, not inf"),
     (
         ["pretrain", "--min-lr", "-1", "--seed", "99999999999999999999"],
         2,
-        "below 2**63, not 99999999999999999999; min_lr must be 0 or more",
+        "below 2**63, not 99999999999999999999; --min-lr must be 0 or more",
     ),
-    (["lab", "gradients", "embedded", "--lr", "0", "--settle", "-1"], 2, "lr must be above 0, not 0.0; settle must be 0 or more, not -1"),
+    (
+        ["lab", "gradients", "embedded", "--lr", "0", "--settle", "-1"],
+        2,
+        "--lr must be above 0, not 0.0; --settle must be 0 or more, not -1",
+    ),
     (["lab", "gradients", "embedded", "--batch-size", "0"], 2, "a batch needs 2 images or more, not 0"),
     (["verify", "rcmae", "--steps", "2000"], 2, "at most 1,000, not 2000"),
-    (["check", "{tmp}", "--bad-share", "2"], 2, "bad_share must lie in 0 to 1, not 2.0"),
+    (["check", "{tmp}", "--bad-share", "2"], 2, "--bad-share must lie in 0 to 1, not 2.0"),
     (["verify", "rcmae", "--json", "{tmp}"], 2, "--json {tmp}: that is a folder"),
     (["report", "{tmp}"], 2, "is no run directory: recipe.toml is missing"),
     (["import", "{tmp}/no.pth"], 4, "no.pth does not exist"),
@@ -116,6 +137,7 @@ def test_every_failure_is_one_line_and_its_code(tmp_path, capsys, monkeypatch, a
     for name in ("latin.toml", "begun/recipe.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"# \xe9t\xe9\n")
+    (tmp_path / "wrong.toml").write_text("[optim]\nbatch_sise = 1\n")
     (tmp_path / "begun" / "checkpoints" / "step_00000000").mkdir(parents=True)
     assert main([a.format(**place) for a in argv]) == code
     err = capsys.readouterr().err
@@ -137,7 +159,7 @@ def test_the_main_job_resume_and_report(tmp_path, capsys, monkeypatch):
     assert "is finished at step 2" in capsys.readouterr().out
     assert main(["pretrain", "--out", str(run)]) == 0, "a run's own recipe is taken when no other is named"
     assert main(["pretrain", "--out", str(run), "--base-lr", "1"]) == 2
-    assert "was begun with base_lr 0.006 (now 1.0);" in capsys.readouterr().err, "and is what flags change"
+    assert "was begun with --base-lr 0.006 (now 1.0);" in capsys.readouterr().err, "and is what flags change"
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").exists()
@@ -182,6 +204,18 @@ def test_a_length_on_the_command_line_replaces_the_recipes(tmp_path, monkeypatch
     assert json.loads((tmp_path / "runs/rcmae-data/machine.json").read_text())["steps"] == 2
 
 
+def test_one_image_and_one_step_are_said_as_one(tmp_path, capsys):
+    data, one = images(tmp_path / "data", 1), [*TINY[:-1], "1", "--no-monitor"]
+    one[one.index("--batch-size") + 1] = "1"
+    assert main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run"), *TINY]) == 3
+    assert "holds 1 image, fewer than the batch of 8" in capsys.readouterr().err
+    assert main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run"), *one]) == 0
+    main(["check", str(data)])
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("1 image of", "1 step (1.0 epochs)", "for 1 step. Open", "1 image (folder)"))
+    assert not re.search(r"\b1 (?:images|steps|files|classes)\b", out)
+
+
 def test_import_and_list_and_help(tmp_path, capsys):
     file = str(GOLDEN / "rcmae_official_layout.pth")
     assert main(["import", file, "--out", str(tmp_path / "x"), "--heads", "3", "--decoder-heads", "2"]) == 0
@@ -219,6 +253,29 @@ def test_help_of_pretrain_shows_the_settings_of_its_method_alone(tmp_path, capsy
     assert shown == {name.replace("_", "-") for name in flags(recipe_type(method)) | flags(Machine)}
     titles = re.findall(r"─ (\w+) ─", out)
     assert titles == ["Arguments", "Recipe", *sections(recipe_type(method)), "Machine"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "values"),
+    [
+        ([], {"steps": "2000", "depth": "3", "decoder-depth": "1", "half-life": "0.5%", "crop-scale": "1.0 1.0", "flip": "False"}),
+        (["dino-embedded"], {"steps": "700", "batch-size": "128", "clip": "3.0", "teacher-temperature": "0.03", "blur": "0.0 0.0 0.0"}),
+        (["{tmp}/mine.toml"], {"method": "mae", "size": "96", "crop-scale": "0.2 1.0", "flip": "True"}),
+        (["--out", "{tmp}/run"], {"method": "ibot", "seed": "7"}),
+    ],
+)
+def test_help_of_pretrain_shows_the_values_of_its_recipe(tmp_path, capsys, monkeypatch, argv, values):
+    monkeypatch.setenv("COLUMNS", "300")
+    (tmp_path / "mine.toml").write_text('method = "mae"\n[images]\nsize = 96')
+    (tmp_path / "run" / "checkpoints" / "step_00000000").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.toml").write_text('method = "ibot"\nseed = 7')
+    argv = [a.format(tmp=tmp_path) for a in argv]
+    for order in ([*argv, "--help"], ["--help", *argv]):
+        assert main(["pretrain", *order]) == 0
+        out = capsys.readouterr().out
+        shown = dict(re.findall(r"^│ --([a-z-]+) .*\[default: (.*?)\]", out, re.MULTILINE))
+        assert {name: shown.get(name) for name in values} == values
+        assert "height" not in shown, "what the recipe leaves open has no value"
 
 
 def test_python_dash_m(tmp_path):

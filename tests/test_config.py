@@ -18,6 +18,7 @@ from rcmae.config import (
     check,
     flags,
     flat,
+    how_many,
     parse_half_life,
     parse_time,
     recipe_hash,
@@ -78,6 +79,10 @@ def test_shipped_recipes_read_and_say_how_to_run_them(name):
         ("method = 'mae'\n[rcmae]\ngamma = 1.0", r"my.toml: \[rcmae\] is a section of rcmae; this recipe's method is mae"),
         ("[crops]\ngrey = 0.1", r"\[crops\] is a section of dino, ibot, msn and mocov3; this recipe's method is rcmae"),
         ("method = 'dino'\n[dino]\nprototypes = 1\n[head]\nembedding = 1", "embedding must be 2 or more, not 1; prototypes must be 2"),
+        (
+            "method = 'dino'\n[network]\ndecoder_depth = 1",
+            "my.toml: network.decoder_depth is a setting of mae and rcmae; this recipe's method is dino",
+        ),
         ("[distill]\nprototypes = 2", "my.toml: unknown key distill"),
         ("method = ['mae']", r"method must be one of .*, not \['mae'\]"),
     ],
@@ -133,9 +138,11 @@ def test_a_method_takes_over_what_both_have(name):
     mine = changed(load_recipe("folder"), half_life="7%", size=96)
     other = check(with_method(mine, name))
     assert (other.method, type(other)) == (name, recipe_type(name))
-    assert (other.images, other.network, other.optim) == (mine.images, mine.network, mine.optim)
+    assert (other.images, other.optim) == (mine.images, mine.optim)
+    assert {k: v for k, v in flat(mine.network).items() if k in flags(type(other))} == flat(other.network)
     assert not hasattr(other, "teacher") or other.teacher == mine.teacher
     assert parse_recipe(to_toml(other), "x") == other
+    assert with_method(other, "rcmae").network == mine.network
     assert METHODS[name].problems(digits_recipe(name)) == []
     assert digits_recipe(name).data == "embedded:digits"
 
@@ -187,3 +194,8 @@ def test_impossible_values_are_told_together():
         check(recipe_type("mae")(images=Images(size=0), optim=Optim(batch_size=0)))
     with pytest.raises(ConfigError, match="method is mae in a MAERecipe, not rcmae"):
         check(changed(recipe_type("mae")(), method="rcmae"))
+
+
+def test_one_thing_is_no_plural():
+    assert [how_many(n, "image") for n in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
+    assert [how_many(2, what) for what in ("class", "batch", "test image")] == ["2 classes", "2 batches", "2 test images"]

@@ -239,7 +239,7 @@ def test_a_batch_that_does_not_divide_names_what_does():
         BatchSampler(99, 8, world=2, micro=3)
     with pytest.raises(ConfigError, match="no --accumulate fits 3 processes"):
         BatchSampler(99, 8, world=3)
-    with pytest.raises(DataError, match="7 images are fewer than the batch of 8"):
+    with pytest.raises(DataError, match="no batch of 8 in 7 images"):
         BatchSampler(7, 8)
 
 

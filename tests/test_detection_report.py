@@ -119,8 +119,8 @@ def test_images_that_could_not_be_read_are_named(copy):
             f.write(json.dumps({"index": 1, "where": where, "reason": "truncated"}) + "\n")
     text = page(copy)
     said = words(part(text, 'id="verdict"', "</ul>"))
-    assert "1 of the images could not be read and were replaced by others" in said
-    assert "2 of the test images could not be read: their objects count as missed" in said
+    assert "1 image could not be read, and others were taken instead" in said
+    assert "2 test images could not be read: all objects there count as missed" in said
     assert cells(text, "bad") == [["a<b>.png", "truncated"]] and cells(text, "bad-test") == [["c.png", "truncated"], ["d.png", "truncated"]]
 
 

@@ -16,7 +16,7 @@ import rcmae.tasks.detection.commands as commands
 import rcmae.tasks.detection.examples as keeping
 import rcmae.tasks.detection.train as dt
 from rcmae.cli import main
-from rcmae.config import Machine
+from rcmae.config import Machine, how_many
 from rcmae.data.digits import write_coco
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.console import Screen
@@ -184,7 +184,7 @@ def test_views_that_cannot_mark_all_objects_are_counted(tmp_path, sets, capsys, 
     assert "more than" not in capsys.readouterr().out
     run(tmp_path / "run", sets, dataclasses.replace(TINY, max_instances=4))
     above = sum(count > 4 for count in counts)
-    assert above and f"note: {above} training images show more than 4 objects" in capsys.readouterr().out.replace("\n", " ")
+    assert above and f"note: more than 4 objects in {how_many(above, 'training image')}" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_the_recipe_of_the_scenes_is_scored_on_its_way(tmp_path, monkeypatch):
@@ -209,9 +209,9 @@ def test_the_recipe_fits_the_backbone(tmp_path, foreign, monkeypatch, width, giv
     monkeypatch.setattr(commands, "load", lambda *args: Backbone(vit, (0.5,) * 3, (0.25,) * 3))
     seen = []
     monkeypatch.setattr(commands, "train", lambda backbone, train, test, settings, machine, about: seen.append((settings, about["recipe"])))
-    how = Detection(data=str(foreign), recipe=given, settings=("steps=7",))
+    how = Detection(data=str(foreign), recipe=given, settings=("steps=7", "warmup_steps=1"))
     commands.train_detector("x", how, Machine(out=tmp_path / "run", device="cpu"))
-    expected = dataclasses.replace(load_detect(recipe), steps=7, epochs=None)
+    expected = dataclasses.replace(load_detect(recipe), steps=7, epochs=None, warmup_steps=1)
     assert seen == [(expected, recipe)]
 
 
@@ -378,7 +378,7 @@ def test_the_student_has_a_place_of_its_own(tmp_path):
         (["detect", "show", "RUN", "none.png", "--threshold", "2"], 2, "threshold must lie in 0 to 1, not 2"),
         (["detect", "eval", "nowhere"], 4, "nowhere holds no detector; give a run of `rcmae detect train` that has ended"),
         (["detect", "eval", "RUN", "--data", "FOREIGN"], 3, "has other categories than"),
-        (["detect", "eval", "RUN", "--batch", "0"], 2, "batch must be 1 or more and workers 0 or more, not 0 and None"),
+        (["detect", "eval", "RUN", "--batch", "0"], 2, "error: --batch must be 1 or more, not 0"),
         (["detect", "train", "nowhere"], 4, "nowhere does not exist"),
         (["detect", "train", "RUN", "--recipe", "vitdet-bas"], 2, "there is no recipe 'vitdet-bas'; did you mean vitdet-base?"),
         (["detect", "train", "RUN", "--settings", "siez=3"], 2, "'siez=3' is no setting"),

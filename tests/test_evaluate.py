@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 from dataclasses import dataclass, fields
@@ -324,7 +326,7 @@ def test_data_that_cannot_be_used(tmp_path):
         open_labelled(str(tmp_path / "alone"))
     far = open_labelled(str(class_folders(tmp_path / "far", "ab", 5))).train.source
     far.labels = far.labels + 1
-    with pytest.raises(DataError, match=r"b/\d.png has label 2, but there are 2 classes"):
+    with pytest.raises(DataError, match=r"b/\d.png has label 2, outside the set's 2 classes"):
         from rcmae.data.labelled import _parts
 
         _parts(far, far)
@@ -631,6 +633,59 @@ FAILURES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["evaluate", "worth-it", "X", "--seeds", "1"], "seeds must be 2 or more for an interval, not 1"),
+        (["evaluate", "worth-it", "X", "--percents", "0"], "percents are shares of the labels"),
+        (["evaluate", "worth-it", "X", "--seed", "1"], "leave out --which, --labels and --seed"),
+        (["evaluate", "worth-it", "X", "--workers", "-1"], "workers must be 0 or more, not -1"),
+        (["evaluate", "worth-it", "X", "--accumulate", "0"], "accumulate must be above 0, not 0"),
+        (["evaluate", "worth-it", "X", "--settings", "steps=2"], "warmup_epochs 5 is not below the length of the run, 2 steps"),
+        (["evaluate", "worth-it", "X", "--against", "pixels"], "pixels have no weights to fine-tune"),
+        (["evaluate", "finetune", "X", "--settings", "epochs=2"], "warmup_epochs 5 is not below the length of the run, 2.00 epochs"),
+        (["evaluate", "finetune", "X", "--settings", "flpi=false"], "did you mean flip?"),
+        (["evaluate", "finetune", "X", "--recipe", "foldr"], "there is no recipe 'foldr'; did you mean folder?"),
+        (["evaluate", "finetune", "pixels"], "pixels have no weights to fine-tune"),
+        (["evaluate", "knn", "X", "--labels", "0"], "labels is a percentage"),
+        (["evaluate", "attentive", "X", "--queries", "0"], "queries must be above 0, not 0"),
+        (["evaluate", "linear", "X", "--protocol", "mae", "--batch", "1"], "batch must be 2 or more"),
+        (["evaluate", "robustness", "X", "--eps", "1", "1"], "eps has a size twice: 1, 1"),
+        (["detect", "train", "X", "--accumulate", "0"], "accumulate must be 1 or more, not 0"),
+        (["detect", "train", "X", "--device", "tpu"], "'tpu' is no device"),
+        (["detect", "train", "X", "--images", "0", "--heads", "0"], "--images must be 1 or more, not 0; --heads must be 1 or more, not 0"),
+        (["detect", "train", "X", "--settings", "steps=3"], "warmup_steps 250 is not below the run's 3 steps"),
+        (["detect", "eval", "X", "--device", "tpu"], "'tpu' is no device"),
+        (["detect", "show", "X", "x.png", "--device", "tpu"], "'tpu' is no device"),
+        (["compare", "race", "mae", "rcmae", "--settings", "size=30"], "size 30 x 30 is not a multiple of the patch"),
+        (["compare", "race", "mae", "dino", "--budget", "64 images"], "64 images are 0 steps of mae"),
+        (["pretrain", "mae-vits16-in1k", "--size", "30"], "size 30 x 30 is not a multiple of the patch"),
+        (["pretrain", "mocov3-embedded", "--accumulate", "128"], "mocov3 learns nothing from micro-batches of one image"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_settings_are_checked_before_anything_is_read(argv, says, capsys, monkeypatch, tmp_path):
+    """Here neither the backbone nor the data exists."""
+    monkeypatch.chdir(tmp_path)
+    own = [] if argv[1] == "show" else ["--data", "nowhere"]
+    assert main([*argv, *own]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_recipe_that_differs_is_told_before_the_images_are_read(tmp_path, capsys):
+    (tmp_path / "recipe.toml").write_text('method = "mae"')
+    (tmp_path / "checkpoints" / "step_00000000").mkdir(parents=True)
+    assert main(["pretrain", "--out", str(tmp_path), "--seed", "3", "--data", "nowhere"]) == 2
+    assert "was begun with seed 0 (now 3)" in capsys.readouterr().err
+
+
+def test_worth_it_refuses_at_once():
+    """Without torch, which takes seconds to load."""
+    argv = ["evaluate", "worth-it", "X", "--seeds", "1"]
+    code = f"import sys; from rcmae.cli import main; assert main({argv}) == 2; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
 @pytest.mark.parametrize(("argv", "code", "says"), FAILURES)
 def test_refusals_are_one_line_and_leave_nothing(tmp_path, data, backbone, argv, code, says, capsys):
     import timm
@@ -643,7 +698,7 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, data, backbone, argv,
     for name, text in (("damaged", "{"), ("list", "[1]")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
-    (tmp_path / "own.toml").write_text("seed = 3\nsteps = 2\n")
+    (tmp_path / "own.toml").write_text("seed = 3\nsteps = 2\nwarmup_epochs = 1\n")
     argv = [a.format(tmp=tmp_path, data=data, backbone=backbone) for a in argv]
     assert main(["evaluate", *argv, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == code
     lines = capsys.readouterr().err.strip().splitlines()

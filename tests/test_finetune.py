@@ -317,7 +317,7 @@ def test_a_lowered_batch_fits_the_ranks(images, parts, batch, group):
 def test_few_images_are_cut_into_parts_or_too_few(tmp_path, sets):
     few = Subset(sets[0], np.arange(0, 32, 5))
     assert run(tmp_path / "run", (few, sets[1]), dataclasses.replace(FULL, steps=2), accumulate=2).step == 2
-    with pytest.raises(DataError, match="7 training images are too few for 4 parts of a step"):
+    with pytest.raises(DataError, match="too few for 4 parts of a step .*: 7 training images"):
         run(tmp_path / "other", (few, sets[1]), FULL, accumulate=4)
 
 

@@ -137,6 +137,17 @@ def test_every_method_has_a_recipe_and_a_page():
         assert (ROOT / "docs" / "methods" / f"{name}.md").exists()
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_page_names_what_one_types_and_sees(name):
+    """Settings by their flags, and losses as on the line of progress, their keys in metrics.jsonl beside them."""
+    page, losses = (ROOT / "docs" / "methods" / f"{name}.md").read_text(), METHODS[name].losses
+    quoted = set(re.findall(r"`([^`\n]+)`", page))
+    assert not [text for text in quoted if re.match(r"[a-z_]+ = ", text) or text in flags(METHODS[name].recipe_type).keys() - losses.keys()]
+    assert not [key for key in quoted & losses.keys() if losses[key] not in quoted]
+    for key in quoted & losses.keys():
+        assert key == losses[key] or re.search(rf"`{losses[key]}` \([^)]*`{key}`", page), key
+
+
 def test_every_setting_is_read_somewhere():
     """Outside the rules that check it."""
     files = (p.read_text() for p in SOURCE.rglob("*.py") if p.parent.name != "config" or p.name == "recipe.py")

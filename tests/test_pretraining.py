@@ -31,7 +31,7 @@ from rcmae.errors import ConfigError, DataError, DivergedError, OutOfMemoryError
 from rcmae.interop.load import load
 from rcmae.tasks.probe import Probes
 from rcmae.trainer import Trainer
-from tests.conftest import small, stop_at
+from tests.conftest import ROOT, small, stop_at
 from tests.processes import start
 
 
@@ -159,6 +159,16 @@ def test_a_run_directory_explains_itself(straight):
     } <= set(line)
     assert load(straight)(torch.rand(1, 3, 16, 16)).cls.shape == (1, 24)
     assert not torch.equal(load(straight, "student").vit.norm.bias, load(straight, "teacher").vit.norm.bias)
+
+
+def test_the_readmes_example_runs_on_any_run(tmp_path, straight, monkeypatch):
+    """This one has images of 16 px."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/mine").symlink_to(straight)
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(code, found := {})
+    assert (found["features"].mean.shape, found["features"].patches.shape) == ((8, 24), (8, 24, 4, 4))
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path, folder, monkeypatch):
@@ -450,12 +460,58 @@ def test_probes_are_made_whatever_their_number(tmp_path, folder):
     assert probes == [2, 5, 7, 10, 12]
 
 
+@pytest.mark.parametrize(
+    ("asked", "unlabelled", "says"),
+    [
+        ((20, 10), 0, ""),
+        ((60, 20), 0, "note: the probes are fitted on 30 labelled images and scored on 10 (60 and 20 were asked for)\n"),
+        ((20, 10), 4, "fitted on 20 labelled images and scored on 10 (20 and 10 were asked for); 4 of 40 images without a label\n"),
+    ],
+)
+def test_probes_say_on_how_many_images_they_are_where_these_are_few(tmp_path, folder, capsys, monkeypatch, asked, unlabelled, says):
+    def some(recipe, screen):
+        source = pretraining.open_source(recipe.data, 3)
+        source.labels[:unlabelled] = -1
+        return source
+
+    monkeypatch.setattr(pretraining, "open_images", some)
+    run(tmp_path / "run", folder, steps=1, probes=1, probe_train=asked[0], probe_test=asked[1])
+    out = capsys.readouterr().out
+    assert says in out if says else "asked for" not in out
+
+
 def test_a_time_that_setting_up_has_eaten_is_refused_with_what_it_needs(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(pretraining.Pretraining, "measure_step", lambda self: 0.5)
     with pytest.raises(ConfigError, match=r"--time 4s holds \d steps: .*a step 0.50 s; give --time 1m, which holds 100 steps$"):
         run(tmp_path / "run", folder, steps=None, time="4s")
     with pytest.raises(ConfigError, match="or fewer --probes"):
         run(tmp_path / "other", folder, steps=None, time="4s", probes=9, probe_train=20, probe_test=10)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_refusal_before_the_first_step_leaves_the_directory_as_it_was(tmp_path, folder, monkeypatch, there):
+    monkeypatch.setattr(pretraining.Pretraining, "measure_step", lambda self: 0.5)
+    out, own = tmp_path / "runs" / "mine", {"notes.txt": "mine", "recipe.toml": "an older attempt's", "metrics.jsonl": "and its lines"}
+    if there:
+        out.mkdir(parents=True)
+        for name, text in own.items():
+            (out / name).write_text(text)
+    with pytest.raises(ConfigError, match="--time 4s holds"):
+        run(out, folder, steps=None, time="4s", probes=1, probe_train=20, probe_test=10)
+    with pytest.raises(DataError, match="fewer than the batch"):
+        run(out, folder, batch_size=64)
+    assert (tmp_path / "runs").exists() == there
+    assert not there or {path.name: path.read_text() for path in out.iterdir()} == own
+
+
+def test_a_refusal_for_bad_images_keeps_the_file_that_names_them(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i}.png").write_bytes(b"no")
+        if i % 4 == 0:
+            Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
+    with pytest.raises(DataError, match=r"all are named in .*bad_files.jsonl"):
+        run(tmp_path / "run", tmp_path, steps=None, time="1m")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["bad_files.jsonl"]
 
 
 def test_a_signal_in_the_middle_of_a_step_leaves_it_unmade(tmp_path, folder, straight, monkeypatch):

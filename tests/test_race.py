@@ -174,7 +174,7 @@ def test_the_attentive_probe_finds_one_token_among_many():
         (["mae", "rcmaee"], "did you mean rcmae"),
         (["mae", "rcmae", "--budget", "much"], "is no budget"),
         (["mae", "rcmae", "--budget", "0 images"], "above 0"),
-        (["mae", "rcmae", "--seeds", "1", "--probes", "0"], "seeds must be 2 or more, not 1; probes must be 1 or more"),
+        (["mae", "rcmae", "--seeds", "1", "--probes", "0"], "--seeds must be 2 or more, not 1; --probes must be 1 or more"),
         (
             ["mae", "dino, local_crops=1, local_size=64", "ibot, batch_size=1"],
             "local_size=64: local_size 64 is larger than the image, 32; ibot, batch_size=1: ibot compares images",

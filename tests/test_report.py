@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from rcmae.config import to_toml
+from rcmae.engine.schedules import share_of_run
 from rcmae.report import pictures, write_report
 from rcmae.report.curves import Line, by_depth, plot
 from tests.conftest import small
@@ -251,14 +252,32 @@ def test_the_verdict_is_in_plain_words(tmp_path):
     assert "so 49% of what is hidden is explained" in text
     assert "right on 50.0 %: +30.0 points against the untrained encoder (20.0 %), +25.0 against raw pixels (25.0 %). It learns." in text
     assert "2.5% better than the student" in text or "2.4% better than the student" in text
-    assert "1 of the images could not be read" in text
+    assert "1 image could not be read" in text
 
 
 def test_flat_images_hold_nothing_to_explain(tmp_path):
     run = run_directory(tmp_path / "run")
     record = run / "metrics.jsonl"
     record.write_text(record.read_text().replace('"zero": 0.8', '"zero": 0.0'))
-    assert "0% of what is hidden is explained" in re.sub(r"\s+", " ", write_report(run).read_text())
+    assert "so none of what is hidden is explained" in re.sub(r"\s+", " ", write_report(run).read_text())
+
+
+def test_shares_below_none_and_above_all_are_said_in_words(tmp_path):
+    """A loss above that of guessing nothing, a teacher far behind, and a half-life of many runs."""
+    run = run_directory(tmp_path / "run")
+    record = re.sub('"zero": 0.8', '"zero": 0.3', (run / "metrics.jsonl").read_text())
+    record = re.sub(r'"half_life_share": [\d.]+', '"half_life_share": 577.57', record)
+    record = re.sub(r'"teacher_reconstruction": [\d.]+', '"teacher_reconstruction": 80.0', record)
+    (run / "metrics.jsonl").write_text(record)
+    text = words(write_report(run).read_text())
+    assert "Guessing nothing would score 0.300, so none of what is hidden is explained" in text
+    assert "577.6 times the run" in text and "57757" not in text
+    assert re.search(r"the teacher errs [\d.,]+ times as much as the student: it lags", text)
+    assert not re.search(r"-\d+ ?% of|\d{4,}(?:\.\d+)? ?%", text)
+
+
+def test_a_half_life_longer_than_the_run_is_said_in_runs():
+    assert [share_of_run(share) for share in (0.005, 1.0, 577.57)] == ["0.50% of the run", "100.00% of the run", "577.6 times the run"]
 
 
 def test_what_is_missing_is_left_out(tmp_path):

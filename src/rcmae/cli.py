@@ -3,19 +3,20 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from cyclopts import App, CycloptsError, Group, Parameter, Token
 from cyclopts.config import Dict
 
 from . import __version__
-from .config import Machine, Recipe, Workplace, check, flags, flat, replaced_by, sections, shipped_recipes
+from .config import Machine, Recipe, Workplace, check, flags, flat, how_many, replaced_by, sections, shipped_recipes
 from .engine import signals
 from .engine.console import Screen
 from .errors import ConfigError, Preempted, RcmaeError, first_line
@@ -49,26 +50,34 @@ Many = Parameter(consume_multiple=True, negative_iterable=())
 Flat = Parameter(name="*", negative_iterable=())
 
 
-def _as_flags(section: type, how: Parameter = Flat) -> None:
-    """`--size`, not `--images.size`."""
+def _as_flags(section: type, how: Parameter = Flat, values: dict[str, Any] | None = None) -> None:
+    """`--size`, not `--images.size`. Help shows the `values`, where they are given, instead of the defaults of the class."""
     how(section)
     for field in fields(section):
+        kind: Any = field.type
         if field.type in (int, int | None):
-            section.__annotations__[field.name] = Whole if field.type is int else Whole | None
+            kind = Whole if field.type is int else Whole | None
         elif get_origin(field.type) is tuple and Ellipsis in get_args(field.type):
-            section.__annotations__[field.name] = Annotated[field.type, Many]
+            kind = Annotated[field.type, Many]
+        if values is not None and not is_dataclass(field.type):
+            value = values.get(field.name)
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            kind = Annotated[kind, Parameter(show_default=False if value is None else text)]
+        if kind is not field.type:
+            section.__annotations__[field.name] = kind
 
 
 for options in (Workplace, Machine, Evaluation, *TASKS.values(), Worth, Detection, Scoring):
     _as_flags(options)
 
 
-def _pretrain(cls: type[Recipe], loaded_name: str | None = None) -> Callable[..., None]:
-    """The command `pretrain` with the flags of a method's recipe; `loaded_name` is that of the recipe whose values are their defaults."""
+def _pretrain(loaded: Recipe, loaded_name: str | None = None) -> Callable[..., None]:
+    """The command `pretrain` with the flags of a recipe's method, and its values as their defaults; `loaded_name` is how it was named."""
+    cls, values = type(loaded), flat(loaded)
 
     def pretrain(
         recipe_name: Annotated[str | None, Parameter(name="RECIPE")] = None, /, *,
-        recipe: Annotated[cls, Parameter(name="*", negative_iterable=(), show_default=False, group=Group("Recipe", sort_key=1))] = cls(),  # type: ignore
+        recipe: Annotated[cls, Parameter(name="*", negative_iterable=(), group=Group("Recipe", sort_key=1))] = cls(),  # type: ignore
         machine: Annotated[Machine, Parameter(name="*", negative_iterable=(), group=Group("Machine", sort_key=99))] = Machine(),
     ) -> None:  # fmt: skip
         """Pre-train a Vision Transformer; a run that is already in --out goes on.
@@ -86,12 +95,12 @@ def _pretrain(cls: type[Recipe], loaded_name: str | None = None) -> Callable[...
 
     for i, (name, section) in enumerate(sections(cls).items(), 2):
         title = Group(name, help=(section.__doc__ or "").splitlines()[0], sort_key=i)
-        _as_flags(section, Parameter(name="*", negative_iterable=(), group=title))
-    _as_flags(cls)
+        _as_flags(section, Parameter(name="*", negative_iterable=(), group=title), values)
+    _as_flags(cls, values=values)
     return pretrain
 
 
-app.command(_pretrain(Recipe), name="pretrain")
+app.command(_pretrain(Recipe()), name="pretrain")
 
 
 @app.command(name="check")
@@ -290,7 +299,7 @@ def verify(
     chosen = replace(chosen, data=data or chosen.data)
     rows = run(chosen, steps=steps, batch_size=batch_size, device=device, say=_console().print)
     parts = list(dict.fromkeys(part for row in rows for part in row.differences))
-    table = Table(f"{method}, {steps} steps in fp32", "", *parts, title="Largest difference, relative", title_justify="left")
+    table = Table(f"{method}, {how_many(steps, 'step')} in fp32", "", *parts, title="Largest difference, relative", title_justify="left")
     for row in rows:
         word = "yes" if row.holds and row.differences else "not run" if row.holds else "NO"
         table.add_row(row.name, word, *(f"{row.differences[p]:.1e}" if p in row.differences else "" for p in parts))
@@ -483,15 +492,17 @@ def evaluate_worth_it(
     backbone
         A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights.
     """
+    if options.out:
+        _check_folder(options.out)
+    if any(getattr(options, name) != getattr(Compared, name) for name in ("which", "labels", "seed")):
+        raise ConfigError("worth-it compares all networks, at --percents and over --seeds; leave out --which, --labels and --seed")
+    task.check_settings(backbone, tuning, options)
+
     from rich.table import Table
 
     from .tasks.context import place
     from .tasks.worth import worth_it
 
-    if options.out:
-        _check_folder(options.out)
-    if any(getattr(options, name) != getattr(Compared, name) for name in ("which", "labels", "seed")):
-        raise ConfigError("worth-it compares all networks, at --percents and over --seeds; leave out --which, --labels and --seed")
     found = worth_it(backbone, task, tuning, options, _console().print)
     if not found["rows"]:  # not the first rank
         return
@@ -507,18 +518,20 @@ def evaluate_worth_it(
 
 
 def _evaluate(backbone: str, task: Task, options: Evaluation) -> None:
+    if options.out:
+        _check_folder(options.out)
+    task.check_settings(backbone, options)  # before torch is loaded, which takes seconds
+
     from rich.table import Table
 
     from .report.severity import write_figures
     from .tasks.context import place
     from .tasks.evaluate import evaluate
 
-    if options.out:
-        _check_folder(options.out)
     records = evaluate(backbone, task, options)
     if not records:  # not the first rank
         return
-    title = f"{records[0]['task']}, %, {records[0]['test_images']:,} test images"
+    title = f"{records[0]['task']}, %, {how_many(records[0]['test_images'], 'test image')}"
     table = Table("", *(record["network"] for record in records), title=title, title_justify="left")
     for name in dict.fromkeys(name for record in records for name in record["metrics"]):
         table.add_row(name, *(f"{record['metrics'][name]:.2f}" if name in record["metrics"] else "" for record in records))
@@ -590,7 +603,7 @@ def detect_eval(checkpoint: Path, /, *, options: Annotated[Scoring, Flat] = Scor
     if found is None:  # not the first rank
         return
     parts = [part for part in ("box", "mask") if part in found]
-    title = f"{found['data']}, {found['test_images']:,} images, {found['preset']}"
+    title = f"{found['data']}, {how_many(found['test_images'], 'image')}, {found['preset']}"
     for key, kind in (("stats", "%"), ("per_class", "AP of class, %")):
         cells = [percent(found[part][key]) for part in parts]
         table = Table(kind, *parts, title=title if key == "stats" else None, title_justify="left")
@@ -732,7 +745,7 @@ def _run(argv: list[str]) -> int:
     except RcmaeError as e:
         if debug:
             traceback.print_exc()
-        return _fail(str(e), e.exit_code)
+        return _fail(_as_typed(str(e), argv) if isinstance(e, ConfigError) else str(e), e.exit_code)
     except MemoryError:
         return _fail("the host ran out of memory; try a smaller batch or fewer --workers", 8)
     except OSError as e:
@@ -774,7 +787,8 @@ def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:
             given[key.replace("-", "_")] = value if equals else following
     if given.get("out") == "":
         raise ConfigError("--out is empty; name a folder")
-    recipe_name = next((a for a in argv[1:2] if not a.startswith("-")), None)
+    words = [a for a in argv[1:] if a not in ("--help", "-h")]
+    recipe_name = next((a for a in words[:1] if not a.startswith("-")), None)
     begun = Path(given.get("out", "")) / "recipe.toml"
     resumes = recipe_name is None and "out" in given and begun.exists() and checkpoints(begun.parent / "checkpoints")
     recipe = load_recipe(str(begun) if resumes else recipe_name or "embedded")
@@ -784,7 +798,7 @@ def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:
         if owners and recipe.method not in owners:
             raise ConfigError(f"--{key.replace('_', '-')} is a setting of {spoken(owners)}; this run's method is {recipe.method}")
     del app["pretrain"]
-    app.command(_pretrain(type(recipe), recipe_name), name="pretrain")
+    app.command(_pretrain(recipe, recipe_name), name="pretrain")
     values = {k: v for k, v in flat(recipe).items() if k not in replaced_by(recipe, given)}
     return (Dict({"pretrain": values}, source=f"recipe {recipe_name or 'embedded'}"),)
 
@@ -799,6 +813,18 @@ def _check_place(json: Path | None) -> None:
     """Likewise."""
     if json and (json.is_dir() or not json.parent.is_dir()):
         raise ConfigError(f"--json {json}: " + ("that is a folder" if json.is_dir() else f"there is no folder {json.parent}"))
+
+
+def _as_typed(text: str, argv: list[str]) -> str:
+    """What is said of settings, whose names are those of a recipe file, with the flags of the command that was called.
+
+    A name is one with an underscore, or the word that a problem begins with. Others stay as they are: what stands in a recipe's file, or
+    behind --settings.
+    """
+    arguments = app.parse_commands(argv)[1][-1].assemble_argument_collection()
+    known = {name.removeprefix("--").replace("-", "_"): name for each in arguments for name in each.names if name.startswith("--")}
+    names = r"(?<![\w./'-])[a-z]+(?:_[a-z]+)+(?![\w./='-])|(?:^|(?<=; ))[a-z]+(?= (?:must|is|are|has|-?\d))"
+    return re.sub(names, lambda found: known.get(found[0], found[0]), text)
 
 
 def _fail(message: str, code: int, word: str = "error") -> int:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .config import Machine, Recipe, check, parse_time, recipe_hash
+from .config import Machine, Recipe, check, how_many, parse_time, recipe_hash
 from .data.dataset import Images, collate, measure_statistics
 from .data.loader import batches_of
 from .data.sampler import check_parts
@@ -27,8 +27,8 @@ from .engine.checkpoint import replace_file
 from .engine.console import Screen, clock
 from .engine.metrics import read_metrics
 from .engine.optim import adamw, linear_rule
-from .engine.run import ADVICE, RunContext, describe_machine, run_context, write_json
-from .engine.schedules import Progress, cosine, spread, warmup_cosine
+from .engine.run import ADVICE, RunContext, check_same_recipe, describe_machine, run_context, write_json
+from .engine.schedules import Progress, cosine, share_of_run, spread, warmup_cosine
 from .engine.step import LogWindow, Mean, clip_gradients, conditional_step, set_lr, set_weight_decay
 from .errors import AlarmError, ConfigError, DataError, first_line
 from .interop.timm_export import PLAIN, export
@@ -38,7 +38,7 @@ from .methods import METHODS, Method
 from .methods.recipes import load_recipe, recipe_type
 from .models.backbone import usual_statistics
 from .report import write_report
-from .tasks.probe import Probes, Scores, probe_set
+from .tasks.probe import Probes, Scores, fewer, probe_set
 from .trainer import Trainer
 
 SNAPSHOTS = 6
@@ -85,10 +85,11 @@ class Pretraining(Trainer):
     def __init__(self, recipe: Recipe, context: RunContext):
         self.began = time.monotonic()
         check_parts(recipe.optim.batch_size, context.world.size, context.machine.accumulate)
+        if (why := METHODS[recipe.method].accumulation_caveat(recipe)) and recipe.optim.batch_size // context.machine.accumulate < 2:
+            raise ConfigError(f"{recipe.method} learns nothing from micro-batches of one image, as {why}: give a smaller --accumulate")
+        check_same_recipe(context.out, recipe, load_recipe)
         images = open_images(recipe, context.screen)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
-        if (why := METHODS[recipe.method].accumulation_caveat(recipe)) and self.batch_size // self.machine.accumulate < 2:
-            raise ConfigError(f"{recipe.method} learns nothing from micro-batches of one image, as {why}: give a smaller --accumulate")
         self.method = self.build(*self.statistics())
         self.loss_names = self.method.losses
         optimizer = adamw(self.method.student, recipe.optim, linear_rule(recipe.optim))
@@ -104,7 +105,7 @@ class Pretraining(Trainer):
         images, count = self.recipe.images, min(1000, len(self.images))
         if usual := usual_statistics(images):
             return usual
-        with self.screen.progress(f"measuring mean and deviation of {count:,} images", count) as tick:
+        with self.screen.progress(f"measuring mean and deviation of {how_many(count, 'image')}", count) as tick:
             return self.world.from_first(measure_statistics(self.images, images.channels, count, tick) if self.world.first else None)
 
     def build(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Method:
@@ -153,6 +154,8 @@ class Pretraining(Trainer):
         """Plan a new run: its baselines, how many steps, and a first checkpoint that also proves the disk."""
         baselines, seconds = {}, 0.0
         if self.probes:
+            if note := fewer(self.probes.set, self.images, self.recipe):
+                self.screen.say(f"note: {note}")
             baselines, seconds = self.probes.baselines(self.method.backbone("student"))
             self.method.train()
         self.total = self.plan(self.recipe.probe.probes * len(self.method.networks) * seconds)
@@ -171,15 +174,17 @@ class Pretraining(Trainer):
             self.save_reconstructions()
         self.save()
         self.report()
-        images = f"{len(self.images):,} images of {self.recipe.data}"
+        images = f"{how_many(len(self.images), 'image')} of {self.recipe.data}"
         self.screen.say(f"fresh start in {self.out}: {self.recipe.method}, {parameters / 1e6:.1f} M parameters, {images}")
-        self.screen.say(f"{self.total:,} steps ({self.total / self.steps_per_epoch:.1f} epochs) on {about['device']} in {self.precision}")
+        self.screen.say(
+            f"{how_many(self.total, 'step')} ({self.total / self.steps_per_epoch:.1f} epochs) on {about['device']} in {self.precision}"
+        )
         if self.machine.accumulate > 1 and (why := self.method.accumulation_caveat(self.recipe)):
             self.screen.say(f"note: with --accumulate the step is another one: {why}")
         state = self.method.state(Progress(0, self.total, self.steps_per_epoch))
         if "half_life_steps" in state:
             units = "half-life {half_life_steps:,.1f} steps, {half_life_images:,.0f} images, {half_life_epochs:.2f} epochs, "
-            units += "{half_life_share:.2%} of the run"
+            units += share_of_run(state["half_life_share"])
             self.screen.say(f"momentum {state['momentum']:.5f}: " + units.format(**state))
             if state["half_life_steps"] < SHORTEST:
                 text = "note: the teacher's half-life is shorter than a step, so it is nearly the student and has little to teach; "
@@ -201,9 +206,8 @@ class Pretraining(Trainer):
         steps = int(0.95 * (given - setup - probing) / step)
         if steps < FEWEST:
             need = setup + probing + 100 * step / 0.95
-            text = (
-                f"--time {r.time} holds {max(steps, 0)} steps: setting up took {setup:.0f} s, the probes of the run take {probing:.0f} s "
-            )
+            text = f"--time {r.time} holds {how_many(max(steps, 0), 'step')}: setting up took {setup:.0f} s, "
+            text += f"the probes of the run take {probing:.0f} s "
             text += f"and a step {step:.2f} s; give --time {-int(-need // 60)}m, which holds 100 steps"
             raise ConfigError(text + (", or fewer --probes" if probing else ""))
         self.screen.say(f"{r.time} hold about {steps:,} steps of {1000 * step:.0f} ms")
@@ -364,7 +368,7 @@ class Pretraining(Trainer):
         if self.world.first:
             self.report()
             summarize(self.out, self.screen)
-            self.screen.say(f"{clock(self.seconds)} for {self.step:,} steps. Open {self.out / 'report.html'}")
+            self.screen.say(f"{clock(self.seconds)} for {how_many(self.step, 'step')}. Open {self.out / 'report.html'}")
             self.screen.say(
                 f'Load the backbone: timm.create_model("local-dir:{self.out / "export" / self.method.networks[-1]}", pretrained=True)'
             )
@@ -379,7 +383,7 @@ def open_images(recipe: Recipe, screen: Screen) -> Source:
         screen.say(f"note: {note}")
     batch = recipe.optim.batch_size
     if len(images) < batch:
-        have = f"{recipe.data} holds {len(images)} images, fewer than the batch of {batch}"
+        have = f"{recipe.data} holds {how_many(len(images), 'image')}, fewer than the batch of {batch}"
         raise DataError(f"{have}; give --batch-size {2 ** (max(len(images), 1).bit_length() - 1)} or more images")
     return images
 

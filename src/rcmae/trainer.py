@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import parse_time, recipe_hash, to_toml
+from .config import how_many, parse_time, recipe_hash, to_toml
 from .data.dataset import BadFiles
 from .data.sampler import BatchSampler, check_parts
 from .data.sources import Source
@@ -143,7 +143,7 @@ class Trainer(ABC):
             self.seconds, self.last_milestone = state["seconds"], state["last_milestone"]
             self.saved = self.step, self.last_milestone
             self.restore(state)
-            self.screen.say(f"resumed from {path.name} of {self.total:,} steps in {self.out}")
+            self.screen.say(f"resumed from {path.name} of {how_many(self.total, 'step')} in {self.out}")
             for note in changed_environment(state["environment"], self.environment()):
                 self.screen.say(note)
         m = self.machine

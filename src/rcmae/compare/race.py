@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool
 from safetensors.numpy import load_file
 
-from ..config import Recipe, changed, flags, hint, parse_time, recipe_hash, shipped_recipes, to_toml, with_settings
+from ..config import Recipe, changed, flags, hint, how_many, parse_time, recipe_hash, shipped_recipes, to_toml, with_settings
 from ..data.sources import open_source, recipe_for
 from ..engine import signals
 from ..engine.checkpoint import replace_file
@@ -167,12 +167,16 @@ class Setting:
 
 def race(contestants: list[Arm], setting: Setting, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Make the runs that are missing under `out`, and judge. Raises DataError without labels, Preempted when stopped."""
+    if setting.budget.kind == "images":  # what other budgets hold must be counted or measured first
+        steps_of(contestants, setting, {}, {})
     recipe = contestants[0].recipe
     source = open_source(recipe.data, recipe.images.channels, size=recipe.images.size)
     if probe_set(source, changed(recipe, probes=1, probe_train=setting.probe_train, probe_test=setting.probe_test)) is None:
         raise DataError(f"{recipe.data} has no labels to probe with, or one class: a race needs a folder for each of several classes")
     if (few := max(arm.recipe.optim.batch_size for arm in contestants)) > len(source):
-        raise DataError(f"{recipe.data} holds {len(source)} images, fewer than a batch of {few}: give --settings batch_size=...")
+        raise DataError(
+            f"{recipe.data} holds {how_many(len(source), 'image')}, fewer than a batch of {few}: give --settings batch_size=..."
+        )
     data = source.fingerprint()
     with owned(out), signals.answered():
         costs = {arm.name: cost(arm.paid).flops for arm in contestants}
@@ -257,11 +261,16 @@ def plan(contestants: list[Arm], setting: Setting, costs: dict[str, float], data
             seen = [line["images_per_s"] for line in read_metrics(run.place) if line["kind"] == "train"]
             rates[name] = statistics.median(seen[1:])  # the first one warmed up
             say(f"{name}: {rates[name]:,.0f} images a second")
+    return steps_of(contestants, setting, costs, rates)
+
+
+def steps_of(contestants: list[Arm], setting: Setting, costs: dict[str, float], rates: dict[str, float]) -> dict[str, int]:
+    """Steps that the budget holds, of arms with these costs (FLOPs an image) and rates (images a second). Raises ConfigError."""
     steps = {}
     for arm in contestants:
-        images = {"images": 1.0, "FLOPs": 1 / costs[arm.name], "seconds": rates[arm.name]}[setting.budget.kind] * setting.budget.amount
-        steps[arm.name] = int(images / arm.recipe.optim.batch_size)
-    if few := [f"{count} steps of {name}" for name, count in steps.items() if count < setting.probes]:
+        each = {"images": lambda name: 1.0, "FLOPs": lambda name: 1 / costs[name], "seconds": rates.get}[setting.budget.kind]
+        steps[arm.name] = int(each(arm.name) * setting.budget.amount / arm.recipe.optim.batch_size)
+    if few := [f"{how_many(count, 'step')} of {name}" for name, count in steps.items() if count < setting.probes]:
         raise ConfigError(f"{setting.budget} are {', '.join(few)}: too few to probe {setting.probes} times")
     return steps
 

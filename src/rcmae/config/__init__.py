@@ -22,10 +22,10 @@ from .toml import (
     shipped_recipes,
     to_toml,
 )  # fmt: skip
-from .units import parse_half_life, parse_time, readable
+from .units import how_many, parse_half_life, parse_time, readable
 
 __all__ = [
     "Images", "Machine", "Network", "Optim", "Probe", "Recipe", "Rules", "Section", "Workplace",
-    "build", "changed", "check", "flags", "flat", "hint", "load_settings", "parse_half_life", "parse_settings", "parse_time", "parse_toml",
-    "readable", "recipe_hash", "replaced", "replaced_by", "sections", "shipped_recipes", "to_toml", "with_settings",
+    "build", "changed", "check", "flags", "flat", "hint", "how_many", "load_settings", "parse_half_life", "parse_settings", "parse_time",
+    "parse_toml", "readable", "recipe_hash", "replaced", "replaced_by", "sections", "shipped_recipes", "to_toml", "with_settings",
 ]  # fmt: skip

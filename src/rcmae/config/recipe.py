@@ -62,7 +62,7 @@ class Images(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Network(Section):
-    """The encoder (a plain timm Vision Transformer) and the decoder that pre-training needs."""
+    """The encoder, a plain timm Vision Transformer."""
 
     model: str = "vit_base_patch16"
     "a named size (see `rcmae list`) or timm:NAME of any plain timm Vision Transformer"
@@ -76,12 +76,6 @@ class Network(Section):
     "encoder attention heads; default: the named size's own"
     registers: int = 0
     "register tokens beside the class token"
-    decoder_width: int | None = None
-    "decoder width; default: the named size's own"
-    decoder_depth: int | None = None
-    "decoder blocks; default: the named size's own"
-    decoder_heads: int | None = None
-    "decoder attention heads; default: the named size's own"
 
     def rules(self) -> Rules:
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "registers")}

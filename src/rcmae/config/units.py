@@ -1,4 +1,4 @@
-"""Lengths of time and half-lives, as one writes them."""
+"""Lengths of time, half-lives and numbers of things, as one writes them."""
 
 import math
 import re
@@ -6,6 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ConfigError
+
+
+def how_many(number: int, what: str) -> str:
+    """'1 image', '2,000 images', '3 classes'."""
+    ending = "" if number == 1 else "es" if what.endswith(("s", "x", "ch")) else "s"
+    return f"{number:,} {what}{ending}"
 
 
 def parse_time(text: str) -> float:

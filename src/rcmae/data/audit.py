@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Group
 from rich.table import Table
 
-from ..config import Recipe
+from ..config import Recipe, how_many
 from ..engine.console import Screen
 from .base import Source
 from .decode import FORMATS, BadImage
@@ -103,7 +103,7 @@ def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_shar
 def _indexed(path: str, recipe: Recipe, screen: Screen) -> Source:
     with screen.progress(f"looking for the images of {path}, %", 100) as tick:
         source = open_source(path, recipe.images.channels, recipe.images.size, recipe.seed, lambda share: tick(int(100 * share)))
-    screen.say(f"{path}: {len(source):,} images ({source.kind})")
+    screen.say(f"{path}: {how_many(len(source), 'image')} ({source.kind})")
     for note in source.notes:
         screen.say(f"note: {note}")
     return source
@@ -174,7 +174,7 @@ def to_json(found: Audit) -> str:
 
 def render(found: Audit) -> Group:
     """For a terminal."""
-    table = Table(title=f"{found.name}: {found.images:,} images ({found.kind})", title_justify="left", show_header=False)
+    table = Table(title=f"{found.name}: {how_many(found.images, 'image')} ({found.kind})", title_justify="left", show_header=False)
     rows = {
         "formats": _counts(found.formats),
         "modes": _counts(found.modes),
@@ -189,7 +189,7 @@ def render(found: Audit) -> Group:
     crop = f"{p['crop_height']:.0f} x {p['crop_width']:.0f}"
     rows["this recipe"] = f"crops of {crop}; {p['smaller_than_crop']:.0%} of the images are smaller and are enlarged"
     if "steps" in p:
-        rows["length"] = f"{p['steps']:,.0f} steps of {p['batch']} images, {p['epochs']:.1f} epochs"
+        rows["length"] = f"{how_many(round(p['steps']), 'step')} of {how_many(p['batch'], 'image')}, {p['epochs']:.1f} epochs"
     elif not p["steps_per_epoch"]:
         rows["length"] = f"none: fewer images than the batch of {p['batch']}; give a smaller --batch-size"
     for name, text in rows.items():

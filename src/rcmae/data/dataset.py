@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..config import how_many
 from ..engine import signals
 from ..errors import DataError, RcmaeError, StorageError
 from .base import Source
@@ -132,7 +133,7 @@ def measure_statistics(
         # Every image counts alike, whatever its size.
         sums, squares, count = sums + mean, squares + square, count + 1
     if not count:
-        raise DataError(f"none of {len(chosen)} sampled images of {source.name} can be read; look with `rcmae check`")
+        raise DataError(f"none of {how_many(len(chosen), 'sampled image')} of {source.name} can be read; look with `rcmae check`")
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 1e-8))
     return tuple(mean.tolist()), tuple(std.tolist())

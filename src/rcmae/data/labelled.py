@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
+from ..config import how_many
 from ..errors import DataError
 from .base import Source, Subset
 from .sources import kind_of, open_source
@@ -69,7 +70,7 @@ def _labels(source: Source) -> Int[np.ndarray, " n"]:
         )
     if (far := source.labels.max(initial=-1)) >= len(source.classes):
         where = source.where(int(source.labels.argmax()))
-        raise DataError(f"{source.name}: {where} has label {far}, but there are {len(source.classes)} classes")
+        raise DataError(f"{source.name}: {where} has label {far}, outside the set's {how_many(len(source.classes), 'class')}")
     return source.labels
 
 
@@ -89,11 +90,11 @@ def _checked(train: Subset, test: Subset, notes: tuple[str, ...]) -> Labelled:
 
 def _unlabelled(source: Source, labels: Int[np.ndarray, " n"]) -> tuple[str, ...]:
     without = int((labels < 0).sum())
-    return (f"{without} of {len(labels)} images of {source.name} have no label and are left out",) if without else ()
+    return (f"left out of {source.name}: {how_many(without, 'image')} of {len(labels):,} without a label",) if without else ()
 
 
 def _count(names: Sequence[str]) -> str:
-    return f"{len(names)} class{'es' if len(names) > 1 else ''}"
+    return how_many(len(names), "class")
 
 
 def _some(names: Sequence[str]) -> str:

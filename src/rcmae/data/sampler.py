@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
+from ..config import how_many
 from ..errors import ConfigError, DataError
 
 Key = tuple[int, int]
@@ -44,7 +45,7 @@ class BatchSampler:
         seed: int = 0,
     ):
         if n < batch_size:
-            raise DataError(f"{n} images are fewer than the batch of {batch_size}; lower --batch-size or add images")
+            raise DataError(f"there is no batch of {batch_size} in {how_many(n, 'image')}; lower --batch-size or add images")
         check_parts(batch_size, world, micro)
         self.n, self.batch_size, self.rank, self.world, self.micro = n, batch_size, rank, world, micro
         self.start, self.stop, self.seed = start, stop, seed

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import how_many
 from ..errors import DataError
 from .base import EXTENSIONS, Asked, Source, Strings, numbered, printable
 from .files import parts_of_folder
@@ -64,7 +65,7 @@ class Shards(Source):
                 places.append((number, offset, size))
                 labels.append(classes.get(name.rpartition(b".")[0], b""))
         if not names:
-            raise DataError(f"{spec} holds no images in {len(shards)} tar files; looked for {' '.join(EXTENSIONS)}")
+            raise DataError(f"{spec} holds no images in {how_many(len(shards), 'tar file')}; looked for {' '.join(EXTENSIONS)}")
         return cls(spec, shards, names, places, labels)
 
     @classmethod

@@ -6,10 +6,11 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import torch
 
 from .. import __version__
 from ..config import Workplace, check, flat, to_toml
-from ..errors import ConfigError, OutOfMemoryError, Preempted, ProcessError, StorageError, first_line
+from ..errors import ConfigError, DataError, OutOfMemoryError, Preempted, ProcessError, StorageError, first_line
 from . import distributed, signals
 from .checkpoint import checkpoints, replace_file
 from .console import Screen
@@ -52,7 +53,7 @@ def run_context(machine: Workplace, out: Path | None, advice: str) -> Iterator[R
         keep_freed_memory()
     with signals.answered(), distributed.joined(device) as world, plain_failures(device, world, advice):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            with owned(out) if world.first else nullcontext(), Screen(world.first) as screen:
+            with own_run(out) if world.first else nullcontext(), Screen(world.first) as screen:
                 try:
                     yield RunContext(out, machine, device, world, screen)
                 except signals.Interrupted as e:
@@ -95,12 +96,34 @@ def owned(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
-    """Write recipe.toml at a fresh start; else compare with the one that is there. Raises ConfigError naming what differs.
+@contextmanager
+def own_run(run: Path) -> Iterator[None]:
+    """`owned`; and what is refused before the first checkpoint, by ConfigError or DataError, leaves the directory as it was, or absent.
 
-    Where the data lies may change: whether it is the same is told by its fingerprint in the checkpoint. A run without any
-    checkpoint has not begun: what an attempt that ended before its first one left is of no meaning, and is replaced.
-    `load` reads the file back.
+    Only the names of unreadable images stay.
+    """
+    made = [path for path in (run, *run.parents) if not path.exists()]
+    there = set(run.iterdir()) if run.is_dir() else set()
+    replaced = {path: path.read_bytes() for path in there if path.name in ("recipe.toml", "metrics.jsonl")}
+    with owned(run):
+        try:
+            yield
+        except (ConfigError, DataError):
+            if not checkpoints(run / "checkpoints"):
+                for path in set(run.iterdir()) - there - set(run.glob("bad_*.jsonl")):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                for path, content in replaced.items():
+                    replace_file(path, content)
+                with suppress(OSError):  # not empty: the names stay
+                    for path in made:
+                        path.rmdir()
+            raise
+
+
+def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
+    """Write recipe.toml at a fresh start; else compare with the one that is there, see `check_same_recipe`.
+
+    A run without any checkpoint has not begun: what an attempt that ended before its first one left is of no meaning, and is replaced.
     """
     path = run / "recipe.toml"
     if not checkpoints(run / "checkpoints"):
@@ -108,7 +131,16 @@ def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
         for path in run.glob("bad_*.jsonl"):
             path.unlink()
         return
-    if not path.exists():  # lost: written again once the checkpoint has told that the recipe is its own
+    check_same_recipe(run, recipe, load)
+
+
+def check_same_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
+    """Raises ConfigError naming what differs from the recipe that a run was begun with, if it has begun. `load` reads the file back.
+
+    Where the data lies may change: whether it is the same is told by its fingerprint in the checkpoint.
+    """
+    path = run / "recipe.toml"
+    if not checkpoints(run / "checkpoints") or not path.exists():  # lost: written again once the checkpoint has told that it is its own
         return
     old, new = flat(load(str(path))), flat(recipe)
     differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if k != "data" and old.get(k) != new.get(k)]

@@ -35,6 +35,11 @@ def warmup_cosine(peak: float, end: float, warmup: float, t: Progress) -> float:
     return cosine(peak, end, (t.fraction - warmup) / (1 - warmup))
 
 
+def share_of_run(share: float) -> str:
+    """A length as a share of the run: '0.50% of the run', '3.2 times the run'."""
+    return f"{share:.2%} of the run" if share <= 1 else f"{share:,.1f} times the run"
+
+
 def usual_log_every(total: int) -> int:
     """Steps between log lines: a hundred lines in a short run, in a long one a line every 50 steps."""
     return min(max(1, total // 100), 50)

@@ -16,13 +16,13 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..config import Images, Network, to_toml
+from ..config import Images, to_toml
 from ..engine.checkpoint import write_folder
 from ..errors import CheckpointError, ConfigError, first_line
 from ..methods.mae import MAERecipe
 from ..methods.mean_teacher import TeacherSettings
 from ..methods.rcmae import RCMAERecipe
-from ..models.autoencoder import SIZES, Autoencoder, build
+from ..models.autoencoder import SIZES, Autoencoder, AutoencoderNetwork, build
 from ..models.backbone import IMAGENET, Backbone
 from ..models.classifier import Classifier
 from .timm_export import PLAIN, export
@@ -100,7 +100,7 @@ def _weights(state: Any, path: Path) -> State:
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 
-def shape_of(state: State, heads: tuple[int, int] | None = None) -> tuple[Images, Network]:
+def shape_of(state: State, heads: tuple[int, int] | None = None) -> tuple[Images, AutoencoderNetwork]:
     """The images and the network that official weights were made for, read off their shapes.
 
     Attention heads leave no trace in the shapes: they come from the named size of the same widths, or from `heads`
@@ -125,18 +125,18 @@ def shape_of(state: State, heads: tuple[int, int] | None = None) -> tuple[Images
                 "give --heads and --decoder-heads"
             )
         heads = known[width, decoder_width]
-    network = Network(
+    network = AutoencoderNetwork(
         model="vit_base_patch16", patch=patch, width=width, depth=depth, heads=heads[0],
         decoder_width=decoder_width, decoder_depth=decoder_depth, decoder_heads=heads[1],
     )  # fmt: skip
     for name, s in SIZES.items():
         full = (s.patch, s.encoder, s.decoder)
         if full == (patch, (width, depth, heads[0]), (decoder_width, decoder_depth, heads[1])):
-            network = Network(model=name)
+            network = AutoencoderNetwork(model=name)
     return Images(size=patch * round(patches**0.5), channels=channels), network
 
 
-def autoencoder(state: State, heads: tuple[int, int] | None = None) -> tuple[Autoencoder, Images, Network]:
+def autoencoder(state: State, heads: tuple[int, int] | None = None) -> tuple[Autoencoder, Images, AutoencoderNetwork]:
     """Official weights as our model, with the settings that build it."""
     images, network = shape_of(state, heads)
     model = build(images, network)

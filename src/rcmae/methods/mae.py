@@ -20,7 +20,7 @@ from ..config import Images, Recipe, Rules, Section
 from ..data.masking import random_order, visible_count
 from ..data.views import flip, random_resized_crop
 from ..engine.schedules import Progress
-from ..models.autoencoder import build
+from ..models.autoencoder import AutoencoderNetwork, build
 from ..models.backbone import Backbone
 from ..models.patches import standardise, take
 from .base import Method
@@ -51,6 +51,7 @@ class MAERecipe(Recipe):
     """What `mae` is told."""
 
     method: str = "mae"
+    network: AutoencoderNetwork = AutoencoderNetwork()
     mae: MAESettings = MAESettings()
 
 
@@ -94,6 +95,12 @@ class MAE(Method):
         gh, gw = self.student.encoder.grid
         self.patches = gh * gw
         self.visible = visible_count(self.patches, recipe.mae.mask_ratio)
+
+    @classmethod
+    def problems(cls, recipe: MAERecipe) -> list[str]:
+        with torch.device("meta"):
+            build(recipe.images, recipe.network)  # raises what does not fit together
+        return []
 
     def views(self) -> CropAndMask:
         return CropAndMask(self.recipe.images, self.patches)
@@ -161,7 +168,8 @@ class MAE(Method):
         if not reference:
             return [("note", f"The reconstruction loss is {loss:.4f}.")]
         explained = 1 - loss / reference["zero"] if reference["zero"] else 0.0  # flat images hold nothing to explain
-        text = f"The reconstruction loss is {loss:.3f}. Guessing nothing would score {reference['zero']:.3f}, so {explained:.0%} of what "
+        share = f"{explained:.0%}" if explained >= 0.005 else "none"
+        text = f"The reconstruction loss is {loss:.3f}. Guessing nothing would score {reference['zero']:.3f}, so {share} of what "
         text += f"is hidden is explained; painting each hidden patch in its own true mean color would score {reference['patch_mean']:.3f}, "
         text += f"and copying the nearest visible patch {reference['nearest_visible']:.3f}. "
         if explained <= 0.02:

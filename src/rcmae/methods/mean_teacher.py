@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..config import Recipe, Rules, Section, parse_half_life, readable
-from ..engine.schedules import Progress, cosine
+from ..engine.schedules import Progress, cosine, share_of_run
 from ..models.backbone import Backbone
 from ..models.teacher import Teacher
 from .base import Method
@@ -123,7 +123,7 @@ class MeanTeacher(Method):
             ("half-life in steps", "half_life_steps", _number),
             ("half-life in images", "half_life_images", _number),
             ("half-life in epochs", "half_life_epochs", _number),
-            ("half-life as a share of the run", "half_life_share", lambda v: "never" if v is None else f"{100 * v:.2f} %"),
+            ("half-life as a share of the run", "half_life_share", lambda v: "never" if v is None else share_of_run(v)),
         )
         kept = "What the teacher kept of itself in a step, measured on its weights, against what the recipe says. The thin line belongs "
         kept += "inside the broad one: above it the teacher stands still, below it moves too often, for example once a micro-batch."

@@ -169,7 +169,11 @@ class RCMAE(MeanTeacher, MAE):
         if abs(ahead) < 0.002:
             text = "Teacher and student reconstruct equally well now, so the teacher neither pulls ahead nor holds back."
             return [*sentences, ("note", text)]
-        text = f"On the same batches the teacher reconstructs {abs(ahead):.1%} {'better' if ahead > 0 else 'worse'} than the student: "
+        text = "On the same batches the teacher "
+        if ahead < -1:
+            text += f"errs {1 - ahead:,.1f} times as much as the student: "
+        else:
+            text += f"reconstructs {abs(ahead):.1%} {'better' if ahead > 0 else 'worse'} than the student: "
         if ahead > 0:
             return [*sentences, ("good", text + "it is ahead, so agreeing with it adds information.")]
         text += f"it lags, so agreeing with it slows the student down (normal early in a run; if it stays, {SHORTER})."

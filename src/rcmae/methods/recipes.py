@@ -1,9 +1,9 @@
 """Recipes of methods: from a file, by name, of another method."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
-from ..config import Recipe, build, check, hint, load_settings, parse_toml, sections, shipped_recipes
+from ..config import Recipe, build, check, flags, hint, load_settings, parse_toml, sections, shipped_recipes
 from ..errors import ConfigError
 from . import METHODS
 
@@ -23,6 +23,11 @@ def parse_recipe(text: str, source: str) -> Recipe:
     for key in tree.keys() - {"method", *sections(cls)}:
         if owners := [name for name, other in METHODS.items() if key in sections(other.recipe_type)]:
             raise ConfigError(f"{source}: [{key}] is a section of {spoken(owners)}; this recipe's method is {method}")
+    for name, part in sections(cls).items():
+        known = {f.name for f in fields(part)}
+        for key in (tree[name].keys() if isinstance(tree.get(name), dict) else set()) - known:
+            if owners := [other for other, kind in METHODS.items() if flags(kind.recipe_type).get(key) == name]:
+                raise ConfigError(f"{source}: {name}.{key} is a setting of {spoken(owners)}; this recipe's method is {method}")
     return check(build(cls, tree, source))
 
 
@@ -35,11 +40,15 @@ def load_recipe(name: str) -> Recipe:
 
 
 def with_method(recipe: Recipe, method: str) -> Recipe:
-    """The recipe for another method: sections that both have are kept, others are left out or as they are by default."""
+    """The recipe for another method: settings that both have are kept, others are left out or as they are by default."""
     cls = recipe_type(method)
     if type(recipe) is cls:
         return recipe
     kept = {name: getattr(recipe, name) for name in (f.name for f in fields(cls)) if name != "method" and hasattr(recipe, name)}
+    for name in sections(cls).keys() & kept.keys():
+        own, given = getattr(cls, name), kept[name]
+        if type(given) is not type(own):  # the network of a method with a decoder, or of one without
+            kept[name] = replace(own, **{f.name: getattr(given, f.name) for f in fields(own) if hasattr(given, f.name)})
     return cls(**kept)
 
 

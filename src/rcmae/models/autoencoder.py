@@ -12,6 +12,18 @@ from .encoder import Encoder, build_vit, timm_vit
 from .patches import take
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderNetwork(Network):
+    """The encoder, a plain timm Vision Transformer, and the decoder that pre-training needs."""
+
+    decoder_width: int | None = None
+    "decoder width; default: the named size's own"
+    decoder_depth: int | None = None
+    "decoder blocks; default: the named size's own"
+    decoder_heads: int | None = None
+    "decoder attention heads; default: the named size's own"
+
+
 @dataclass(frozen=True)
 class Size:
     """A named size: patch side, then (width, depth, heads) of encoder and decoder."""
@@ -66,7 +78,7 @@ def build_encoder(images: Images, network: Network) -> Encoder:
     return Encoder(vit)
 
 
-def build(images: Images, network: Network) -> Autoencoder:
+def build(images: Images, network: AutoencoderNetwork) -> Autoencoder:
     """The auto-encoder of a recipe. Raises ConfigError likewise."""
     encoder = build_encoder(images, network)
     usual = SIZES[network.model].decoder if network.model in SIZES else (256, 4, 8)

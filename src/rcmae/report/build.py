@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, Template
 from markupsafe import Markup, escape
 
-from ..config import flat, recipe_hash
+from ..config import flat, how_many, recipe_hash
 from ..engine.metrics import read_metrics
 from ..engine.run import read_json
 from ..methods import METHODS, Method
@@ -104,11 +104,11 @@ def failure_sentences(train: list[dict], bad: Sequence, bad_test: Sequence = ())
     """What went wrong: steps that were skipped, and images that could not be read, of training and of a test."""
     sentences = []
     if train and train[-1].get("skipped"):
-        sentences.append(("bad", f"{train[-1]['skipped']} steps were not finite and were skipped; they are listed below."))
+        sentences.append(("bad", f"Skipped, as they were not finite: {how_many(train[-1]['skipped'], 'step')}, listed below."))
     if bad:
-        sentences.append(("bad", f"{len(bad)} of the images could not be read and were replaced by others; they are named below."))
+        sentences.append(("bad", f"{how_many(len(bad), 'image')} could not be read, and others were taken instead; named below."))
     if bad_test:
-        text = f"{len(bad_test)} of the test images could not be read: their objects count as missed; they are named below."
+        text = f"{how_many(len(bad_test), 'test image')} could not be read: all objects there count as missed; named below."
         sentences.append(("bad", text))
     return sentences
 

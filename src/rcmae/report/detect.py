@@ -93,8 +93,8 @@ def show_detections(checkpoint: Path, images: Sequence[Path], out: Path, thresho
     """
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold must lie in 0 to 1, not {threshold:g}")
-    loaded = load_detector(checkpoint)
     where = distributed.pick_device(device)
+    loaded = load_detector(checkpoint)
     names = [f"{image.stem}.png" for image in images]
     if double := {name for name in names if names.count(name) > 1}:
         names = [f"{number:03d}-{name}" if name in double else name for number, name in enumerate(names)]

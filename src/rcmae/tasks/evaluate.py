@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from ..config import how_many
 from ..data.labelled import open_labelled
 from ..engine import distributed
 from ..engine.checkpoint import replace_file
 from ..engine.console import Screen
 from ..engine.distributed import World
 from ..engine.run import describe_machine, plain_failures, read_json, write_json
-from ..errors import ConfigError
 from ..interop.load import load, load_classifier, tested_on
 from ..interop.official import read_pth
 from ..models.backbone import Backbone, Pixels
 from ..models.classifier import Classifier
 from .context import EvaluationContext, TaskResult, place, stem
-from .evaluation.base import Evaluation, Task, check_evaluation
+from .evaluation.base import Evaluation, Task
 from .features import identity
 
 ALONE = "backbone"
@@ -50,7 +50,9 @@ def contexts(name: str, task: Task, options: Evaluation, world: World, screen: S
     found = [("classifier", Backbone(whole[0].vit, *_statistics(whole[0])))] if whole else backbones(name, options)
     first, tested = found[0][1], tested_on(name) if whole else None
     data = open_labelled(options.data, options.val, channels=first.channels, size=first.shape[1], tested=tested)
-    screen.say(f"{task.name}: {len(data.train):,} training and {len(data.test):,} test images of {len(data.classes)} classes")
+    screen.say(
+        f"{task.name}: {len(data.train):,} training and {how_many(len(data.test), 'test image')} of {how_many(len(data.classes), 'class')}"
+    )
     for note in data.notes:
         screen.say(f"note: {note}")
     made = [EvaluationContext(name, which, backbone, data, options, device, world, screen, precision, whole) for which, backbone in found]
@@ -85,9 +87,7 @@ def evaluate(name: str, task: Task, options: Evaluation = Evaluation()) -> list[
 
     Works under `torchrun`: ranks share the work of the backbone, the first one fits and writes. Raises the errors of `rcmae.errors`.
     """
-    if wrong := task.problems():
-        raise ConfigError("; ".join(wrong))
-    check_evaluation(options)
+    task.check_settings(name, options)
     device, records = distributed.pick_device(options.device), []
     advice = "try a smaller --batch or --device cpu" if hasattr(task, "batch") else "try --device cpu"
     with distributed.joined(device) as world, plain_failures(device, world, advice), Screen(world.first) as screen:

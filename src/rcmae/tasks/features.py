@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ..config import how_many
 from ..data.dataset import Bad
 from ..data.loader import batches_of
 from ..data.sources import Subset
@@ -125,5 +126,5 @@ def extract(
     whole = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
     readable = whole["readable"].bool().numpy()
     if not readable.any():
-        raise DataError(f"none of the {len(part)} images of {part.name} can be read; look with `rcmae check`")
+        raise DataError(f"none of {how_many(len(part), 'image')} of {part.name} can be read; look with `rcmae check`")
     return ExtractedFeatures(whole["cls"], whole["mean"], part.labels, readable, whole.get("tokens"))

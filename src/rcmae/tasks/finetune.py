@@ -18,7 +18,7 @@ from safetensors.torch import save
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
-from ..config import Workplace, load_settings, parse_settings, recipe_hash, shipped_recipes
+from ..config import Workplace, how_many, load_settings, parse_settings, recipe_hash, shipped_recipes
 from ..data.dataset import Images
 from ..data.loader import batches_of
 from ..data.sources import Source
@@ -108,6 +108,7 @@ def load_finetune(name: str) -> FineTune:
 def check_finetune(s: FineTune) -> FineTune:
     """Refuse impossible values, all problems in one message. Returns the settings."""
     lo, hi = s.crop_scale
+    longest = s.epochs or s.steps or math.inf  # in epochs: a step is one at most, so some are refused before images are counted
     rules = [
         ((s.epochs is None) != (s.steps is None), "give one of epochs and steps"),
         (s.epochs is None or s.epochs > 0, f"epochs must be above 0, not {s.epochs}"),
@@ -123,6 +124,11 @@ def check_finetune(s: FineTune) -> FineTune:
         (s.base_lr > 0, f"base_lr must be above 0, not {s.base_lr}"),
         (s.min_lr >= 0, f"min_lr must be 0 or more, not {s.min_lr}"),
         (s.warmup_epochs >= 0, f"warmup_epochs must be 0 or more, not {s.warmup_epochs}"),
+        (
+            longest <= 0 or s.warmup_epochs < longest,
+            f"warmup_epochs {s.warmup_epochs:g} is not below the length of the run, "
+            + (f"{s.epochs:.2f} epochs" if s.epochs else f"{s.steps} steps"),
+        ),
         (s.weight_decay >= 0, f"weight_decay must be 0 or more, not {s.weight_decay}"),
         (all(0 <= b < 1 for b in s.betas), f"betas must lie in 0 to below 1, not {s.betas}"),
         (s.clip is None or s.clip > 0, f"clip must be above 0, not {s.clip}"),
@@ -177,7 +183,7 @@ def finetune(
     """
     check_finetune(settings)
     if len(classes) < 2:
-        raise DataError(f"{train.name} has {len(classes)} classes; two or more are needed")
+        raise DataError(f"{train.name} has {how_many(len(classes), 'class')}; two or more are needed")
     for source in (train, test):
         check_labels(source, len(classes))
     if settings.randaugment and backbone.vit.in_chans != 3:
@@ -194,7 +200,7 @@ def check_labels(source: Source, classes: int) -> None:
     if source.labels is None:
         raise DataError(f"{source.name} has no labels; give class folders, a list with labels, or shards with .cls files")
     if (odd := np.flatnonzero((source.labels < 0) | (source.labels >= classes))).size:
-        raise DataError(f"{source.where(int(odd[0]))} has no label among the {classes} classes ({odd.size} such images)")
+        raise DataError(f"{source.where(int(odd[0]))} has no label among the {classes} classes ({how_many(odd.size, 'such image')})")
 
 
 def fitted(settings: FineTune, images: int, parts: int = 1) -> FineTune:
@@ -216,7 +222,9 @@ class FineTuning(Supervised):
     ):  # fmt: skip
         s = fitted(settings, len(train), context.world.size * context.machine.accumulate)
         if s.batch_size < settings.batch_size:
-            context.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
+            context.screen.say(
+                f"note: {how_many(len(train), 'training image')}: batches of {s.batch_size} instead of {settings.batch_size}"
+            )
         super().__init__(s, context, train, about)
         self.test_set, self.classes = test, classes
         if s.mixes and self.part % s.mix_group:
@@ -248,7 +256,7 @@ class FineTuning(Supervised):
             "test_labels": _hash(test.labels), "classes": classes,
         }  # fmt: skip
         optimizer = torch.optim.AdamW(groups, lr=s.peak_lr, betas=s.betas, fused=True)
-        images = f"{len(train):,} images of {len(classes)} classes, {len(test):,} to test on"
+        images = f"{how_many(len(train), 'image')} of {how_many(len(classes), 'class')}, {len(test):,} to test on"
         facts = {"train_images": len(train), "test_images": len(test), "classes": len(classes)}
         self.learn(model, optimizer, data, identity(backbone), load_finetune, images, **facts)
 
@@ -302,7 +310,7 @@ class FineTuning(Supervised):
             export(self.model, folder, about, architecture_of(self.model.vit), self.classes)
             best, last = max(h["accuracy"] for h in self.history), self.history[-1]["accuracy"]
             chosen = f" (best of {len(self.history)}, chosen on the test images: {best:.1f} %)" if best > last else ""
-            self.screen.say(f"{last:.1f} % right after {self.step:,} steps{chosen}, {clock(self.seconds)}")
+            self.screen.say(f"{last:.1f} % right after {how_many(self.step, 'step')}{chosen}, {clock(self.seconds)}")
             self.screen.say(f'Load the classifier: timm.create_model("local-dir:{folder}", pretrained=True)')
         return FineTuned(self.model, right, confidence, self.step, self.history, self.seconds)
 

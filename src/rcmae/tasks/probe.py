@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from safetensors.torch import save
 from torch import Tensor
 
-from ..config import Recipe
+from ..config import Recipe, how_many
 from ..data.decode import BadImage
 from ..data.pixels import read_image
 from ..data.sources import Source
@@ -74,6 +74,16 @@ class ProbeSet:
         if tokens is not None and test_tokens is not None:
             right["attentive"] = attentive_right(tokens, self.labels, test_tokens, self.truth)
         return right
+
+
+def fewer(chosen: ProbeSet, source: Source, recipe: Recipe) -> str:
+    """How many images the probes use, in words, where these are fewer than the recipe asks for or some have no label; else empty."""
+    p, unlabelled = recipe.probe, int((source.labels < 0).sum())
+    if len(chosen.train) >= p.probe_train and len(chosen.test) >= p.probe_test and not unlabelled:
+        return ""
+    text = f"the probes are fitted on {how_many(len(chosen.train), 'labelled image')} and scored on {len(chosen.test):,}"
+    text += f" ({p.probe_train:,} and {p.probe_test:,} were asked for)"
+    return text + (f"; {unlabelled:,} of {how_many(len(source), 'image')} without a label" if unlabelled else "")
 
 
 class Probes:

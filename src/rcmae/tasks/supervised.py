@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import recipe_hash
+from ..config import how_many, recipe_hash
 from ..data.sources import Source
 from ..engine.run import RunContext, describe_machine, write_json
 from ..engine.schedules import Progress, spread
@@ -30,7 +30,7 @@ def fitted_batch(batch_size: int, images: int, parts: int, least: int = 1) -> in
         return batch_size
     part = 2 ** (images // parts).bit_length() // 2
     if part < least:
-        raise DataError(f"{images} training images are too few for {parts} parts of a step (ranks x accumulate); start fewer")
+        raise DataError(f"too few for {parts} parts of a step (ranks x accumulate): {how_many(images, 'training image')}; start fewer")
     return part * parts
 
 
@@ -94,7 +94,7 @@ class Supervised(Trainer):
         self.save()
         self.screen.say(f"{self.what} in {self.out}: {parameters / 1e6:.1f} M parameters, {self.images_in_words}")
         epochs = self.total / self.steps_per_epoch
-        self.screen.say(f"{self.total:,} steps ({epochs:.1f} epochs) on {self.device} in {self.precision}")
+        self.screen.say(f"{how_many(self.total, 'step')} ({epochs:.1f} epochs) on {self.device} in {self.precision}")
 
     def update(self, t: Progress) -> Tensor:
         set_lr(self.optimizer, self.rate(t))

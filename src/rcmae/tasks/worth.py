@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 from safetensors.numpy import load_file
 
+from ..config import how_many
 from ..engine import distributed
 from ..engine.console import clock
 from ..engine.run import write_json
@@ -37,12 +38,7 @@ def worth_it(name: str, task: Worth, tuning: Finetune, options: Evaluation, say:
 
     Every arm has the same labels, order and augmentation within a seed. Raises the errors of `rcmae.errors`.
     """
-    if task.seeds < 2:
-        raise ConfigError(f"seeds must be 2 or more for an interval, not {task.seeds}")
-    if wrong := [p for p in task.percents if not 0 < p <= 100]:
-        raise ConfigError(f"percents are shares of the labels, above 0 and up to 100, not {wrong[0]:g}")
-    if "pixels" in (name, *task.against):
-        raise ConfigError("pixels have no weights to fine-tune; give backbones")
+    task.check_settings(name, tuning, options)
     with distributed.joined(distributed.pick_device(options.device)) as world:
         return _worth_it(name, task, tuning, options, say if world.first else lambda text: None)
 
@@ -88,7 +84,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             gain, low, high = row["gain"]
             word = "pre-training paid" if low > 0 else "pre-training did not pay: it is worse" if high < 0 else "can't tell"
             start = next(r for r in rows if r["arm"] == SCRATCH and r["percent"] == row["percent"])
-            text = f"With {row['percent']:g} % of the labels ({row['images']:,} images), {row['arm']}: {word}"
+            text = f"With {row['percent']:g} % of the labels ({how_many(row['images'], 'image')}), {row['arm']}: {word}"
             numbers = f"{np.mean(row['seeds']):.1f} % right, {np.mean(start['seeds']):.1f} % from scratch"
             said.append(f"{text} ({numbers}; {gain:+.1f} points, {low:+.1f} to {high:+.1f}).")
     return said

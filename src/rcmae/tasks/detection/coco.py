@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 from PIL import Image
 
-from ...config import hint
+from ...config import hint, how_many
 from ...data.base import Asked, Source, Strings, printable
 from ...data.decode import PIXEL_LIMIT
 from ...data.files import Files
@@ -164,11 +164,11 @@ class CocoSet(Source):
 def few(whole: CocoSet, count: int, seed: int = 0) -> CocoSet:
     """`count` images of a set: the first of a permutation, so that more of them hold fewer. Raises DataError."""
     if not 0 < count <= len(whole):
-        raise DataError(f"{whole.name} holds {len(whole):,} images, of which {count:,} cannot be taken")
+        raise DataError(f"{whole.name} holds {how_many(len(whole), 'image')}, of which {count:,} cannot be taken")
     part = copy.copy(whole)
     part.chosen = whole.chosen[np.random.Generator(np.random.Philox(key=seed, counter=[0, 6, 0, 0])).permutation(len(whole))[:count]]
     if not any(part.trained[part._rows(i)].any() for i in range(count)):
-        raise DataError(f"{count:,} images of {whole.name}, taken with seed {seed}, hold no object; take more")
+        raise DataError(f"no object in {how_many(count, 'image')} of {whole.name}, taken with seed {seed}; take more")
     return part
 
 

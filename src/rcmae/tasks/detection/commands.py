@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...config import Workplace, recipe_hash, replaced, shipped_recipes
+from ...config import Workplace, check, recipe_hash, replaced, shipped_recipes
 from ...data.dataset import Bad
 from ...data.sources import recipe_for
 from ...engine import distributed
@@ -15,12 +15,12 @@ from ...engine.console import Screen
 from ...engine.run import describe_machine, plain_failures, write_json
 from ...errors import ConfigError, DataError
 from ...interop.load import load
-from .average_precision import evaluate, kinds_of, load_results
+from .average_precision import evaluate, kinds_of, library, load_results
 from .coco import CocoSet, few, open_coco, open_test
 from .files import Loaded, load_detector
 from .model import export_pyramid
 from .predict import predict
-from .settings import Detect, Detection, Scoring, check_detect, check_scoring, load_detect
+from .settings import Detect, Detection, Scoring, check_detect, check_detection, check_scoring, load_detect
 from .train import train
 from .windows import check_backbone
 
@@ -32,12 +32,16 @@ def train_detector(name: str, options: Detection, machine: Workplace) -> Path | 
 
     Returns the run directory, or None on ranks but the first. Raises the errors of `rcmae.errors`.
     """
+    check(machine)
+    check_detection(options)
+    device = distributed.pick_device(machine.device)
     recipe = options.recipe or (suited if (suited := recipe_for(options.data)) in shipped_recipes("detection") else "vitdet-base")
     settings = settings_of(recipe, options.settings)
     backbone = load(name, options.which, options.heads, settings.seed)
     if options.recipe is None and recipe == "vitdet-base" and backbone.vit.embed_dim >= 1024:
         recipe = "vitdet-large"
         settings = settings_of(recipe, options.settings)
+    library()
     check_backbone(backbone.vit, settings)  # before annotations are read, which takes minutes of a large set
     images, test = open_coco(options.data, options.val, channels=backbone.channels)
     if options.images is not None:
@@ -51,7 +55,7 @@ def train_detector(name: str, options: Detection, machine: Workplace) -> Path | 
         "recipe": recipe,
     }
     out = machine.out or place(name, options.which)
-    with distributed.joined(distributed.pick_device(machine.device)) as world:
+    with distributed.joined(device) as world:
         for line in (f"recipe {recipe}", *(f"note: {note}" for note in (*images.notes, *test.notes))):
             Screen(world.first).say(line)
         train(backbone, images, test, settings, replace(machine, out=out), about)
@@ -81,9 +85,9 @@ def score_detector(checkpoint: Path, options: Scoring) -> dict[str, Any] | None:
     on ranks but the first. Raises the errors of `rcmae.errors`.
     """
     check_scoring(options)
+    device = distributed.pick_device(options.device)
     loaded = load_detector(checkpoint)
     data = options.data or loaded.about.get("val_name") or loaded.about.get("data_name") or Detection.data
-    device = distributed.pick_device(options.device)
     precision = distributed.pick_precision(options.precision, device)
     channels = loaded.model.mean.shape[1]
     test = open_test(data, channels=channels)

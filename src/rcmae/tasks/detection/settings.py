@@ -91,6 +91,10 @@ def check_detect(s: Detect) -> Detect:
         (sorted(set(s.scales), reverse=True) == list(s.scales), f"scales go from fine to coarse, each once, unlike {s.scales}"),
         (0 <= s.drop_path < 1, f"drop_path must lie in 0 to below 1, not {s.drop_path}"),
         (0 < s.layer_decay <= 1, f"layer_decay must be above 0 and at most 1, not {s.layer_decay}"),
+        (
+            not s.steps or s.steps < 0 or s.warmup_steps < s.steps,
+            f"warmup_steps {s.warmup_steps} is not below the run's {s.steps} steps; give --settings warmup_steps=N",
+        ),
         (all(0 <= b < 1 for b in s.betas), f"betas must lie in 0 to below 1, not {s.betas}"),
         (s.clip is None or s.clip > 0, f"clip must be above 0, not {s.clip}"),
     ]
@@ -145,7 +149,18 @@ class Scoring:
     "where results go; default: CHECKPOINT/eval"
 
 
+def check_detection(d: Detection) -> None:
+    """Refuse impossible values. Raises ConfigError."""
+    above = {"images": d.images, "heads": d.heads}
+    if problems := [f"{name} must be 1 or more, not {value}" for name, value in above.items() if value is not None and value < 1]:
+        raise ConfigError("; ".join(problems))
+
+
 def check_scoring(s: Scoring) -> None:
     """Refuse impossible values. Raises ConfigError."""
-    if s.batch < 1 or (s.workers is not None and s.workers < 0):
-        raise ConfigError(f"batch must be 1 or more and workers 0 or more, not {s.batch} and {s.workers}")
+    rules = [
+        (s.batch >= 1, f"batch must be 1 or more, not {s.batch}"),
+        (s.workers is None or s.workers >= 0, f"workers must be 0 or more, not {s.workers}"),
+    ]
+    if problems := [message for fine, message in rules if not fine]:
+        raise ConfigError("; ".join(problems))

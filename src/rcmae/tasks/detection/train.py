@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import Workplace, recipe_hash
+from ...config import Workplace, how_many, recipe_hash
 from ...data.supervised import path_seed
 from ...engine.checkpoint import replace_file
 from ...engine.console import clock
@@ -77,10 +77,12 @@ class DetectionTraining(Supervised):
     def __init__(self, backbone: Backbone, train: CocoSet, test: CocoSet, settings: Detect, context: RunContext, about: dict[str, Any]):
         s = replace(settings, batch_size=fitted_batch(settings.batch_size, len(train), context.world.size * context.machine.accumulate))
         if s.batch_size < settings.batch_size:
-            context.screen.say(f"note: {len(train)} training images: batches of {s.batch_size} instead of {settings.batch_size}")
+            context.screen.say(
+                f"note: {how_many(len(train), 'training image')}: batches of {s.batch_size} instead of {settings.batch_size}"
+            )
         super().__init__(s, context, train, about)
         if full := int((train.counts() > s.max_instances).sum()):
-            said = f"note: {full:,} training images show more than {s.max_instances} objects"
+            said = f"note: more than {how_many(s.max_instances, 'object')} in {how_many(full, 'training image')}"
             context.screen.say(f"{said}; a view marks no more, what else it shows passes for background (--settings max_instances=N)")
         if s.warmup_steps >= self.total:
             raise ConfigError(f"warmup_steps {s.warmup_steps} is not below the run's {self.total} steps; give --settings warmup_steps=N")
@@ -101,7 +103,7 @@ class DetectionTraining(Supervised):
         self.bad_test = self.bad_files(len(test), "bad_test_files.jsonl")
         self.scored: tuple[list[dict[str, Any]], Precision, Precision] | None = None
         data = {"train": train.fingerprint(), "test": test.fingerprint(), "classes": train.classes}
-        images = f"{len(train):,} images of {len(train.classes)} classes, {len(test):,} to test on"
+        images = f"{how_many(len(train), 'image')} of {how_many(len(train.classes), 'class')}, {len(test):,} to test on"
         facts = {"train_images": len(train), "test_images": len(test), "classes": len(train.classes)}
         self.learn(model, optimizer, data, identity(backbone), load_detect, images, **facts)
 
@@ -166,5 +168,7 @@ class DetectionTraining(Supervised):
             export(self.model, folder, self.images, self.recipe, self.architecture, about)
             write_examples(self.out / "examples.safetensors", self.test_set, results, self.channels)
             last = {name: value for name, value in self.history[-1].items() if name not in ("step", "epoch")}
-            self.screen.say(f"{self.format_scores(last)} after {self.step:,} steps, {clock(self.seconds)}; the detector is in {folder}")
+            self.screen.say(
+                f"{self.format_scores(last)} after {how_many(self.step, 'step')}, {clock(self.seconds)}; the detector is in {folder}"
+            )
         return Detected(self.model, results, box, mask, self.history)

@@ -78,6 +78,12 @@ class Task:
         """What is impossible about its settings, a phrase each. By default numbers must be above 0."""
         return [f"{name} must be above 0, not {x:g}" for name, x in self.numbers() if not x > 0]
 
+    def check_settings(self, backbone: str, options: Evaluation) -> None:
+        """Refuse, by ConfigError and before anything is loaded, what is impossible whatever the images are."""
+        if wrong := self.problems():
+            raise ConfigError("; ".join(wrong))
+        check_evaluation(options)
+
     def numbers(self) -> list[tuple[str, float]]:
         """The numbers among its settings, by name."""
         values = [(f.name, getattr(self, f.name)) for f in fields(self)]

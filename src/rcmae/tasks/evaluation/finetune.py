@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
-from .base import Task
+from .base import Evaluation, Task
 
 if TYPE_CHECKING:
     from ..context import EvaluationContext, TaskResult
+    from ..finetune import FineTune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +35,18 @@ class Finetune(Task):
     def numbers(self) -> list[tuple[str, float]]:
         return [(name, x) for name, x in super().numbers() if name != "bad_share"]  # which may be 0
 
-    def required_features(self, context: "EvaluationContext") -> None:
-        return None
-
-    def run(self, context: "EvaluationContext") -> "TaskResult":
-        """The run lies beside the results; the last step is the result."""
-        from ...config import Workplace, replaced
-        from ...data.sources import recipe_for
-        from ...models.backbone import Pixels
-        from ..context import TaskResult, place, stem
-        from ..finetune import check_finetune, finetune, load_finetune
-        from ..robustness.metrics import ece
-
-        options = context.options
-        if isinstance(context.backbone, Pixels):
+    def check_settings(self, backbone: str, options: Evaluation) -> None:
+        super().check_settings(backbone, options)
+        if backbone == "pixels":
             raise ConfigError("pixels have no weights to fine-tune; give a backbone, or scratch:BACKBONE for new weights")
+        self.chosen(options)
+
+    def chosen(self, options: Evaluation) -> tuple[str, "FineTune"]:
+        """The recipe's name, and what it is with the settings that replace some of it. Raises ConfigError."""
+        from ...config import replaced
+        from ...data.sources import recipe_for
+        from ..finetune import check_finetune, load_finetune
+
         name = self.recipe or recipe_for(options.data)
         recipe = load_finetune(name)
         if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in self.settings):
@@ -56,7 +54,20 @@ class Finetune(Task):
         recipe = replaced(recipe, self.settings, name)
         if recipe.seed:
             raise ConfigError(f"{name} and its settings say seed {recipe.seed}; leave it out there, --seed gives it")
-        recipe = check_finetune(replace(recipe, seed=options.seed))
+        return name, check_finetune(replace(recipe, seed=options.seed))
+
+    def required_features(self, context: "EvaluationContext") -> None:
+        return None
+
+    def run(self, context: "EvaluationContext") -> "TaskResult":
+        """The run lies beside the results; the last step is the result."""
+        from ...config import Workplace
+        from ..context import TaskResult, place, stem
+        from ..finetune import finetune
+        from ..robustness.metrics import ece
+
+        options = context.options
+        name, recipe = self.chosen(options)
         out = place(context.name, options) / stem(self.name, context.which, options)
         machine = Workplace(
             out=out, device=options.device, precision=options.precision, workers=options.workers, accumulate=self.accumulate,

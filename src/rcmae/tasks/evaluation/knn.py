@@ -38,6 +38,7 @@ class KNN(Task):
         """At every k. Raises ConfigError when one that was chosen is larger than the number of readable training images."""
         import torch
 
+        from ...config import how_many
         from ..context import ProbedModel, TaskResult
         from ..knn import Knn, check_k
 
@@ -45,7 +46,7 @@ class KNN(Task):
         train, labels = context.fitted_on()
         if ks == KS and len(labels) < max(KS):
             ks = tuple(k for k in KS if k <= len(labels)) or (len(labels),)
-            context.screen.say(f"note: {len(labels)} training images: k of {', '.join(map(str, ks))} only")
+            context.screen.say(f"note: {how_many(len(labels), 'training image')}: k of {', '.join(map(str, ks))} only")
         check_k(ks, len(labels))
         test = context.features("test")
         near = Knn(

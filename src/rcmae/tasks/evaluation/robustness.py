@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...config import how_many
 from ...errors import ConfigError
 from .attentive import Attentive
 from .base import Task
@@ -55,6 +56,10 @@ class Robustness(Task):
     real: Path | None = None
     "ImageNet's validation images, to be scored by their reassessed labels (ReaL)"
 
+    def problems(self) -> list[str]:
+        sizes = [f"{eps:g}" for eps in self.eps]
+        return super().problems() + [f"eps has a size twice: {', '.join(sizes)}"] * (len(set(sizes)) < len(sizes))
+
     def check(self, context: "EvaluationContext") -> None:
         from ..robustness.study import check
 
@@ -93,5 +98,6 @@ class Robustness(Task):
         """A probe on the backbone, and what is recorded of it."""
         task = KNN(k=(min(20, len(context.fitted_on()[1])),)) if self.probe == "knn" else PROBES[self.probe]
         found = task.run(context)
-        context.screen.say(f"fitted: {self.probe} probe, on {len(context.part('train')):,} images: {found.metrics['top1']:.1f} % right")
+        images = how_many(len(context.part("train")), "image")
+        context.screen.say(f"fitted: {self.probe} probe, on {images}: {found.metrics['top1']:.1f} % right")
         return found.model, {"probe_settings": found.settings | {"precision": context.precision}}

@@ -10,7 +10,6 @@ from torch import nn
 
 from ...data.sources import Source, Subset
 from ...engine.console import Screen
-from ...errors import ConfigError
 from ..evaluation.robustness import Robustness
 from . import metrics, sets
 from .adversarial import Attack, fgsm, pgd
@@ -27,16 +26,12 @@ class Study(NamedTuple):
 
 
 def attacks_of(task: Robustness) -> list[Attack]:
-    """FGSM and PGD at each size. Raises ConfigError."""
-    sizes = [f"{eps:g}" for eps in task.eps]
-    if len(set(sizes)) < len(sizes):
-        raise ConfigError(f"eps has a size twice: {', '.join(sizes)}")
+    """FGSM and PGD at each size."""
     return [attack for eps in task.eps for attack in (fgsm(eps), pgd(eps, task.pgd_steps, restarts=task.restarts))]
 
 
 def check(task: Robustness, classes: list[str], shape: tuple[int, int]) -> None:
     """What can be refused before anything is fitted, as sets that are not whole. Raises ConfigError or DataError."""
-    attacks_of(task)
     if task.imagenet_c:
         sets.check_imagenet_c(task.imagenet_c, classes, shape)
     every = metrics.imagenet_classes()
