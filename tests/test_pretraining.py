@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-import rcmae.pretraining as pretraining
+from rcmae import pretraining, step_time
 from rcmae.config import Machine
 from rcmae.engine import signals
 from rcmae.engine.checkpoint import checkpoints
@@ -29,6 +29,7 @@ from rcmae.engine.metrics import read_metrics
 from rcmae.engine.schedules import spread, usual_log_every
 from rcmae.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError
 from rcmae.interop.load import load
+from rcmae.lab import snapshots
 from rcmae.tasks.probe import Probes
 from rcmae.trainer import Trainer
 from tests.conftest import ROOT, small, stop_at
@@ -301,20 +302,20 @@ def test_divergence_ends_with_the_last_good_checkpoint(tmp_path, folder, monkeyp
 
 
 def test_time_is_a_number_of_steps_that_is_then_fixed(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(pretraining.Pretraining, "measure_step", lambda self: 0.5)
+    monkeypatch.setattr(step_time, "measure_step", lambda run: 0.5)
     result = run(tmp_path / "run", folder, steps=None, time="8s")
     assert 8 <= result.step <= 15
     assert json.loads((tmp_path / "run" / "machine.json").read_text())["steps"] == result.step
 
 
 def test_measuring_a_step_leaves_no_trace(tmp_path, folder, straight, monkeypatch):
-    plan = pretraining.Pretraining.plan
+    begin = pretraining.Pretraining.begin
 
-    def measured(self, seconds):
-        assert self.measure_step(1, 3) > 0
-        return plan(self, seconds)
+    def measured(self):
+        assert step_time.measure_step(self, 1, 3) > 0
+        begin(self)
 
-    monkeypatch.setattr(pretraining.Pretraining, "plan", measured)
+    monkeypatch.setattr(pretraining.Pretraining, "begin", measured)
     run(tmp_path / "run", folder, steps=12)
     assert weights(tmp_path / "run") == weights(straight)
 
@@ -375,7 +376,7 @@ def test_whatever_number_of_probes_is_asked_for_is_made(total, count):
     milestones = pretraining.Pretraining.milestone_steps(run)
     probes = sorted(run.probe_steps)
     assert len(probes) == min(count, total)
-    assert set(probes) | spread(total, pretraining.SNAPSHOTS) == milestones
+    assert set(probes) | spread(total, snapshots.SNAPSHOTS) == milestones
     assert all(1 <= step <= total for step in milestones)
     if count:
         gaps = np.diff([0, *probes])
@@ -481,7 +482,7 @@ def test_probes_say_on_how_many_images_they_are_where_these_are_few(tmp_path, fo
 
 
 def test_a_time_that_setting_up_has_eaten_is_refused_with_what_it_needs(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(pretraining.Pretraining, "measure_step", lambda self: 0.5)
+    monkeypatch.setattr(step_time, "measure_step", lambda run: 0.5)
     with pytest.raises(ConfigError, match=r"--time 4s holds \d steps: .*a step 0.50 s; give --time 1m, which holds 100 steps$"):
         run(tmp_path / "run", folder, steps=None, time="4s")
     with pytest.raises(ConfigError, match="or fewer --probes"):
@@ -490,7 +491,7 @@ def test_a_time_that_setting_up_has_eaten_is_refused_with_what_it_needs(tmp_path
 
 @pytest.mark.parametrize("there", [False, True])
 def test_a_refusal_before_the_first_step_leaves_the_directory_as_it_was(tmp_path, folder, monkeypatch, there):
-    monkeypatch.setattr(pretraining.Pretraining, "measure_step", lambda self: 0.5)
+    monkeypatch.setattr(step_time, "measure_step", lambda run: 0.5)
     out, own = tmp_path / "runs" / "mine", {"notes.txt": "mine", "recipe.toml": "an older attempt's", "metrics.jsonl": "and its lines"}
     if there:
         out.mkdir(parents=True)

@@ -6,7 +6,6 @@
 """
 
 import contextlib
-import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,37 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from .config import Machine, Recipe, check, how_many, parse_time, recipe_hash
-from .data.dataset import Images, collate, measure_statistics
+from .config import Machine, Recipe, check, how_many, recipe_hash
+from .data.dataset import Images, measure_statistics
 from .data.loader import batches_of
 from .data.sampler import check_parts
 from .data.sources import Source, open_source
-from .engine.checkpoint import replace_file
 from .engine.console import Screen, clock
 from .engine.metrics import read_metrics
 from .engine.optim import adamw, linear_rule
 from .engine.run import ADVICE, RunContext, check_same_recipe, describe_machine, run_context, write_json
 from .engine.schedules import Progress, cosine, share_of_run, spread, warmup_cosine
-from .engine.step import LogWindow, Mean, clip_gradients, conditional_step, set_lr, set_weight_decay
+from .engine.step import Mean, clip_gradients, conditional_step, set_lr, set_weight_decay
 from .errors import AlarmError, ConfigError, DataError, first_line
 from .interop.timm_export import PLAIN, export
 from .lab.alarms import Alarm
+from .lab.snapshots import SNAPSHOTS, first_batch, save_reconstructions
 from .lab.watch import Watch
 from .methods import METHODS, Method
 from .methods.recipes import load_recipe, recipe_type
 from .models.backbone import usual_statistics
 from .report import write_report
+from .step_time import steps_within
 from .tasks.probe import Probes, Scores, fewer, probe_set
 from .trainer import Trainer
-
-SNAPSHOTS = 6
-"Times that reconstructions are kept during a run."
-
-FEWEST = 10
-"Steps below which a run of a given time is refused."
 
 SHORTEST = 0.99
 "Half-life in steps below which a teacher is noted to be nearly the student: one step, but for rounding."
@@ -120,9 +113,11 @@ class Pretraining(Trainer):
                 module.compile()
         return method.to(self.device)
 
+    def dataset(self) -> Images:
+        return Images(self.images, self.method.views(), self.seed, self.recipe.images.channels)
+
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        dataset = Images(self.images, self.method.views(), self.seed, self.recipe.images.channels)
-        return batches_of(dataset, self.sampler(start, stop), self.images, self.machine.workers, self.device, self.bad.note)
+        return batches_of(self.dataset(), self.sampler(start, stop), self.images, self.machine.workers, self.device, self.bad.note)
 
     # --- the step -------------------------------------------------------------------------------------------------------
 
@@ -158,7 +153,10 @@ class Pretraining(Trainer):
                 self.screen.say(f"note: {note}")
             baselines, seconds = self.probes.baselines(self.method.backbone("student"))
             self.method.train()
-        self.total = self.plan(self.recipe.probe.probes * len(self.method.networks) * seconds)
+        if given := self.recipe.time:
+            self.total = steps_within(self, given, self.recipe.probe.probes * len(self.method.networks) * seconds, self.began)
+        else:
+            self.total = self.recipe.total_steps(len(self.images))
         parameters = sum(p.numel() for p in self.method.student.parameters())
         about = describe_machine(self.device, self.precision) | {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "parameters": parameters, "ranks": self.world.size,
@@ -171,7 +169,7 @@ class Pretraining(Trainer):
             for kind, values in {"floor": baselines, "reference": self.method.references(self.fixed)}.items():
                 if values:
                     self.write(kind, **values)
-            self.save_reconstructions()
+            save_reconstructions(self.method, self.fixed, self.step, self.out / "snapshots")
         self.save()
         self.report()
         images = f"{how_many(len(self.images), 'image')} of {self.recipe.data}"
@@ -192,44 +190,6 @@ class Pretraining(Trainer):
         if baselines:
             f = {k: v["linear"] for k, v in baselines.items()}
             self.screen.say(f"floors of the linear probe: raw pixels {f['raw_pixels']:.1f} %, untrained {f['untrained']:.1f} %")
-
-    def plan(self, probing: float) -> int:
-        """The number of optimizer steps, from steps, epochs or time, of which `probing` seconds will not be trained.
-
-        Raises ConfigError when too few steps fit into a time, with what would hold them.
-        """
-        r = self.recipe
-        if r.time is None:
-            return r.total_steps(len(self.images))
-        step, given = self.measure_step(), parse_time(r.time)
-        step, setup, probing = self.world.from_first((step, time.monotonic() - self.began, probing))  # all ranks decide alike
-        steps = int(0.95 * (given - setup - probing) / step)
-        if steps < FEWEST:
-            need = setup + probing + 100 * step / 0.95
-            text = f"--time {r.time} holds {how_many(max(steps, 0), 'step')}: setting up took {setup:.0f} s, "
-            text += f"the probes of the run take {probing:.0f} s "
-            text += f"and a step {step:.2f} s; give --time {-int(-need // 60)}m, which holds 100 steps"
-            raise ConfigError(text + (", or fewer --probes" if probing else ""))
-        self.screen.say(f"{r.time} hold about {steps:,} steps of {1000 * step:.0f} ms")
-        return steps
-
-    def measure_step(self, warm: int = 5, timed: int = 15) -> float:
-        """Seconds an optimizer step takes here (median), measured on the real step; weights and optimizer are put back."""
-        kept = copy.deepcopy(self.method.state_dict())
-        self.window, times = LogWindow(self.device), []
-        self.batches = self.loader(0, warm + timed)
-        with self.screen.progress("measuring the time of a step", warm + timed) as tick:
-            for step in range(warm + timed):
-                start = time.monotonic()
-                self.update(Progress(step, 10 * (warm + timed), self.steps_per_epoch))
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                times.append(time.monotonic() - start)
-                tick(step + 1)
-        self.method.load_state_dict(kept)
-        self.optimizer.state.clear()
-        self.batches = iter(())  # its loader processes end
-        return sorted(times[warm:])[timed // 2]
 
     # --- on the way -----------------------------------------------------------------------------------------------------
 
@@ -289,7 +249,7 @@ class Pretraining(Trainer):
     def record(self, found: tuple[float | None, dict[str, Scores]]) -> None:
         lidar, scores = found
         if self.world.first:
-            self.save_reconstructions()
+            save_reconstructions(self.method, self.fixed, self.step, self.out / "snapshots")
         if lidar:
             self.write("health", lidar=lidar)
         if scores:
@@ -306,25 +266,7 @@ class Pretraining(Trainer):
 
     @cached_property
     def fixed(self) -> dict[str, Tensor]:
-        """The first images with their masks, the same whenever one looks."""
-        dataset, count = Images(self.images, self.method.views(), self.seed, self.recipe.images.channels), min(64, len(self.images))
-        samples = []
-        with self.screen.progress("reading the images whose reconstructions are kept", count) as tick:
-            for i in range(count):
-                samples.append(dataset[(0, i)])
-                tick(i + 1)
-        batch = collate(samples)
-        batch.pop("bad", None)
-        return {k: v.to(self.device) for k, v in batch.items()}
-
-    @torch.no_grad()
-    def save_reconstructions(self, count: int = 6) -> None:
-        """Keep the reconstructions of the first images for the report, if the method makes any."""
-        tensors, facts = self.method.snapshot({k: v[:count] for k, v in self.fixed.items()})
-        if tensors:
-            (self.out / "snapshots").mkdir(exist_ok=True)
-            tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
-            replace_file(self.out / "snapshots" / f"{self.step:08d}.safetensors", save(tensors, facts | {"step": str(self.step)}))
+        return first_batch(self.dataset(), self.device, self.screen)
 
     # --- what is kept ---------------------------------------------------------------------------------------------------
 
@@ -367,7 +309,7 @@ class Pretraining(Trainer):
         self.close()
         if self.world.first:
             self.report()
-            summarize(self.out, self.screen)
+            show_table(self.out, self.screen)
             self.screen.say(f"{clock(self.seconds)} for {how_many(self.step, 'step')}. Open {self.out / 'report.html'}")
             self.screen.say(
                 f'Load the backbone: timm.create_model("local-dir:{self.out / "export" / self.method.networks[-1]}", pretrained=True)'
@@ -386,15 +328,3 @@ def open_images(recipe: Recipe, screen: Screen) -> Source:
         have = f"{recipe.data} holds {how_many(len(images), 'image')}, fewer than the batch of {batch}"
         raise DataError(f"{have}; give --batch-size {2 ** (max(len(images), 1).bit_length() - 1)} or more images")
     return images
-
-
-def summarize(run: Path, screen: Screen) -> None:
-    """The last table: the baselines, then every network."""
-    lines = read_metrics(run)
-    floor = next((line for line in lines if line["kind"] == "floor"), None)
-    probe = next((line for line in reversed(lines) if line["kind"] == "probe"), None)
-    if floor and probe:
-        rows = {"raw pixels": floor["raw_pixels"], "untrained encoder": floor["untrained"]}
-        rows |= {name: scores for name, scores in probe.items() if isinstance(scores, dict)}
-        table = [[name, f"{s['linear']:.1f}", f"{s['knn']:.1f}"] for name, s in rows.items()]
-        screen.table(f"Percent right at step {probe['step']:,}, on mean-pooled patches", ["", "linear probe", "k-NN"], table)

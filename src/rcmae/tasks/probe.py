@@ -19,6 +19,8 @@ from ..data.pixels import read_image
 from ..data.sources import Source
 from ..data.views import center
 from ..engine.checkpoint import replace_file
+from ..engine.console import Screen
+from ..engine.metrics import read_metrics
 from ..models.backbone import Backbone
 from .attentive_probe import attentive_right
 from .features import features
@@ -155,3 +157,15 @@ def _read(source: Source, indices: np.ndarray, recipe: Recipe, progress: ShowPro
             labels.append(source.labels[i])
     shape = (0, recipe.images.channels, *recipe.images.shape)
     return torch.stack(images) if images else torch.zeros(shape, dtype=torch.uint8), np.array(labels, dtype=np.int64)
+
+
+def show_table(run: Path, screen: Screen) -> None:
+    """The last table: the baselines, then every network."""
+    lines = read_metrics(run)
+    floor = next((line for line in lines if line["kind"] == "floor"), None)
+    probe = next((line for line in reversed(lines) if line["kind"] == "probe"), None)
+    if floor and probe:
+        rows = {"raw pixels": floor["raw_pixels"], "untrained encoder": floor["untrained"]}
+        rows |= {name: scores for name, scores in probe.items() if isinstance(scores, dict)}
+        table = [[name, f"{s['linear']:.1f}", f"{s['knn']:.1f}"] for name, s in rows.items()]
+        screen.table(f"Percent right at step {probe['step']:,}, on mean-pooled patches", ["", "linear probe", "k-NN"], table)
