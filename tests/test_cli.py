@@ -62,9 +62,9 @@ FAILURES = [
     (
         ["pretrain", "--schedule", "cosine", "--half-life", "5%"],
         2,
-        "half_life has no effect under schedule cosine: leave it out, or give schedule half-life",
+        "--half-life has no effect under schedule cosine: leave it out, or give schedule half-life",
     ),
-    (["pretrain", "rcmae-vits16-in1k", "--half-life", "5%"], 2, "half_life has no effect under schedule constant"),
+    (["pretrain", "rcmae-vits16-in1k", "--half-life", "5%"], 2, "--half-life has no effect under schedule constant"),
     (["pretrain", "--schedule", "cosine", "--data", "{tmp}/nowhere"], 3, "{tmp}/nowhere does not exist"),
     (["pretrain", "{tmp}/latin.toml"], 2, "latin.toml is not UTF-8 text"),
     (["pretrain", "--mask-ratio", "1.0", "--warmup", "2"], 2, "not 2.0; --mask-ratio must lie between 0 and 1, not 1.0"),

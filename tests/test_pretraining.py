@@ -324,6 +324,12 @@ def test_epochs_count_whole_batches(tmp_path, folder):
     assert run(tmp_path / "run", folder, steps=None, epochs=2.0).step == 10
 
 
+def test_one_image_is_enough_for_a_run(tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.effect_noise((20, 20), 50).convert("RGB").save(tmp_path / "one" / "a.png")
+    assert run(tmp_path / "run", tmp_path / "one", batch_size=1).step == 6
+
+
 def test_too_few_images_is_told_with_numbers(tmp_path, folder):
     with pytest.raises(DataError, match="holds 40 images, fewer than the batch of 64; give --batch-size 32"):
         run(tmp_path / "run", folder, batch_size=64)

@@ -497,6 +497,7 @@ def evaluate_worth_it(
     if any(getattr(options, name) != getattr(Compared, name) for name in ("which", "labels", "seed")):
         raise ConfigError("worth-it compares all networks, at --percents and over --seeds; leave out --which, --labels and --seed")
     task.check_settings(backbone, tuning, options)
+    _load_libraries()
 
     from rich.table import Table
 
@@ -520,7 +521,8 @@ def evaluate_worth_it(
 def _evaluate(backbone: str, task: Task, options: Evaluation) -> None:
     if options.out:
         _check_folder(options.out)
-    task.check_settings(backbone, options)  # before torch is loaded, which takes seconds
+    task.check_settings(backbone, options)
+    _load_libraries()
 
     from rich.table import Table
 
@@ -724,19 +726,18 @@ def main(argv: Sequence[str] | None = None, program: bool = False) -> int:
 def _run(argv: list[str]) -> int:
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
-    first = os.environ.get("RANK", "0") == "0"
     waits = bool(argv) and argv[0] in WAITS and not {"--help", "-h"} & set(argv)
-    if waits and first:
+    if waits and _first_rank():
         print(f"rcmae {' '.join(argv)}", flush=True)  # the first line within a second, whatever is loaded after it
     try:
         if argv[:1] == ["pretrain"]:
-            _load_libraries(first)  # its options depend on what they hold; the others refuse a wrong option without waiting for them
+            _load_libraries()  # its options depend on what they hold; the others refuse a wrong option without waiting for them
             app.config = _pretrain_defaults(argv)
         else:
             app.config = ()
         command, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
-        if waits:
-            _load_libraries(first)
+        if waits and argv[0] != "evaluate":  # which looks at the values of its options first
+            _load_libraries()
         result = command(*bound.args, **bound.kwargs)
     except CycloptsError as e:
         return _fail(" ".join(str(e).split()), 2)
@@ -763,9 +764,15 @@ def _run(argv: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _load_libraries(first: bool) -> None:
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _load_libraries() -> None:
     """It takes 5 seconds, the first time after an installation a minute."""
-    with Screen(first).progress("loading PyTorch and other libraries", len(LIBRARIES)) as tick:
+    if all(name in sys.modules for name in LIBRARIES):
+        return
+    with Screen(_first_rank()).progress("loading PyTorch and other libraries", len(LIBRARIES)) as tick:
         for done, name in enumerate(LIBRARIES, 1):
             import_module(name)
             tick(done)

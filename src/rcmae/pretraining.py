@@ -37,7 +37,7 @@ from .methods.recipes import load_recipe, recipe_type
 from .models.backbone import usual_statistics
 from .report import write_report
 from .step_time import steps_within
-from .tasks.probe import Probes, Scores, fewer, probe_set
+from .tasks.probe import Probes, Scores, fewer, probe_set, show_table
 from .trainer import Trainer
 
 SHORTEST = 0.99

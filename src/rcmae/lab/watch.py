@@ -40,5 +40,6 @@ class Watch:
         return more, warnings
 
     def lidar(self, batch: dict[str, Tensor], step: int, since: int) -> float | None:
-        """LiDAR on a fixed batch, unless it was measured a short while ago: the milestone before was `since` steps ago."""
-        return self.monitor.lidar(batch) if self.monitor.due_lidar(step, since) else None
+        """LiDAR on a fixed batch of at least two images, unless it was measured a short while ago: `since` steps before the milestone."""
+        several = all(len(values) > 1 for values in batch.values())
+        return self.monitor.lidar(batch) if several and self.monitor.due_lidar(step, since) else None
