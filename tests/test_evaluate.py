@@ -189,6 +189,19 @@ def test_progress_is_told_while_a_long_part_is_under_way(capsys):
     assert told == sorted(told) and told[-1] == 41 and len(told) == len(parts)
 
 
+def test_a_slow_loop_tells_how_far_it_is_before_its_first_log(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("rcmae.engine.console.time.monotonic", lambda: now)
+    screen = Screen(True)
+    screen.say("begun")
+    screen.start(1000, 100)
+    for step in range(101, 140):
+        now += 4
+        screen.step(step)
+    lines = ["begun", "step    103/1,000  59:48 left", "step    119/1,000  58:44 left", "step    135/1,000  57:40 left"]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
 def test_worth_it_knows_what_is_left():
     assert worth._left({10.0: [], 100.0: []}, 4) == ""
     assert worth._left({10.0: [60.0, 60.0], 100.0: []}, 4) == ", about 42:00 left", "two of a minute, four of ten"

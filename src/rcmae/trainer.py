@@ -3,10 +3,10 @@
 `pretraining.py` is the trainer to read first. Whoever inherits builds a network, and says what is drawn, learned, measured and kept.
 """
 
-import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -204,14 +204,16 @@ class Trainer(ABC):
         if self.step in milestones and self.last_milestone < self.step:  # a signal came in the middle of it
             self._milestone()
         self.batches = self.loader(self.step, self.total)
-        self.screen.start(self.total, self.step)
+        first = self.step
+        self.screen.start(self.total, first)
         self.window = LogWindow(self.device)
         started = time.monotonic() - self.seconds
         saved = time.monotonic()
         while self.step < self.total:
             t = Progress(self.step, self.total, self.steps_per_epoch)
             self.logs = (self.step + 1) % self.log_every == 0 or self.step + 1 == self.total
-            self.skips.note(self.update(t))
+            with nullcontext() if self.step > first else self.screen.progress("the first step, with reading its images", 1):
+                self.skips.note(self.update(t))
             self.step += 1
             self.screen.step(self.step)
             self.seconds = time.monotonic() - started
@@ -261,9 +263,9 @@ class Trainer(ABC):
             with self.interruptible(), distributed.sync_gradients_on_last(self.net, i == self.machine.accumulate - 1):
                 yield self.window.wait(self.batches)
 
-    def interruptible(self) -> contextlib.AbstractContextManager[None]:
+    def interruptible(self) -> AbstractContextManager[None]:
         """Within it a signal is raised at once, unless other ranks would be left behind."""
-        return signals.interruptible() if self.world.size == 1 else contextlib.nullcontext()
+        return signals.interruptible() if self.world.size == 1 else nullcontext()
 
     def autocast(self) -> torch.autocast:
         """bf16 for matrix products, where that is the precision of the run."""

@@ -41,7 +41,11 @@ class Screen:
         self.console.print(text, markup=False)
 
     def start(self, total: int, done: int) -> None:
-        """Show the bar, on a terminal."""
+        """Show the bar, on a terminal; elsewhere `step` says how far it is before the first `report`, if that comes late."""
+        self.total, self.already, self.began, self.wait = total, done, time.monotonic(), 2 * self.QUIET
+        self._show_bar(total, done)
+
+    def _show_bar(self, total: int, done: int) -> None:
         if self.console.is_terminal:
             columns = (
                 BarColumn(24), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeElapsedColumn(), TextColumn("left"),
@@ -52,8 +56,13 @@ class Screen:
             self.task = self.bar.add_task("", total=total, completed=done)
 
     def step(self, done: int) -> None:
+        now = time.monotonic()
         if self.bar:
             self.bar.update(self.task, completed=done)
+        elif now - Screen.last > self.wait:
+            self.wait = self.SECONDS
+            left = (now - self.began) / (done - self.already) * (self.total - done)
+            self.say(f"step {done:>6,}/{self.total:,}  {clock(left)} left")
 
     def report(self, done: int, total: int, line: dict[str, float], left: float, labels: Mapping[str, str] = LOSS) -> None:
         """The numbers of one log step; `left` is the expected time to the end in seconds, `labels` as in `describe`."""
@@ -85,7 +94,8 @@ class Screen:
             if inside:
                 inside.update(self.task, description=f"{what}: {done:,} of {total:,}")
                 return
-            self.step(done)
+            if self.bar:
+                self.bar.update(self.task, completed=done)
 
         def lines() -> None:
             wait = max(0.5, Screen.last + self.QUIET - began)
@@ -100,7 +110,7 @@ class Screen:
         teller = threading.Thread(target=lines, daemon=True)
 
         if not inside:
-            self.start(total, 0)
+            self._show_bar(total, 0)
         if self.bar:
             self.bar.update(self.task, description=what)
         else:
