@@ -732,7 +732,7 @@ def _run(argv: list[str]) -> int:
     try:
         if argv[:1] == ["pretrain"]:
             _load_libraries()  # its options depend on what they hold; the others refuse a wrong option without waiting for them
-            app.config = _pretrain_defaults(argv)
+            app.config = _prepare_pretrain(argv)
         else:
             app.config = ()
         command, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
@@ -778,10 +778,11 @@ def _load_libraries() -> None:
             tick(done)
 
 
-def _pretrain_defaults(argv: list[str]) -> tuple[Dict, ...]:
+def _prepare_pretrain(argv: list[str]) -> tuple[Dict, ...]:
     """Give `pretrain` the flags of the method that it is called for, and the values of the recipe as their defaults.
 
-    The recipe is the one that is named, or that of the run in --out. Raises ConfigError for a flag that another method has.
+    The recipe is the one that is named, or that of the run in --out. It is only a source of defaults: cyclopts builds the one that runs
+    from these values and the flags. Raises ConfigError for a flag that another method has.
     """
     from .engine.checkpoint import checkpoints
     from .methods import METHODS

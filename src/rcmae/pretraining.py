@@ -85,7 +85,7 @@ class Pretraining(Trainer):
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
         self.method = self.build(*self.statistics())
         self.loss_names = self.method.losses
-        optimizer = adamw(self.method.student, recipe.optim, linear_rule(recipe.optim))
+        optimizer = adamw(self.method.student, recipe.optim, lr=0.0)  # `update` sets it before every step
         self.scores: dict[str, dict[str, float]] = {}
         self.drift: float | None = None
         self.watch: Watch | None = None

@@ -42,6 +42,15 @@ class Trainer(ABC):
     loss_names: Mapping[str, str] = MappingProxyType({"loss": "loss"})
     "losses by their key in the log, and what the line of progress calls them"
 
+    batches: Iterator[dict[str, Any]]
+    "micro-batches of the steps to come, on the device"
+
+    window: LogWindow
+    "sums for the next line of the log"
+
+    skips: Skips
+    "which of the last steps were not finite"
+
     def __init__(self, recipe: Any, context: RunContext, images: Source, batch_size: int, seed: int):
         """`recipe` is all that changes the result; `images` are those that are trained on, `batch_size` of them in an optimizer step.
 
@@ -121,7 +130,7 @@ class Trainer(ABC):
         """Register what is trained. `data` tells the images and labels, `backbone` what the network was made from: neither may change in
         a resumed run. `load` reads recipe.toml."""
         self.model, self.optimizer, self.data, self.backbone, self.load = model, optimizer, data, backbone, load
-        self.net = distributed.wrap(model, self.world)
+        self.net = distributed.wrap(model, self.world)  # the model, in DDP if there are several ranks
 
     def resume_or_begin(self) -> None:
         """Continue from the newest whole checkpoint, or begin.
@@ -261,7 +270,7 @@ class Trainer(ABC):
         """
         for i in range(self.machine.accumulate):
             with self.interruptible(), distributed.sync_gradients_on_last(self.net, i == self.machine.accumulate - 1):
-                yield self.window.wait(self.batches)
+                yield self.window.next_of(self.batches)
 
     def interruptible(self) -> AbstractContextManager[None]:
         """Within it a signal is raised at once, unless other ranks would be left behind."""

@@ -94,7 +94,7 @@ class LogWindow:
         self.applied: Tensor | float = 0.0
         self.images, self.waited, self.since = 0, 0.0, time.monotonic()
 
-    def wait(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    def next_of(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """The next batch; how long it took is counted."""
         start = time.monotonic()
         batch = next(batches)

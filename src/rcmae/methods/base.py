@@ -1,4 +1,4 @@
-"""The contract of a method: all that the loop knows of it."""
+"""The contract of a method: all that the trainer, the evaluation and the laboratory know of it."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -43,7 +43,7 @@ class Comparison(NamedTuple):
 
 
 class Method(Diagnostics, nn.Module):
-    """A way of learning without labels. One file a method; the loop calls these and nothing else."""
+    """A way of learning without labels. One file a method; the first three functions and the first three attributes are what each has."""
 
     recipe_type: type[Recipe]
     "what the method is told: the sections that every method has, and those it shares or has alone, each with its rules"
@@ -58,6 +58,8 @@ class Method(Diagnostics, nn.Module):
     "mean and deviation of each channel that standardise the pixels, in units of 0 to 1"
     networks: tuple[str, ...] = ("student",)
     "what is probed and exported, the one to use last"
+    shorter, longer = "", ""
+    "what gives the teacher a shorter or a longer memory, for messages"
     watched: list[Comparison] | None = None
     "where `forward` leaves what it compared, if somebody looks"
 
@@ -65,10 +67,21 @@ class Method(Diagnostics, nn.Module):
         super().__init__()
         self.teacher = None
 
-    @property
-    def ema_source(self) -> nn.Module:
-        """The part of the student that the teacher averages and that evaluation loads."""
-        return self.student
+    # --- what a method implements ----------------------------------------------------------------------------------------
+
+    def views(self) -> Transform:
+        """The transform of one image: uint8 [h, w, c] and a generator to named tensors (crops, mask order)."""
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
+        """Scalars on the device: "loss" is what is minimised, the rest is logged."""
+        raise NotImplementedError
+
+    def backbone(self, which: Literal["student", "teacher"] = "teacher") -> Backbone:
+        """What evaluation loads; a method without a teacher has only the student."""
+        raise NotImplementedError
+
+    # --- what it may add -------------------------------------------------------------------------------------------------
 
     @classmethod
     def problems(cls, recipe: Recipe) -> list[str]:
@@ -80,23 +93,37 @@ class Method(Diagnostics, nn.Module):
         """Why micro-batches are another step than the batch they make; empty where they are the same."""
         return ""
 
-    def standardise_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Remember the statistics, a value a channel, in units of 0 to 1."""
-        self.statistics = mean, std
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+    @property
+    def ema_source(self) -> nn.Module:
+        """The part of the student that the teacher averages and that evaluation loads."""
+        return self.student
 
-    def normalize_and_patchify(self, images: Num[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
-        """Pixels from 0 to 255 to standardised patches."""
-        return patchify((images.float() - self.mean) / self.std, self.patch)
+    def before_step(self, t: Progress, applied: Tensor) -> None:
+        """Once an optimizer step, after the gradients are there and before the weights move.
 
-    def views(self) -> Transform:
-        """The transform of one image: uint8 [h, w, c] and a generator to named tensors (crops, mask order)."""
-        raise NotImplementedError
+        `applied` is a scalar on the device: 1, or 0 if the gradients are not finite and nothing may move.
+        """
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
-        """Scalars on the device: "loss" is what is minimised, the rest is logged."""
-        raise NotImplementedError
+    def after_step(self, t: Progress, applied: Tensor) -> None:
+        """Once an optimizer step, after the weights moved (`applied` 1) or were left alone (0)."""
+
+    def momentum_per_step(self, t: Progress) -> float:
+        """Share of itself that the teacher keeps in an applied optimizer step; 1 without a teacher."""
+        return 1.0
+
+    def state(self, t: Progress) -> dict[str, float | Tensor]:
+        """More to log at `t`: numbers, or scalars on the device."""
+        return {}
+
+    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """What simple guesses would score on this batch, to read the loss against."""
+        return {}
+
+    def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and text from which the report draws pictures of a fixed batch; nothing by default."""
+        return {}, {}
+
+    # --- what rcmae.lab and `compare cost` ask of the methods that can answer --------------------------------------------
 
     @classmethod
     def compares(cls) -> bool:
@@ -111,10 +138,6 @@ class Method(Diagnostics, nn.Module):
     def last_layer(self) -> nn.Linear | None:
         """The student's layer that makes the predictions of `compare`."""
         return None
-
-    def momentum_per_step(self, t: Progress) -> float:
-        """Share of itself that the teacher keeps in an applied optimizer step; 1 without a teacher."""
-        return 1.0
 
     def encode(self, batch: dict[str, Tensor]) -> Tensor:
         """The student's tokens [b t d] of what a batch shows, of a method that compares or masks anew."""
@@ -134,27 +157,14 @@ class Method(Diagnostics, nn.Module):
     def average_shapes(self, images: int) -> None:
         """Make shapes that depend on what was drawn those of the average of so many images, for who counts and does not learn."""
 
-    def before_step(self, t: Progress, applied: Tensor) -> None:
-        """Once an optimizer step, after the gradients are there and before the weights move.
+    # --- what all methods share ------------------------------------------------------------------------------------------
 
-        `applied` is a scalar on the device: 1, or 0 if the gradients are not finite and nothing may move.
-        """
+    def standardise_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Remember the statistics, a value a channel, in units of 0 to 1."""
+        self.statistics = mean, std
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    def after_step(self, t: Progress, applied: Tensor) -> None:
-        """Once an optimizer step, after the weights moved (`applied` 1) or were left alone (0)."""
-
-    def backbone(self, which: Literal["student", "teacher"] = "teacher") -> Backbone:
-        """What evaluation loads; a method without a teacher has only the student."""
-        raise NotImplementedError
-
-    def state(self, t: Progress) -> dict[str, float | Tensor]:
-        """More to log at `t`: numbers, or scalars on the device."""
-        return {}
-
-    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """What simple guesses would score on this batch, to read the loss against."""
-        return {}
-
-    def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and text from which the report draws pictures of a fixed batch; nothing by default."""
-        return {}, {}
+    def normalize_and_patchify(self, images: Num[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
+        """Pixels from 0 to 255 to standardised patches."""
+        return patchify((images.float() - self.mean) / self.std, self.patch)
