@@ -2,9 +2,9 @@ PYTHON ?= python
 # this checkout, whatever is installed
 export PYTHONPATH := src:.
 
-.PHONY: fix check test oldest golden mutants
+.PHONY: fix check test oldest golden mutations
 
-fix:  ## format and mend what can be mended
+fix:  ## format and fix what can be fixed
 	$(PYTHON) -m ruff format src tests benchmarks
 	$(PYTHON) -m ruff check --fix src tests benchmarks
 
@@ -29,5 +29,5 @@ golden:  ## rewrite the golden steps and corruptions, and show what changed
 	$(PYTHON) -m tests.golden_corruptions --write
 	git --no-pager diff --stat -- tests/golden
 
-mutants:  ## break the code on purpose, one break at a time: each must turn a test red
-	$(PYTHON) -m tests.mutants
+mutations:  ## mutate the code, one mutation at a time: each must make its test fail
+	$(PYTHON) -m tests.mutate

@@ -1,9 +1,10 @@
-"""Does each fault of a teacher call its own alarm, and a healthy run none? `python -m benchmarks.alarms [--jobs 2] [--out FILE]`.
+"""Does each injected fault raise its alarm, and a healthy run none? `python -m benchmarks.alarms [--jobs 2]
+[--out FILE]`.
 
-Every fault is put into the code (or asked for by a flag) and the embedded recipe is run for a few steps through the command
-line; then twenty healthy runs of 100 steps. Batches of 32 from the first 512 images of the embedded set, so that a short run has
-epochs and all of it takes minutes.
-Exit code 0 only if each fault called its own alarm and nothing else, and no healthy run called any.
+Every fault is patched into the code (or set by a flag) in a short run of the bundled recipe from the command
+line; then come twenty healthy runs of 100 steps. Batches of 32 from the first 512 images of the bundled set
+give short runs several epochs, and all of it takes minutes. Exit code 0 only if each fault raises exactly its
+alarm, once, and no healthy run raises any.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import importlib
 import io
 import json
 import multiprocessing as mp
+import shlex
 import signal
 import sys
 import tempfile
@@ -23,42 +25,45 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks import markdown
+from rcmae.cli import main as command
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import describe_machine
 
 IMAGES, BATCH = 512, 32
 STEPS = 64
-"Optimizer steps of a run with a fault: four epochs."
+"Optimizer steps of a faulty run: four epochs."
 
 
 @contextlib.contextmanager
-def broken(place: str, wrong: Callable[[Any], Any]) -> Iterator[None]:
-    """Within it, the object at "module:Class.name" is wrong(object); "" breaks nothing."""
-    if not place:
+def patched(target: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it, the object at "module:Class.name" is wrap(object); "" patches nothing."""
+    if not target:
         yield
         return
-    module, _, path = place.partition(":")
+    module, _, path = target.partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
-    right = getattr(owner, name)
-    setattr(owner, name, wrong(right))
+    original = getattr(owner, name)
+    setattr(owner, name, wrap(original))
     try:
         yield
     finally:
-        setattr(owner, name, right)
+        setattr(owner, name, original)
 
 
-# --- the faults -------------------------------------------------------------------------------------------------------
+# --- the faults ---------------------------------------------------------------------------------------------
 
 
 def never(old: Any) -> Any:
     return lambda self, student, momentum, applied=None: None
 
 
-def once_a_micro_batch(old: Any) -> Any:
-    """As the released code does at two micro-batches a step: the first update is towards the student before the step."""
+def once_per_micro_batch(old: Any) -> Any:
+    """As in the released code with two micro-batches per step: the first update uses the student before the
+    step."""
 
     def before_step(self, t, applied):
         self.teacher.update(self.student, self.momentum(t), applied)
@@ -76,10 +81,11 @@ def rebuilt_from_student(old: Any) -> Any:
 
 
 class TokenNorm(nn.BatchNorm1d):
-    """A norm with running statistics in place of the decoder's LayerNorm: buffers that a teacher must follow."""
+    """A norm with running statistics in place of the decoder's LayerNorm: its buffers must be averaged
+    too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)  # [b, n, d]
 
 
 def running_statistics(old: Any) -> Any:
@@ -90,7 +96,7 @@ def running_statistics(old: Any) -> Any:
     return init
 
 
-def not_in_evaluation_mode(old: Any) -> Any:
+def in_training_mode(old: Any) -> Any:
     def init(self, student):
         old(self, student)
         self.model.train()
@@ -99,7 +105,7 @@ def not_in_evaluation_mode(old: Any) -> Any:
 
 
 def frozen_early(old: Any) -> Any:
-    """A schedule in the wrong unit: it is at its end, 1, after a quarter of the run."""
+    """A schedule in the wrong unit: it reaches its end, 1, after a quarter of the run."""
 
     def momentum(self, t):
         return old(self, type(t)(min(4 * t.step, t.total_steps), t.total_steps, t.steps_per_epoch))
@@ -107,8 +113,8 @@ def frozen_early(old: Any) -> Any:
     return momentum
 
 
-def of_the_epoch(old: Any) -> Any:
-    """The slip of the released code: the schedule is asked for the step within the epoch."""
+def step_of_epoch(old: Any) -> Any:
+    """As in the released code: the schedule gets the step within the epoch."""
 
     def momentum(self, t):
         return old(self, type(t)(t.step % t.steps_per_epoch, t.total_steps, t.steps_per_epoch))
@@ -125,7 +131,7 @@ def constant_output(old: Any) -> Any:
 
 
 class OneDirection(nn.LayerNorm):
-    """All that leaves the encoder lies on a line."""
+    """A norm whose outputs all lie on a line."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
@@ -149,52 +155,86 @@ def loss_in_16_bits(old: Any) -> Any:
 
 
 class Fault(NamedTuple):
-    """A fault, the alarm it must call, the settings it needs, and what it replaces."""
+    """A fault, the alarm it must raise, the settings it needs, and the object it replaces."""
 
     alarm: str
     settings: dict[str, Any] = {}  # noqa: RUF012
-    place: str = ""
-    wrong: Callable[[Any], Any] = lambda old: old
+    target: str = ""
+    wrap: Callable[[Any], Any] = lambda old: old
     accumulate: int = 1
     resumes: bool = False
-    "the fault is there from a resume on"
+    "whether the fault begins with a resume"
 
 
 FAULTS = {
     "the teacher never moves": Fault("teacher-still", {}, "rcmae.models.teacher:Teacher.update", never),
     "the teacher moves twice a step": Fault(
-        "teacher-moves-twice", {}, "rcmae.methods.rcmae:RCMAE.before_step", once_a_micro_batch, accumulate=2
+        "teacher-moves-twice", {}, "rcmae.methods.rcmae:RCMAE.before_step", once_per_micro_batch, accumulate=2
     ),
-    "the teacher is stale after a resume": Fault("teacher-stale", {}, "rcmae.trainer:load_checkpoint", rebuilt_from_student, resumes=True),
+    "the teacher is stale after a resume": Fault(
+        "teacher-stale", {}, "rcmae.trainer:load_checkpoint", rebuilt_from_student, resumes=True
+    ),
     "momentum 1 from the start": Fault("momentum-one", {"schedule": "constant", "momentum": 1.0}),
-    "a buffer is missed": Fault("buffer-missed", {}, "rcmae.models.decoder:Decoder.__init__", running_statistics),
-    "the teacher is in training mode": Fault("teacher-training", {}, "rcmae.models.teacher:Teacher.__init__", not_in_evaluation_mode),
+    "a buffer is not averaged": Fault(
+        "buffer-missed", {}, "rcmae.models.decoder:Decoder.__init__", running_statistics
+    ),
+    "the teacher is in training mode": Fault(
+        "teacher-training", {}, "rcmae.models.teacher:Teacher.__init__", in_training_mode
+    ),
     "the half-life is too long": Fault("teacher-drag", {"half_life": "50%"}),
     "the schedule ends too early": Fault(
-        "teacher-drag", {"schedule": "cosine", "momentum": 0.7}, "rcmae.methods.rcmae:RCMAE.momentum", frozen_early
+        "teacher-drag",
+        {"schedule": "cosine", "momentum": 0.7},
+        "rcmae.methods.rcmae:RCMAE.momentum",
+        frozen_early,
     ),
     "the schedule never leaves its first epoch": Fault(
-        "schedule-stuck", {"schedule": "cosine", "momentum": 0.7}, "rcmae.methods.rcmae:RCMAE.momentum", of_the_epoch
+        "schedule-stuck",
+        {"schedule": "cosine", "momentum": 0.7},
+        "rcmae.methods.rcmae:RCMAE.momentum",
+        step_of_epoch,
     ),
     "the output is constant": Fault("collapse", {}, "rcmae.models.decoder:Decoder.forward", constant_output),
-    "the features lie on a line": Fault("collapse", {}, "rcmae.models.encoder:Encoder.__init__", one_direction),
-    "the features of MAE lie on a line": Fault("collapse", {"method": "mae"}, "rcmae.models.encoder:Encoder.__init__", one_direction),
-    "predictions in 16 bits": Fault("low-precision", {}, "rcmae.models.decoder:Decoder.forward", head_in_16_bits),
-    "the losses in 16 bits": Fault("low-precision", {}, "rcmae.methods.rcmae:squared_errors", loss_in_16_bits),
+    "the features lie on a line": Fault(
+        "collapse", {}, "rcmae.models.encoder:Encoder.__init__", one_direction
+    ),
+    "the features of MAE lie on a line": Fault(
+        "collapse", {"method": "mae"}, "rcmae.models.encoder:Encoder.__init__", one_direction
+    ),
+    "predictions in 16 bits": Fault(
+        "low-precision", {}, "rcmae.models.decoder:Decoder.forward", head_in_16_bits
+    ),
+    "the losses in 16 bits": Fault(
+        "low-precision", {}, "rcmae.methods.rcmae:squared_errors", loss_in_16_bits
+    ),
 }
 
-# Flags of healthy runs of 100 steps, 16 an epoch; every half-life lies within the bounds of `auto`.
+# Flags of healthy runs of 100 steps, 16 per epoch; every half-life lies within the bounds of `adaptive`.
 HEALTHY = [
-    "", "--seed 1", "--seed 2 --half-life auto", "--half-life 5%", "--seed 3 --half-life 10%", "--half-life '2 steps'",
-    "--seed 4 --half-life '250 images'", "--half-life '0.5 epochs'", "--schedule cosine --momentum 0.9",
-    "--seed 5 --schedule constant --momentum 0.9", "--schedule constant --momentum 0.93 --ema-updates 2", "--ema-updates 2 --accumulate 2",
-    "--accumulate 4", "--teacher-mask different", "--seed 6 --teacher-mask different --half-life auto --accumulate 2",
-    "--precision bf16", "--seed 7 --precision bf16 --teacher-mask different --half-life 5%",
-    "--precision bf16 --schedule cosine --momentum 0.9 --gamma 0.5", "--method mae", "--method mae --seed 8 --precision bf16",
-]  # fmt: skip
+    "",
+    "--seed 1",
+    "--seed 2 --half-life adaptive",
+    "--half-life 5%",
+    "--seed 3 --half-life 10%",
+    "--half-life '2 steps'",
+    "--seed 4 --half-life '250 images'",
+    "--half-life '0.5 epochs'",
+    "--schedule cosine --momentum 0.9",
+    "--seed 5 --schedule constant --momentum 0.9",
+    "--schedule constant --momentum 0.93 --ema-updates 2",
+    "--ema-updates 2 --accumulate 2",
+    "--accumulate 4",
+    "--teacher-mask different",
+    "--seed 6 --teacher-mask different --half-life adaptive --accumulate 2",
+    "--precision bf16",
+    "--seed 7 --precision bf16 --teacher-mask different --half-life 5%",
+    "--precision bf16 --schedule cosine --momentum 0.9 --gamma 0.5",
+    "--method mae",
+    "--method mae --seed 8 --precision bf16",
+]
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------
 
 
 def fewer_images(old: Any) -> Any:
@@ -205,9 +245,9 @@ def fewer_images(old: Any) -> Any:
 
 
 def stops_at(step: int) -> Callable[[Any], Any]:
-    """A signal arrives when that step is made."""
+    """Raise SIGTERM after that step."""
 
-    def wrong(old):
+    def wrap(old: Any) -> Any:
         def update(run, t):
             applied = old(run, t)
             if t.step + 1 == step:
@@ -216,59 +256,83 @@ def stops_at(step: int) -> Callable[[Any], Any]:
 
         return update
 
-    return wrong
+    return wrap
 
 
-def pretrain(out: Path, flags: list[str]) -> tuple[int, list[str]]:
-    """The command's exit code and the alarms it printed."""
-    from rcmae.cli import main
-
-    printed = io.StringIO()
-    own = ["--batch-size", str(BATCH), "--device", "cpu", "--threads", "1", "--probes", "0", "--save-every", "1h"]
+def pretrain(out: Path, flags: list[str]) -> dict[str, Any]:
+    """Run the command; returns its exit code, and the alarms it recorded and printed."""
+    fixed = f"--batch-size {BATCH} --device cpu --threads 1 --probes 0 --save-every 1h".split()
     precision = [] if "--precision" in flags else ["--precision", "fp32"]
-    with broken("rcmae.data.digits:DigitsSource.__init__", fewer_images), contextlib.redirect_stdout(printed):
-        code = main(["pretrain", "embedded", "--out", str(out), *own, *precision, *flags])
-    return code, [line for line in printed.getvalue().splitlines() if line.startswith("alarm ")]
+    printed = io.StringIO()
+    with (
+        patched("rcmae.data.digits:DigitsSource.__init__", fewer_images),
+        contextlib.redirect_stdout(printed),
+    ):
+        code = command(["pretrain", "bundled", "--out", str(out), *fixed, *precision, *flags])
+    messages = [line for line in printed.getvalue().splitlines() if line.startswith("alarm ")]
+    recorded = [line for line in read_metrics(out) if line["kind"] == "alarm"]
+    return {
+        "code": code,
+        "raised": [alarm["name"] for alarm in recorded],
+        "steps": [alarm["step"] for alarm in recorded],
+        "messages": messages,
+        "agree": messages == [f"alarm {alarm['name']}: {alarm['text']}" for alarm in recorded],
+    }
 
 
-def suffer(name: str, folder: Path) -> dict[str, Any]:
-    """The embedded recipe under a fault."""
+def run_faulty(name: str, folder: Path) -> dict[str, Any]:
+    """The bundled recipe with a fault."""
     fault, out = FAULTS[name], folder / name.replace(" ", "-")
     flags = ["--steps", str(STEPS), "--accumulate", str(fault.accumulate)]
     flags += [part for k, v in fault.settings.items() for part in ("--" + k.replace("_", "-"), str(v))]
     if fault.resumes:
-        with broken("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2)):
+        with patched("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2)):
             pretrain(out, flags)
-    with broken(fault.place, fault.wrong):
-        code, lines = pretrain(out, flags)
-    return {"run": name, "alarm": fault.alarm} | found(out, code, lines)
+    with patched(fault.target, fault.wrap):
+        return {"run": name, "alarm": fault.alarm} | pretrain(out, flags)
 
 
-def live(flags: str, folder: Path) -> dict[str, Any]:
-    """A healthy run."""
-    import shlex
-
+def run_healthy(flags: str, folder: Path) -> dict[str, Any]:
+    """The bundled recipe with these flags."""
     out = folder / ("healthy" + flags.replace(" ", "").replace("'", "").replace("%", ""))
-    code, lines = pretrain(out, ["--steps", "100", *shlex.split(flags)])
-    return {"run": flags or "the recipe as it is", "alarm": None} | found(out, code, lines)
+    name = flags or "the recipe as it is"
+    return {"run": name, "alarm": None} | pretrain(out, ["--steps", "100", *shlex.split(flags)])
 
 
-def found(out: Path, code: int, lines: list[str]) -> dict[str, Any]:
-    """What a run said, and whether terminal and record say the same."""
-    recorded = [line for line in read_metrics(out) if line["kind"] == "alarm"]
-    agree = lines == [f"alarm {a['name']}: {a['text']}" for a in recorded]
-    return {"code": code, "called": [a["name"] for a in recorded], "steps": [a["step"] for a in recorded], "lines": lines, "agree": agree}
+def correct(row: dict[str, Any]) -> bool:
+    """Whether a faulty run raised its alarm once and nothing else, or a healthy run nothing."""
+    return row["code"] == 0 and row["agree"] and row["raised"] == ([row["alarm"]] if row["alarm"] else [])
 
 
-def right(row: dict[str, Any]) -> bool:
-    """Its own alarm once and nothing else; for a healthy run, nothing."""
-    return row["code"] == 0 and row["agree"] and row["called"] == ([row["alarm"]] if row["alarm"] else [])
+def split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of faulty and of healthy runs."""
+    return [row for row in rows if row["alarm"]], [row for row in rows if not row["alarm"]]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Each fault with its alarm, and how many healthy runs raised one."""
+    faulty, healthy = split(results["rows"])
+    rows = [
+        [
+            row["run"],
+            ", ".join(row["raised"]),
+            f"{', '.join(map(str, row['steps']))} of {results['steps']}",
+            row["messages"][0].partition(": ")[2] if row["messages"] else "none",
+        ]
+        for row in faulty
+    ]
+    raised = sum(bool(row["raised"]) for row in healthy)
+    note = f"Healthy runs that raised an alarm: {raised} of {len(healthy)}."
+    return markdown.table(["injected fault", "alarm", "at step", "message"], rows, note, left=(0, 1, 3))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
-    parser.add_argument("--only", default="", help="only runs whose name holds this")
+    """Make all runs and print one line for each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs, one thread each")
+    parser.add_argument("--only", default="", help="only runs whose name contains this")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -278,21 +342,30 @@ def main() -> int:
         ProcessPoolExecutor(options.jobs, mp.get_context("spawn")) as pool,
     ):
         folder = options.folder or Path(temporary)
-        jobs = [pool.submit(suffer, name, folder) for name in FAULTS if options.only in name]
-        jobs += [pool.submit(live, flags, folder) for flags in HEALTHY if options.only in flags]
+        jobs = [pool.submit(run_faulty, name, folder) for name in FAULTS if options.only in name]
+        jobs += [pool.submit(run_healthy, flags, folder) for flags in HEALTHY if options.only in flags]
         for job in jobs:
             row = job.result()
             rows.append(row)
-            called = ", ".join(f"{name} at step {step}" for name, step in zip(row["called"], row["steps"], strict=True)) or "no alarm"
-            print(f"{'right' if right(row) else 'WRONG'}  {'fault' if row['alarm'] else 'healthy'}: {row['run']}: {called}", flush=True)
-            print(*(f"       {line}" for line in row["lines"]), sep="\n", end="\n" if row["lines"] else "", flush=True)
-    faults, healthy = ([row for row in rows if bool(row["alarm"]) == kind] for kind in (True, False))
-    print(f"{sum(map(right, faults))} of {len(faults)} faults called their own alarm and nothing else")
-    print(f"{sum(map(right, healthy))} of {len(healthy)} healthy runs called nothing")
+            pairs = zip(row["raised"], row["steps"], strict=True)
+            raised = ", ".join(f"{name} at step {step}" for name, step in pairs) or "no alarm"
+            state, kind = "ok   " if correct(row) else "WRONG", "fault" if row["alarm"] else "healthy"
+            print(
+                "\n       ".join([f"{state}  {kind}: {row['run']}: {raised}", *row["messages"]]), flush=True
+            )
+    faulty, healthy = split(rows)
+    print(f"{sum(map(correct, faulty))} of {len(faulty)} faults raised their alarm and nothing else")
+    print(f"{sum(map(correct, healthy))} of {len(healthy)} healthy runs raised nothing")
     if options.out:
-        facts = {"rows": rows, "steps": STEPS, "images": IMAGES, "batch": BATCH, "machine": describe_machine(torch.device("cpu"), "fp32")}
+        facts = {
+            "rows": rows,
+            "steps": STEPS,
+            "images": IMAGES,
+            "batch": BATCH,
+            "machine": describe_machine(torch.device("cpu"), "fp32"),
+        }
         options.out.write_text(json.dumps(facts, indent=1) + "\n")
-    return int(not all(map(right, rows)))
+    return int(not all(map(correct, rows)))
 
 
 if __name__ == "__main__":

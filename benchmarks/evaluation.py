@@ -1,20 +1,24 @@
-"""Six backbones, four tasks, three shares of the labels; clean, corrupted and attacked images: `python -m benchmarks.evaluation`.
+"""Six backbones, four tasks, three fractions of the labels; clean, corrupted and attacked images: `python -m
+benchmarks.evaluation`.
 
-Within a seed all backbones have the same initial weights, images, labels and tasks. MAE is the student of RC-MAE with gamma 0, to the bit,
-and its teacher is MAE whose weights are averaged for evaluation only. What is there already is never made twice: the same command goes on
-where it stopped, run by run. Writes results/evaluation.json. Two cores: about two hours.
+Within a seed all backbones have the same initial weights, images, labels and tasks. MAE is the student of
+RC-MAE with gamma 0, to the bit, and its teacher is MAE whose weights are averaged for evaluation only.
+Finished parts are never repeated: the same command resumes where it stopped. Writes results/evaluation.json.
+Takes about two hours on two cores.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing as mp
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,8 +26,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from rcmae.config import Machine, changed, recipe_hash
-from rcmae.data.labelled import open_labelled
+from benchmarks import ROOT, markdown
+from rcmae.config import RuntimeConfig, changed, recipe_hash
+from rcmae.data.labeled import open_labeled
 from rcmae.data.sources import Subset
 from rcmae.engine.console import Screen, clock
 from rcmae.engine.distributed import World, pick_precision
@@ -33,30 +38,33 @@ from rcmae.methods.recipes import load_recipe
 from rcmae.models.backbone import Features, Pixels
 from rcmae.pretraining import pretrain
 from rcmae.tasks.context import EvaluationContext
-from rcmae.tasks.evaluation import KNN, Attentive, Finetune, Linear
-from rcmae.tasks.evaluation.base import Evaluation
+from rcmae.tasks.evaluation import KNN, Attentive, FineTune, Linear
+from rcmae.tasks.evaluation.base import EvaluationOptions
 from rcmae.tasks.interval import interval
 from rcmae.tasks.robustness import sets
 from rcmae.tasks.robustness.adversarial import fgsm, pgd
 
-ROOT = Path(__file__).parent.parent
-PRETRAINED = {"mae": {"gamma": 0.0}, "rcmae": {}}
-BACKBONES = {
-    "raw pixels": None, "untrained": None, "MAE": ("mae", "student"), "MAE, averaged": ("mae", "teacher"),
-    "RC-MAE, student": ("rcmae", "student"), "RC-MAE, teacher": ("rcmae", "teacher"),
-}  # fmt: skip
+PRETRAINED: dict[str, dict[str, Any]] = {"mae": {"gamma": 0.0}, "rcmae": {}}
+BACKBONES: dict[str, tuple[str, Literal["student", "teacher"]] | None] = {
+    "raw pixels": None,
+    "random init": None,
+    "MAE": ("mae", "student"),
+    "MAE, averaged": ("mae", "teacher"),
+    "RC-MAE, student": ("rcmae", "student"),
+    "RC-MAE, teacher": ("rcmae", "teacher"),
+}
 PERCENTS = (1, 10, 100)
 STEPS = {1: 80, 10: 150, 100: 250}
-"Steps of fine-tuning by percent of the labels."
+"Fine-tuning steps by percent of the labels."
 EPS, PGD_STEPS = 0.5, 10
 CORRUPTED, ATTACKED = 300, 200
-"Images that are corrupted (75 times each) and attacked: others for each seed."
+"Images that are corrupted (75 times each) and attacked, drawn by seed."
 MEASURES = ("clean", "corrupted", "FGSM", "PGD")
-TASKS = ("knn", "linear", "attentive", "finetune")
+TASKS = {"knn": "k-NN", "linear": "linear probe", "attentive": "attentive probe", "finetune": "fine-tuning"}
 
 
-class Once(nn.Module):
-    """A backbone that is asked for the same images by several probes and looks at them once."""
+class Cached(nn.Module):
+    """A backbone that remembers the features of its last images, for several probes of the same ones."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
@@ -67,98 +75,112 @@ class Once(nn.Module):
         if images.requires_grad:
             return self.backbone(images)
         if images is not self.images:
-            self.images, self.seen = images, self.backbone(images)
-        return self.seen
+            self.images, self.features = images, self.backbone(images)
+        return self.features
 
 
-def pretrained(out: Path, name: str, seed: int, recipe_name: str = "embedded", steps: int | None = None) -> Path:
-    """The run of a method and a seed, on one thread; `steps` other than the recipe's."""
-    place, recipe = out / "pretrain" / f"{name}-{seed}", load_recipe(recipe_name)
+def pretrained(
+    out: Path, name: str, seed: int, recipe_name: str = "bundled", steps: int | None = None
+) -> Path:
+    """Pre-train a method with a seed on one thread, for `steps` or those of the recipe; returns the run."""
+    run, recipe = out / "pretrain" / f"{name}-{seed}", load_recipe(recipe_name)
     recipe = changed(recipe, seed=seed, probes=0, steps=steps or recipe.steps, **PRETRAINED[name])
     with contextlib.redirect_stdout(io.StringIO()):
-        pretrain(recipe, Machine(out=place, device="cpu", threads=1, monitor=False))
-    return place
+        pretrain(recipe, RuntimeConfig(out=run, device="cpu", threads=1, monitor=False))
+    return run
 
 
-def file_of(out: Path, name: str, seed: int) -> Path:
-    """Where it stands which test images were right, by task, percent and measure."""
+def correct_file(out: Path, name: str, seed: int) -> Path:
+    """The file of which test images were classified correctly, by task, percent and measure."""
     return out / "units" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors"
 
 
-def unit(out: Path, seed: int, name: str) -> str:
-    """All tasks on one backbone of one seed; returns how long it took."""
-    file = file_of(out, name, seed)
+def evaluate(out: Path, seed: int, name: str) -> str:
+    """Run all tasks on one backbone of one seed; returns its name and the time it took."""
+    file = correct_file(out, name, seed)
     if file.exists():
-        return f"{file.stem}: there"
+        return f"{file.stem}: finished before"
     began = time.monotonic()
     torch.set_num_threads(1)
-    run = out / "pretrain"
-    source = BACKBONES[name]
+    device, runs, source = torch.device("cpu"), out / "pretrain", BACKBONES[name]
     if source:
-        backbone: Any = load(run / f"{source[0]}-{seed}", source[1])
+        backbone: Any = load(runs / f"{source[0]}-{seed}", source[1])
     else:
-        backbone = Pixels() if name == "raw pixels" else scratch(str(run / f"rcmae-{seed}"), seed=seed)
-    data = open_labelled("embedded:digits")
-    device, found = torch.device("cpu"), {}
+        backbone = Pixels() if name == "raw pixels" else scratch(str(runs / f"rcmae-{seed}"), seed=seed)
+    data = open_labeled("bundled:digits")
     draws = np.random.Generator(np.random.Philox(key=seed)).permutation(len(data.test))
-    some, few = Subset(data.test, draws[:CORRUPTED]), Subset(data.test, draws[:ATTACKED])
+    corrupted, attacked = Subset(data.test, draws[:CORRUPTED]), Subset(data.test, draws[:ATTACKED])
+    assert corrupted.labels is not None and attacked.labels is not None
     loading = sets.Loading(tuple(backbone.shape), device)
+    correct: dict[str, np.ndarray] = {}
     with contextlib.redirect_stdout(io.StringIO()), Screen(False) as screen:
-        models = {}
+        models: dict[str, Callable[[Tensor], Tensor]] = {}
+        cached = Cached(backbone.eval().requires_grad_(False))
         for percent in PERCENTS:
-            place = out / "tuned" / f"{file.stem}"
-            options = Evaluation(labels=percent, seed=seed, device="cpu", cache=out / "cache", out=place)
-            context = EvaluationContext(name, "backbone", backbone, data, options, device, World(), screen, pick_precision("auto", device))
-            tuning = Finetune(settings=(f"steps={STEPS[percent]}", "warmup_epochs=0.1"))
+            options = EvaluationOptions(
+                labels=percent, seed=seed, device="cpu", cache=out / "cache", out=out / "tuned" / file.stem
+            )
+            precision = pick_precision("auto", device)
+            context = EvaluationContext(
+                name, "backbone", backbone, data, options, device, World(), screen, precision
+            )
+            tuning = FineTune(settings=(f"steps={STEPS[percent]}", "warmup_epochs=0.1"))
             tasks = [KNN(k=(20,)), Linear(), Attentive(fit_steps=250, batch=256, queries=4), tuning]
             for kind, task in zip(TASKS, tasks if name != "raw pixels" else tasks[:3], strict=False):
                 result = task.run(context)
-                found[f"{kind}/{percent}/clean"] = result.right
+                correct[f"{kind}/{percent}/clean"] = result.correct
                 models[f"{kind}/{percent}"] = result.model.to(device).eval().requires_grad_(False)
-        once = Once(backbone.eval().requires_grad_(False))
         for model in models.values():
             if hasattr(model, "backbone"):
-                model.backbone = once
-        for key, of in sets.corrupted(models, some, some.labels, loading, seed).items():
-            found[f"{key}/corrupted"] = np.stack(list(of.right.values())).reshape(-1)
+                model.backbone = cached
+        for key, by_kind in sets.corrupted(models, corrupted, corrupted.labels, loading, seed).items():
+            correct[f"{key}/corrupted"] = np.stack(list(by_kind.correct.values())).reshape(-1)
         attacks = [fgsm(EPS), pgd(EPS, PGD_STEPS)]
-        checked = sets.CHECKED if seed == 1 else 0
-        failed = []
-        for key, of in sets.adversarial(models, few, few.labels, attacks, loading, seed=seed, checked=checked).items():
-            found |= {f"{key}/{measure}": of.right[attack.name] for measure, attack in zip(("FGSM", "PGD"), attacks, strict=True)}
-            failed += [f"{key}: {what} ({c.saw})" for checks in of.checks.values() for what, c in checks.items() if not c.holds]
+        checked, failed = sets.CHECKED if seed == 1 else 0, []
+        for key, by_attack in sets.adversarial(
+            models, attacked, attacked.labels, attacks, loading, seed=seed, checked=checked
+        ).items():
+            for measure, attack in zip(("FGSM", "PGD"), attacks, strict=True):
+                correct[f"{key}/{measure}"] = by_attack.correct[attack.name]
+            failed += [
+                f"{key}: {text} ({check.numbers})"
+                for checks in by_attack.checks.values()
+                for text, check in checks.items()
+                if not check.holds
+            ]
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     metadata = {"failed checks": json.dumps(failed), "seconds": f"{time.monotonic() - began:.0f}"}
-    save_file({k: np.ascontiguousarray(v).astype(np.uint8) for k, v in found.items()}, temporary, metadata)
+    save_file({k: np.ascontiguousarray(v).astype(np.uint8) for k, v in correct.items()}, temporary, metadata)
     temporary.replace(file)
     return f"{file.stem}: {clock(time.monotonic() - began)}"
 
 
 def judge(out: Path, seeds: list[int]) -> dict[str, Any]:
-    """Means over the seeds, and paired differences to MAE with intervals."""
-    hits = {name: [load_file(file_of(out, name, seed)) for seed in seeds] for name in BACKBONES}
+    """Accuracies by seed, and paired differences to MAE with intervals."""
+    by_backbone = {name: [load_file(correct_file(out, name, seed)) for seed in seeds] for name in BACKBONES}
     rows = []
-    for name, of in hits.items():
-        for task in TASKS:
-            for percent in PERCENTS:
-                row: dict[str, Any] = {"backbone": name, "task": task, "percent": percent}
-                for measure in MEASURES:
-                    key = f"{task}/{percent}/{measure}"
-                    if key not in of[0]:
-                        continue
-                    own = [h[key].astype(bool) for h in of]
-                    row[measure] = {"seeds": [100 * float(h.mean()) for h in own]}
-                    for other in {"MAE", "MAE, averaged"} - {name}:
-                        if key in hits[other][0]:
-                            row[measure][f"against {other}"] = interval(own, [h[key].astype(bool) for h in hits[other]])
-                if len(row) > 3:
-                    rows.append(row)
+    for name, by_seed in by_backbone.items():
+        for task, percent in itertools.product(TASKS, PERCENTS):
+            row: dict[str, Any] = {"backbone": name, "task": task, "percent": percent}
+            for measure in MEASURES:
+                key = f"{task}/{percent}/{measure}"
+                if key not in by_seed[0]:
+                    continue
+                correct = [arrays[key].astype(bool) for arrays in by_seed]
+                row[measure] = {"seeds": [100 * float(array.mean()) for array in correct]}
+                for other in {"MAE", "MAE, averaged"} - {name}:
+                    if key in by_backbone[other][0]:
+                        others = [arrays[key].astype(bool) for arrays in by_backbone[other]]
+                        row[measure][f"against {other}"] = interval(correct, others)
+            if len(row) > 3:
+                rows.append(row)
     failed = []
     for seed in seeds:
         for name in BACKBONES:
-            with safe_open(file_of(out, name, seed), "np") as f:
-                failed += [f"{name}, seed {seed}, {text}" for text in json.loads(f.metadata()["failed checks"])]
+            with safe_open(correct_file(out, name, seed), "np") as f:
+                texts = json.loads(f.metadata()["failed checks"])
+            failed += [f"{name}, seed {seed}, {text}" for text in texts]
     return {
         "failed_checks": failed,
         "rows": rows,
@@ -171,9 +193,64 @@ def judge(out: Path, seeds: list[int]) -> dict[str, Any]:
     }
 
 
+def table(results: dict[str, Any]) -> str:
+    """Accuracy by task, labels and backbone, on clean, corrupted and attacked images."""
+    eps, machine = results["eps"], results["machine"]
+    attacks = [f"FGSM {eps:g}/255", f"PGD-{results['pgd_steps']} {eps:g}/255"]
+    rows = [
+        [
+            TASKS[task],
+            f"{percent} %",
+            row["backbone"],
+            *(f"{markdown.mean(row[measure]['seeds']):.1f}" for measure in MEASURES),
+            markdown.signed(row["corrupted"].get("against MAE")),
+        ]
+        for task, percent in itertools.product(TASKS, PERCENTS)
+        for row in results["rows"]
+        if (row["task"], row["percent"]) == (task, percent)
+    ]
+    failed = len(results["failed_checks"])
+    return markdown.table(
+        ["task", "labels", "backbone", "clean", "corrupted", *attacks, "corrupted, against MAE"],
+        rows,
+        f"Accuracy in percent, means of {len(results['seeds'])} paired seeds; corrupted: mean of 15 "
+        f"corruptions at 5 severities (not ImageNet-C) of {results['corrupted']} images per seed; attacks: "
+        f"{results['attacked']} images per seed. 95 % intervals in brackets. "
+        + f"{failed} sanity checks of attacks failed (listed in results/evaluation.json). " * (failed > 0)
+        + f"{machine['cpu']}, {machine['precision']}, torch {machine['torch']}.",
+        left=(0, 2),
+    )
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """Whether RC-MAE is better and more robust than MAE on the bundled set."""
+    lines, rows = [], [row for row in results["rows"] if row["backbone"] == "RC-MAE, teacher"]
+    for other in ("MAE", "MAE, averaged"):
+        for percents, labels in (((100,), "all labels"), ((1, 10), "1 and 10 % of the labels")):
+            cases: dict[str, list[str]] = {"better": [], "worse": [], "inconclusive": []}
+            for row in (row for row in rows if row["percent"] in percents):
+                fraction = "" if percents == (100,) else f" at {row['percent']} %"
+                for measure in MEASURES:
+                    gain, low, high = row[measure][f"against {other}"]
+                    cases[markdown.judged(low, high)].append(
+                        f"{TASKS[row['task']]}{fraction}, {measure} ({gain:+.1f} points, {low:+.1f} to "
+                        f"{high:+.1f})"
+                    )
+            counts = ", ".join(f"{word} in {len(texts)}" for word, texts in cases.items())
+            lines.append(
+                f"- RC-MAE's teacher against {other}, {labels}, {sum(map(len, cases.values()))} comparisons "
+                f"(task, images): {counts}."
+            )
+            lines += [f"  - {word}: {text}." for word in ("better", "worse") for text in cases[word]]
+    lines.append("\nOf a hundred 95 % intervals about five exclude zero by chance.")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Make what is missing, and write what it tells."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Make the missing runs, and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "evaluation")
@@ -185,13 +262,16 @@ def main() -> None:
         for run in pool.map(pretrained, *zip(*runs, strict=True)):
             print(f"{run.name}: pre-trained, {clock(time.monotonic() - began)}", flush=True)
         units = [(args.out, seed, name) for seed in seeds for name in BACKBONES]
-        for number, text in enumerate(pool.map(unit, *zip(*units, strict=True)), 1):
+        for number, text in enumerate(pool.map(evaluate, *zip(*units, strict=True)), 1):
             print(f"{number} of {len(units)}: {text}, {clock(time.monotonic() - began)}", flush=True)
-    found = judge(args.out, seeds)
-    found["machine"] = describe_machine(torch.device("cpu"), pick_precision("auto", torch.device("cpu")))
-    found["recipe_hash"] = {name: recipe_hash(changed(load_recipe("embedded"), **own)) for name, own in PRETRAINED.items()}
-    write_json(ROOT / "results" / "evaluation.json", found)
-    for row in found["rows"]:
+    results = judge(args.out, seeds)
+    results["machine"] = describe_machine(torch.device("cpu"), pick_precision("auto", torch.device("cpu")))
+    results["recipe_hash"] = {
+        name: recipe_hash(changed(load_recipe("bundled"), **settings))
+        for name, settings in PRETRAINED.items()
+    }
+    write_json(ROOT / "results" / "evaluation.json", results)
+    for row in results["rows"]:
         cells = "  ".join(f"{m} {np.mean(row[m]['seeds']):.1f}" for m in MEASURES if m in row)
         print(f"{row['backbone']:16} {row['task']:9} {row['percent']:3} %  {cells}")
 

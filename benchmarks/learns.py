@@ -1,54 +1,97 @@
-"""Does each method that has a small recipe of its own learn by it? `python -m benchmarks.learns [METHOD...]`.
+"""Does each method with its own bundled recipe learn? `python -m benchmarks.learns [METHOD...]`.
 
-The same command resumes where it stopped. Runs are those of `rcmae compare race`, at each recipe's own length instead of an equal
-budget. Writes results/learns.json; where methods are named, the rows of others stay as they are.
+The runs are those of `rcmae compare race`, with the length of each recipe instead of an equal budget. The
+same command resumes where it stopped. Writes results/learns.json; given methods, it leaves the rows of the
+others as they are.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks import ROOT, markdown
 from rcmae.compare.cost import cost
-from rcmae.compare.race import Budget, Run, Setting, arms, carry_out, judge
+from rcmae.compare.race import Budget, RaceRun, RaceSettings, arms, carry_out, judge
 from rcmae.config import shipped_recipes
 from rcmae.data.sources import open_source
 from rcmae.engine import signals
 from rcmae.engine.run import read_json, write_json
 from rcmae.methods import METHODS
 
-ROOT = Path(__file__).parent.parent
-OWN = [name for name in METHODS if f"{name}-embedded" in shipped_recipes()]
+BUNDLED = [name for name in METHODS if f"{name}-bundled" in shipped_recipes()]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Accuracy above random initialization, and the health of the features."""
+    machine, rows = results["machine"], []
+    for row in results["rows"]:
+        cells = [row["arm"], str(row["steps"]), f"{markdown.mean(row['linear']):.1f}"]
+        cells.append(markdown.signed(row["linear gain"]))
+        for key in ("rankme", "entropy", "prototypes_used"):
+            values = [health[key] for health in row["health"] if key in health]
+            cells.append(f"{markdown.mean(values):.1f}" if values else "")
+        rows.append(cells)
+    above = [row["arm"] for row in results["rows"] if row["linear gain"][1] > 0]
+    rest = [row["arm"] for row in results["rows"] if row["arm"] not in above]
+    conditions = f"{results['seeds']} seeds, 95 % intervals; {_conditions(machine)}"
+    for row in results["rows"]:
+        differing = row.get("machine", machine)
+        if differing["precision"] != machine["precision"]:
+            conditions += f"; {row['arm']}: {_conditions(differing)}"
+    head = ["method", "steps", "linear probe", "above the randomly initialized encoder"]
+    return markdown.table(
+        [*head, "rank of the features", "entropy, nats", "prototypes in use"],
+        rows,
+        f"Above the randomly initialized encoder: {', '.join(above) or 'none'}. Inconclusive: "
+        f"{', '.join(rest) or 'none'}.",
+        f"{conditions}.",
+    )
+
+
+def _conditions(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']}, {machine['precision']}, torch {machine['torch']}"
 
 
 def main() -> None:
-    """Make the runs that are missing, and write what they tell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", default=OWN, metavar="METHOD", help=f"of {', '.join(OWN)} [default: all]")
+    """Make the missing runs, and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ", ".join(BUNDLED)
+    parser.add_argument(
+        "methods", nargs="*", default=BUNDLED, metavar="METHOD", help=f"any of {names} [default: all]"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "learns")
     args = parser.parse_args()
-    contestants = [arm for arm in arms(OWN) if arm.name in args.methods]
-    setting = Setting(Budget("recipe's own", 0), args.seeds, probes=1, jobs=torch.get_num_threads())
+    contestants = [arm for arm in arms(BUNDLED) if arm.name in args.methods]
+    setting = RaceSettings(
+        Budget("the recipe's length", 0), args.seeds, probes=1, jobs=torch.get_num_threads()
+    )
     recipe = contestants[0].recipe
     data = open_source(recipe.data, recipe.images.channels, size=recipe.images.size).fingerprint()
     costs = {arm.name: cost(arm.recipe).flops for arm in contestants}
-    runs = [Run(arm, seed, args.out, arm.recipe.steps or 0, setting, data) for seed in range(1, args.seeds + 1) for arm in contestants]
-    with signals.answered():
-        carry_out(runs, [run.steps * costs[run.arm.name] for run in runs], setting, lambda text: print(text, flush=True))
-    found = judge(runs, costs, setting)
+    runs = [
+        RaceRun(arm, seed, args.out, arm.recipe.steps or 0, setting, data)
+        for seed in range(1, args.seeds + 1)
+        for arm in contestants
+    ]
+    weights = [run.steps * costs[run.arm.name] for run in runs]
+    with signals.handled():
+        carry_out(runs, weights, setting, lambda text: print(text, flush=True))
+    results = judge(runs, costs, setting)
     file = ROOT / "results" / "learns.json"
-    made = {row["arm"]: row | {"machine": found["machine"]} for row in found["rows"]}
-    before = {row["arm"]: row for row in read_json(file).get("rows", [])}
-    rows = [made.get(name) or before[name] for name in OWN if name in made or name in before]
-    write_json(file, {"rows": rows, "machine": read_json(file).get("machine", found["machine"]), "seeds": args.seeds})
-    for row in found["rows"]:
-        print(
-            row["arm"],
-            f"{row['steps']} steps",
-            "linear, above untrained: {:+.1f} [{:+.1f}, {:+.1f}]".format(*row["linear gain"]),
-            row["health"],
-        )
+    before = read_json(file)
+    by_name = {row["arm"]: row for row in before.get("rows", [])}
+    by_name |= {row["arm"]: row | {"machine": results["machine"]} for row in results["rows"]}
+    rows = [by_name[name] for name in BUNDLED if name in by_name]
+    machine = before.get("machine", results["machine"])
+    write_json(file, {"rows": rows, "machine": machine, "seeds": args.seeds})
+    for row in results["rows"]:
+        gain = markdown.signed(row["linear gain"])
+        print(f"{row['arm']} {row['steps']} steps, linear above random init: {gain} {row['health']}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py runs on two ranks: they train as one, and stop as one."""
+"""What tests/test_distributed.py runs on two ranks."""
 
 import json
 import os
@@ -22,18 +22,20 @@ from rcmae.tasks.detection.predict import predict
 from tests import test_detection_train, test_finetune
 from tests.test_pretraining import run
 
-METHODS: dict[str, dict] = {name: {"method": name, "steps": 4, "base_lr": 0.003} for name in ("dino", "ibot", "msn", "mocov3")}
+METHODS: dict[str, dict] = {
+    name: {"method": name, "steps": 4, "base_lr": 0.003} for name in ("dino", "ibot", "msn", "mocov3")
+}
 METHODS["ibot"] |= {"sinkhorn": True, "head_norm": True, "patch_head": "masked"}
 
 
-def untrained(images: CocoSet, world: World = World()) -> list[dict]:
-    """What a detector with new weights takes for objects."""
+def random_init(images: CocoSet, world: World = World()) -> list[dict]:
+    """Detections of a randomly initialized detector."""
     model = detector(test_detection_train.backbone(), 10, test_detection_train.TINY)
     return predict(model, images, size=64, channels=3, device=test_detection_train.CPU, batch=2, world=world)
 
 
 def main(out: Path, data: Path, case: str) -> int:
-    """One rank; its exit code."""
+    """Run one rank; returns its exit code."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     if case == "nan" and rank == 1:  # one rank alone sees a loss that is not finite
@@ -61,14 +63,14 @@ def main(out: Path, data: Path, case: str) -> int:
         test_finetune.run(out, sets, test_finetune.FULL)
         return 0
     if case == "detect":
-        sets = open_coco("embedded:scenes", train_images=8, test_images=5, size=64)
+        sets = open_coco("bundled:scenes", train_images=8, test_images=5, size=64)
         sets[0].notes.append("said once")
         commands.open_coco = lambda *names, **facts: sets
         finish = dt.DetectionTraining.finish
 
         def kept(self):
             save_file(self.model.state_dict(), data / f"rank{rank}.safetensors")
-            (data / f"found{rank}.json").write_text(json.dumps(untrained(sets[1], self.world)))
+            (data / f"found{rank}.json").write_text(json.dumps(random_init(sets[1], self.world)))
             return finish(self)
 
         dt.DetectionTraining.finish = kept

@@ -1,4 +1,5 @@
-"""The stored pixels of every corruption: `make golden` writes tests/golden/corruptions.json, tests/test_corruptions.py compares."""
+"""The stored pixels of every corruption: `make golden` writes tests/golden/corruptions.json,
+tests/test_corruptions.py compares."""
 
 import hashlib
 import json
@@ -19,7 +20,8 @@ SIDES = {"32 px": (32, 32), "96 px": (88, 96)}
 
 
 def picture(shape: tuple[int, int]) -> np.ndarray:
-    """Ramps, stripes and a bright square, of whole numbers alone: no decoder or draw has a say in them."""
+    """Ramps, stripes and a bright square, computed from integers: they depend on no decoder and no
+    generator."""
     y, x = np.mgrid[: shape[0], : shape[1]]
     image = np.stack([255 * x // shape[1], 255 * y // shape[0], 90 + 100 * ((x + 2 * y) // 8 % 2)], 2)
     image[shape[0] // 4 : shape[0] // 2, shape[1] // 4 : shape[1] // 2] = (240, 220, 30)
@@ -27,16 +29,20 @@ def picture(shape: tuple[int, int]) -> np.ndarray:
 
 
 def versions() -> dict[str, str]:
-    """All that may move a pixel by a rounding, or JPEG's by more."""
+    """Everything that may change the rounding of a pixel, or more for JPEG."""
     simd = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
     return {
-        "numpy": np.__version__, "scipy": scipy.__version__, "pillow": PIL.__version__, "libjpeg": str(features.version("libjpeg_turbo")),
-        "system": f"{platform.system()} {platform.machine()}", "simd": " ".join(simd),
-    }  # fmt: skip
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "pillow": PIL.__version__,
+        "libjpeg": str(features.version("libjpeg_turbo")),
+        "system": f"{platform.system()} {platform.machine()}",
+        "simd": " ".join(simd),
+    }
 
 
 def thumbnail(image: np.ndarray) -> str:
-    """Means of 4 x 4 parts, a byte for each channel, as hex digits."""
+    """Means of 4 x 4 parts: a byte per channel, as hex digits."""
     h, w = image.shape[:2]
     means = image.reshape(4, h // 4, 4, w // 4, 3).mean((1, 3))
     return np.rint(means).astype(np.uint8).tobytes().hex()
@@ -50,7 +56,10 @@ def outputs() -> dict[str, list[str]]:
         for name in CORRUPTIONS:
             for severity in range(1, 6):
                 changed = corrupt(image, name, severity, seed=0, index=7)
-                found[f"{size} {name}/{severity}"] = [hashlib.sha256(changed.tobytes()).hexdigest(), thumbnail(changed)]
+                found[f"{size} {name}/{severity}"] = [
+                    hashlib.sha256(changed.tobytes()).hexdigest(),
+                    thumbnail(changed),
+                ]
     return found
 
 

@@ -1,4 +1,5 @@
-"""The golden step of every method: `make golden` writes tests/golden/steps.json, tests/test_golden.py compares."""
+"""The golden step of every method: `make golden` writes tests/golden/steps.json, tests/test_golden.py
+compares."""
 
 import json
 import sys
@@ -14,10 +15,12 @@ FILE = GOLDEN / "steps.json"
 
 
 LAST = 3
-"Rounding, which differs with the CPU's instructions, grows from step to step: here it is below half the tolerance, at step 10 it is not."
+"""Rounding, which differs with the CPU's instructions, grows from step to step: here it is below half the
+tolerance, at step 10 it is not."""
 
 EPS = 1e-4
-"AdamW's, far above gradients that are nothing but rounding: with the usual 1e-8 these become steps as large as any."
+"""AdamW's, far above gradients that are nothing but rounding: with the usual 1e-8 these become steps as
+large as any."""
 
 BATCH = 8
 "Images. BatchNorm over three that are nearly alike would make numbers of their rounding."
@@ -30,7 +33,8 @@ def rms(tensors) -> float:
 
 
 def steps(name: str) -> dict[str, float]:
-    """Loss, gradient, update and weights after the first and the last step, float32, from fixed weights and batches."""
+    """Loss, gradient, update and weights after the first and the last step, float32, from fixed weights and
+    batches."""
     torch.manual_seed(0)
     method = method_for(small(name))
     optimizer = adamw(method.student, method.recipe.optim, 1e-3)

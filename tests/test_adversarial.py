@@ -1,4 +1,5 @@
-"""Attacks: their closed form on a linear model, the worst over restarts, batches cut anywhere; their checks hold, and can fail."""
+"""Attacks: the closed form on a linear model, the minimum over restarts, independence of batch boundaries;
+sanity checks that hold and that can fail."""
 
 from dataclasses import replace
 
@@ -9,12 +10,13 @@ from torch import nn
 from rcmae.errors import ConfigError
 from rcmae.tasks.robustness import adversarial
 from rcmae.tasks.robustness.adversarial import Attack, attacked, fgsm, pgd, sanity
+from tests.mutations import catches
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
 
 
-class Standardised(nn.Module):
-    """A classifier of pixels in 0 to 1 that standardises them inside."""
+class Standardized(nn.Module):
+    """A classifier of pixels in 0 to 1 that standardizes them inside."""
 
     def __init__(self, *layers: nn.Module):
         super().__init__()
@@ -24,8 +26,8 @@ class Standardised(nn.Module):
         return self.net((images - MEAN) / STD)
 
 
-def linear(classes: int = 2) -> Standardised:
-    return Standardised(nn.Linear(3 * 8 * 8, classes)).eval()
+def linear(classes: int = 2) -> Standardized:
+    return Standardized(nn.Linear(3 * 8 * 8, classes)).eval()
 
 
 def images(n: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
@@ -39,9 +41,10 @@ def said(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def network() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """Random weights, bent enough that a restart matters; its own answers are the truth, but for every tenth image."""
+    """Random weights, so nonlinear that restarts matter. Its own predictions are the labels, except for every
+    tenth image."""
     torch.manual_seed(0)
-    model, x = Standardised(nn.Linear(192, 64), nn.GELU(), nn.Linear(64, 5)).eval(), images(300)
+    model, x = Standardized(nn.Linear(192, 64), nn.GELU(), nn.Linear(64, 5)).eval(), images(300)
     with torch.no_grad():
         model.net[1].weight *= 2
     labels = said(model, x)
@@ -49,10 +52,22 @@ def network() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, x, labels
 
 
-@pytest.mark.parametrize("attack", [fgsm(2.0), pgd(2.0), pgd(2.0, steps=7, restarts=3)], ids=["fgsm", "pgd", "restarts"])
+@catches(
+    "eps is in units of standardized pixels",
+    "rcmae.tasks.robustness.adversarial:attacked",
+    lambda old: (
+        lambda model, images, labels, attack, *rest: old(
+            model, images, labels, replace(attack, eps=4 * attack.eps), *rest
+        )
+    ),
+)
+@pytest.mark.parametrize(
+    "attack", [fgsm(2.0), pgd(2.0), pgd(2.0, steps=7, restarts=3)], ids=["fgsm", "pgd", "restarts"]
+)
 @pytest.mark.parametrize("span", [(0.1, 0.9), (0.0, 1.0)], ids=["inside", "at the border"])
 def test_a_linear_model_has_a_closed_form(attack, span):
-    """The worst margin is margin - sum |w| * (eps, or the room that 0 and 1 leave), w per pixel: the weights over the deviations."""
+    """The lowest margin is margin - sum |w| * (eps, or the distance to 0 or 1), with w per pixel: the weights
+    over the standard deviations."""
     torch.manual_seed(0)
     model, x = linear(), images(300, *span)
     if span[0] == 0:
@@ -68,7 +83,9 @@ def test_a_linear_model_has_a_closed_form(attack, span):
         return (logits[:, 1] - logits[:, 0]) * (2 * labels - 1)
 
     worst = margin(x) - (w.abs() * room).sum((1, 2, 3))
-    assert (worst.abs() > 1e-5).all() and 30 < (worst > 0).sum() < 270, "the test needs both kinds, none on the brink"
+    assert (worst.abs() > 1e-5).all() and 30 < (worst > 0).sum() < 270, (
+        "the test needs both kinds, none on the brink"
+    )
     moved, right = attacked(model, x, labels, attack)
     assert torch.equal(right, worst > 0)
     torch.testing.assert_close(margin(moved)[right], worst[right], rtol=0, atol=2e-6)
@@ -76,7 +93,7 @@ def test_a_linear_model_has_a_closed_form(attack, span):
         torch.testing.assert_close(worst, margin(x) - eps * w[0].abs().sum(), rtol=0, atol=2e-6)
 
 
-def test_what_is_wrong_stays_wrong_and_as_it_is(network):
+def test_misclassified_images_are_not_attacked(network):
     model, x, labels = network
     wrong = said(model, x) != labels
     assert wrong.sum() == 30
@@ -88,7 +105,7 @@ def test_what_is_wrong_stays_wrong_and_as_it_is(network):
     assert torch.equal(nothing_left[0], x[wrong]) and not nothing_left[1].any()
 
 
-def test_restarts_only_lose_images_and_batches_may_be_cut_anywhere(network):
+def test_restarts_only_lower_the_accuracy_and_batch_boundaries_do_not_matter(network):
     model, x, labels = network
     three = pgd(3.0, steps=3, restarts=3)
     one, all_three = (attacked(model, x, labels, attack)[1] for attack in (replace(three, restarts=1), three))
@@ -97,7 +114,9 @@ def test_restarts_only_lose_images_and_batches_may_be_cut_anywhere(network):
     part, _ = attacked(model, x[23:40], labels[23:40], three, seed=5, indices=range(23, 40))
     torch.testing.assert_close(part, whole[23:40], rtol=0, atol=1e-6)
     parts = zip(*(v.split(70) for v in (x, labels, torch.arange(300))), strict=True)
-    assert torch.equal(torch.cat([attacked(model, *two, three, 5, i.tolist())[1] for *two, i in parts]), right)
+    assert torch.equal(
+        torch.cat([attacked(model, *two, three, 5, i.tolist())[1] for *two, i in parts]), right
+    )
     assert not torch.equal(attacked(model, x, labels, three, seed=6)[0], whole)
 
 
@@ -123,18 +142,32 @@ def test_each_sanity_check_can_fail(network, monkeypatch):
     torch.manual_seed(0)
     fails("eps 0 equals clean", nn.Sequential(model, nn.Dropout(0.5)).train(), x, labels, pgd(1.0))
     fails("PGD is not above FGSM", model, x, labels, Attack(1.0, 1, 0.0, 0))
-    fails("without a bound nothing stays right", nn.Sequential(Quantised(), model), x, labels, pgd(1.0, steps=20))
-    fails("twice the steps find no more", model, x, labels, Attack(2.0, 2, 0.1, 0))
+    fails(
+        "without a bound no image stays correct",
+        nn.Sequential(Quantized(), model),
+        x,
+        labels,
+        pgd(1.0, steps=20),
+    )
+    fails("twice the steps are not stronger", model, x, labels, Attack(2.0, 2, 0.1, 0))
     honest = attacked
     # eps in deviations instead of pixels, the classic mistake; an attack that loses its way with more steps
-    monkeypatch.setattr(adversarial, "attacked", lambda m, x, y, a, s: honest(m, x, y, replace(a, eps=min(255, a.eps / 0.225)), s))
+    monkeypatch.setattr(
+        adversarial,
+        "attacked",
+        lambda m, x, y, a, s: honest(m, x, y, replace(a, eps=min(255, a.eps / 0.225)), s),
+    )
     fails("distance is never above eps", model, x, labels, pgd(1.0))
-    monkeypatch.setattr(adversarial, "attacked", lambda m, x, y, a, s: honest(m, x, y, replace(a, steps=max(1, 20 - a.steps)), s))
+    monkeypatch.setattr(
+        adversarial,
+        "attacked",
+        lambda m, x, y, a, s: honest(m, x, y, replace(a, steps=max(1, 20 - a.steps)), s),
+    )
     fails("more steps are not weaker", model, x, labels, Attack(2.0, 8, 0.1, 0))
 
 
-class Quantised(nn.Module):
-    """Masks gradients: eight levels of grey, whose slope is 0."""
+class Quantized(nn.Module):
+    """Masks gradients: eight levels of gray, with a slope of 0."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return (7 * images).round() / 7
@@ -142,8 +175,13 @@ class Quantised(nn.Module):
 
 def test_attacks_have_names_and_refuse_what_makes_no_sense():
     attacks = [fgsm(0.5), pgd(8.0), pgd(4.0, steps=5, restarts=3), Attack(1, 10, 0.25, 0)]
-    assert [attack.name for attack in attacks] == ["FGSM 0.5/255", "PGD-20 8/255", "PGD-5 x3 4/255", "PGD-10 1/255"]
+    assert [attack.name for attack in attacks] == [
+        "FGSM 0.5/255",
+        "PGD-20 8/255",
+        "PGD-5 x3 4/255",
+        "PGD-10 1/255",
+    ]
     with pytest.raises(ConfigError, match="eps is in 1/255 and lies in 0 to 255, not -1"):
         fgsm(-1.0)
-    with pytest.raises(ConfigError, match="at least one step and no negative number of restarts, not 0 and 1"):
+    with pytest.raises(ConfigError, match="at least one step and at least 0 restarts, not 0 and 1"):
         pgd(1.0, steps=0, size=1.0)

@@ -1,4 +1,5 @@
-"""Alarms: each fault, put into the code of a real run, calls its own alarm and no other; a healthy run calls none."""
+"""Alarms: each fault, put into the code of a real run, raises its own alarm and no other; a healthy run
+raises none."""
 
 import re
 import time
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import rcmae.pretraining as pretraining
-from benchmarks.alarms import FAULTS, broken, stops_at
+from benchmarks.alarms import FAULTS, patched, stops_at
 from rcmae.cli import main
-from rcmae.config import Machine
+from rcmae.config import RuntimeConfig
 from rcmae.data.digits import DigitsSource
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.metrics import read_metrics
@@ -27,11 +28,12 @@ SETTING = {
     "teacher-stale": "--out",
     "buffer-missed": "average or copy buffers too",
     "teacher-training": "teacher.eval()",
-    "schedule-stuck": "count steps over the whole run",
+    "schedule-stuck": "count steps over the run",
     "collapse": "--base-lr",
     "low-precision": "--precision fp32",
 }
-"What the line of an alarm must tell to change; of others, the setting that makes the teacher's memory shorter under its schedule."
+"""What the line of an alarm must tell to change; of others, the setting that makes the teacher's memory
+shorter under its schedule."""
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +43,16 @@ def digits() -> DigitsSource:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, digits):
-    """Small images that are drawn once; one milestone, without a page and an export."""
+    """Small images that are drawn once; one milestone, without a page or an export."""
     monkeypatch.setattr(pretraining, "open_source", lambda *args, **options: digits)
     monkeypatch.setattr(pretraining, "write_report", lambda run: None)
     monkeypatch.setattr(pretraining, "export", lambda *args: None)
     monkeypatch.setattr(pretraining, "spread", lambda total, count: {total})
 
 
-def run(out: Path, machine: dict | None = None, **changes) -> pretraining.Result:
-    own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"} | (machine or {})
-    return pretraining.pretrain(small(**{"steps": STEPS} | changes), Machine(out=out, **own))
+def run(out: Path, runtime: dict | None = None, **changes) -> pretraining.Result:
+    own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"} | (runtime or {})
+    return pretraining.pretrain(small(**{"steps": STEPS} | changes), RuntimeConfig(out=out, **own))
 
 
 def recorded(out: Path) -> list[dict]:
@@ -61,55 +63,65 @@ def printed(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("alarm ")]
 
 
-def in_fault(name: str, out: Path, machine: dict | None = None) -> None:
-    """A run with a fault, from its start or from a resume on."""
+def in_fault(name: str, out: Path, runtime: dict | None = None) -> None:
+    """A run with a fault, from its start or from its resume on."""
     fault = FAULTS[name]
-    machine = {"accumulate": fault.accumulate} | (machine or {})
+    runtime = {"accumulate": fault.accumulate} | (runtime or {})
     if fault.resumes:
-        with broken("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2)), pytest.raises(Preempted):
-            run(out, machine, **fault.settings)
-    with broken(fault.place, fault.wrong):
-        run(out, machine, **fault.settings)
+        with patched("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2)), pytest.raises(Preempted):
+            run(out, runtime, **fault.settings)
+    with patched(fault.target, fault.wrap):
+        run(out, runtime, **fault.settings)
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_calls_its_own_alarm_once(tmp_path, capsys, name):
+def test_a_fault_raises_its_own_alarm_once(tmp_path, capsys, name):
     in_fault(name, tmp_path / "run")
     alarms = recorded(tmp_path / "run")
     assert [a["name"] for a in alarms] == [FAULTS[name].alarm]
     assert printed(capsys.readouterr().out) == [f"alarm {alarms[0]['name']}: {alarms[0]['text']}"]
-    works, does_nothing = ("--momentum", "--half-life") if "schedule" in FAULTS[name].settings else ("--half-life", "--momentum")
+    works, does_nothing = (
+        ("--momentum", "--half-life")
+        if "schedule" in FAULTS[name].settings
+        else ("--half-life", "--momentum")
+    )
     assert SETTING.get(alarms[0]["name"], works) in alarms[0]["text"]
     assert does_nothing not in alarms[0]["text"]
 
 
 @pytest.mark.parametrize(
-    ("machine", "changes"),
+    ("runtime", "changes"),
     [
         ({}, {}),
         ({}, {"method": "mae"}),
         ({"precision": "bf16"}, {"method": "mae", "seed": 1}),
-        ({"precision": "bf16"}, {"half_life": "auto"}),
+        ({"precision": "bf16"}, {"half_life": "adaptive"}),
         ({"accumulate": 2}, {"ema_updates": 2, "teacher_mask": "different"}),
-        ({"accumulate": 2, "precision": "bf16"}, {"teacher_mask": "different", "schedule": "constant", "momentum": 0.7}),
+        (
+            {"accumulate": 2, "precision": "bf16"},
+            {"teacher_mask": "different", "schedule": "constant", "momentum": 0.7},
+        ),
         ({}, {"schedule": "cosine", "momentum": 0.7, "seed": 1}),
-        ({}, {"half_life": "auto", "teacher_mask": "different", "gamma": 0.5}),
+        ({}, {"half_life": "adaptive", "teacher_mask": "different", "gamma": 0.5}),
     ],
     ids=lambda v: " ".join(f"{k} {x}" for k, x in v.items()) or "plain",
 )
-def test_a_healthy_run_calls_none(tmp_path, capsys, machine, changes):
-    """Stopped and resumed on the way."""
-    with broken("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2)), pytest.raises(Preempted):
-        run(tmp_path / "run", machine, **changes)
-    run(tmp_path / "run", machine, **changes)
+def test_a_healthy_run_raises_no_alarm(tmp_path, capsys, runtime, changes):
+    """Also when it is stopped and resumed."""
+    with patched("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2)), pytest.raises(Preempted):
+        run(tmp_path / "run", runtime, **changes)
+    run(tmp_path / "run", runtime, **changes)
     assert recorded(tmp_path / "run") == []
     assert printed(capsys.readouterr().out) == []
     assert any("rankme" in line for line in read_metrics(tmp_path / "run"))
 
 
-# --- --on-alarm stop --------------------------------------------------------------------------------------------------
+# --- --on-alarm stop ----------------------------------------------------------------------------------------
 
-COMMAND = "pretrain --size 16 --width 24 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 2 --decoder-heads 2 --batch-size 8"
+COMMAND = (
+    "pretrain --size 16 --width 24 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 2 --decoder-heads "
+    "2 --batch-size 8"
+)
 COMMAND += f" --steps {STEPS} --probes 0 --device cpu --precision fp32 --workers 0"
 
 
@@ -122,12 +134,17 @@ def command(out: Path, half_life: str = "2 steps", on_alarm: str = "stop") -> in
     return main([*COMMAND.split(), "--out", str(out), "--half-life", half_life, "--on-alarm", on_alarm])
 
 
-def test_stop_ends_the_run_and_the_same_command_goes_on(tmp_path, capsys):
-    """It stops at the step of the alarm; the second time that alarm is known, and the weights are those of a run that only warns."""
-    with broken("rcmae.models.teacher:Teacher.__init__", FAULTS["the teacher is in training mode"].wrong):
+def test_stop_ends_the_run_and_the_same_command_resumes_it(tmp_path, capsys):
+    """It stops at the step of the alarm. After the resume that alarm is known, and the weights are those of a
+    run that only warns."""
+    with patched("rcmae.models.teacher:Teacher.__init__", FAULTS["the teacher is in training mode"].wrap):
         assert command(tmp_path / "run") == 5
         said = capsys.readouterr()
-        assert re.fullmatch(r"rcmae: error: alarm teacher-training: .*; stopped at step 1, its checkpoint is kept; the same .*\n", said.err)
+        assert re.fullmatch(
+            r"rcmae: error: alarm teacher-training: .*; stopped at step 1, "
+            r"its checkpoint is kept; the same .*\n",
+            said.err,
+        )
         assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000001"
         assert command(tmp_path / "run") == 0
         assert printed(capsys.readouterr().out) == []
@@ -147,28 +164,32 @@ def test_stop_before_the_first_step(tmp_path, capsys):
 
 
 def test_stop_at_the_last_step(tmp_path):
-    with broken("rcmae.models.decoder:Decoder.forward", FAULTS["the output is constant"].wrong):
+    with patched("rcmae.models.decoder:Decoder.forward", FAULTS["the output is constant"].wrap):
         assert command(tmp_path / "run") == 5
         assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == f"step_{STEPS:08d}"
         assert command(tmp_path / "run") == 0
 
 
 def test_a_stale_teacher_is_never_saved(tmp_path):
-    """Stopped before a step, so the checkpoint still holds the true teacher; every resume that loses it says so anew."""
+    """The run stops before the step, so the checkpoint has the correct teacher; every resume that loses it
+    raises the alarm again."""
     stop = {"on_alarm": "stop"}
     with pytest.raises(AlarmError, match=f"stopped at step {STEPS // 2}"):
         in_fault("the teacher is stale after a resume", tmp_path / "run", stop)
-    with broken("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2 + 4)), pytest.raises(Preempted):
+    with patched("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2 + 4)), pytest.raises(Preempted):
         run(tmp_path / "run", stop)
     fault = FAULTS["the teacher is stale after a resume"]
-    with broken(fault.place, fault.wrong), pytest.raises(AlarmError, match=f"stopped at step {STEPS // 2 + 4}"):
+    with (
+        patched(fault.target, fault.wrap),
+        pytest.raises(AlarmError, match=f"stopped at step {STEPS // 2 + 4}"),
+    ):
         run(tmp_path / "run", stop)
     run(tmp_path / "run", stop)
     run(tmp_path / "straight")
     assert weights(tmp_path / "run") == weights(tmp_path / "straight")
 
 
-# --- at the edge ------------------------------------------------------------------------------------------------------
+# --- at the edge --------------------------------------------------------------------------------------------
 
 
 def at_start(step: int, **changes) -> list[str]:
@@ -180,8 +201,8 @@ def at_start(step: int, **changes) -> list[str]:
 
 
 @pytest.mark.parametrize("step", [0, 100, 399])
-def test_what_auto_may_reach_is_not_too_long(step):
-    assert at_start(step, half_life="auto") == []
+def test_a_half_life_is_too_long_beyond_the_limit_of_adaptive(step):
+    assert at_start(step, half_life="adaptive") == []
     assert at_start(step, half_life="10%") == []
     assert at_start(step, half_life="11%") == ["teacher-drag"]
 
@@ -200,9 +221,18 @@ def test_a_schedule_is_judged_by_its_start_also_in_a_resumed_run(step):
         ({"half_life": "1e30 steps"}, "it will never learn; give a shorter --half-life"),
         ({"half_life": "50%"}, "at the end; give a shorter --half-life, for 40 steps or less"),
         ({"schedule": "constant", "momentum": 1.0}, "it will never learn; give a lower --momentum"),
-        ({"schedule": "constant", "momentum": 0.999}, "at the end; give a lower --momentum, for 40 steps or less"),
-        ({"schedule": "cosine", "momentum": 0.999}, "at the end; give a lower --momentum, for 40 steps or less"),
-        ({"schedule": "linear", "momentum": 0.999}, "at the end; give a lower --momentum, for 40 steps or less"),
+        (
+            {"schedule": "constant", "momentum": 0.999},
+            "at the end; give a lower --momentum, for 40 steps or less",
+        ),
+        (
+            {"schedule": "cosine", "momentum": 0.999},
+            "at the end; give a lower --momentum, for 40 steps or less",
+        ),
+        (
+            {"schedule": "linear", "momentum": 0.999},
+            "at the end; give a lower --momentum, for 40 steps or less",
+        ),
     ],
 )
 def test_advice_is_a_setting_that_the_schedule_reads(changes, advice):
@@ -211,7 +241,7 @@ def test_advice_is_a_setting_that_the_schedule_reads(changes, advice):
 
 
 def test_a_run_that_an_alarm_ends_has_it_on_its_page(tmp_path, monkeypatch):
-    """However short a while ago the page was drawn."""
+    """Even if the page was drawn just before."""
     drawn = []
 
     def draw(run: Path) -> None:
@@ -221,7 +251,9 @@ def test_a_run_that_an_alarm_ends_has_it_on_its_page(tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "write_report", draw)
     with (
         pytest.raises(AlarmError),
-        broken(FAULTS["the teacher is in training mode"].place, FAULTS["the teacher is in training mode"].wrong),
+        patched(
+            FAULTS["the teacher is in training mode"].target, FAULTS["the teacher is in training mode"].wrap
+        ),
     ):
         run(tmp_path / "run", {"on_alarm": "stop", "log_every": 1})
     assert len(drawn) == 2 and not drawn[0] and drawn[1], "at the beginning and at the end"

@@ -1,7 +1,6 @@
-"""Every view that a shipped recipe draws, some thousand times: what one image in a thousand is asked for works too.
+"""Every view that a shipped recipe draws, thousands of times, so that rare draws are tested too.
 
-Libraries refuse new things with new releases; a training of a million images meets all of them.
-"""
+New releases of libraries refuse new inputs; a training on a million images would meet all of them."""
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from rcmae.methods.recipes import load_recipe
 from rcmae.tasks.detection.coco import Objects
 from rcmae.tasks.detection.settings import load_detect
 from rcmae.tasks.detection.views import Jitter
-from rcmae.tasks.finetune import FineTune, load_finetune
+from rcmae.tasks.finetune import FineTuneRecipe, load_finetune
 
 STATISTICS = (0.5,) * 3, (0.25,) * 3
 SMALL = {"model": "vit_tiny_small_images", "size": 32, "width": 24, "depth": 1, "heads": 2, "local_size": 16}
@@ -23,21 +22,24 @@ DRAWS = 1000
 
 
 def photograph(seed: int, h: int = 20, w: int = 26) -> np.ndarray:
-    """Noise over a slope of brightness; every eighth image is of one color, which has no contrast to stretch."""
+    """Noise over a gradient of brightness; every eighth image has one color, and so no contrast to
+    stretch."""
     draws = np.random.default_rng(seed)
     if seed % 8 == 0:
         return np.full((h, w, 3), draws.integers(256, size=3), np.uint8)
     return (draws.integers(0, 128, (h, w, 3)) + np.linspace(0, 127, w)[None, :, None]).astype(np.uint8)
 
 
-def views_of(settings: FineTune, shape: tuple[int, int] = (16, 16)) -> SupervisedView:
+def views_of(settings: FineTuneRecipe, shape: tuple[int, int] = (16, 16)) -> SupervisedView:
     drawn = {k: getattr(settings, k) for k in ("flip", "randaugment", "erasing")}
     return SupervisedView(shape, *STATISTICS, scale=settings.crop_scale, **drawn)
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "rand-m15-mmax20-n3-inc1"])
 def test_every_operation_of_randaugment_works_at_every_magnitude(policy):
-    view = SupervisedView((16, 16), *STATISTICS, scale=(1.0, 1.0), flip=False, randaugment=policy, erasing=0.0)
+    view = SupervisedView(
+        (16, 16), *STATISTICS, scale=(1.0, 1.0), flip=False, randaugment=policy, erasing=0.0
+    )
     image = Image.fromarray(photograph(3))
     for operation in view.augment.ops:
         most = int(operation.magnitude_max or 10)
@@ -52,7 +54,10 @@ def test_an_image_that_keeps_no_bit_is_black_and_one_that_keeps_four_has_sixteen
     view = views_of(load_finetune("folder"))
     (posterize,) = [o for o in view.augment.ops if o.name == "PosterizeIncreasing"]
     image = Image.fromarray(photograph(3))
-    kept = {m: np.unique(np.array(posterize.aug_fn(image, *posterize.level_fn(m, posterize.hparams)))) for m in (0.0, 9.0, 10.0)}
+    kept = {
+        m: np.unique(np.array(posterize.aug_fn(image, *posterize.level_fn(m, posterize.hparams))))
+        for m in (0.0, 9.0, 10.0)
+    }
     assert kept[10.0].tolist() == [0]
     assert kept[9.0].tolist() == [0, 128]
     assert 10 < len(kept[0.0]) <= 16 and not (kept[0.0] % 16).any()
@@ -70,7 +75,9 @@ def test_views_of_a_recipe_of_fine_tuning(name):
 def test_views_of_a_recipe_of_pre_training(name):
     recipe = load_recipe(name)
     with torch.device("meta"):  # views ask the network for its grid alone
-        view = METHODS[recipe.method](changed(recipe, **{k: v for k, v in SMALL.items() if k in flags(type(recipe))}), *STATISTICS).views()
+        view = METHODS[recipe.method](
+            changed(recipe, **{k: v for k, v in SMALL.items() if k in flags(type(recipe))}), *STATISTICS
+        ).views()
     for seed in range(DRAWS // 20):  # of up to twelve crops each
         drawn = view(photograph(seed), np.random.default_rng(seed))
         assert drawn["image"].shape[-3:] == (3, 32, 32) and drawn["image"].dtype == torch.uint8
@@ -84,4 +91,6 @@ def test_views_of_a_recipe_of_detection(name):
         draws = np.random.default_rng(seed)
         masks = draws.random((3, 20, 26)) < draws.random((3, 1, 1))
         drawn = view(photograph(seed), Objects(np.array([1, 2, 3]), masks), draws)
-        assert drawn["image"].shape == (3, 32, 32) and len(drawn["boxes"]) == len(drawn["labels"]) == len(drawn["masks"])
+        assert drawn["image"].shape == (3, 32, 32) and len(drawn["boxes"]) == len(drawn["labels"]) == len(
+            drawn["masks"]
+        )

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there; damage is noticed; nothing else is ever taken for it."""
+"""A checkpoint is complete or absent, damage is detected, and nothing else is loaded as one."""
 
 import contextlib
 import json
@@ -13,11 +13,12 @@ import torch
 from rcmae.engine import checkpoint as cp
 from rcmae.engine.metrics import Metrics, read_metrics
 from rcmae.engine.optim import adamw
-from rcmae.engine.run import owned, record_recipe
+from rcmae.engine.run import record_recipe, run_lock
 from rcmae.engine.schedules import Progress
 from rcmae.errors import CheckpointError, ConfigError, StorageError
 from rcmae.methods.recipes import load_recipe
 from tests.conftest import batch_for, method_for, small
+from tests.mutations import catches
 
 STATE = {"total_steps": 9, "skipped": 0}
 
@@ -51,6 +52,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     assert any(k.startswith("teacher") for k in method.state_dict())
 
 
+@catches("hashes are not verified", "rcmae.engine.checkpoint:verify", lambda old: lambda path: None)
 def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
     path = save(tmp_path, 1)
     rng = random.Random(0)
@@ -72,13 +74,18 @@ def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
 
 
 def json_equal(a: bytes, b: bytes) -> bool:
-    """A flip inside white space leaves the manifest as it was."""
+    """A flipped bit in white space does not change the manifest."""
     try:
         return json.loads(a) == json.loads(b)
     except ValueError:
         return False
 
 
+@catches(
+    "only the largest checkpoint is found",
+    "rcmae.engine.checkpoint:checkpoints",
+    lambda old: lambda folder: sorted(folder.glob("step_*"), key=lambda p: p.stat().st_size)[-1:],
+)
 def test_a_damaged_newest_falls_back_and_all_damaged_is_an_error(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
@@ -93,15 +100,18 @@ def test_a_damaged_newest_falls_back_and_all_damaged_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("manifest", [b"{}", b"[]", b"3", b'{"state.json": "x"}'])
-def test_a_manifest_that_is_not_whole_is_damage(tmp_path, manifest):
+def test_an_incomplete_manifest_is_damage(tmp_path, manifest):
     path = save(tmp_path, 1)
     (path / "manifest.json").write_bytes(manifest)
-    assert cp.verify(path) == "its manifest is not whole"
+    assert cp.verify(path) == "its manifest is incomplete"
 
 
-def test_the_record_survives_a_full_disk_at_a_resume(tmp_path, monkeypatch):
-    """Cutting the record back to the checkpoint replaces it in one go: the old one is there until the new one is whole."""
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n5\n{"kind": "train", "step": 9}\n{"ki')
+def test_metrics_survive_a_full_disk_at_a_resume(tmp_path, monkeypatch):
+    """The metrics are cut back to the checkpoint by replacing the file: the old one stays until the new one
+    is complete."""
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 1}\n5\n{"kind": "train", "step": 9}\n{"ki'
+    )
 
     def refuse(path, content):
         path.write_bytes(content[: len(content) // 2])
@@ -123,11 +133,21 @@ def test_the_record_survives_a_full_disk_at_a_resume(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"kind": "train", "step": null}', '{"kind": "train", "step": "1"}', '{"kind": "train", "step": 1.5}', '{"kind": "train"}',
-             '{"kind": "train", "step": true}', '{"step": 1}', '{"kind": null, "step": 1}', "5", '{"kind": "tr'],
-)  # fmt: skip
-def test_a_malformed_line_of_the_record_is_left_out(tmp_path, text):
-    """Wherever it stands, and from the file too at the next resume."""
+    "text",
+    [
+        '{"kind": "train", "step": null}',
+        '{"kind": "train", "step": "1"}',
+        '{"kind": "train", "step": 1.5}',
+        '{"kind": "train"}',
+        '{"kind": "train", "step": true}',
+        '{"step": 1}',
+        '{"kind": null, "step": 1}',
+        "5",
+        '{"kind": "tr',
+    ],
+)
+def test_a_malformed_line_of_the_metrics_is_left_out(tmp_path, text):
+    """Anywhere in the file; the next resume removes it from the file too."""
     fine = '{"kind": "train", "step": 1}'
     (tmp_path / "metrics.jsonl").write_text(f"{text}\n{fine}\n{text}\n")
     assert read_metrics(tmp_path) == [json.loads(fine)]
@@ -135,27 +155,38 @@ def test_a_malformed_line_of_the_record_is_left_out(tmp_path, text):
     assert (tmp_path / "metrics.jsonl").read_text() == fine + "\n"
 
 
-def test_of_a_milestone_that_was_told_twice_the_last_one_is_read(tmp_path):
-    """What is not measured at milestones may be said twice in a step."""
+def test_the_last_record_of_a_repeated_milestone_is_read(tmp_path):
+    """Other lines may occur twice in a step."""
     lines = [
-        {"kind": "probe", "step": 1, "student": {"linear": 1.0}}, {"kind": "health", "step": 1, "rankme": 2.0},
-        {"kind": "health", "step": 1, "lidar": 2.0}, {"kind": "event", "step": 1, "text": "one"},
+        {"kind": "probe", "step": 1, "student": {"linear": 1.0}},
+        {"kind": "health", "step": 1, "rankme": 2.0},
+        {"kind": "health", "step": 1, "lidar": 2.0},
+        {"kind": "event", "step": 1, "text": "one"},
         {"kind": "event", "step": 1, "text": "two"},
-        {"kind": "health", "step": 1, "lidar": 3.0}, {"kind": "probe", "step": 1, "student": {"linear": 4.0}},
+        {"kind": "health", "step": 1, "lidar": 3.0},
+        {"kind": "probe", "step": 1, "student": {"linear": 4.0}},
         {"kind": "probe", "step": 2, "student": {"linear": 5.0}},
-    ]  # fmt: skip
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_metrics(tmp_path) == [lines[1], *lines[3:]]
 
 
-def test_a_resume_goes_on_in_the_same_place_of_every_sink(tmp_path, monkeypatch):
-    """W&B by the run's own id, TensorBoard without the points beyond the checkpoint."""
+def test_a_resume_continues_every_sink_at_the_same_step(tmp_path, monkeypatch):
+    """W&B by the run's id, TensorBoard without the points after the checkpoint."""
     asked, purged = [], []
-    wandb = SimpleNamespace(init=lambda **options: asked.append(options) or SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None))
-    board = SimpleNamespace(
-        SummaryWriter=lambda place, purge_step: purged.append(purge_step) or SimpleNamespace(add_scalar=lambda *a: None, close=lambda: None)
+    wandb = SimpleNamespace(
+        init=lambda **options: (
+            asked.append(options) or SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
+        )
     )
-    monkeypatch.setattr("rcmae.engine.metrics.optional", lambda module, extra: {"wandb": wandb, "tensorboard": board}[extra])
+    board = SimpleNamespace(
+        SummaryWriter=lambda place, purge_step: (
+            purged.append(purge_step) or SimpleNamespace(add_scalar=lambda *a: None, close=lambda: None)
+        )
+    )
+    monkeypatch.setattr(
+        "rcmae.engine.metrics.optional", lambda module, extra: {"wandb": wandb, "tensorboard": board}[extra]
+    )
     for step in (None, 3):
         Metrics(tmp_path, step, tensorboard=True, wandb="project").close()
     assert asked[0]["id"] == asked[1]["id"] != ""
@@ -164,7 +195,8 @@ def test_a_resume_goes_on_in_the_same_place_of_every_sink(tmp_path, monkeypatch)
 
 
 def test_a_run_without_a_checkpoint_has_not_begun(tmp_path):
-    """What a failed start left does not bind the next one; a checkpoint does. Moved data is no other recipe."""
+    """Files of a failed start do not bind the next one; a checkpoint does. Moved data does not change the
+    recipe."""
     record_recipe(tmp_path, small(seed=1), load_recipe)
     (tmp_path / "bad_files.jsonl").write_text('{"index": 0}\n')
     record_recipe(tmp_path, small(seed=2, data="here"), load_recipe)
@@ -172,7 +204,7 @@ def test_a_run_without_a_checkpoint_has_not_begun(tmp_path):
     assert not (tmp_path / "bad_files.jsonl").exists()
     save(tmp_path / "checkpoints", 0)
     record_recipe(tmp_path, small(seed=2, data="there"), load_recipe)
-    with pytest.raises(ConfigError, match=r"was begun with seed 2 \(now 3\); use another --out"):
+    with pytest.raises(ConfigError, match=r"was started with seed 2 \(now 3\); use another --out"):
         record_recipe(tmp_path, small(seed=3, data="there"), load_recipe)
 
 
@@ -181,7 +213,10 @@ def test_a_full_disk_under_the_lock_is_one_line(tmp_path, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "write", refuse)
-    with pytest.raises(StorageError, match="cannot write the run directory .*: No space left on device"), owned(tmp_path / "run"):
+    with (
+        pytest.raises(StorageError, match="cannot write the run directory .*: No space left on device"),
+        run_lock(tmp_path / "run"),
+    ):
         pytest.fail("entered")
 
 
@@ -192,8 +227,13 @@ def test_the_newest_are_kept_by_step_not_by_name_or_time(tmp_path):
     assert [p.name for p in cp.checkpoints(tmp_path)] == ["step_00000100", "step_00000011"]
 
 
+@catches(
+    "checkpoints are written in place",
+    "rcmae.engine.checkpoint:write_folder",
+    lambda old: lambda path, files: path.mkdir(parents=True, exist_ok=True) or old(path, files),
+)
 def test_a_crash_at_any_call_leaves_an_older_or_the_new_checkpoint(tmp_path, monkeypatch):
-    """Every write, flush, rename and delete of the protocol fails once; what is then on the disk is always whole."""
+    """Every write, flush, rename and delete fails once; the disk always has a complete checkpoint."""
     model = trained()
     calls = ["open", "fsync", "rename", "rmtree", "mkdir"]
 
@@ -243,13 +283,13 @@ def test_a_full_or_broken_disk_is_one_line_and_keeps_the_old(tmp_path, monkeypat
         raise OSError(errno, os.strerror(errno))
 
     monkeypatch.setattr(cp, "_write", refuse)
-    with pytest.raises(StorageError, match="what was there is kept; free some space"):
+    with pytest.raises(StorageError, match="the previous checkpoint is kept; free some space"):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
     assert cp.newest(tmp_path) is not None
 
 
-def test_nothing_that_is_not_finite_is_saved(tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = trained()
     with torch.no_grad():
         model[0].teacher.model.decoder.pred.bias[0] = float("nan")
@@ -261,13 +301,13 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path):
 def test_another_model_does_not_load(tmp_path):
     path = save(tmp_path, 1)
     other = method_for(small(width=32))
-    with pytest.raises(CheckpointError, match="is of another model"):
+    with pytest.raises(CheckpointError, match="belongs to another model"):
         cp.load_checkpoint(path, other, adamw(other.student, other.recipe.optim, 1e-3))
 
 
 @pytest.mark.parametrize("call", range(1, 4))
 def test_a_kill_while_the_same_step_is_saved_again_loses_nothing(tmp_path, monkeypatch, call):
-    """At each renaming or removal of the replacement, twice in a row, and then without a kill."""
+    """At each rename or delete of the replacement: killed twice in a row, then not killed."""
     save(tmp_path, 3)
     whole = (tmp_path / "step_00000003" / "model.safetensors").read_bytes()
 

@@ -1,4 +1,4 @@
-"""What a step costs: counted by hand where one can, against the real step where one cannot."""
+"""The cost of a step: against counts by hand, or against a real step."""
 
 import json
 
@@ -7,30 +7,43 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from rcmae.cli import main
-from rcmae.compare.cost import T, _Kept, _Phases, cost, largest_batch, peak, recipes
+from rcmae.compare.cost import T, _Phases, _SavedBytes, cost, largest_batch, peak, recipes
 from rcmae.methods import METHODS
 from rcmae.methods.recipes import load_recipe
 from tests.conftest import batch_for, method_for, small
 
 
 def test_flops_of_the_encoder_by_hand():
-    """Matrix products of MAE's encoder and decoder at fp32, in FLOPs of 2 a multiplication."""
+    """Matrix products of MAE's encoder and decoder at fp32, with 2 FLOPs per multiplication."""
     recipe = small("mae", depth=1, decoder_depth=1)
     n, v, d, w, patch = 16, 4, 24, 16, 48
 
     def block(tokens, asking, width):
-        """Queries, output and MLP for those who ask, keys and values for all; two products of attention."""
-        return 2 * (2 * tokens * width * width + asking * (2 * width * width + 8 * width * width) + 2 * tokens * asking * width)
+        """Queries, output and MLP for `asking` tokens, keys and values for all; two products of attention."""
+        return 2 * (
+            2 * tokens * width * width
+            + asking * (2 * width * width + 8 * width * width)
+            + 2 * tokens * asking * width
+        )
 
     hidden, seen, all_ = n - v, v + 1, n + 1
-    by_hand = 2 * v * patch * d + block(seen, seen, d) + 2 * seen * d * w + block(all_, hidden, w) + 2 * hidden * w * patch
+    by_hand = (
+        2 * v * patch * d
+        + block(seen, seen, d)
+        + 2 * seen * d * w
+        + block(all_, hidden, w)
+        + 2 * hidden * w * patch
+    )
     # Nothing else multiplies matrices but the loss: an inner product over the hidden values.
     assert cost(recipe, "fp32").student_forward == by_hand + 2 * hidden * patch
 
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_a_convolution_costs_twice_as_much_backwards(groups):
-    convolution, x = torch.nn.Conv2d(8, 12, 3, padding=1, groups=groups), torch.randn(2, 8, 5, 5, requires_grad=True)
+    convolution, x = (
+        torch.nn.Conv2d(8, 12, 3, padding=1, groups=groups),
+        torch.randn(2, 8, 5, 5, requires_grad=True),
+    )
     with _Phases() as counter:
         y = convolution(x)
         counter.phase = "backward"
@@ -39,7 +52,7 @@ def test_a_convolution_costs_twice_as_much_backwards(groups):
     assert counter.flops == {"student_forward": by_hand, "teacher_forward": 0, "backward": 2 * by_hand}
 
 
-def test_rcmae_costs_a_third_more_than_mae_and_keeps_as_much():
+def test_rcmae_costs_a_third_more_than_mae_and_saves_as_many_activations():
     mae, rc = cost(small("mae"), "fp32"), cost(small("rcmae"), "fp32")
     assert rc.teacher_forward == pytest.approx(rc.student_forward, rel=0.01)
     assert rc.student_forward == pytest.approx(mae.student_forward, rel=0.01)
@@ -48,27 +61,27 @@ def test_rcmae_costs_a_third_more_than_mae_and_keeps_as_much():
     assert rc.saved <= 1.05 * mae.saved
     assert rc.trained == mae.trained
     assert rc.frozen > mae.trained
-    assert rc.static == 16 * rc.trained + 4 * rc.frozen
+    assert rc.state == 16 * rc.trained + 4 * rc.frozen
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_bytes_kept_are_those_of_a_real_step(name):
-    """Counted on shapes, and on a real step of two batch sizes."""
+def test_saved_activations_are_those_of_a_real_step(name):
+    """Counted on shapes, and on a real step with two batch sizes."""
     recipe = small(name)
     kept = []
     for size in (4, 8):
         method = method_for(recipe)
-        count = _Kept({p.untyped_storage()._cdata for p in method.parameters()})
+        count = _SavedBytes({p.untyped_storage()._cdata for p in method.parameters()})
         with saved_tensors_hooks(count.pack, lambda t: t):
             method(batch_for(method, size=size), T)
         kept.append(count.bytes)
     assert cost(recipe, "fp32").saved == pytest.approx((kept[1] - kept[0]) / 4, rel=0.02)
 
 
-def test_the_worst_moment_holds_at_least_what_must_be_there_and_grows_with_the_batch():
+def test_peak_memory_includes_weights_and_activations_and_grows_with_the_batch():
     recipe = small("rcmae")
     c, few, many = cost(recipe, "fp32"), peak(recipe, 8, "fp32"), peak(recipe, 64, "fp32")
-    assert few > c.static
+    assert few > c.state
     assert (many - few) / 56 >= c.saved
     batch = largest_batch(recipe, many + 1000, "fp32")
     assert 60 <= batch <= 64
@@ -85,8 +98,29 @@ def test_a_head_on_masked_patches_costs_less():
 
 
 def test_the_command_measures_and_writes_a_page(tmp_path, capsys):
-    argv = ["compare", "cost", "--models", "vit_tiny_patch16", "--methods", "mae", "--methods", "rcmae", "--batch-size", "4"]
-    argv += ["--precision", "fp32", "--measure", "--device", "cpu", "--measured-batch", "2", "--out", str(tmp_path / "cost")]
+    argv = [
+        "compare",
+        "cost",
+        "--models",
+        "vit_tiny_patch16",
+        "--methods",
+        "mae",
+        "--methods",
+        "rcmae",
+        "--batch-size",
+        "4",
+    ]
+    argv += [
+        "--precision",
+        "fp32",
+        "--measure",
+        "--device",
+        "cpu",
+        "--measured-batch",
+        "2",
+        "--out",
+        str(tmp_path / "cost"),
+    ]
     assert main(argv) == 0
     rows = json.loads((tmp_path / "cost" / "cost.json").read_text())["rows"]
     assert [r["name"] for r in rows] == ["mae", "rcmae"]
@@ -116,7 +150,13 @@ def test_what_cannot_be_counted_is_refused_before_counting(tmp_path, capsys, arg
     assert captured.out.count("\n") == 1, "what was asked for, and no work"
 
 
-def test_the_settings_are_those_of_the_size_that_is_nearest():
+def test_settings_are_those_of_the_nearest_size():
     assert recipes("vit_small_patch16", ["dino"])["dino"] == load_recipe("dino-vits16-in1k")
-    assert recipes("vit_tiny_small_images", ["mae"])["mae"].network.decoder_width == load_recipe("mae-vits16-in1k").network.decoder_width
-    assert recipes("timm:vit_large_patch16_224", ["dino"])["dino"].epochs == load_recipe("dino-vitb16-in1k").epochs
+    assert (
+        recipes("vit_tiny_small_images", ["mae"])["mae"].network.decoder_width
+        == load_recipe("mae-vits16-in1k").network.decoder_width
+    )
+    assert (
+        recipes("timm:vit_large_patch16_224", ["dino"])["dino"].epochs
+        == load_recipe("dino-vitb16-in1k").epochs
+    )

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from rcmae.config import (
     Images,
-    Machine,
     Optim,
     Recipe,
+    RuntimeConfig,
     changed,
     check,
     flags,
@@ -26,7 +26,7 @@ from rcmae.config import (
     shipped_recipes,
     to_toml,
     with_settings,
-)  # fmt: skip
+)
 from rcmae.errors import ConfigError
 from rcmae.methods import METHODS
 from rcmae.methods.recipes import digits_recipe, load_recipe, parse_recipe, recipe_type, with_method
@@ -34,13 +34,21 @@ from rcmae.methods.recipes import digits_recipe, load_recipe, parse_recipe, reci
 
 @given(
     st.builds(
-        lambda method, **settings: recipe_type(method)(**settings), st.sampled_from(list(METHODS)),
-        data=st.text(max_size=20), seed=st.integers(0, 2**40), epochs=st.none() | st.floats(0.1, 1e6),
-        images=st.builds(Images, size=st.integers(1, 999), flip=st.booleans(), crop_scale=st.sampled_from([(0.2, 1.0), (1.0, 1.0)])),
+        lambda method, **settings: recipe_type(method)(**settings),
+        st.sampled_from(list(METHODS)),
+        data=st.text(max_size=20),
+        seed=st.integers(0, 2**40),
+        epochs=st.none() | st.floats(0.1, 1e6),
+        images=st.builds(
+            Images,
+            size=st.integers(1, 999),
+            flip=st.booleans(),
+            crop_scale=st.sampled_from([(0.2, 1.0), (1.0, 1.0)]),
+        ),
         optim=st.builds(Optim, base_lr=st.floats(1e-9, 1e3), clip=st.none() | st.floats(0.1, 9)),
     )
-)  # fmt: skip
-def test_toml_both_ways(recipe):
+)
+def test_toml_round_trip(recipe):
     assert parse_recipe(to_toml(recipe), "x.toml") == recipe
 
 
@@ -50,7 +58,7 @@ def test_shipped_recipes_read_and_say_how_to_run_them(name):
     assert parse_recipe(to_toml(recipe), "x") == recipe
     head = [line for line in shipped_recipes()[name].read_text().splitlines() if line.startswith("#")]
     assert "rcmae pretrain" in head[1]
-    assert any(word in "".join(head) for word in ("Hours", "minutes"))
+    assert any(word in "".join(head) for word in ("Duration", "minutes"))
 
 
 @pytest.mark.parametrize(
@@ -65,20 +73,32 @@ def test_shipped_recipes_read_and_say_how_to_run_them(name):
         ("seed = true", "seed must be of type int"),
         ("[images]\ncrop_scale = [1.0]", "must be a list of 2 values"),
         ("images = 3", r"images is a section: write \[images\]"),
-        ("seed = ", "my.toml is not TOML"),
-        ("[mae]\nmask_ratio = 1.0\n[optim]\nwarmup = 1.0", "warmup is a share .*, not 1.0; mask_ratio must lie between 0 and 1, not 1.0"),
+        ("seed = ", "my.toml is not valid TOML"),
+        (
+            "[mae]\nmask_ratio = 1.0\n[optim]\nwarmup = 1.0",
+            "warmup is a fraction .*, not 1.0; mask_ratio must lie between 0 and 1, not 1.0",
+        ),
         ("epochs = 3\nsteps = 4", "give one of epochs, steps and time, not epochs and steps"),
-        ("time = '10 parsecs'", "'10 parsecs' is no length of time"),
-        ("[teacher]\nhalf_life = 'long'", "'long' is no half-life"),
+        ("time = '10 parsecs'", "'10 parsecs' is not a duration"),
+        ("[teacher]\nhalf_life = 'long'", "'long' is not a half-life"),
         ("[optim]\nbase_lr = nan", "base_lr must be of type float, not nan"),
         ("[teacher]\nmomentum = 1.5", "momentum must lie in 0 to 1"),
         (
             "[teacher]\nschedule = 'cosine'\nhalf_life = '0.5%'",
-            "^half_life has no effect under schedule cosine: leave it out, or give schedule half-life$",
+            "^half_life has no effect under schedule cosine: leave it out, or set the schedule to half-life$",
         ),
-        ("method = 'mae'\n[rcmae]\ngamma = 1.0", r"my.toml: \[rcmae\] is a section of rcmae; this recipe's method is mae"),
-        ("[crops]\ngrey = 0.1", r"\[crops\] is a section of dino, ibot, msn and mocov3; this recipe's method is rcmae"),
-        ("method = 'dino'\n[dino]\nprototypes = 1\n[head]\nembedding = 1", "embedding must be 2 or more, not 1; prototypes must be 2"),
+        (
+            "method = 'mae'\n[rcmae]\ngamma = 1.0",
+            r"my.toml: \[rcmae\] is a section of rcmae; this recipe's method is mae",
+        ),
+        (
+            "[crops]\ngray = 0.1",
+            r"\[crops\] is a section of dino, ibot, msn and mocov3; this recipe's method is rcmae",
+        ),
+        (
+            "method = 'dino'\n[dino]\nprototypes = 1\n[head]\nembedding = 1",
+            "embedding must be 2 or more, not 1; prototypes must be 2",
+        ),
         (
             "method = 'dino'\n[network]\ndecoder_depth = 1",
             "my.toml: network.decoder_depth is a setting of mae and rcmae; this recipe's method is dino",
@@ -96,16 +116,16 @@ def test_a_wrong_recipe_is_one_line_that_names_it(text, message):
 def test_recipes_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "embedded").write_text("no recipe at all")
+    (tmp_path / "bundled").write_text("no recipe at all")
     assert load_recipe("folder").data, "a folder of images of that name is no recipe"
-    assert load_recipe("embedded").data == "embedded:digits"
-    with pytest.raises(ConfigError, match="no recipe 'embeded'; did you mean embedded?"):
-        load_recipe("embeded")
+    assert load_recipe("bundled").data == "bundled:digits"
+    with pytest.raises(ConfigError, match="no recipe 'bundeld'; did you mean bundled?"):
+        load_recipe("bundeld")
     with pytest.raises(ConfigError, match="recipe file nowhere.toml does not exist"):
         load_recipe("nowhere.toml")
 
 
-def test_the_hash_names_the_recipe_not_the_place():
+def test_the_hash_does_not_depend_on_where_the_data_is():
     one = recipe_type("rcmae")()
     assert recipe_hash(one) == recipe_hash(dataclasses.replace(one, data="elsewhere"))
     assert recipe_hash(one) != recipe_hash(dataclasses.replace(one, seed=1))
@@ -114,7 +134,7 @@ def test_the_hash_names_the_recipe_not_the_place():
 @pytest.mark.parametrize("method", METHODS)
 def test_no_flag_has_two_meanings(method):
     cls = recipe_type(method)
-    names = [f.name for part in (*sections(cls).values(), Machine) for f in dataclasses.fields(part)]
+    names = [f.name for part in (*sections(cls).values(), RuntimeConfig) for f in dataclasses.fields(part)]
     names += [f.name for f in dataclasses.fields(cls) if f.name not in sections(cls)]
     assert len(names) == len(set(names))
     assert set(flat(cls())) <= set(flags(cls)) <= set(names)
@@ -123,18 +143,21 @@ def test_no_flag_has_two_meanings(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_field_has_its_help_and_every_section_its_title(method):
     """A field's help is the string below it: as many strings as fields."""
-    for cls in (recipe_type(method), Machine, *sections(recipe_type(method)).values()):
+    for cls in (recipe_type(method), RuntimeConfig, *sections(recipe_type(method)).values()):
         assert not cls.__doc__.startswith(cls.__name__), "that is what a dataclass without a docstring says"
         for part in filter(dataclasses.is_dataclass, cls.__mro__):
-            fields = {"method", *sections(part)} if part is not Recipe else sections(part)  # told by what they stand for
+            fields = (
+                {"method", *sections(part)} if part is not Recipe else sections(part)
+            )  # told by what they stand for
             for node, below in itertools.pairwise(ast.parse(inspect.getsource(part)).body[0].body):
                 if isinstance(node, ast.AnnAssign) and node.target.id not in fields:
                     assert isinstance(below, ast.Expr), f"{part.__name__}.{node.target.id}"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_takes_over_what_both_have(name):
-    """The recipe of another method keeps its common settings, takes the shared ones, and is one that can be written and read."""
+def test_another_method_keeps_the_settings_that_both_have(name):
+    """The recipe of another method keeps the common settings, takes over the shared ones, and can be written
+    and read."""
     mine = changed(load_recipe("folder"), half_life="7%", size=96)
     other = check(with_method(mine, name))
     assert (other.method, type(other)) == (name, recipe_type(name))
@@ -143,14 +166,15 @@ def test_a_method_takes_over_what_both_have(name):
     assert not hasattr(other, "teacher") or other.teacher == mine.teacher
     assert parse_recipe(to_toml(other), "x") == other
     assert with_method(other, "rcmae").network == mine.network
-    assert METHODS[name].problems(digits_recipe(name)) == []
-    assert digits_recipe(name).data == "embedded:digits"
+    assert METHODS[name].validate(digits_recipe(name)) == []
+    assert digits_recipe(name).data == "bundled:digits"
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "half_life" in flags(recipe_type(name))])
-def test_a_half_life_does_not_go_over_to_another_schedule(name):
-    """That of a recipe; one that is given with the schedule is refused. The same schedule leaves it as it is."""
-    mine = changed(load_recipe("dino-embedded" if name == "dino" else "embedded"), half_life="7%")
+def test_a_half_life_does_not_carry_over_to_another_schedule(name):
+    """That of a recipe does not; one that is given together with the schedule is refused. The same schedule
+    keeps it."""
+    mine = changed(load_recipe("dino-bundled" if name == "dino" else "bundled"), half_life="7%")
     mine = with_method(mine, name)
     for other in (changed(mine, schedule="cosine"), with_settings(mine, ["schedule=cosine"], "x")):
         assert check(other).teacher == dataclasses.replace(mine.teacher, schedule="cosine", half_life=None)
@@ -161,15 +185,16 @@ def test_a_half_life_does_not_go_over_to_another_schedule(name):
 
 
 def test_a_length_replaces_a_length():
-    mine = dataclasses.replace(load_recipe("embedded"), epochs=4.0, steps=None)
+    mine = dataclasses.replace(load_recipe("bundled"), epochs=4.0, steps=None)
     for other in (changed(mine, time="5m"), with_settings(mine, ["time=5m"], "x")):
         assert (check(other).time, other.epochs) == ("5m", None)
 
 
 def test_a_section_keeps_the_values_that_its_method_gives_it():
-    """MoCo v3 has no small crops by default: a file that says another thing of its crops doesn't change that."""
-    assert parse_recipe("method = 'mocov3'\n[crops]\ngrey = 0.5", "x").crops.local_crops == 0
-    assert parse_recipe("method = 'dino'\n[crops]\ngrey = 0.5", "x").crops.local_crops == 8
+    """MoCo v3 has no small crops by default; other values of the same section in a file do not change
+    that."""
+    assert parse_recipe("method = 'mocov3'\n[crops]\ngray = 0.5", "x").crops.local_crops == 0
+    assert parse_recipe("method = 'dino'\n[crops]\ngray = 0.5", "x").crops.local_crops == 8
 
 
 def test_units():
@@ -182,20 +207,26 @@ def test_units():
 @pytest.mark.parametrize("text", ["5", " 5 ", "0.5", "2e3"])
 def test_a_time_without_a_unit_is_refused(text):
     number = text.strip()
-    with pytest.raises(ConfigError, match=f"'{text}' is no length of time; write {number}s, {number}m, {number}h or {number}d"):
+    with pytest.raises(
+        ConfigError, match=f"'{text}' has no unit; write {number}s, {number}m, {number}h or {number}d"
+    ):
         parse_time(text)
     for zero in ("0", "0s", "-5s"):
-        with pytest.raises(ConfigError, match="no length of time; write 90s"):
+        with pytest.raises(ConfigError, match="is not a duration; write 90s"):
             parse_time(zero)
 
 
-def test_impossible_values_are_told_together():
+def test_impossible_values_are_reported_together():
     with pytest.raises(ConfigError, match=r"size must be above 0.*batch_size must be above 0"):
         check(recipe_type("mae")(images=Images(size=0), optim=Optim(batch_size=0)))
-    with pytest.raises(ConfigError, match="method is mae in a MAERecipe, not rcmae"):
+    with pytest.raises(ConfigError, match="method must be mae in a MAERecipe, not rcmae"):
         check(changed(recipe_type("mae")(), method="rcmae"))
 
 
-def test_one_thing_is_no_plural():
+def test_counts_are_spelled_in_singular_and_plural():
     assert [how_many(n, "image") for n in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
-    assert [how_many(2, what) for what in ("class", "batch", "test image")] == ["2 classes", "2 batches", "2 test images"]
+    assert [how_many(2, what) for what in ("class", "batch", "test image")] == [
+        "2 classes",
+        "2 batches",
+        "2 test images",
+    ]

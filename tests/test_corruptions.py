@@ -1,4 +1,5 @@
-"""Corruptions: the stored pixels, deterministic, of the same kind as the image, stronger with severity; some against a closed form."""
+"""Corruptions: equal to the stored pixels, deterministic, of the same type as the image, stronger with
+severity; some against a closed form."""
 
 import itertools
 import json
@@ -12,6 +13,7 @@ from rcmae.data.digits import DigitsSource
 from rcmae.errors import ConfigError
 from rcmae.tasks.robustness.corruptions import CORRUPTIONS, STANDARD, corrupt, generator
 from tests.golden_corruptions import FILE, outputs, versions
+from tests.mutations import catches
 
 
 def photographs(side: int, count: int) -> list[np.ndarray]:
@@ -19,49 +21,79 @@ def photographs(side: int, count: int) -> list[np.ndarray]:
     photos, draws, squares = load_sample_images().images, np.random.default_rng(0), []
     for i in range(count):
         y, x = draws.integers(0, (227, 440))
-        squares.append(np.asarray(Image.fromarray(photos[i % 2][y : y + 200, x : x + 200]).resize((side, side), Image.Resampling.BOX)))
+        squares.append(
+            np.asarray(
+                Image.fromarray(photos[i % 2][y : y + 200, x : x + 200]).resize(
+                    (side, side), Image.Resampling.BOX
+                )
+            )
+        )
     return squares
 
 
 @pytest.fixture(scope="module")
 def pictures() -> dict[str, list[np.ndarray]]:
-    return {"digits": list(DigitsSource("test", 12, 32, 0).images), "small": photographs(32, 12), "large": photographs(112, 8)}
+    return {
+        "digits": list(DigitsSource("test", 12, 32, 0).images),
+        "small": photographs(32, 12),
+        "large": photographs(112, 8),
+    }
 
 
-def test_there_are_fifteen_and_four():
+def test_there_are_fifteen_corruptions_and_four_extra_ones():
     assert len(STANDARD) == 15 and len(CORRUPTIONS) == 19
     assert all(len(table) == 5 for _, *tables in CORRUPTIONS.values() for table in tables)
 
 
-def test_pixels_are_the_stored_ones():
-    """Red with equal versions: the pixels changed, so every C-style number did. If that was meant, `make golden` and a line in LOG.md.
+def test_pixels_equal_the_stored_ones():
+    """A failure with the stored versions of the libraries means that the pixels changed, and with them every
+    C-style number. If that was intended, run `make golden` and add a line to LOG.md.
 
-    With other versions of the libraries, or another processor, values may round the other way: there the 4 x 4 means must stay within 2
-    levels. Red there: a library draws or filters otherwise (numpy does not promise its draws for ever). Look whether the pictures
-    are still what they should be; then raise the version in pyproject.toml that they hold for, `make golden`, and the line in LOG.md.
-    """
+    With other versions, or on another processor, values may round differently: there the 4 x 4 means must
+    stay within 2 levels. A failure there means that a library draws or filters differently (numpy does not
+    guarantee its draws). Check that the images still look right; then raise the version in pyproject.toml,
+    run `make golden`, and add a line to LOG.md."""
     stored, found = json.loads(FILE.read_text()), outputs()
     assert found.keys() == stored["outputs"].keys()
     if stored["versions"] == versions():
-        assert not [place for place, both in found.items() if both != stored["outputs"][place]], "other pixels; see this test's docstring"
+        assert not [place for place, both in found.items() if both != stored["outputs"][place]], (
+            "other pixels; see this test's docstring"
+        )
     for place, (_, means) in found.items():
-        ours, theirs = (np.frombuffer(bytes.fromhex(m), np.uint8).astype(int) for m in (means, stored["outputs"][place][1]))
+        ours, theirs = (
+            np.frombuffer(bytes.fromhex(m), np.uint8).astype(int)
+            for m in (means, stored["outputs"][place][1])
+        )
         assert np.abs(ours - theirs).max() <= 2, f"{place}: another picture; see this test's docstring"
 
 
+@catches(
+    "severity 4 is severity 3",
+    "rcmae.tasks.robustness.corruptions:corrupt",
+    lambda old: (
+        lambda image, corruption, severity, seed=0, index=0: old(
+            image, corruption, 3 if severity == 4 else severity, seed, index
+        )
+    ),
+)
 @pytest.mark.parametrize("kind", ["digits", "small", "large"])
-def test_severity_one_shows_and_each_next_is_farther(pictures, kind):
-    """Mean absolute distance to the clean images, in levels of 256."""
+def test_severity_one_is_visible_and_each_next_one_is_stronger(pictures, kind):
+    """By the mean absolute distance to the clean images, in levels of 256."""
     for name in CORRUPTIONS:
         distances = [
-            np.mean([np.abs(corrupt(x, name, severity, 0, i).astype(float) - x).mean() for i, x in enumerate(pictures[kind])])
+            np.mean(
+                [
+                    np.abs(corrupt(x, name, severity, 0, i).astype(float) - x).mean()
+                    for i, x in enumerate(pictures[kind])
+                ]
+            )
             for severity in range(1, 6)
         ]
         assert distances[0] > 0.5, f"{name} 1 is invisible"
         assert all(a < b for a, b in itertools.pairwise(distances)), f"{name}: {distances}"
 
 
-def test_same_numbers_same_pixels_whatever_came_before(pictures):
+def test_pixels_depend_on_the_arguments_only(pictures):
     image = pictures["digits"][0]
     kept = image.copy()
     for name in CORRUPTIONS:
@@ -71,11 +103,18 @@ def test_same_numbers_same_pixels_whatever_came_before(pictures):
         assert (first == corrupt(image, name, 3, 1, 7)).all(), name
 
 
-def test_seed_image_and_corruption_matter_to_the_draws_and_severity_does_not():
+@catches(
+    "all images have the same noise",
+    "rcmae.tasks.robustness.corruptions:generator",
+    lambda old: lambda seed, index, corruption: old(seed, 0, corruption),
+)
+def test_draws_depend_on_seed_image_and_corruption_but_not_on_severity():
     keys = [(0, 0, name) for name in CORRUPTIONS] + [(1, 0, "fog"), (0, 1, "fog")]
     assert len({generator(*key).random(4).tobytes() for key in keys}) == 21
-    grey = np.full((32, 32, 3), 128, np.uint8)
-    weak, strong = (corrupt(grey, "gaussian_noise", severity).astype(float).ravel() - 128 for severity in (1, 5))
+    gray = np.full((32, 32, 3), 128, np.uint8)
+    weak, strong = (
+        corrupt(gray, "gaussian_noise", severity).astype(float).ravel() - 128 for severity in (1, 5)
+    )
     assert np.corrcoef(weak, strong)[0, 1] > 0.99, "the same noise, louder"
 
 
@@ -91,33 +130,52 @@ def test_any_size_keeps_its_shape_and_kind(shape):
 def test_blurs_and_moves_leave_a_flat_image_flat():
     """Their weights add up to one, at the border too."""
     flat = np.full((40, 33, 3), (200, 100, 30), np.uint8)
-    for name in ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "gaussian_blur", "contrast", "elastic_transform", "pixelate"):
+    for name in (
+        "defocus_blur",
+        "glass_blur",
+        "motion_blur",
+        "zoom_blur",
+        "gaussian_blur",
+        "contrast",
+        "elastic_transform",
+        "pixelate",
+    ):
         assert np.abs(corrupt(flat, name, 5).astype(int) - flat).max() <= 1, name
 
 
-def test_colour_changes_against_pillow(pictures):
+def test_color_changes_against_pillow(pictures):
     """Value + 0.5 and saturation x 20 + 0.2 of large images, by Pillow's HSV, whose bytes are coarse."""
     image = pictures["large"][0]
     hsv = np.asarray(Image.fromarray(image).convert("HSV")).astype(float)
-    grey = hsv[..., 1] < 3  # hue is rounding there
-    for name, channel, target in (("brightness", 2, hsv[..., 2] + 0.5 * 255), ("saturate", 1, 20 * hsv[..., 1] + 0.2 * 255)):
+    gray = hsv[..., 1] < 3  # hue is rounding there
+    for name, channel, target in (
+        ("brightness", 2, hsv[..., 2] + 0.5 * 255),
+        ("saturate", 1, 20 * hsv[..., 1] + 0.2 * 255),
+    ):
         wanted = hsv.copy()
         wanted[..., channel] = np.clip(target, 0, 255)
         theirs = np.asarray(Image.fromarray(wanted.astype(np.uint8), "HSV").convert("RGB")).astype(float)
-        assert np.abs(theirs - corrupt(image, name, 5))[~grey].mean() < 3, name
+        assert np.abs(theirs - corrupt(image, name, 5))[~gray].mean() < 3, name
 
 
-def test_noise_has_the_variance_it_says():
-    """Of large grey images at severity 1: 0.08, the root of 0.5 / 60, and 0.15 x 0.5."""
-    grey = np.full((200, 200, 3), 128, np.uint8)
-    for name, std in (("gaussian_noise", 0.08), ("shot_noise", (128 / 255 / 60) ** 0.5), ("speckle_noise", 0.15 * 128 / 255)):
-        assert (corrupt(grey, name, 1) / 255).std() == pytest.approx(std, rel=0.02), name
-    hit = corrupt(grey, "impulse_noise", 5)
-    assert (hit == 0).mean() == pytest.approx(0.135, rel=0.05) and (hit == 255).mean() == pytest.approx(0.135, rel=0.05)
+def test_noise_has_its_nominal_variance():
+    """Of large gray images at severity 1: 0.08, the root of 0.5 / 60, and 0.15 x 0.5."""
+    gray = np.full((200, 200, 3), 128, np.uint8)
+    for name, std in (
+        ("gaussian_noise", 0.08),
+        ("shot_noise", (128 / 255 / 60) ** 0.5),
+        ("speckle_noise", 0.15 * 128 / 255),
+    ):
+        assert (corrupt(gray, name, 1) / 255).std() == pytest.approx(std, rel=0.02), name
+    hit = corrupt(gray, "impulse_noise", 5)
+    assert (hit == 0).mean() == pytest.approx(0.135, rel=0.05) and (hit == 255).mean() == pytest.approx(
+        0.135, rel=0.05
+    )
 
 
 def test_constants_follow_the_size():
-    """Shares come from one of two tables, lengths grow with the shorter side; the width of a blurred edge is the blur's."""
+    """Fractions come from one of two tables; lengths grow with the shorter side, except for the width of a
+    blurred edge, which is that of the blur."""
 
     def kept(side: int) -> float:
         ramp = np.tile(np.linspace(0, 255, side).astype(np.uint8)[:, None, None], (1, side + 9, 3))

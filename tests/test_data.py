@@ -1,4 +1,4 @@
-"""Images of every kind, sources of every kind, and samples that are pure functions."""
+"""Images and sources of every kind; samples are pure functions of seed, epoch and index."""
 
 import contextlib
 import io
@@ -11,6 +11,7 @@ import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from rcmae.methods.mae import CropAndMask
 from rcmae.tasks.probe import probe_set
 from tests import images
 from tests.conftest import small
+from tests.mutations import catches
 
 ODD, BAD = images.odd(), images.bad()
 FIVE = images.tiff(np.zeros((8, 8, 5), np.uint8), photometric="minisblack", planarconfig="contig")
@@ -53,15 +55,18 @@ def fill(root: Path, files: dict[str, bytes]) -> Path:
 
 def good(count: int = 12) -> dict[str, bytes]:
     noise = np.random.default_rng(1)
-    return {f"{i:02d}.png": images.encode(noise.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for i in range(count)}
+    return {
+        f"{i:02d}.png": images.encode(noise.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+        for i in range(count)
+    }
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------
+# --- decoding -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_odd_images_show_what_they_hold(name, channels):
+def test_odd_images_are_decoded_correctly(name, channels):
     raw, expected = ODD[name]
     pixels = decode(raw, channels)
     assert pixels.dtype == np.uint8
@@ -84,19 +89,25 @@ def test_multi_band_tiff(dtype, planar):
     scale = {np.uint8: 1, np.uint16: 257, np.float32: np.float32(1 / 255)}[dtype]
     values = (bands.astype(np.float64) * scale).astype(dtype)
     raw = images.tiff(
-        np.moveaxis(values, 2, 0) if planar else values, photometric="minisblack", planarconfig="separate" if planar else "contig"
+        np.moveaxis(values, 2, 0) if planar else values,
+        photometric="minisblack",
+        planarconfig="separate" if planar else "contig",
     )
     assert np.abs(decode(raw, 8).astype(int) - bands.astype(int)).max() <= 1
     with pytest.raises(BadImage, match="8 bands, not 5"):
         decode(raw, 5)
     with pytest.raises(BadImage, match="5 channels need a multi-band TIFF"):
-        decode(ODD["grey.png"][0], 5)
+        decode(ODD["gray.png"][0], 5)
 
 
-def test_a_damaged_tiff_is_silent(capfd):
-    """Neither libtiff nor tifffile nor numpy writes to stderr what we say ourselves."""
+def test_a_damaged_tiff_prints_nothing(capfd):
+    """Neither libtiff nor tifffile nor numpy writes to stderr what our own error message reports."""
     compressed = bytearray(
-        images.encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), "TIFF", compression="tiff_lzw")
+        images.encode(
+            np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8),
+            "TIFF",
+            compression="tiff_lzw",
+        )
     )
     compressed[len(compressed) // 3] ^= 255
     bands = bytearray(FIVE)
@@ -107,7 +118,7 @@ def test_a_damaged_tiff_is_silent(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_compression_that_tifffile_lacks_is_told(monkeypatch):
+def test_a_compression_that_tifffile_lacks_is_named(monkeypatch):
     import tifffile
 
     def lacks(series):
@@ -120,7 +131,7 @@ def test_a_compression_that_tifffile_lacks_is_told(monkeypatch):
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate"])
 def test_compressed_bands(compression):
-    """What geographic software writes; only Pillow writes LZW here, and four bands at most."""
+    """As geographic software writes them; only Pillow writes LZW here, with at most four bands."""
     bands = np.stack([np.roll(images.ramp(), k, 1) for k in range(4)], 2)
     file = io.BytesIO()
     Image.fromarray(bands, "CMYK").save(file, "TIFF", compression=compression)
@@ -143,8 +154,8 @@ def test_an_image_is_refused_before_it_is_decoded(monkeypatch):
         decode(images.huge_png())
 
 
-def test_no_bytes_whatever_raise_anything_else():
-    """Mutations of whole files: pixels or BadImage, never another error, never a warning."""
+def test_any_bytes_give_pixels_or_bad_image():
+    """Mutations of valid files never raise another error and never warn."""
     chance = random.Random(0)
     for raw, _ in ODD.values():
         for _ in range(12):
@@ -166,7 +177,7 @@ def test_without_tifffile_the_extra_is_named(monkeypatch):
         decode(raw, 8)
 
 
-# --- views ------------------------------------------------------------------------------------------------------------
+# --- views --------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**32))
@@ -205,22 +216,47 @@ def test_flips_are_fair_and_exact():
     assert 70 < sum(flipped) < 130
 
 
-def test_generators_are_their_own():
+def test_every_sample_has_a_generator_of_its_own():
     draws = {rng(s, e, i).integers(2**62) for s in range(4) for e in range(4) for i in range(50)}
     assert len(draws) == 800
     assert rng(1, 2, 3).integers(2**62) == rng(1, 2, 3).integers(2**62)
 
 
-# --- sampler ----------------------------------------------------------------------------------------------------------
+# --- sampler ------------------------------------------------------------------------------------------------
 
 
+def sampler_from_the_beginning(old):
+    def iterate(self):
+        self.start, self.stop = 0, self.stop - self.start
+        return old(self)
+
+    return iterate
+
+
+@catches(
+    "a resumed sampler starts from the beginning",
+    "rcmae.data.sampler:BatchSampler.__iter__",
+    sampler_from_the_beginning,
+)
 @settings(max_examples=60)
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 20), st.integers(0, 10), st.integers(0, 9))
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 20),
+    st.integers(0, 10),
+    st.integers(0, 9),
+)
 def test_ranks_and_micro_batches_share_one_batch(world, micro, images_each, start, steps, extra):
     batch = world * micro * images_each
     n = 3 * batch + extra
     whole = list(BatchSampler(n, batch, start=start, stop=start + steps, seed=7))
-    parts = [list(BatchSampler(n, batch, rank=r, world=world, micro=micro, start=start, stop=start + steps, seed=7)) for r in range(world)]
+    parts = [
+        list(
+            BatchSampler(n, batch, rank=r, world=world, micro=micro, start=start, stop=start + steps, seed=7)
+        )
+        for r in range(world)
+    ]
     for k, expected in enumerate(whole):
         assert [key for p in parts for m in p[k * micro : (k + 1) * micro] for key in m] == expected
     tail = list(BatchSampler(n, batch, start=0, stop=start + steps, seed=7))[start:]
@@ -235,7 +271,10 @@ def test_an_epoch_shows_each_image_once():
 
 
 def test_a_batch_that_does_not_divide_names_what_does():
-    with pytest.raises(ConfigError, match=r"a batch of 8 does not divide into 2 processes x accumulate 3; --accumulate may be 1, 2, 4$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"a batch of 8 does not divide into 2 processes x accumulate 3; --accumulate may be 1, 2, 4$",
+    ):
         BatchSampler(99, 8, world=2, micro=3)
     with pytest.raises(ConfigError, match="no --accumulate fits 3 processes"):
         BatchSampler(99, 8, world=3)
@@ -243,15 +282,19 @@ def test_a_batch_that_does_not_divide_names_what_does():
         BatchSampler(7, 8)
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------
+# --- samples ------------------------------------------------------------------------------------------------
 
 
 def batches(source, workers: int) -> list[dict]:
     sampler = BatchSampler(len(source), 4, start=1, stop=7, seed=5)
     loader = DataLoader(
-        Images(source, VIEW, 5), batch_sampler=sampler, collate_fn=collate, num_workers=workers, worker_init_fn=quiet_worker,
+        Images(source, VIEW, 5),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=quiet_worker,
         multiprocessing_context="forkserver" if workers else None,
-    )  # fmt: skip
+    )
     return list(loader)
 
 
@@ -262,7 +305,12 @@ def test_samples_do_not_depend_on_workers(tmp_path):
         assert all(torch.equal(one[k], two[k]) for k in ("image", "order"))
 
 
-def test_epochs_crop_and_mask_anew(tmp_path):
+@catches(
+    "every epoch has the same crops",
+    "rcmae.data.dataset:rng",
+    lambda old: lambda seed, epoch, index: old(seed, 0, index),
+)
+def test_epochs_crop_and_mask_again(tmp_path):
     data = Images(open_source(str(fill(tmp_path, good()))), VIEW, 0)
     one, again, other = data[(0, 3)], data[(0, 3)], data[(1, 3)]
     assert torch.equal(one["image"], again["image"])
@@ -277,7 +325,7 @@ def test_each_bad_file_is_named_once_and_changes_no_other_sample(tmp_path):
     assert len(source) == len(files)
     clean = {name: i for i in range(len(source)) if (name := Path(source.where(i)).name) not in BAD}
     data = Images(source, VIEW, 0)
-    record = BadFiles(tmp_path, len(source), share=1.0)
+    record = BadFiles(tmp_path, len(source), fraction=1.0)
     for epoch in (0, 1):
         samples = [data[(epoch, i)] for i in range(len(source))]
         again = data[(epoch, 0)]
@@ -286,7 +334,7 @@ def test_each_bad_file_is_named_once_and_changes_no_other_sample(tmp_path):
             own = VIEW(decode(files[name]), rng(0, epoch, i))
             assert torch.equal(samples[i]["image"], own["image"]), name
         record.note(collate(samples)["bad"])
-    record = BadFiles(tmp_path, len(source), share=1.0)  # as after a resume
+    record = BadFiles(tmp_path, len(source), fraction=1.0)  # as after a resume
     record.note(collate([data[(2, i)] for i in range(len(source))])["bad"])
     lines = [json.loads(line) for line in (tmp_path / "bad_files.jsonl").read_text().splitlines()]
     assert sorted(Path(line["where"]).name for line in lines) == sorted(BAD)
@@ -295,9 +343,11 @@ def test_each_bad_file_is_named_once_and_changes_no_other_sample(tmp_path):
 
 
 def test_too_many_bad_files_end_the_run(tmp_path):
-    record = BadFiles(tmp_path, 10_000, share=0.001)
+    record = BadFiles(tmp_path, 10_000, fraction=0.001)
     record.note([(i, f"{i}.png", "truncated") for i in range(10)])
-    with pytest.raises(DataError, match=r"11 of 10000 images cannot be read, one is 10.png \(truncated\)") as e:
+    with pytest.raises(
+        DataError, match=r"11 of 10000 images cannot be read, for example 10.png \(truncated\)"
+    ) as e:
         record.note([(10, "10.png", "truncated")])
     assert e.value.exit_code == 3
     with pytest.raises(DataError, match=r"a.png cannot be read \(empty file\)"):
@@ -306,7 +356,7 @@ def test_too_many_bad_files_end_the_run(tmp_path):
 
 
 def test_a_second_start_is_as_strict_as_the_first(tmp_path):
-    """What is on record already still counts: the same command again does not slip through."""
+    """Recorded bad files still count: repeating the command does not get around the limit."""
     bad = [(i, f"{i}.png", "truncated") for i in range(11)]
     for _ in range(2):
         with pytest.raises(DataError, match="11 of 100 images cannot be read"):
@@ -340,9 +390,11 @@ def test_a_line_that_a_kill_cut_is_dropped(tmp_path):
     assert [json.loads(line)["index"] for line in record.path.read_text().splitlines()] == [1, 2]
 
 
-def test_when_nothing_good_is_left(tmp_path):
+def test_no_readable_image_is_left(tmp_path):
     source = open_source(str(fill(tmp_path, {f"{i}.png": b"x" for i in range(5)})))
-    with pytest.raises(DataError, match=r"0.png cannot be read \(not an image\), nor can 20 others; look with `rcmae check`"):
+    with pytest.raises(
+        DataError, match=r"0.png cannot be read \(not an image\), nor can 20 others; run `rcmae check`"
+    ):
         Images(source, VIEW, 0)[(0, 0)]
     with pytest.raises(DataError, match="none of 5 sampled images"):
         measure_statistics(source, 3)
@@ -364,7 +416,7 @@ def test_statistics_are_those_of_the_data(tmp_path):
     assert std == pytest.approx((values / 255).std((0, 1, 2)).tolist(), rel=1e-9)
 
 
-# --- sources ----------------------------------------------------------------------------------------------------------
+# --- sources ------------------------------------------------------------------------------------------------
 
 
 def test_folders_flat_and_nested_and_with_classes(tmp_path):
@@ -375,17 +427,26 @@ def test_folders_flat_and_nested_and_with_classes(tmp_path):
     classes = open_source(str(fill(tmp_path / "classes", files)))
     assert classes.classes == ["cats", "dogs"]
     assert classes.labels.tolist() == [0, 0, 1, 1, 1]
-    assert (classes.notes, flat.notes) == ((f"left out of {tmp_path / 'classes'}: 1 files of other kinds",), ())
+    assert (classes.notes, flat.notes) == (
+        (f"left out of {tmp_path / 'classes'}: 1 files of other kinds",),
+        (),
+    )
     one = open_source(str(fill(tmp_path / "one", {f"a/{k}": v for k, v in good(2).items()})))
     assert one.labels is None, "one class is no label"
     mixed = open_source(str(fill(tmp_path / "mixed", files | good(1))))
     assert mixed.labels is None
-    parts = open_source(str(fill(tmp_path / "parts", {f"{part}/{k}": v for part in ("train", "val") for k, v in files.items()})))
+    parts = open_source(
+        str(
+            fill(
+                tmp_path / "parts", {f"{part}/{k}": v for part in ("train", "val") for k, v in files.items()}
+            )
+        )
+    )
     assert len(parts) == 10 and parts.labels is None, "train and val are no classes"
 
 
 def test_ten_images_stay_ten(tmp_path):
-    """Loops and doubled links never make more of them."""
+    """Symbolic links that form loops or repeat do not add images."""
     root = fill(tmp_path / "data", good(10))
     (root / "loop").symlink_to(root)
     (root / "sub").mkdir()
@@ -395,15 +456,27 @@ def test_ten_images_stay_ten(tmp_path):
     (root / "nowhere.png").symlink_to(root / "gone.png")
     found = open_source(str(root))
     assert len(found) == 10
-    assert found.notes == (f"left out of {root}: 3 links to what is there already, 2 links to nowhere",)
+    assert found.notes == (f"left out of {root}: 3 duplicate links, 2 broken links",)
     outside = fill(tmp_path / "outside", good(4))
     (root / "more").symlink_to(outside)
     assert len(open_source(str(root))) == 14, "a linked folder is followed, once"
 
 
+@catches(
+    "file names reach the terminal unescaped",
+    "rcmae.data.files:printable",
+    lambda old: lambda name: name.decode("utf-8", "replace"),
+)
 def test_odd_names(tmp_path):
     raw = good(1)["00.png"]
-    names = [b"new\nline.png", b"\xff\xfe.png", b"a" * 251 + b".png", b"\x1b[31mred.png", "ünï.PNG".encode(), b"tab\t.png"]
+    names = [
+        b"new\nline.png",
+        b"\xff\xfe.png",
+        b"a" * 251 + b".png",
+        b"\x1b[31mred.png",
+        "ünï.PNG".encode(),
+        b"tab\t.png",
+    ]
     for name in names:
         (Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))).write_bytes(raw)
     source = open_source(str(tmp_path))
@@ -426,7 +499,9 @@ def test_an_unreadable_folder_is_an_error_not_a_silence(tmp_path):
     for folder in (tmp_path / "data", tmp_path, *tmp_path.parents[:3]):
         if "pytest" in str(folder):
             folder.chmod(0o755)
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "data")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "data")], capture_output=True, text=True, check=False
+    )
     (tmp_path / "data" / "closed").chmod(0o755)
     assert done.stdout.startswith("no permission to read "), done.stdout + done.stderr
     assert done.stdout.count("\n") == 1
@@ -454,7 +529,9 @@ def test_lists(tmp_path):
 
 
 def write_shard(path: Path, files: dict[str, bytes], labels: dict[str, int]) -> None:
-    fill(path.parent / (path.stem + "_files"), files | {f"{k}.cls": str(v).encode() for k, v in labels.items()})
+    fill(
+        path.parent / (path.stem + "_files"), files | {f"{k}.cls": str(v).encode() for k, v in labels.items()}
+    )
     with tarfile.open(path, "w") as tar:
         for file in sorted((path.parent / (path.stem + "_files")).iterdir()):
             tar.add(file, file.name)
@@ -478,18 +555,26 @@ def test_tar_shards(tmp_path, spec):
 
 @pytest.mark.parametrize("labels", [("cat", "dog"), ("7", "9" * 40), ("3", "20200131")])
 def test_labels_of_shards_are_names(tmp_path, labels):
-    """Text and numbers of any size; what stands for a class is its place among them."""
+    """Text and numbers of any size; the class index is the position among them."""
     write_shard(tmp_path / "x.tar", good(4), {"00": labels[0], "01": labels[1], "03": labels[0]})
     source = open_source(str(tmp_path / "x.tar"))
     assert sorted(source.classes) == sorted(labels)
-    assert [source.classes[i] if i >= 0 else None for i in source.labels] == [labels[0], labels[1], None, labels[0]]
+    assert [source.classes[i] if i >= 0 else None for i in source.labels] == [
+        labels[0],
+        labels[1],
+        None,
+        labels[0],
+    ]
 
 
 def test_a_hub_row_without_an_image_or_a_label(monkeypatch):
     class Table(list):
-        """As much of a Hugging Face data set as a source looks at."""
+        """The part of a Hugging Face data set that a source uses."""
 
-        features = {"image": type("Image", (), {})(), "label": type("ClassLabel", (), {"names": ["cat", "dog"]})()}  # noqa: RUF012
+        features: ClassVar = {
+            "image": type("Image", (), {})(),
+            "label": type("ClassLabel", (), {"names": ["cat", "dog"]})(),
+        }
 
         def __getitem__(self, key):
             return [row["label"] for row in self] if key == "label" else super().__getitem__(key)
@@ -497,7 +582,9 @@ def test_a_hub_row_without_an_image_or_a_label(monkeypatch):
         def cast_column(self, name, kind):
             return self
 
-    rows = Table([{"image": {"bytes": ODD["grey.png"][0], "path": None}, "label": 1}, {"image": None, "label": None}])
+    rows = Table(
+        [{"image": {"bytes": ODD["gray.png"][0], "path": None}, "label": 1}, {"image": None, "label": None}]
+    )
     fake = SimpleNamespace(load_dataset=lambda path, split: rows, Image=lambda decode: None)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     source = open_source("hub:some/set")
@@ -507,12 +594,12 @@ def test_a_hub_row_without_an_image_or_a_label(monkeypatch):
         read_image(source, 1, 3)
 
 
-def test_what_is_no_source_is_one_line(tmp_path):
+def test_an_invalid_source_is_one_line(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"not a tar at all" * 100)
     (tmp_path / "x.csv").write_text("a")
     fill(tmp_path / "empty" / "sub", {"notes.md": b"x"})
     for spec, message in (
-        (tmp_path / "x.tar", "is not a whole tar file"),
+        (tmp_path / "x.tar", "is not a complete tar file"),
         (tmp_path / "x.csv", "is none of these: folder, list"),
         (tmp_path / "empty", r"holds no images \(1 other files\); looked for .jpg"),
         (tmp_path / "none", "does not exist"),
@@ -520,8 +607,8 @@ def test_what_is_no_source_is_one_line(tmp_path):
         with pytest.raises(DataError, match=message) as e:
             open_source(str(spec))
         assert "\n" not in str(e.value)
-    with pytest.raises(ConfigError, match="did you mean embedded:digits"):
-        open_source("embedded:digit")
+    with pytest.raises(ConfigError, match="did you mean bundled:digits"):
+        open_source("bundled:digit")
     with pytest.raises(ConfigError, match="--data is empty"):
         open_source("")
 
@@ -540,14 +627,19 @@ def test_the_fingerprint_is_of_the_content_not_the_place(tmp_path):
 
 
 def pinned(root: Path) -> dict[str, str]:
-    """A folder, a list, shards and the folder of these: the same bytes everywhere, whatever encodes images."""
+    """A folder, a list, shards, and a folder of shards, with fixed bytes that do not depend on an image
+    encoder."""
     files = {f"{c}/{i}.png": f"{c}{i}".encode() * (i + 1) for c in ("dog", "cat") for i in (10, 9, 2)}
     fill(root / "folder", files | {"notes.txt": b"x", ".hidden.png": b"x"})
     (root / "list.txt").write_text("".join(f"folder/{name}\t{name[:3]}\n" for name in files))
     (root / "shards").mkdir()
     for k in (1, 0):
         with tarfile.open(root / "shards" / f"x-{k}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for name, raw in [*list(files.items())[3 * k : 3 * k + 3], (("dog/10.cls", b"7"), ("cat/2.cls", b"9"))[k], ("readme.md", b"x")]:
+            for name, raw in [
+                *list(files.items())[3 * k : 3 * k + 3],
+                (("dog/10.cls", b"7"), ("cat/2.cls", b"9"))[k],
+                ("readme.md", b"x"),
+            ]:
                 info = tarfile.TarInfo(name.replace("/", "_"))
                 info.size = len(raw)
                 tar.addfile(info, io.BytesIO(raw))
@@ -555,14 +647,29 @@ def pinned(root: Path) -> dict[str, str]:
 
 
 PINNED = {
-    "folder": (["cat10", "cat2c", "cat9c", "dog10", "dog2d", "dog9d"], [0, 0, 0, 1, 1, 1], ["cat", "dog"], "3c73a3e39e8cabf7"),
-    "list.txt": (["dog10", "dog9d", "dog2d", "cat10", "cat9c", "cat2c"], [1, 1, 1, 0, 0, 0], ["cat", "dog"], "5a3c9d071e4191d1"),
-    "shards": (["dog10", "dog9d", "dog2d", "cat10", "cat9c", "cat2c"], [0, -1, -1, -1, -1, 1], ["7", "9"], "ce940e963cf69219"),
+    "folder": (
+        ["cat10", "cat2c", "cat9c", "dog10", "dog2d", "dog9d"],
+        [0, 0, 0, 1, 1, 1],
+        ["cat", "dog"],
+        "3c73a3e39e8cabf7",
+    ),
+    "list.txt": (
+        ["dog10", "dog9d", "dog2d", "cat10", "cat9c", "cat2c"],
+        [1, 1, 1, 0, 0, 0],
+        ["cat", "dog"],
+        "5a3c9d071e4191d1",
+    ),
+    "shards": (
+        ["dog10", "dog9d", "dog2d", "cat10", "cat9c", "cat2c"],
+        [0, -1, -1, -1, -1, 1],
+        ["7", "9"],
+        "ce940e963cf69219",
+    ),
 }
 
 
 def test_order_labels_and_fingerprints_are_those_that_runs_recorded(tmp_path):
-    """A run goes on with the data that its checkpoint names by fingerprint: these may never change."""
+    """A run resumes only with data of the fingerprint in its checkpoint, so these must never change."""
     for name, spec in pinned(tmp_path).items():
         source = open_source(spec)
         found = (
@@ -580,14 +687,17 @@ def test_a_million_names_are_two_arrays():
     assert len(pickle.dumps(Strings([b"x" * 10] * 1000))) < 30_000
 
 
-# --- the audit --------------------------------------------------------------------------------------------------------
+# --- the audit ----------------------------------------------------------------------------------------------
 
 
 def test_the_audit_finds_what_is_there(tmp_path):
     files = good() | {name: raw for name, (raw, _) in BAD.items()}
     files |= {"copy.png": files["03.png"], "flat.png": images.encode(np.full((20, 24, 3), 77, np.uint8))}
     fill(tmp_path / "train", files)
-    fill(tmp_path / "val", {"leak.png": files["05.png"], "own.png": images.encode(np.eye(20, dtype=np.uint8) * 255)})
+    fill(
+        tmp_path / "val",
+        {"leak.png": files["05.png"], "own.png": images.encode(np.eye(20, dtype=np.uint8) * 255)},
+    )
     found = audit(str(tmp_path / "train"), val=str(tmp_path / "val"), recipe=small(size=224))
     assert found.images == len(files)
     assert sorted(Path(w).name for w, _ in found.unreadable) == sorted(BAD)
@@ -601,7 +711,7 @@ def test_the_audit_finds_what_is_there(tmp_path):
     assert not audit(str(fill(tmp_path / "bad", {f"{i}.png": b"x" for i in range(12)})), recipe=small()).fit
 
 
-def test_whoever_waits_is_told_how_much_is_done(tmp_path, monkeypatch, capsys):
+def test_long_work_shows_its_progress(tmp_path, monkeypatch, capsys):
     for spec in pinned(tmp_path).values():
         told: list[float] = []
         count = len(open_source(spec, tick=told.append))
@@ -620,8 +730,11 @@ def test_whoever_waits_is_told_how_much_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Screen, "progress", progress)
     audit(root, val=root, recipe=small(), screen=Screen(True))
     assert f"{root}: 6 images (folder)" in capsys.readouterr().out
-    assert all(6 in told[f"{what} {root}"] or told[f"{what} {root}"] == list(range(6)) for what in ("reading", "comparing"))
-    assert 50 in told[f"looking for the images of {root}, %"]
+    assert all(
+        6 in told[f"{what} {root}"] or told[f"{what} {root}"] == list(range(6))
+        for what in ("reading", "comparing")
+    )
+    assert 50 in told[f"indexing {root}, %"]
 
 
 def test_moments_of_any_picture_are_those_of_its_pixels():
@@ -633,14 +746,14 @@ def test_moments_of_any_picture_are_those_of_its_pixels():
         np.testing.assert_allclose(square, (values**2).mean(0), rtol=1e-12)
 
 
-def test_a_wrong_validation_set_is_told_before_the_work(tmp_path, monkeypatch):
+def test_a_wrong_validation_set_is_reported_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(audit_module, "read_image", lambda *args: pytest.fail("read an image"))
     with pytest.raises(DataError, match="nowhere does not exist"):
         audit(str(fill(tmp_path / "train", good(2))), val=str(tmp_path / "nowhere"))
 
 
 def test_a_tiff_that_needs_an_extra_is_one_bad_image(monkeypatch):
-    """Where tifffile is not installed, one odd file among many does not end a run."""
+    """Without tifffile, one odd file among many does not end a run."""
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(BadImage, match="tiff"):
         decode(ODD["float64.tif"][0])
@@ -651,36 +764,43 @@ def test_a_tiff_that_needs_an_extra_is_one_bad_image(monkeypatch):
 
 
 def test_more_shards_than_open_files(tmp_path):
-    """A system lets a process open some 1,024 files; a set may have more shards."""
+    """A process may open about 1,024 files; a set may have more shards."""
     (tmp_path / "d").mkdir()
     for i in range(100):
         with tarfile.open(tmp_path / "d" / f"x-{i:04d}.tar", "w") as tar:
             info = tarfile.TarInfo("a.png")
-            info.size = len(ODD["grey.png"][0])
-            tar.addfile(info, io.BytesIO(ODD["grey.png"][0]))
+            info.size = len(ODD["gray.png"][0])
+            tar.addfile(info, io.BytesIO(ODD["gray.png"][0]))
     code = (
-        "import resource, sys\nfrom rcmae.data.sources import open_source\nresource.setrlimit(resource.RLIMIT_NOFILE, (90, 90))\n"
-        "source = open_source(sys.argv[1])\nprint(len({source.read(i) for i in range(100)}), len(source.opened))\n"
+        "import resource, sys\nfrom rcmae.data.sources import "
+        "open_source\nresource.setrlimit(resource.RLIMIT_NOFILE, (90, 90))\n"
+        "source = open_source(sys.argv[1])\nprint(len({source.read(i) for i in range(100)}), "
+        "len(source.opened))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "d")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "d")], capture_output=True, text=True, check=False
+    )
     assert done.stdout == "1 64\n", done.stderr
     (tmp_path / "d" / "x-0050.tar").unlink()
     with pytest.raises(DataError, match=r"x-0050.tar does not exist \(1 of 100 shards"):
         open_source(str(tmp_path / "d" / "x-{0000..0099}.tar"))
 
 
-def test_too_few_images_are_not_fit(tmp_path):
+def test_too_few_images_are_unfit_for_training(tmp_path):
     fill(tmp_path, good(3))
     found = audit(str(tmp_path))
     assert not found.fit
     assert "fewer images than the batch" in _unfit(found)
 
 
-def test_probes_keep_what_they_were_fitted_on_out_of_the_test(tmp_path):
-    """The same picture under many names, in two classes: all that is left to score is new."""
+def test_probes_are_not_tested_on_images_they_were_fitted_on(tmp_path):
+    """The same picture under many names and in two classes: only images that are not in the training set are
+    scored."""
     for label in ("a", "b"):
         same = images.encode(images.ramp())
-        fill(tmp_path / label, {f"{i}.png": same if i < 30 else list(good(40).values())[i] for i in range(40)})
+        fill(
+            tmp_path / label, {f"{i}.png": same if i < 30 else list(good(40).values())[i] for i in range(40)}
+        )
     recipe = small(probes=1, probe_train=40, probe_test=40)
     found = probe_set(open_source(str(tmp_path)), recipe)
     fitted = {image.numpy().tobytes() for image in found.train}

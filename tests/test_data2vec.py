@@ -1,4 +1,4 @@
-"""data2vec 2.0: what student and teacher see, what the target is, and what does not depend on how a step is carried out."""
+"""data2vec 2.0: what student and teacher see, what the target is, and independence of micro-batches."""
 
 import numpy as np
 import pytest
@@ -13,12 +13,15 @@ from rcmae.methods.data2vec import squares_mask
 from rcmae.methods.recipes import load_recipe
 from rcmae.pretraining import pretrain
 from tests.conftest import batch_for, method_for, small
+from tests.mutations import catches
 
 T0, ONE = Progress(0, 10, 2), torch.ones(())
 
 
 def made(**changes):
-    return method_for(small("data2vec", masks=4) if not changes else small("data2vec", **({"masks": 4} | changes)))
+    return method_for(
+        small("data2vec", masks=4) if not changes else small("data2vec", **({"masks": 4} | changes))
+    )
 
 
 def gradients(method, batch) -> dict[str, torch.Tensor]:
@@ -28,22 +31,27 @@ def gradients(method, batch) -> dict[str, torch.Tensor]:
 
 
 def with_other_pixels(batch, mask: int, hidden: bool, method):
-    """The batch with the pixels of the patches changed that a mask hides, or shows."""
+    """The batch with other pixels in the patches that a mask hides, or in those that it leaves visible."""
     image = batch["image"].clone()
     for i, order in enumerate(batch["orders"][:, mask].tolist()):
-        for place in order[method.seen :] if hidden else order[: method.seen]:
+        for place in order[method.visible :] if hidden else order[: method.visible]:
             y, x = 4 * (place // 4), 4 * (place % 4)
             image[i, :, y : y + 4, x : x + 4] ^= 255
     return batch | {"image": image}
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
+# --- masks --------------------------------------------------------------------------------------------------
 
 
+@catches(
+    "one visible patch is missing",
+    "rcmae.methods.data2vec:squares_mask",
+    lambda old: lambda grid, count, side, rng: old(grid, max(count - 1, 0), side, rng),
+)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.floats(0, 1), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
-def test_exactly_the_patches_asked_for_are_visible(height, width, side, share, seed):
-    count = round(share * height * width)
+def test_exactly_the_requested_number_of_patches_is_visible(height, width, side, fraction, seed):
+    count = round(fraction * height * width)
     visible = squares_mask((height, width), count, side, np.random.default_rng(seed))
     assert visible.shape == (height, width)
     assert visible.sum() == count
@@ -70,24 +78,37 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index():
     assert all(torch.equal(one[k], same[k]) for k in one)
     assert not torch.equal(one["orders"], other["orders"])
     assert torch.equal(one["orders"].sort(1)[0], torch.arange(16).expand(4, -1))
-    visible = one["orders"][:, : method.seen]
+    visible = one["orders"][:, : method.visible]
     assert len({tuple(v.sort()[0].tolist()) for v in visible}) > 1, "each mask its own"
 
 
-# --- what is seen -----------------------------------------------------------------------------------------------------
+# --- what is seen -------------------------------------------------------------------------------------------
 
 
+@catches(
+    "the student sees hidden patches",
+    "rcmae.methods.data2vec:Data2Vec.predict",
+    lambda old: (
+        lambda self, patches, orders: old(self, patches + 1e-3 * patches.mean(1, keepdim=True), orders)
+    ),
+)
 def test_hidden_pixels_do_not_reach_the_student_but_the_target():
     method = made(masks=1)
     batch = batch_for(method)
     other = with_other_pixels(batch, 0, True, method)
     with torch.no_grad():
-        one, two = (method.predict(method.normalize_and_patchify(b["image"]), b["orders"]) for b in (batch, other))
+        one, two = (
+            method.predict(method.normalize_and_patchify(b["image"]), b["orders"]) for b in (batch, other)
+        )
     assert all(map(torch.equal, one, two))
-    assert not torch.equal(*(method.target(method.normalize_and_patchify(b["image"])) for b in (batch, other)))
+    assert not torch.equal(
+        *(method.target(method.normalize_and_patchify(b["image"])) for b in (batch, other))
+    )
     with torch.no_grad():
         shown = with_other_pixels(batch, 0, False, method)
-        assert not torch.equal(one[1], method.predict(method.normalize_and_patchify(shown["image"]), shown["orders"])[1])
+        assert not torch.equal(
+            one[1], method.predict(method.normalize_and_patchify(shown["image"]), shown["orders"])[1]
+        )
 
 
 def test_the_target_does_not_depend_on_the_masks(monkeypatch):
@@ -101,6 +122,15 @@ def test_the_target_does_not_depend_on_the_masks(monkeypatch):
     assert losses[0] != losses[1]
 
 
+def target_with_gradient(old):
+    def target(self, patches):
+        self.teacher.requires_grad_(True)
+        return old.__wrapped__(self, patches)
+
+    return target
+
+
+@catches("the teacher gets a gradient", "rcmae.methods.data2vec:Data2Vec.target", target_with_gradient)
 def test_the_teacher_has_no_gradient_and_every_trained_weight_has_one():
     method = made()
     found = gradients(method, batch_for(method))
@@ -118,11 +148,16 @@ def test_the_teacher_is_the_encoder_alone_and_probing_it_keeps_nothing():
     assert method.feed_forward is None
 
 
-# --- the target -------------------------------------------------------------------------------------------------------
+# --- the target ---------------------------------------------------------------------------------------------
 
 
+@catches(
+    "targets include the residual connection",
+    "rcmae.methods.data2vec:Data2Vec._collect",
+    lambda old: lambda self, mlp, args, output: old(self, mlp, args, output + args[0]),
+)
 @pytest.mark.parametrize("top", [1, 2, 3])
-def test_the_target_is_the_mean_of_the_normalised_feed_forward_outputs_of_the_top_blocks(top):
+def test_the_target_is_the_mean_of_the_normalized_feed_forward_outputs_of_the_top_blocks(top):
     method = made(depth=3, top_blocks=top)
     patches = method.normalize_and_patchify(batch_for(method)["image"])
     vit, x, outputs = method.teacher.model.encoder.vit, None, []
@@ -159,7 +194,7 @@ def test_targets_are_float32_under_autocast():
     assert low.item() == pytest.approx(method(batch_for(method), T0)["loss"].item(), rel=0.02)
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------------
+# --- the loss -----------------------------------------------------------------------------------------------
 
 
 def test_the_loss_is_that_of_its_definition():
@@ -171,14 +206,14 @@ def test_the_loss_is_that_of_its_definition():
     for i in range(3):
         for j in range(4):
             row = 4 * i + j
-            for place, guess in zip(orders[i, j, method.seen :].tolist(), prediction[row], strict=True):
+            for place, guess in zip(orders[i, j, method.visible :].tolist(), prediction[row], strict=True):
                 regression.append((guess - target[i, place]).square().sum() / 24**0.5)
             of_class.append((classes[row] - target[i].mean(0)).square().sum() / 24**0.5)
     expected = torch.stack(regression).mean() + 0.5 * torch.stack(of_class).mean()
     assert method(batch, T0)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_visible_places_get_no_loss(monkeypatch):
+def test_visible_patches_get_no_loss(monkeypatch):
     method = made(masks=1, class_weight=0.0)
     batch = batch_for(method)
     loss, target = method(batch, T0)["loss"], method.target
@@ -193,19 +228,22 @@ def test_visible_places_get_no_loss(monkeypatch):
 
         return with_noise
 
-    monkeypatch.setattr(method, "target", changed(at[:, : method.seen]))
+    monkeypatch.setattr(method, "target", changed(at[:, : method.visible]))
     assert torch.equal(method(batch, T0)["loss"], loss)
     monkeypatch.setattr(method, "target", changed(at[:, -1:]))
     assert method(batch, T0)["loss"] > loss + 1
 
 
-def test_predictions_belong_to_their_places():
-    """With a kernel of one patch nothing is said at a hidden place but of its own noise: the row that the order gives it."""
+def test_predictions_are_at_the_positions_of_their_patches():
+    """With a kernel of one patch, the prediction of a hidden patch depends only on its own noise, in the row
+    that the order gives."""
     method = made(masks=2, conv_kernel=1)
     batch, decoder = batch_for(method), method.student.predictor
     with torch.no_grad():
         one = method.predict(method.normalize_and_patchify(batch["image"]), batch["orders"])[1]
-        orders = torch.cat([batch["orders"][:, :, : method.seen], batch["orders"][:, :, method.seen :].flip(2)], 2)
+        orders = torch.cat(
+            [batch["orders"][:, :, : method.visible], batch["orders"][:, :, method.visible :].flip(2)], 2
+        )
         two = method.predict(method.normalize_and_patchify(batch["image"]), orders)[1]
     assert torch.equal(one, two), "the j-th hidden place has the j-th row of noise"
     assert decoder.noise.std().item() == pytest.approx(0.01, rel=0.2)
@@ -214,11 +252,26 @@ def test_predictions_belong_to_their_places():
     assert (one[0, 0] - one[0, 1]).abs().max() > 0
 
 
+@catches(
+    "only the first mask is used",
+    "rcmae.methods.data2vec:Data2Vec.forward",
+    lambda old: (
+        lambda self, batch, t: old(
+            self, batch | {"orders": batch["orders"][:, :1].expand_as(batch["orders"])}, t
+        )
+    ),
+)
 def test_many_masks_in_one_pass_are_the_mean_of_single_ones():
     method = made()
     batch = batch_for(method)
-    whole, single = gradients(method, batch), [gradients(method, batch | {"orders": batch["orders"][:, j : j + 1]}) for j in range(4)]
-    loss = sum(method(batch | {"orders": batch["orders"][:, j : j + 1]}, T0)["loss"].item() for j in range(4)) / 4
+    whole, single = (
+        gradients(method, batch),
+        [gradients(method, batch | {"orders": batch["orders"][:, j : j + 1]}) for j in range(4)],
+    )
+    loss = (
+        sum(method(batch | {"orders": batch["orders"][:, j : j + 1]}, T0)["loss"].item() for j in range(4))
+        / 4
+    )
     assert method(batch, T0)["loss"].item() == pytest.approx(loss, rel=1e-5)
     scale = max(g.abs().max() for g in whole.values()).item()
     for name, value in whole.items():
@@ -227,11 +280,18 @@ def test_many_masks_in_one_pass_are_the_mean_of_single_ones():
 
 def test_all_masks_of_an_image_share_one_pass_of_the_teacher():
     method, passes = made(), []
-    method.teacher.model.encoder.vit.blocks[0].register_forward_hook(lambda block, args, out: passes.append(len(out)))
+    method.teacher.model.encoder.vit.blocks[0].register_forward_hook(
+        lambda block, args, out: passes.append(len(out))
+    )
     method(batch_for(method), T0)
     assert passes == [3]
 
 
+@catches(
+    "targets depend on the batch",
+    "rcmae.methods.data2vec:Data2Vec.target",
+    lambda old: lambda self, patches: (lambda y: y - y.mean(0))(old(self, patches)),
+)
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
     method = made()
     assert not type(method).accumulation_caveat(method.recipe)
@@ -244,7 +304,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
 
 
 def test_a_step_is_a_function_of_weights_batch_and_nothing_else():
-    """No global generator is asked, and the decoder's noise is a part of the checkpoint."""
+    """It uses no global generator, and the decoder's noise is part of the checkpoint."""
     method, other = made(), made()
     batch = batch_for(method)
     with torch.no_grad():
@@ -258,15 +318,22 @@ def test_a_step_is_a_function_of_weights_batch_and_nothing_else():
     assert torch.equal(losses[0], losses[2])
 
 
-# --- the teacher ------------------------------------------------------------------------------------------------------
+# --- the teacher --------------------------------------------------------------------------------------------
 
 
+@catches(
+    "momentum rises until the end of the run",
+    "rcmae.methods.data2vec:Data2Vec.momentum",
+    lambda old: lambda self, t: 0.9998 + (0.99999 - 0.9998) * t.fraction,
+)
 def test_the_teachers_momentum_rises_in_a_straight_line_and_stays():
     method = method_for(small("data2vec"))
-    found = [method.momentum(Progress(step, 375_300, 5004)) for step in (0, 50_000, 100_000, 100_001, 375_299)]
+    found = [
+        method.momentum(Progress(step, 375_300, 5004)) for step in (0, 50_000, 100_000, 100_001, 375_299)
+    ]
     assert found == pytest.approx([0.9998, 0.999895, 0.99999, 0.99999, 0.99999], abs=1e-9)
-    steered = made(schedule="half-life", half_life="50 steps")
-    assert steered.momentum(Progress(3, 10, 5)) ** 50 == pytest.approx(0.5)
+    averaged = made(schedule="half-life", half_life="50 steps")
+    assert averaged.momentum(Progress(3, 10, 5)) ** 50 == pytest.approx(0.5)
     assert method.momentum_per_step(Progress(50_000, 375_300, 5004)) == pytest.approx(0.999895, abs=1e-9)
 
 
@@ -285,18 +352,18 @@ def test_student_and_teacher_start_alike_and_the_teacher_follows():
         torch.testing.assert_close(pairs[key], before[key] + 0.1 * p.requires_grad, rtol=0, atol=1e-6)
 
 
-def test_masks_drawn_anew_are_other_ones_of_the_same_size():
+def test_masks_redrawn_are_other_ones_of_the_same_size():
     method = made()
     batch, generator = batch_for(method), torch.Generator().manual_seed(0)
-    one, two = (method.masked_anew(batch, generator)["orders"] for _ in range(2))
+    one, two = (method.remask(batch, generator)["orders"] for _ in range(2))
     assert one.shape == (3, 1, 16)
     assert torch.equal(one.sort(2)[0], torch.arange(16).expand(3, 1, -1))
     assert not torch.equal(one, two)
-    assert torch.equal(one, method.masked_anew(batch, torch.Generator().manual_seed(0))["orders"])
-    assert method.encode(batch | {"orders": one}).shape == (3, 1 + method.seen, 24)
+    assert torch.equal(one, method.remask(batch, torch.Generator().manual_seed(0))["orders"])
+    assert method.encode(batch | {"orders": one}).shape == (3, 1 + method.visible, 24)
 
 
-def test_predicting_zero_scores_what_is_said():
+def test_predicting_zero_has_the_loss_of_its_baseline():
     method = made()
     with torch.no_grad():
         for part in (method.student.predictor.predict.weight, method.student.predictor.predict.bias):
@@ -305,7 +372,7 @@ def test_predicting_zero_scores_what_is_said():
     assert method(batch, T0)["regression"].item() == pytest.approx(method.references(batch)["zero"], rel=1e-3)
 
 
-def test_all_answers_alike_show_in_what_is_logged():
+def test_a_collapse_shows_in_the_log():
     method = made()
     with torch.no_grad():
         method.student.predictor.predict.weight.zero_()
@@ -313,18 +380,22 @@ def test_all_answers_alike_show_in_what_is_logged():
     assert losses["prediction_std"] < 1e-2
     assert losses["target_std"] > 0.5
     means = {name: value.item() for name, value in losses.items()}
-    assert ("bad", True) in [(mark, "collapse" in text) for mark, text in method.judge(means, method.references({}))]
+    assert ("bad", True) in [
+        (mark, "collapse" in text) for mark, text in method.judge(means, method.references({}))
+    ]
 
 
-# --- recipes ----------------------------------------------------------------------------------------------------------
+# --- recipes ------------------------------------------------------------------------------------------------
 
 
 def test_the_published_recipe_makes_the_published_network():
     with torch.device("meta"):
         method = method_for(load_recipe("data2vec-vitb16-in1k"))
-    assert method.seen == 39
+    assert method.visible == 39
     decoder = method.student.predictor
-    assert [(c.in_channels, c.out_channels, c.kernel_size, c.groups) for c in decoder.convolutions] == [(768, 768, (3, 3), 16)] * 6
+    assert [(c.in_channels, c.out_channels, c.kernel_size, c.groups) for c in decoder.convolutions] == [
+        (768, 768, (3, 3), 16)
+    ] * 6
     assert decoder.noise.shape == (157, 768)
 
 
@@ -332,15 +403,27 @@ def test_the_published_recipe_makes_the_published_network():
     ("changes", "says"),
     [
         ({"top_blocks": 3}, "top_blocks must lie in 1 to the encoder's 2 blocks, not 3"),
-        ({"hidden_share": 1.0, "masks": 0}, "masks must be 1 or more, not 0; hidden_share must lie between 0 and 1, not 1.0"),
-        ({"schedule": "half-life", "half_life": "auto"}, "half_life auto is steered by a reconstruction"),
+        (
+            {"hidden_fraction": 1.0, "masks": 0},
+            "masks must be 1 or more, not 0; hidden_fraction must lie between 0 and 1, not 1.0",
+        ),
+        ({"schedule": "half-life", "half_life": "adaptive"}, "half_life adaptive needs a reconstruction"),
         ({"conv_groups": 16}, "conv_groups 16 must divide the encoder's width, 24, and conv_width, 24"),
-        ({"model": "timm:vit_base_patch16_siglip_224", "width": None, "depth": None, "heads": None, "size": 32}, "class token"),
+        (
+            {
+                "model": "timm:vit_base_patch16_siglip_224",
+                "width": None,
+                "depth": None,
+                "heads": None,
+                "size": 32,
+            },
+            "class token",
+        ),
     ],
 )
-def test_what_cannot_work_is_refused_before_data_is_touched(changes, says, tmp_path):
+def test_impossible_settings_are_refused_before_data_is_read(changes, says, tmp_path):
     import rcmae.config as c
 
     recipe = small("data2vec", data=str(tmp_path / "nowhere"), **changes)
     with pytest.raises(ConfigError, match=says):
-        pretrain(recipe, c.Machine(out=tmp_path / "run", device="cpu"))
+        pretrain(recipe, c.RuntimeConfig(out=tmp_path / "run", device="cpu"))

@@ -1,4 +1,4 @@
-"""The detector: windows that are windows, maps of the right grain, regions and masks to the pixel, gradients for every weight."""
+"""The detector: windows, feature maps, regions and masks to the pixel, gradients of all weights."""
 
 import dataclasses
 import json
@@ -20,21 +20,46 @@ from rcmae.errors import ConfigError
 from rcmae.interop.timm_export import architecture_of, blueprint
 from rcmae.models.backbone import Backbone
 from rcmae.models.encoder import build_vit
-from rcmae.tasks.detection.model import ANCHOR, Anchors, Detector, Pooler, cut, detector, export_pyramid, groups, paste, rebuild
-from rcmae.tasks.detection.settings import Detect, load_detect
+from rcmae.tasks.detection.model import (
+    ANCHOR,
+    Anchors,
+    Detector,
+    Pooler,
+    cut,
+    detector,
+    export_pyramid,
+    groups,
+    paste,
+    rebuild,
+)
+from rcmae.tasks.detection.settings import DetectionRecipe, load_detect
 from rcmae.tasks.detection.windows import WindowAttention, ends
+from tests.mutations import catches
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-SMALL = Detect(
-    steps=1, size=32, window=3, width=16, box_width=24, box_convs=1, mask_convs=1, proposals=20, drop_path=0.0, jitter=(1.0, 1.0)
-)  # fmt: skip
+SMALL = DetectionRecipe(
+    steps=1,
+    size=32,
+    window=3,
+    width=16,
+    box_width=24,
+    box_convs=1,
+    mask_convs=1,
+    proposals=20,
+    drop_path=0.0,
+    jitter=(1.0, 1.0),
+)
 PLAIN_ATTENTION = {"window": 0, "rel_pos": False}
 PRESETS = pytest.mark.parametrize("preset", ["vitdet", "benchmarking"])
 
 
 def backbone(size=16, patch=8, depth=6, registers=0, seed=0) -> Backbone:
     torch.manual_seed(seed)
-    return Backbone(build_vit(size=size, channels=3, patch=patch, width=16, depth=depth, heads=2, registers=registers), MEAN, STD)
+    return Backbone(
+        build_vit(size=size, channels=3, patch=patch, width=16, depth=depth, heads=2, registers=registers),
+        MEAN,
+        STD,
+    )
 
 
 def small(b: Backbone | None = None, **changes) -> Detector:
@@ -42,18 +67,23 @@ def small(b: Backbone | None = None, **changes) -> Detector:
 
 
 def batch(count=2, size=32, empty=(), first=0):
-    """Scenes and their targets; those in `empty` show objects that nobody has marked."""
+    """Scenes and their targets; images in `empty` show objects that are not annotated."""
     images, targets = [], []
     for i in range(first, first + count):
         pixels, found = scene(0, "train", i, size)
         found = [] if i in empty else found
         images.append(torch.from_numpy(pixels).permute(2, 0, 1))
-        boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (f.box for f in found)], dtype=torch.float32).view(-1, 4)
+        boxes = torch.tensor(
+            [[x, y, x + w, y + h] for x, y, w, h in (f.box for f in found)], dtype=torch.float32
+        ).view(-1, 4)
         masks = [torch.from_numpy(f.mask) for f in found]
-        targets.append({
-            "boxes": boxes, "labels": torch.tensor([f.label + 1 for f in found], dtype=torch.int64),
-            "masks": torch.stack(masks) if masks else torch.zeros(0, size, size, dtype=torch.bool),
-        })  # fmt: skip
+        targets.append(
+            {
+                "boxes": boxes,
+                "labels": torch.tensor([f.label + 1 for f in found], dtype=torch.int64),
+                "masks": torch.stack(masks) if masks else torch.zeros(0, size, size, dtype=torch.bool),
+            }
+        )
     return torch.stack(images), targets
 
 
@@ -64,7 +94,7 @@ def learn(model: Detector, images, targets) -> dict[str, torch.Tensor]:
 
 
 def shake(model: nn.Module) -> nn.Module:
-    """Weights that are nowhere zero or one, as after training."""
+    """Randomize all weights, as after training, so that none is zero or one."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -72,11 +102,11 @@ def shake(model: nn.Module) -> nn.Module:
     return model
 
 
-# --- the backbone -----------------------------------------------------------------------------------------------------
+# --- the backbone -------------------------------------------------------------------------------------------
 
 
 def reference(b: Backbone, model: Detector, images: torch.Tensor) -> torch.Tensor:
-    """The last map of timm's own blocks on the patches of a whole grid, with the detector's positions."""
+    """The last map of timm's own blocks on the full grid, with the detector's positions."""
     vit = b.vit
     x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2) + model.pyramid.vit.pos_embed
     grid = model.pyramid.vit.patch_embed.grid_size
@@ -88,7 +118,9 @@ def last_map(model: Detector, images: torch.Tensor) -> torch.Tensor:
     return model.pyramid.vit.forward_intermediates(images, indices=[depth - 1], intermediates_only=True)[0]
 
 
-@pytest.mark.parametrize("changes", [PLAIN_ATTENTION, {"window": 4}, {"window": 14}, {"window": 14, "preset": "benchmarking"}])
+@pytest.mark.parametrize(
+    "changes", [PLAIN_ATTENTION, {"window": 4}, {"window": 14}, {"window": 14, "preset": "benchmarking"}]
+)
 def test_one_window_over_everything_is_the_plain_vit(changes):
     b, images = backbone(), torch.randn(2, 3, 32, 32)
     model = small(b, **changes).eval()
@@ -100,13 +132,16 @@ def test_one_window_over_everything_is_the_plain_vit(changes):
 
 @PRESETS
 def test_a_window_sees_itself_until_a_block_that_sees_all(preset):
-    model = shake(small(size=64, preset=preset).eval())  # grid 8, windows of 3: two whole ones and one of 2 a side
+    model = shake(
+        small(size=64, preset=preset).eval()
+    )  # grid 8, windows of 3: two whole ones and one of 2 a side
     vit, images = model.pyramid.vit, torch.randn(1, 3, 64, 64)
     assert [getattr(block.attn, "window", None) for block in vit.blocks] == [3, 8, 8, 3, 8, 8]
     changed = images.clone()
     changed[:, :, 8 * 4, 8 * 7] += 1  # patch (4, 7): window (1, 2)
     first, second = (
-        torch.stack(vit.forward_intermediates(x, indices=[0, 1], intermediates_only=True)).transpose(0, 1)[0] for x in (images, changed)
+        torch.stack(vit.forward_intermediates(x, indices=[0, 1], intermediates_only=True)).transpose(0, 1)[0]
+        for x in (images, changed)
     )
     moved = (first - second).abs().amax(1) > 1e-6
     expected = torch.zeros(8, 8, dtype=torch.bool)
@@ -115,8 +150,21 @@ def test_a_window_sees_itself_until_a_block_that_sees_all(preset):
     assert moved[1].all()
 
 
+def rows_for_columns(old):
+    def positions(self, q):
+        bias, side = old(self, q), self.window
+        return bias if bias is None else bias.unflatten(3, (side, side)).transpose(3, 4).flatten(3)
+
+    return positions
+
+
+@catches(
+    "rows and columns of relative positions are swapped",
+    "rcmae.tasks.detection.windows:WindowAttention.positions",
+    rows_for_columns,
+)
 def test_decomposed_positions_know_rows_from_columns():
-    """Tokens that are the same in every row: a preference among rows changes nothing, one among columns does."""
+    """Tokens are equal in every row: a bias among rows changes nothing, one among columns does."""
     attn = small(window=4).pyramid.vit.blocks[0].attn
     x = torch.randn(1, 1, 4, 16).expand(1, 4, 4, 16).flatten(1, 2)
     before = attn(x)
@@ -130,20 +178,32 @@ def test_decomposed_positions_know_rows_from_columns():
 def test_blocks_share_their_tables():
     model = small(preset="benchmarking", size=64)
     assert {k: tuple(p.shape) for k, p in model.named_parameters() if "bias_table" in k} == {
-        "pyramid.tables.window.relative_position_bias_table": (25, 2), "pyramid.tables.grid.relative_position_bias_table": (225, 2),
-    }  # fmt: skip
+        "pyramid.tables.window.relative_position_bias_table": (25, 2),
+        "pyramid.tables.grid.relative_position_bias_table": (225, 2),
+    }
     assert not any("rel_pos_h" in k for k in model.state_dict())
     images = torch.randn(1, 3, 64, 64)
-    before = [m.detach() for m in model.pyramid.vit.forward_intermediates(images, indices=[0, 1, 2], intermediates_only=True)]
+    before = [
+        m.detach()
+        for m in model.pyramid.vit.forward_intermediates(images, indices=[0, 1, 2], intermediates_only=True)
+    ]
     nn.init.normal_(model.pyramid.tables["grid"].relative_position_bias_table)
-    after = [m.detach() for m in model.pyramid.vit.forward_intermediates(images, indices=[0, 1, 2], intermediates_only=True)]
+    after = [
+        m.detach()
+        for m in model.pyramid.vit.forward_intermediates(images, indices=[0, 1, 2], intermediates_only=True)
+    ]
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, False]
 
 
-@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}, {"no_embed_class": True}])
-def test_positions_keep_their_places(options):
-    """x in channel 0 and y in channel 1 of a grid that is not square; nothing of the class token's slot."""
-    vit = VisionTransformer(img_size=(32, 48), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0, **options)
+@pytest.mark.parametrize(
+    "options", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}, {"no_embed_class": True}]
+)
+def test_positions_stay_at_their_patches(options):
+    """x in channel 0 and y in channel 1 of a grid that is not square; nothing of the class token's
+    position."""
+    vit = VisionTransformer(
+        img_size=(32, 48), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0, **options
+    )
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     with torch.no_grad():
         vit.pos_embed.fill_(1e3)
@@ -154,11 +214,13 @@ def test_positions_keep_their_places(options):
     found = found.detach().unflatten(1, (10, 10))[0]
     middle = (torch.arange(10) + 0.5) / 10
     for channel, place in ((0, middle.expand(10, 10)), (1, middle.unsqueeze(1).expand(10, 10))):
-        assert (found[..., channel] - place).abs().max() < 0.07, "bicubic, so not a straight line at the border"
+        assert (found[..., channel] - place).abs().max() < 0.07, (
+            "bicubic, so not a straight line at the border"
+        )
     assert (found[:, 2:-2, 0] - middle[2:-2]).abs().max() < 0.02
 
 
-def test_the_backbones_weights_arrive_and_it_stays_as_it_was():
+def test_the_backbones_weights_are_copied_and_it_is_not_changed():
     b = backbone(registers=2)
     before = {k: v.clone() for k, v in b.vit.state_dict().items()}
     model = small(b)
@@ -174,11 +236,15 @@ def test_the_backbones_weights_arrive_and_it_stays_as_it_was():
 
 def test_paths_are_dropped_linearly():
     vit = small(drop_path=0.5).pyramid.vit
-    assert [getattr(b.drop_path1, "drop_prob", 0) for b in vit.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
-    assert [getattr(b.drop_path2, "drop_prob", 0) for b in vit.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert [getattr(b.drop_path1, "drop_prob", 0) for b in vit.blocks] == pytest.approx(
+        [0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    )
+    assert [getattr(b.drop_path2, "drop_prob", 0) for b in vit.blocks] == pytest.approx(
+        [0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    )
 
 
-# --- the pyramid ------------------------------------------------------------------------------------------------------
+# --- the pyramid --------------------------------------------------------------------------------------------
 
 
 @PRESETS
@@ -199,7 +265,13 @@ def test_the_pyramids_maps(preset, changes, sides):
 
 
 def test_benchmarking_reads_four_depths_and_vitdet_the_last():
-    assert [ends(depth, 4) for depth in (24, 12, 4, 3, 1)] == [[5, 11, 17, 23], [2, 5, 8, 11], [0, 1, 2, 3], [0, 1, 2, 2], [0, 0, 0, 0]]
+    assert [ends(depth, 4) for depth in (24, 12, 4, 3, 1)] == [
+        [5, 11, 17, 23],
+        [2, 5, 8, 11],
+        [0, 1, 2, 3],
+        [0, 1, 2, 2],
+        [0, 0, 0, 0],
+    ]
     assert small(preset="benchmarking").pyramid.depths == [1, 2, 4, 5]
     assert small(preset="benchmarking", scales=(2.0, 1.0)).pyramid.depths == [2, 5]
     assert small().pyramid.depths == [5, 5, 5, 5]
@@ -208,15 +280,20 @@ def test_benchmarking_reads_four_depths_and_vitdet_the_last():
     assert all(p.grad is not None for p in shallow.parameters())
 
 
-# --- boxes and masks --------------------------------------------------------------------------------------------------
+# --- boxes and masks ----------------------------------------------------------------------------------------
 
 
 def ramp(stride: float, cells: int) -> torch.Tensor:
-    """A map that says of every cell where its centre is: x, y in pixels."""
+    """A map whose cells contain the position of their center: x, y in pixels."""
     middle = (torch.arange(cells) + 0.5) * stride
     return torch.stack([middle.expand(cells, cells), middle.unsqueeze(1).expand(cells, cells)])[None]
 
 
+@catches(
+    "RoIAlign is half a cell off",
+    "rcmae.tasks.detection.model:roi_align",
+    lambda old: lambda *args, aligned=False, **kwargs: old(*args, **kwargs),
+)
 def test_a_region_is_sampled_where_it_is():
     strides, box = [3.5, 7.0], torch.tensor([[20.0, 15.0, 41.0, 29.0]])
     maps = {"0": ramp(3.5, 18), "1": ramp(7.0, 9), "pool": torch.zeros(1, 2, 4, 4)}
@@ -225,41 +302,75 @@ def test_a_region_is_sampled_where_it_is():
     assert torch.allclose(found[0], (20 + 21 * middle).expand(7, 7), atol=1e-4)
     assert torch.allclose(found[1], (15 + 14 * middle).unsqueeze(1).expand(7, 7), atol=1e-4)
     theirs = MultiScaleRoIAlign(["0"], 7, sampling_ratio=2)({"0": ramp(4.0, 16)}, [box], [(64, 64)])[0]
-    assert torch.allclose(theirs[0] - (20 + 21 * middle), torch.full((7, 7), 2.0), atol=1e-4), "torchvision's: off by half a cell"
+    assert torch.allclose(theirs[0] - (20 + 21 * middle), torch.full((7, 7), 2.0), atol=1e-4), (
+        "torchvision's: off by half a cell"
+    )
 
 
 def test_a_box_is_pooled_from_the_map_of_its_size():
     strides = [4.0, 8.0, 16.0, 32.0]
-    maps = {str(i): torch.full((2, 1, 1024 // int(s), 1024 // int(s)), float(i)) for i, s in enumerate(strides)}
-    sides = [10.0, 111.0, 112.0, 223.0, 224.0, 447.0, 448.0, 900.0]  # detectron2's: 4 + log2(side / 224) - 2, rounded down, from 0 to 3
+    maps = {
+        str(i): torch.full((2, 1, 1024 // int(s), 1024 // int(s)), float(i)) for i, s in enumerate(strides)
+    }
+    sides = [
+        10.0,
+        111.0,
+        112.0,
+        223.0,
+        224.0,
+        447.0,
+        448.0,
+        900.0,
+    ]  # detectron2's: 4 + log2(side / 224) - 2, rounded down, from 0 to 3
     boxes = [torch.tensor([[50.0, 60.0, 50 + s, 60 + s] for s in part]) for part in (sides[:3], sides[3:])]
-    assert Pooler(strides, 2)(maps, boxes, [(1024, 1024)] * 2)[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert small(proposals=7).heads.mask_roi_pool(maps, [b[:0] for b in boxes], [(1024, 1024)] * 2).shape == (0, 1, 14, 14)
+    assert Pooler(strides, 2)(maps, boxes, [(1024, 1024)] * 2)[:, 0, 0, 0].tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
+    assert small(proposals=7).heads.mask_roi_pool(maps, [b[:0] for b in boxes], [(1024, 1024)] * 2).shape == (
+        0,
+        1,
+        14,
+        14,
+    )
 
 
 def test_anchors_are_exact():
     maps = [torch.zeros(1, 1, s, s, dtype=torch.bfloat16) for s in (256, 128, 64, 32, 16)]
     images = ImageList(torch.zeros(2, 3, 1024, 1024), [(1024, 1024)] * 2)
     ours = Anchors([4.0, 8.0, 16.0, 32.0, 64.0])(images, maps)
-    theirs = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)(images, [m.float() for m in maps])
+    theirs = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)(
+        images, [m.float() for m in maps]
+    )
     assert len(ours) == 2 and ours[0].dtype == torch.float32
     assert (ours[0] - theirs[0]).abs().max() <= 0.5, "they round to pixels"
     areas = (ours[0][:, 2:] - ours[0][:, :2]).prod(1)
     assert sorted({round(a) for a in areas.tolist()}) == [32**2, 64**2, 128**2, 256**2, 512**2]
-    odd = Anchors([3.5])(ImageList(torch.zeros(1, 3, 1008, 1008), [(1008, 1008)]), [torch.zeros(1, 1, 288, 288)])[0]
+    odd = Anchors([3.5])(
+        ImageList(torch.zeros(1, 3, 1008, 1008), [(1008, 1008)]), [torch.zeros(1, 1, 288, 288)]
+    )[0]
     assert torch.allclose(odd[-1, :2] + odd[-1, 2:], torch.tensor(2 * 3.5 * 287.0))
 
 
 def test_masks_go_into_their_boxes_and_back():
-    shares, theirs = [], []
+    fractions, theirs = [], []
     for _, target in zip(range(20), batch(20, 128)[1], strict=True):
         masks, boxes = target["masks"], target["boxes"]
         cells = cut(masks, torch.arange(len(masks)), boxes)
         back = torch.stack([paste(mask, box, (128, 128)) for mask, box in zip(cells, boxes, strict=True)])
         old = project_masks_on_boxes(masks, boxes, torch.arange(len(masks)), 28)
-        for found, out in ((back, shares), (paste_masks_in_image(old[:, None], boxes, (128, 128))[:, 0] >= 0.5, theirs)):
+        for found, out in (
+            (back, fractions),
+            (paste_masks_in_image(old[:, None], boxes, (128, 128))[:, 0] >= 0.5, theirs),
+        ):
             out += ((found & masks).flatten(1).sum(1) / (found | masks).flatten(1).sum(1)).tolist()
-    assert sum(shares) / len(shares) > 0.99
+    assert sum(fractions) / len(fractions) > 0.99
     assert sum(theirs) / len(theirs) < 0.9, "torchvision's way, which is why ours is here"
 
 
@@ -268,11 +379,11 @@ def test_a_mask_is_pasted_to_the_pixel_and_cut_at_the_border():
     found = torch.stack([paste(torch.ones(28, 28), box, (10, 12)) for box in boxes])
     expected = torch.zeros(2, 10, 12, dtype=torch.bool)
     expected[0, 3:5, 2:7] = True
-    expected[1, 6:, :3] = True  # pixel centres from 6.5 on, up to 2.5
+    expected[1, 6:, :3] = True  # pixel centers from 6.5 on, up to 2.5
     assert torch.equal(found, expected)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 @PRESETS
@@ -280,7 +391,13 @@ def test_a_mask_is_pasted_to_the_pixel_and_cut_at_the_border():
 def test_every_weight_gets_a_gradient(preset, empty):
     model = small(preset=preset)
     losses = learn(model, *batch(2, empty=empty))
-    assert list(losses) == ["loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"]
+    assert list(losses) == [
+        "loss_objectness",
+        "loss_rpn_box_reg",
+        "loss_classifier",
+        "loss_box_reg",
+        "loss_mask",
+    ]
     assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
     assert (losses["loss_mask"] == 0) == (len(empty) == 2)
     assert [k for k, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
@@ -313,7 +430,10 @@ def test_bf16_autocast(preset):
         boxes = model.eval().detect(list(images), [(64, 64)] * 2)[0]["boxes"]
         proposals = model.rpn(ImageList(images, [(64, 64)] * 2), model.pyramid(images.float()))[0][0]
     assert {k: v.dtype for k, v in rough.items()} == dict.fromkeys(exact, torch.float32)
-    assert all(float(rough[k].detach()) == pytest.approx(float(v.detach()), rel=0.05, abs=0.02) for k, v in exact.items())
+    assert all(
+        float(rough[k].detach()) == pytest.approx(float(v.detach()), rel=0.05, abs=0.02)
+        for k, v in exact.items()
+    )
     assert all(p.grad.isfinite().all() for p in model.parameters())
     for found in (boxes, proposals):
         assert found.dtype == torch.float32
@@ -354,7 +474,7 @@ def test_rates_fall_with_the_depth(preset):
         assert found["pyramid.tables.grid.relative_position_bias_table"] == (1.0, 0.0)
 
 
-def test_new_weights_are_a_function_of_the_seed_and_draws_are_left_alone():
+def test_initial_weights_depend_on_the_seed_and_leave_global_generators_alone():
     b = backbone()
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -363,7 +483,9 @@ def test_new_weights_are_a_function_of_the_seed_and_draws_are_left_alone():
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(v, one[k]) for k, v in small(b).state_dict().items())
     other = small(b, seed=1).state_dict()
-    assert not torch.equal(other["heads.box_predictor.cls_score.weight"], one["heads.box_predictor.cls_score.weight"])
+    assert not torch.equal(
+        other["heads.box_predictor.cls_score.weight"], one["heads.box_predictor.cls_score.weight"]
+    )
     assert not torch.equal(other["pyramid.levels.0.0.weight"], one["pyramid.levels.0.0.weight"])
 
 
@@ -372,29 +494,38 @@ def test_building_leaves_all_devices_alone(monkeypatch):
     small()  # else torch warns, and asks each for the state of its generator
 
 
-def test_settings_are_honoured():
+def test_settings_are_honored():
     model = small(width=8, box_width=12, box_convs=2, mask_convs=3, proposals=5)
     assert [c.out_channels for c in model.heads.box_head.modules() if isinstance(c, nn.Conv2d)] == [8, 8]
     assert [c.out_channels for c in model.heads.mask_head.modules() if isinstance(c, nn.Conv2d)] == [8, 8, 8]
     assert model.heads.box_predictor.cls_score.weight.shape == (11, 12)
     images = torch.zeros(2, 3, 32, 32)
     for mode in (True, False):
-        proposals, _ = model.train(mode).rpn(ImageList(images, [(32, 32)] * 2), model.pyramid(images), batch()[1])
+        proposals, _ = model.train(mode).rpn(
+            ImageList(images, [(32, 32)] * 2), model.pyramid(images), batch()[1]
+        )
         assert [len(p) for p in proposals] == [5, 5]
     for preset, norm in (("vitdet", nn.LayerNorm), ("benchmarking", nn.BatchNorm2d)):
         kinds = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
-        norms = [m for k, m in small(preset=preset).named_modules() if isinstance(m, kinds) and "vit" not in k]
-        assert sum(isinstance(m, norm) for m in norms) == len(norms) - (preset == "benchmarking") > 9, "and MIMDet's GroupNorm"
+        norms = [
+            m for k, m in small(preset=preset).named_modules() if isinstance(m, kinds) and "vit" not in k
+        ]
+        assert sum(isinstance(m, norm) for m in norms) == len(norms) - (preset == "benchmarking") > 9, (
+            "and MIMDet's GroupNorm"
+        )
         assert all(m.eps == (1e-6 if preset == "vitdet" else 1e-5) for m in norms)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_an_object_that_many_anchors_see_leaves_room_for_others(training, monkeypatch):
+def test_many_anchors_on_one_object_leave_room_for_others(training, monkeypatch):
     model = small(size=64, proposals=2).train(training)
 
     def head(maps):
-        """Ten anchors of the finest map move to one and the same place and are surest of it; one far away is less sure."""
-        logits, moves = ([m.new_full((1, n, *m.shape[-2:]), fill) for m in maps] for n, fill in ((3, -9.0), (12, 0.0)))
+        """Ten anchors of the finest map predict the same box with the highest scores; one far away has a
+        lower score."""
+        logits, moves = (
+            [m.new_full((1, n, *m.shape[-2:]), fill) for m in maps] for n, fill in ((3, -9.0), (12, 0.0))
+        )
         for i in range(10):
             logits[0][0, 1, 8, 8 + i], moves[0][0, 4, 8, 8 + i] = 5 + i / 10, -i / ANCHOR
         logits[0][0, 1, 20, 20] = 1
@@ -408,8 +539,8 @@ def test_an_object_that_many_anchors_see_leaves_room_for_others(training, monkey
 
 
 @pytest.mark.slow
-def test_it_finds_what_it_was_shown():
-    """Through all of it: the boxes, classes and masks of one image, learned by heart."""
+def test_it_finds_the_objects_it_was_trained_on():
+    """End to end: boxes, classes and masks of one image, overfitted."""
     changes = {"scales": (2.0, 1.0), "width": 32, "box_width": 64, **PLAIN_ATTENTION}
     model, (images, targets) = small(backbone(depth=2), size=64, **changes), batch(1, 64, first=161)
     optimizer = torch.optim.AdamW(groups(model, dataclasses.replace(SMALL, layer_decay=1.0)))
@@ -429,7 +560,7 @@ def test_it_finds_what_it_was_shown():
     assert ((one & two).flatten(1).sum(1) / (one | two).flatten(1).sum(1)).min() > 0.85
 
 
-# --- detection --------------------------------------------------------------------------------------------------------
+# --- detection ----------------------------------------------------------------------------------------------
 
 
 def test_objects_are_in_pixels_of_the_original():
@@ -447,11 +578,15 @@ def test_objects_are_in_pixels_of_the_original():
     assert (plain[1]["boxes"][:, 3] <= 40).all()
     model.heads.score_thresh = 1.0
     nothing = model.detect(wide, [(64, 64), (40, 64)])[1]
-    assert {k: tuple(nothing[k].shape) for k in ("boxes", "labels", "scores")} == {"boxes": (0, 4), "labels": (0,), "scores": (0,)}
+    assert {k: tuple(nothing[k].shape) for k in ("boxes", "labels", "scores")} == {
+        "boxes": (0, 4),
+        "labels": (0,),
+        "scores": (0,),
+    }
     assert list(nothing["masks"]) == []
 
 
-def test_neighbours_and_padding_do_not_matter():
+def test_neighbors_and_padding_do_not_matter():
     model, images = shake(small(size=64)).eval(), batch(2, 64)[0]
     tall, wide, seen = images[0][:, :, :30], images[1][:, :40], []
     model.pyramid.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -460,7 +595,7 @@ def test_neighbours_and_padding_do_not_matter():
         (alone,) = model.detect([image], [shape])
         assert torch.allclose(one["boxes"], alone["boxes"], atol=1e-3)
         assert torch.equal(one["labels"], alone["labels"])
-    assert not seen[0][0, :, :, 30:].any() and not seen[0][1, :, 40:].any(), "zero is the mean colour"
+    assert not seen[0][0, :, :, 30:].any() and not seen[0][1, :, 40:].any(), "zero is the mean color"
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     assert torch.allclose(seen[0][1, :, :40], (wide / 255 - mean) / std, atol=1e-6)
     model.train()(images, batch(2, 64)[1])
@@ -468,7 +603,7 @@ def test_neighbours_and_padding_do_not_matter():
 
 
 @pytest.mark.parametrize("preset", ["benchmarking", pytest.param("vitdet", marks=pytest.mark.slow)])
-def test_the_exported_pyramid_says_the_same(tmp_path, preset):
+def test_the_exported_pyramid_gives_equal_maps(tmp_path, preset):
     model = shake(small(backbone(depth=5), preset=preset, size=64, scales=(2.0, 1.0))).train()
     export_pyramid(model, tmp_path / "pyramid.pt2")
     assert model.pyramid.training
@@ -482,19 +617,25 @@ def test_the_exported_pyramid_says_the_same(tmp_path, preset):
 
 
 @PRESETS
-def test_a_detector_is_rebuilt_from_plain_facts(preset):
+def test_a_detector_is_rebuilt_from_its_settings(preset):
     b, s = backbone(registers=1), dataclasses.replace(SMALL, preset=preset, size=64)
     model = shake(detector(b, 10, s)).eval()
-    facts = json.loads(json.dumps({"vit": blueprint(b.vit, architecture_of(b.vit)), "mean": MEAN, "std": STD}))
+    facts = json.loads(
+        json.dumps({"vit": blueprint(b.vit, architecture_of(b.vit)), "mean": MEAN, "std": STD})
+    )
     again = rebuild(facts["vit"], 10, s, facts["mean"], facts["std"]).eval()
     again.load_state_dict(model.state_dict())
     images = list(batch(2, 64)[0])
-    for one, two in zip(model.detect(images, [(64, 64)] * 2), again.detect(images, [(64, 64)] * 2), strict=True):
-        assert len(one["scores"]) and all(torch.allclose(one[k].float(), two[k].float(), atol=1e-5) for k in ("boxes", "labels", "scores"))
+    for one, two in zip(
+        model.detect(images, [(64, 64)] * 2), again.detect(images, [(64, 64)] * 2), strict=True
+    ):
+        assert len(one["scores"]) and all(
+            torch.allclose(one[k].float(), two[k].float(), atol=1e-5) for k in ("boxes", "labels", "scores")
+        )
         assert all(torch.equal(*pair) for pair in zip(one["masks"], two["masks"], strict=True))
 
 
-def test_what_cannot_be_is_refused_in_one_line():
+def test_impossible_settings_are_one_line():
     class Other(VisionTransformer):
         pass
 
@@ -505,8 +646,16 @@ def test_what_cannot_be_is_refused_in_one_line():
         (Other(**options), {}, "a Other is no plain VisionTransformer"),
         (parallel, {}, "a ParallelScalingBlock is no plain block"),
         (odd, {}, "the backbone's patches of 8 x 4 px are not square"),
-        (VisionTransformer(**options), {"size": 60}, "size 60 is no multiple of the backbone's patches of 8 px"),
-        (VisionTransformer(**options), {"size": 8}, "size 8 is too small for a map of scale 0.5 of patches of 8 px; leave out the scale"),
+        (
+            VisionTransformer(**options),
+            {"size": 60},
+            "size 60 is no multiple of the backbone's patches of 8 px",
+        ),
+        (
+            VisionTransformer(**options),
+            {"size": 8},
+            "size 8 is too small for a map of scale 0.5 of patches of 8 px; leave out the scale",
+        ),
     ):
         with pytest.raises(ConfigError, match=re.escape(says)) as e:
             small(Backbone(vit, MEAN, STD), **changes)
@@ -514,14 +663,20 @@ def test_what_cannot_be_is_refused_in_one_line():
 
 
 def test_recipes_are_read(tmp_path):
-    assert set(shipped_recipes("detection")) == {"embedded", "vitdet-base", "vitdet-large", "benchmarking-base", "benchmarking-large"}
+    assert set(shipped_recipes("detection")) == {
+        "bundled",
+        "vitdet-base",
+        "vitdet-large",
+        "benchmarking-base",
+        "benchmarking-large",
+    }
     for name in shipped_recipes("detection"):
         settings = load_detect(name)
         assert settings.preset == ("benchmarking" if name.startswith("bench") else "vitdet")
         (tmp_path / "x.toml").write_text(to_toml(settings))
         assert load_detect(str(tmp_path / "x.toml")) == settings
     base, large, paper = (load_detect(n) for n in ("vitdet-base", "vitdet-large", "benchmarking-base"))
-    assert base == Detect(epochs=100), "the defaults are ViTDet's"
+    assert base == DetectionRecipe(epochs=100), "the defaults are ViTDet's"
     assert (large.layer_decay, large.drop_path) == (0.8, 0.4)
     assert (paper.window, paper.layer_decay, paper.schedule, paper.warmup_steps) == (16, 1.0, "cosine", 461)
     (tmp_path / "x.toml").write_text("steps = 3\nscales = [2, 1, 'x']\n")

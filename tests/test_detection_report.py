@@ -1,4 +1,5 @@
-"""The page of a detector: it says what the files of the run say, of a run that has ended, stopped or failed to read something."""
+"""The page of a detector agrees with the files of the run, whether it has ended, was stopped, or failed to
+read images."""
 
 import base64
 import dataclasses
@@ -26,12 +27,12 @@ pytestmark = pytest.mark.usefixtures("drawn")
 
 @pytest.fixture(scope="module")
 def sets():
-    return open_coco("embedded:scenes", train_images=8, test_images=3, size=64)
+    return open_coco("bundled:scenes", train_images=8, test_images=3, size=64)
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory, sets) -> Path:
-    """A run that has ended. Not to be written to."""
+    """A run that has ended. Read only."""
     out = tmp_path_factory.mktemp("ended") / "detect"
     run(out, sets, LONGER)
     return out
@@ -39,12 +40,12 @@ def ended(tmp_path_factory, sets) -> Path:
 
 @pytest.fixture
 def copy(tmp_path, ended) -> Path:
-    """The same, to be changed."""
+    """A copy of it that may be changed."""
     return shutil.copytree(ended, tmp_path / "detect", ignore=shutil.ignore_patterns("checkpoints", "export"))
 
 
 def page(out: Path) -> str:
-    """What the command writes."""
+    """The page that the command writes."""
     assert main(["report", str(out)]) == 0
     return (out / "report.html").read_text()
 
@@ -54,7 +55,7 @@ def test_a_detector_that_was_stopped_has_a_page_too(tmp_path, sets, monkeypatch)
     with pytest.raises(Preempted):
         run(tmp_path / "run", sets, log_every=1)
     text = page(tmp_path / "run")
-    assert "Running or stopped at step 2 of 6: the same command goes on." in words(text)
+    assert "Running or stopped at step 2 of 6: the same command resumes it." in words(text)
     assert 'id="figure-losses"' in text and 'id="scores"' not in text and "Finished" not in words(text)
     (tmp_path / "run" / "metrics.jsonl").unlink()
     assert "Running or stopped before a step was recorded" in words(page(tmp_path / "run"))
@@ -70,18 +71,23 @@ def test_only_runs_that_have_a_page_get_one(tmp_path, capsys):
 
 
 def cells(page: str, table: str) -> list[list[str]]:
-    """The rows of a table as text, without its head."""
+    """The rows of a table as text, without its header."""
     body = part(part(page, f'<table id="{table}"', "</table>"), "<tbody>", "</tbody>")
-    return [[words(cell).strip() for cell in re.findall(r"<td.*?</td>", row)] for row in re.findall(r"<tr>.*?</tr>", body)]
+    return [
+        [words(cell).strip() for cell in re.findall(r"<td.*?</td>", row)]
+        for row in re.findall(r"<tr>.*?</tr>", body)
+    ]
 
 
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def test_the_page_says_what_the_scores_say(copy):
+def test_the_page_agrees_with_the_scores(copy):
     scores = json.loads((copy / "scores.json").read_text())
-    for k, name in enumerate(("box", "mask")):  # so much is not learned in 15 steps, and numbers that differ cannot be confused
+    for k, name in enumerate(
+        ("box", "mask")
+    ):  # so much is not learned in 15 steps, and numbers that differ cannot be confused
         for j, values in enumerate((scores[name]["stats"], scores[name]["per_class"])):
             values.update({key: 0.123 + 0.02 * i + 0.3 * k + 0.007 * j for i, key in enumerate(values)})
     scores["mask"]["stats"]["AP_small"] = scores["mask"]["per_class"]["7"] = None
@@ -90,23 +96,37 @@ def test_the_page_says_what_the_scores_say(copy):
     box, mask = (scores[name]["stats"] for name in ("box", "mask"))
     said = words(part(text, 'id="verdict"', "</ul>"))
     assert f"Finished: box AP {percent(box['AP'])}, mask AP {percent(mask['AP'])} on 3 test images." in said
-    assert f"box AP50 is {percent(box['AP50'])} and mask AP50 {percent(mask['AP50'])}; of all objects {percent(mask['AR100'])} %" in said
+    assert (
+        f"box AP50 is {percent(box['AP50'])} and mask AP50 {percent(mask['AP50'])}; of all objects "
+        f"{percent(mask['AR100'])} %" in said
+    )
     known = {name: ap for name, ap in scores["mask"]["per_class"].items() if ap is not None}
     hardest = min(known, key=known.get)
-    assert f"hardest of {len(known)} classes is {hardest} (mask AP {percent(known[hardest])})" in said and "could not be read" not in said
-    assert cells(text, "scores") == [[name, *map(percent, scores[name]["stats"].values())] for name in ("box", "mask")]
+    assert (
+        f"hardest of {len(known)} classes is {hardest} (mask AP {percent(known[hardest])})" in said
+        and "could not be read" not in said
+    )
+    assert cells(text, "scores") == [
+        [name, *map(percent, scores[name]["stats"].values())] for name in ("box", "mask")
+    ]
     assert cells(text, "scores")[1][4] == "–" and len(box) == len(mask) == 12
-    assert cells(text, "classes") == [[c, *(percent(scores[p]["per_class"][c]) for p in ("box", "mask"))] for c in map(str, range(10))]
+    assert cells(text, "classes") == [
+        [c, *(percent(scores[p]["per_class"][c]) for p in ("box", "mask"))] for c in map(str, range(10))
+    ]
 
 
-def test_the_page_is_whole(copy):
+def test_the_page_is_complete(copy):
     text = page(copy)
     for figure in ("progress", "curves", "losses"):
-        assert len(max(curves(part(text, f'id="figure-{figure}"', "</figure>")), key=len, default=[])) > 1, f"{figure} has no curve"
+        assert len(max(curves(part(text, f'id="figure-{figure}"', "</figure>")), key=len, default=[])) > 1, (
+            f"{figure} has no curve"
+        )
     for examples in ("first", "worst"):
-        embedded = re.findall('src="data:image/webp;base64,([^"]+)"', part(text, f'id="{examples}"', "</div>"))
-        sizes = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in embedded]
-        assert len(sizes) == 3 and all(width > 1.5 * height for width, height in sizes), "the truth and what was found side by side"
+        bundled = re.findall('src="data:image/webp;base64,([^"]+)"', part(text, f'id="{examples}"', "</div>"))
+        sizes = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in bundled]
+        assert len(sizes) == 3 and all(width > 1.5 * height for width, height in sizes), (
+            "the truth and what was found side by side"
+        )
     assert "Learning rate: warm-up, then steps." in words(text)
     assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:|//)""", text), "nothing is fetched"
     ids = re.findall(r'\bid="([^"]+)"', text)
@@ -119,12 +139,15 @@ def test_images_that_could_not_be_read_are_named(copy):
             f.write(json.dumps({"index": 1, "where": where, "reason": "truncated"}) + "\n")
     text = page(copy)
     said = words(part(text, 'id="verdict"', "</ul>"))
-    assert "1 image could not be read, and others were taken instead" in said
+    assert "1 image could not be read; others were used instead" in said
     assert "2 test images could not be read: all objects there count as missed" in said
-    assert cells(text, "bad") == [["a<b>.png", "truncated"]] and cells(text, "bad-test") == [["c.png", "truncated"], ["d.png", "truncated"]]
+    assert cells(text, "bad") == [["a<b>.png", "truncated"]] and cells(text, "bad-test") == [
+        ["c.png", "truncated"],
+        ["d.png", "truncated"],
+    ]
 
 
-def test_the_report_of_the_backbone_tells_its_detector(tmp_path, ended):
+def test_the_report_of_the_backbone_shows_its_detector(tmp_path, ended):
     backbone = run_directory(tmp_path / "run", teacher=False)
     assert 'id="detector"' not in page(backbone)
     (backbone / "detect").mkdir()
@@ -133,19 +156,26 @@ def test_the_report_of_the_backbone_tells_its_detector(tmp_path, ended):
     (backbone / "detect" / "scores.json").write_text(json.dumps(scores))
     text = page(backbone)
     found = [percent(scores[name]["stats"]["AP"]) for name in ("box", "mask")]
-    assert cells(text, "detector") == [["detection, vitdet", "teacher", "a<b>", "8", *found]] and "On labelled images" in words(text)
+    assert cells(text, "detector") == [
+        ["detection, vitdet", "teacher", "a<b>", "8", *found]
+    ] and "On labeled images" in words(text)
 
 
 @pytest.mark.browser
 def test_a_browser_shows_it(copy):
-    """In headless Chromium, on a telephone and on a desk: no wider than the window, and pictures and figures have a size."""
+    """In headless Chromium, as wide as a phone and as a desktop: no wider than the window, with pictures and
+    figures that have a size."""
     (copy / "bad_test_files.jsonl").write_text(
         json.dumps({"index": 1, "where": "images/" + "long_name" * 20, "reason": "truncated"}) + "\n"
     )
     text = page(copy).replace("<details", "<details open")
     for width in (390, 1280):
         found = chromium(
-            text, copy, width, over="document.documentElement.scrollWidth - window.innerWidth",
-            widths='[...document.querySelectorAll("figure svg, img.wide")].map(e => e.getBoundingClientRect().width)',
-        )  # fmt: skip
+            text,
+            copy,
+            width,
+            over="document.documentElement.scrollWidth - window.innerWidth",
+            widths='[...document.querySelectorAll("figure svg, img.wide")]'
+            ".map(e => e.getBoundingClientRect().width)",
+        )
         assert found["over"] <= 0 and len(found["widths"]) == 13 and min(found["widths"]) > 300, found

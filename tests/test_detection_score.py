@@ -1,4 +1,5 @@
-"""Scores of detection: COCO's own numbers to the digit by both libraries, errors that are named, pictures that show what they should."""
+"""Detection scores: COCO's own numbers to the digit by both libraries, errors that name the problem,
+pictures."""
 
 import base64
 import contextlib
@@ -19,11 +20,14 @@ from pycocotools.cocoeval import COCOeval
 
 from rcmae.data.digits import scene, write_coco
 from rcmae.errors import ConfigError, DataError, StorageError
-from rcmae.report import detections as pictures
+from rcmae.report import detection_figures as pictures
 from rcmae.tasks.detection import average_precision as ap
 from rcmae.tasks.detection.masks import Masks
+from tests.mutations import catches
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # pycocotools 2.0.11
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
+)  # pycocotools 2.0.11
 
 
 def encoded(mask: np.ndarray) -> dict:
@@ -39,44 +43,68 @@ def ellipse(h: int, w: int, box: list[float]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def random_set() -> tuple[dict, list[dict]]:
-    """Ellipses of all sizes: crowds, images without objects or detections, gaps in every id, a class without objects, ties of scores."""
+    """Ellipses of all sizes; crowds, images without objects or detections, gaps in all ids, a class without
+    objects, tied scores."""
     draws = np.random.default_rng(0)
     h, w = 150, 200
-    truth = {"images": [], "categories": [{"id": c, "name": f"class {c}"} for c in (9, 2, 5, 7)], "annotations": []}
+    truth = {
+        "images": [],
+        "categories": [{"id": c, "name": f"class {c}"} for c in (9, 2, 5, 7)],
+        "annotations": [],
+    }
     results = []
     for image in range(30):
         image_id = 10 + 3 * image
         truth["images"].append({"id": image_id, "width": w, "height": h, "file_name": f"{image}.png"})
         for _ in range(0 if image % 7 == 0 else draws.integers(1, 7)):
             size = np.exp(draws.uniform(np.log(6), np.log(130), 2))
-            box = [float(draws.uniform(0, w - size[0])), float(draws.uniform(0, h - size[1])), float(size[0]), float(size[1])]
+            box = [
+                float(draws.uniform(0, w - size[0])),
+                float(draws.uniform(0, h - size[1])),
+                float(size[0]),
+                float(size[1]),
+            ]
             mask = ellipse(h, w, box)
             if mask.sum() < 9:
                 continue
             category = int(draws.choice([2, 5, 9]))
             truth["annotations"].append(
-                {"id": 5 + 2 * len(truth["annotations"]), "image_id": image_id, "category_id": category, "bbox": box,
-                 "area": int(mask.sum()), "iscrowd": int(draws.random() < 0.15), "segmentation": encoded(mask)}
-            )  # fmt: skip
+                {
+                    "id": 5 + 2 * len(truth["annotations"]),
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": box,
+                    "area": int(mask.sum()),
+                    "iscrowd": int(draws.random() < 0.15),
+                    "segmentation": encoded(mask),
+                }
+            )
             for _ in range(0 if image % 5 == 0 else draws.integers(0, 4)):
                 near = [b + float(draws.normal(0, 0.1) * s) for b, s in zip(box, [*size, *size], strict=True)]
                 guess = category if draws.random() < 0.8 else int(draws.choice([2, 5, 7, 9]))
                 results.append(
-                    {"image_id": image_id, "category_id": guess, "bbox": near, "score": round(float(draws.random()), 1),
-                     "segmentation": encoded(ellipse(h, w, near))}
-                )  # fmt: skip
+                    {
+                        "image_id": image_id,
+                        "category_id": guess,
+                        "bbox": near,
+                        "score": round(float(draws.random()), 1),
+                        "segmentation": encoded(ellipse(h, w, near)),
+                    }
+                )
     assert len(results) > 80 and sum(a["iscrowd"] for a in truth["annotations"]) > 5
     return truth, results
 
 
 def plain(truth: dict, results: list[dict], kind: str, bounds=None) -> list[float]:
-    """pycocotools as its own demo calls it; masks without boxes."""
+    """pycocotools used as in its demo; masks without boxes."""
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
         gt.dataset = {"info": {}} | copy.deepcopy(truth)  # pycocotools 2.0.10 wants it
         gt.createIndex()
         drop = {"bbox": "segmentation", "segm": "bbox"}[kind]
-        run = COCOeval(gt, gt.loadRes([{k: v for k, v in copy.deepcopy(r).items() if k != drop} for r in results]), kind)
+        run = COCOeval(
+            gt, gt.loadRes([{k: v for k, v in copy.deepcopy(r).items() if k != drop} for r in results]), kind
+        )
         if bounds:
             low, high = bounds
             run.params.areaRng = [[0, 1e10], [0, low], [low, high], [high, 1e10]]
@@ -87,15 +115,23 @@ def plain(truth: dict, results: list[dict], kind: str, bounds=None) -> list[floa
 
 
 def as_results(truth: dict, shift: float = 0.0, score: float = 0.9) -> list[dict]:
-    """The objects themselves as detections, moved by a share of their width."""
+    """The objects themselves as detections, shifted by a fraction of their width."""
     sizes = {i["id"]: (i["height"], i["width"]) for i in truth["images"]}
     found = []
     for a in truth["annotations"]:
         if not a.get("iscrowd"):
             x, y, w, h = a["bbox"]
             lengths = a["segmentation"]
-            mask = rle.decode(rle.frPyObjects(lengths, *sizes[a["image_id"]]) if isinstance(lengths["counts"], list) else lengths)
-            own = {"bbox": [x + shift * w, y, w, h], "score": score, "segmentation": encoded(np.roll(mask, round(shift * w), 1))}
+            mask = rle.decode(
+                rle.frPyObjects(lengths, *sizes[a["image_id"]])
+                if isinstance(lengths["counts"], list)
+                else lengths
+            )
+            own = {
+                "bbox": [x + shift * w, y, w, h],
+                "score": score,
+                "segmentation": encoded(np.roll(mask, round(shift * w), 1)),
+            }
             found.append({"image_id": a["image_id"], "category_id": a["category_id"]} | own)
     return found
 
@@ -110,6 +146,15 @@ def numbers(stats: dict) -> np.ndarray:
     return np.array([-1.0 if v is None else v for v in stats.values()])
 
 
+@catches(
+    "crowds are scored as objects",
+    "rcmae.tasks.detection.average_precision:_opened",
+    lambda old: (
+        lambda api, truth, results, kind: old(
+            api, {**truth, "annotations": [{**a, "iscrowd": 0} for a in truth["annotations"]]}, results, kind
+        )
+    ),
+)
 @pytest.mark.parametrize("backend", ["faster", "pycocotools"])
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_all_twelve_numbers_are_those_of_pycocotools(random_set, kind, backend, capsys):
@@ -119,8 +164,8 @@ def test_all_twelve_numbers_are_those_of_pycocotools(random_set, kind, backend, 
     assert (found.kind, found.backend, found.areas, found.bounds) == (kind, backend, "coco", (1024, 9216))
     assert 0.1 < found.stats["AP"] < 0.9, "a set that is neither trivial nor hopeless"
     scaled = ap.evaluate(truth, results, kind, backend)
-    share = 200 * 150 / (640 * 480)
-    assert scaled.areas == "relative" and scaled.bounds == pytest.approx((1024 * share, 9216 * share))
+    fraction = 200 * 150 / (640 * 480)
+    assert scaled.areas == "relative" and scaled.bounds == pytest.approx((1024 * fraction, 9216 * fraction))
     assert numbers(scaled.stats) == pytest.approx(plain(truth, results, kind, scaled.bounds), abs=1e-9)
     assert scaled.stats["AP_small"] != found.stats["AP_small"]
     assert "".join(capsys.readouterr()) == ""
@@ -133,33 +178,59 @@ def test_the_objects_themselves_are_perfect(random_set, digits, kind, backend):
         found = ap.evaluate(truth, as_results(truth), kind, backend)
         stats = {k: v for k, v in found.stats.items() if k not in ("AR1", "AR10")}
         absent = {k for k, v in stats.items() if v is None}
-        assert absent == ({"AP_small", "AR_small"} if truth is digits else set()), "no digit has less than 55 pixels"
-        assert [v for v in stats.values() if v is not None] == pytest.approx([1.0] * (len(stats) - len(absent)))
+        assert absent == ({"AP_small", "AR_small"} if truth is digits else set()), (
+            "no digit has less than 55 pixels"
+        )
+        assert [v for v in stats.values() if v is not None] == pytest.approx(
+            [1.0] * (len(stats) - len(absent))
+        )
         assert all(curve == pytest.approx([1.0] * 101) for curve in found.curves.values())
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_the_farther_off_the_lower(digits, kind):
-    values = [ap.evaluate(digits, as_results(digits, shift), kind).stats["AP"] for shift in (0, 0.05, 0.1, 0.2, 0.3, 0.6)]
+def test_ap_falls_with_the_shift_of_the_boxes(digits, kind):
+    values = [
+        ap.evaluate(digits, as_results(digits, shift), kind).stats["AP"]
+        for shift in (0, 0.05, 0.1, 0.2, 0.3, 0.6)
+    ]
     assert all(a > b or a == b == 0 for a, b in pairwise(values)) and values[0] > 0.99 and values[-1] < 0.01
 
 
-def test_classes_and_curves_agree_with_the_whole(random_set):
+def test_classes_and_curves_agree_with_the_mean(random_set):
     found = ap.evaluate(*random_set)
     assert list(found.per_class) == ["class 2", "class 5", "class 7", "class 9"]
     assert found.per_class["class 7"] is None, "a class of which there is no object"
     own = [v for v in found.per_class.values() if v is not None]
     assert np.mean(own) == pytest.approx(found.stats["AP"]) and len(set(own)) == 3
     for iou, name in (("0.5", "AP50"), ("0.75", "AP75")):
-        assert len(found.curves[iou]) == 101 and np.mean(found.curves[iou]) == pytest.approx(found.stats[name])
+        assert len(found.curves[iou]) == 101 and np.mean(found.curves[iou]) == pytest.approx(
+            found.stats[name]
+        )
     truth, results = random_set
-    alone = ap.evaluate(truth | {"categories": [{"id": 5, "name": "five"}]} | {
-        "annotations": [a for a in truth["annotations"] if a["category_id"] == 5]
-    }, [r for r in results if r["category_id"] == 5])  # fmt: skip
+    alone = ap.evaluate(
+        truth
+        | {"categories": [{"id": 5, "name": "five"}]}
+        | {"annotations": [a for a in truth["annotations"] if a["category_id"] == 5]},
+        [r for r in results if r["category_id"] == 5],
+    )
     assert alone.per_class == {"five": pytest.approx(found.per_class["class 5"])}
     assert json.loads(json.dumps(found._asdict()))["stats"] == found.stats
 
 
+def areas_of_boxes(old):
+    def opened(api, truth, results, kind):
+        gt, dt = old(api, truth, results, kind)
+        for n, r in enumerate(results, 1):
+            if "bbox" in r:
+                dt.anns[n]["area"] = r["bbox"][2] * r["bbox"][3]
+        return gt, dt
+
+    return opened
+
+
+@catches(
+    "masks have the area of their boxes", "rcmae.tasks.detection.average_precision:_opened", areas_of_boxes
+)
 @pytest.mark.parametrize("backend", ["faster", "pycocotools"])
 def test_masks_are_judged_by_masks_alone(random_set, backend):
     truth, results = random_set
@@ -174,7 +245,7 @@ def test_masks_are_judged_by_masks_alone(random_set, backend):
 
 @pytest.mark.parametrize("backend", ["faster", "pycocotools"])
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_what_is_given_stays_as_it_was(random_set, digits, kind, backend):
+def test_arguments_are_not_changed(random_set, digits, kind, backend):
     for truth, results in (random_set, (digits, as_results(digits))):
         before = copy.deepcopy((truth, results))
         ap.evaluate(truth, results, kind, backend)
@@ -184,20 +255,41 @@ def test_what_is_given_stays_as_it_was(random_set, digits, kind, backend):
 
 @pytest.mark.parametrize("backend", ["faster", "pycocotools"])
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_nothing_found_and_nothing_to_find(random_set, kind, backend):
+def test_no_detections_and_no_objects(random_set, kind, backend):
     truth, results = random_set
     nothing = ap.evaluate(truth, [], kind, backend)
     assert set(nothing.stats.values()) == {0.0} and nothing.curves["0.5"] == [0.0] * 101
     empty = ap.evaluate(truth | {"annotations": []}, results, kind, backend)
-    assert set(empty.stats.values()) == {None} == set(empty.per_class.values()) and empty.curves == {"0.5": [], "0.75": []}
-    assert set(ap.evaluate({"images": [], "categories": [], "annotations": []}, [], kind, backend).stats.values()) == {None}
+    assert set(empty.stats.values()) == {None} == set(empty.per_class.values()) and empty.curves == {
+        "0.5": [],
+        "0.75": [],
+    }
+    assert set(
+        ap.evaluate({"images": [], "categories": [], "annotations": []}, [], kind, backend).stats.values()
+    ) == {None}
     small = truth | {"annotations": [a for a in truth["annotations"] if a["area"] < 1000]}
     found = ap.evaluate(small, results, kind, backend, areas="coco").stats
     assert found["AP_small"] is not None and found["AP_medium"] is None and found["AR_large"] is None
 
 
+def numbered_from_zero(old):
+    def opened(*args):
+        gt, dt = old(*args)
+        for entry in gt.dataset["annotations"]:
+            entry["id"] -= 1
+        gt.createIndex()
+        return gt, dt
+
+    return opened
+
+
+@catches(
+    "annotations are numbered from zero",
+    "rcmae.tasks.detection.average_precision:_opened",
+    numbered_from_zero,
+)
 @pytest.mark.parametrize("backend", ["faster", "pycocotools"])
-def test_an_object_of_number_zero_can_be_found(backend):
+def test_an_annotation_of_id_zero_can_be_matched(backend):
     truth = toy()
     truth["annotations"] = [a | {"id": n} for n, a in enumerate(truth["annotations"])]
     assert ap.evaluate(truth, as_results(truth), backend=backend).stats["AP"] == 1
@@ -210,7 +302,11 @@ def enlarged(truth: dict, results: list[dict], factor: int) -> tuple[dict, list[
 
     images = [i | {k: factor * i[k] for k in ("width", "height")} for i in truth["images"]]
     return (
-        truth | {"images": images, "annotations": [shape(a) | {"area": factor**2 * a["area"]} for a in truth["annotations"]]},
+        truth
+        | {
+            "images": images,
+            "annotations": [shape(a) | {"area": factor**2 * a["area"]} for a in truth["annotations"]],
+        },
         [shape(r) for r in results],
     )
 
@@ -219,39 +315,69 @@ def enlarged(truth: dict, results: list[dict], factor: int) -> tuple[dict, list[
 def test_relative_sizes_do_not_care_how_large_the_images_are(random_set, kind):
     truth = random_set[0] | {"images": random_set[0]["images"][:12]}
     kept = [i["id"] for i in truth["images"]]
-    truth["annotations"], results = ([e for e in entries if e["image_id"] in kept] for entries in (truth["annotations"], random_set[1]))
+    truth["annotations"], results = (
+        [e for e in entries if e["image_id"] in kept] for entries in (truth["annotations"], random_set[1])
+    )
     larger = enlarged(truth, results, 4)
-    assert ap.evaluate(*larger, kind, areas="relative").stats == ap.evaluate(truth, results, kind, areas="relative").stats
-    assert ap.evaluate(*larger, kind, areas="coco").stats != ap.evaluate(truth, results, kind, areas="coco").stats
+    assert (
+        ap.evaluate(*larger, kind, areas="relative").stats
+        == ap.evaluate(truth, results, kind, areas="relative").stats
+    )
+    assert (
+        ap.evaluate(*larger, kind, areas="coco").stats
+        != ap.evaluate(truth, results, kind, areas="coco").stats
+    )
     assert ap.evaluate(*larger, kind).areas == "coco", "images of 800 x 600 are COCO's"
 
 
 def test_one_scale_for_images_of_many_sizes():
     truth = toy()
-    truth["images"] = [i | {"width": w, "height": w} for i, w in zip(truth["images"], (64, 128, 2000), strict=True)]
+    truth["images"] = [
+        i | {"width": w, "height": w} for i, w in zip(truth["images"], (64, 128, 2000), strict=True)
+    ]
     assert ap.evaluate(truth, [], areas="auto").bounds[0] == pytest.approx(1024 * 128 * 128 / (640 * 480))
 
 
 def toy() -> dict:
     """Three images of 40 x 40: two objects and a crowd; one object; none."""
-    boxes = {1: [(1, [0, 0, 10, 10], 0), (2, [20, 0, 10, 10], 0), (1, [0, 20, 40, 20], 1)], 2: [(2, [5, 5, 20, 20], 0)]}
+    boxes = {
+        1: [(1, [0, 0, 10, 10], 0), (2, [20, 0, 10, 10], 0), (1, [0, 20, 40, 20], 1)],
+        2: [(2, [5, 5, 20, 20], 0)],
+    }
     annotations = []
     for image_id, objects in boxes.items():
         for category, box, crowd in objects:
             mask = np.zeros((40, 40), bool)
             mask[box[1] : box[1] + box[3], box[0] : box[0] + box[2]] = True
             annotations.append(
-                {"id": 7 + len(annotations), "image_id": image_id, "category_id": category, "bbox": box, "area": int(mask.sum()),
-                 "iscrowd": crowd, "segmentation": encoded(mask)}
-            )  # fmt: skip
+                {
+                    "id": 7 + len(annotations),
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": box,
+                    "area": int(mask.sum()),
+                    "iscrowd": crowd,
+                    "segmentation": encoded(mask),
+                }
+            )
     images = [{"id": i, "width": 40, "height": 40, "file_name": f"{i}.png"} for i in (1, 2, 3)]
-    return {"images": images, "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}], "annotations": annotations}
+    return {
+        "images": images,
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": annotations,
+    }
 
 
 def guess(image_id: int, category: int, box: list[float], score: float) -> dict:
     mask = np.zeros((40, 40), bool)
     mask[round(box[1]) : round(box[1] + box[3]), round(box[0]) : round(box[0] + box[2])] = True
-    return {"image_id": image_id, "category_id": category, "bbox": box, "score": score, "segmentation": encoded(mask)}
+    return {
+        "image_id": image_id,
+        "category_id": category,
+        "bbox": box,
+        "score": score,
+        "segmentation": encoded(mask),
+    }
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
@@ -265,8 +391,15 @@ def test_the_worst_images_come_first(kind):
         guess(2, 2, [5, 5, 20, 20], 0.4),  # the dog, too uncertain
         guess(3, 1, [5, 5, 20, 20], 0.95),  # nothing there
     ]
-    assert ap.misses(truth, results, kind) == [ap.Misses(1, [1], [3, 0]), ap.Misses(2, [3], []), ap.Misses(3, [], [5])]
-    assert ap.misses(truth, results, kind, threshold=0.3)[-1] == ap.Misses(3, [], [5]) and len(ap.misses(truth, results, kind, 0.3)) == 2
+    assert ap.misses(truth, results, kind) == [
+        ap.Misses(1, [1], [3, 0]),
+        ap.Misses(2, [3], []),
+        ap.Misses(3, [], [5]),
+    ]
+    assert (
+        ap.misses(truth, results, kind, threshold=0.3)[-1] == ap.Misses(3, [], [5])
+        and len(ap.misses(truth, results, kind, 0.3)) == 2
+    )
     assert ap.misses(truth, as_results(truth), kind) == []
     assert ap.misses(truth, [], kind) == [ap.Misses(1, [0, 1], []), ap.Misses(2, [3], [])]
 
@@ -276,17 +409,21 @@ def detection_of(seed: int = 0, count: int = 5, size: tuple[int, int] = (40, 60)
     corners = torch.rand(count, 2, generator=g) * 20
     return {
         "boxes": torch.cat([corners, corners + 3 + torch.rand(count, 2, generator=g) * 17], 1),
-        "labels": torch.randint(1, 4, (count,), generator=g), "scores": torch.rand(count, generator=g),
+        "labels": torch.randint(1, 4, (count,), generator=g),
+        "scores": torch.rand(count, generator=g),
         "masks": torch.rand(count, *size, generator=g) < 0.3,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_results_say_what_was_detected(count):
+def test_results_are_the_detections(count):
     detection, ids = detection_of(count=count), [4, 11, 2]
     found = json.loads(json.dumps(ap.results_of(detection, 33, ids)))
     assert [r["category_id"] for r in found] == [ids[label - 1] for label in detection["labels"]]
-    assert all(r["image_id"] == 33 for r in found) and [r["score"] for r in found] == detection["scores"].tolist()
+    assert (
+        all(r["image_id"] == 33 for r in found)
+        and [r["score"] for r in found] == detection["scores"].tolist()
+    )
     for r, box, mask in zip(found, detection["boxes"].double(), detection["masks"], strict=True):
         x, y, w, h = r["bbox"]
         assert [x, y, x + w, y + h] == pytest.approx(box.tolist(), abs=1e-12)
@@ -295,10 +432,12 @@ def test_results_say_what_was_detected(count):
     assert len(back["masks"]) == count
     back["masks"] = torch.stack([torch.zeros(40, 60, dtype=torch.bool), *back["masks"]])[1:]
     for name, value in detection.items():
-        assert back[name].dtype == value.dtype and torch.allclose(back[name].float(), value.float(), atol=1e-5), name
+        assert back[name].dtype == value.dtype and torch.allclose(
+            back[name].float(), value.float(), atol=1e-5
+        ), name
 
 
-def test_results_and_pictures_look_at_one_mask_at_a_time():
+def test_results_and_pictures_decode_one_mask_at_a_time():
     plain, seen = detection_of(), []
     alive = lambda: sum(mask() is not None for mask in seen)  # noqa: E731
 
@@ -311,14 +450,21 @@ def test_results_and_pictures_look_at_one_mask_at_a_time():
     lazy = plain | {"masks": Masks(plain["masks"], make)}
     assert ap.results_of(lazy, 33, [4, 11, 2]) == ap.results_of(plain, 33, [4, 11, 2]) and len(seen) == 5
     drawn = pictures.draw_objects(photo(), lazy, NAMES, 0.4)
-    assert drawn == pictures.draw_objects(photo(), plain, NAMES, 0.4) and len(seen) == 5 + (plain["scores"] >= 0.4).sum()
+    assert (
+        drawn == pictures.draw_objects(photo(), plain, NAMES, 0.4)
+        and len(seen) == 5 + (plain["scores"] >= 0.4).sum()
+    )
 
 
 def test_objects_of_polygons_and_of_entries_without_masks_or_boxes():
     image = {"id": 3, "height": 20, "width": 30}
     box = {"image_id": 3, "category_id": 5, "bbox": [2, 4, 10, 8]}
     found = ap.objects_of([box | {"segmentation": [[2, 4, 12, 4, 12, 12, 2, 12]]}, box], image, [1, 5])
-    assert found["boxes"].tolist() == [[2, 4, 12, 12]] * 2 and found["labels"].tolist() == [2, 2] and "scores" not in found
+    assert (
+        found["boxes"].tolist() == [[2, 4, 12, 12]] * 2
+        and found["labels"].tolist() == [2, 2]
+        and "scores" not in found
+    )
     assert found["masks"][0][4:12, 2:12].all() and [int(mask.sum()) for mask in found["masks"]] == [80, 0]
     bare = {"image_id": 3, "category_id": 5, "segmentation": encoded(found["masks"][0].numpy()), "score": 0.5}
     assert ap.objects_of([bare], image, [1, 5])["boxes"].tolist() == [[2, 4, 12, 12]]
@@ -342,12 +488,14 @@ def test_every_form_of_a_mask_in_a_file_is_read(form, tmp_path):
         "compressed run lengths": encoded(mask),
     }[form]
     path = tmp_path / "results.json"
-    path.write_text(json.dumps([{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5, "segmentation": shape}]))
+    path.write_text(
+        json.dumps([{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5, "segmentation": shape}])
+    )
     [found] = ap.load_results(path, toy())
     assert found["segmentation"] == encoded(mask)
 
 
-def test_what_results_have_is_scored():
+def test_results_are_scored_by_what_they_have():
     box, mask = {"bbox": [0, 0, 1, 1]}, {"segmentation": encoded(np.ones((2, 2)))}
     nothing = {"bbox": None, "segmentation": None}
     assert ap.kinds_of([]) == ap.kinds_of([box | mask]) == ["bbox", "segm"]
@@ -360,18 +508,48 @@ def test_what_results_have_is_scored():
 TEXT = encoded(np.eye(40))["counts"]
 
 
-@pytest.mark.parametrize("counts", [
-    TEXT[:-1], TEXT[1:], TEXT[:20] + "o" + TEXT[21:], "oooooooo", "", "a word", "caf\u00e9", TEXT + "\ud800", [1600, 1], [-1, 1601],
-    [1600.0], [True] * 1600, ["1600"], [], 1600.0, None, -1, {},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "counts",
+    [
+        TEXT[:-1],
+        TEXT[1:],
+        TEXT[:20] + "o" + TEXT[21:],
+        "oooooooo",
+        "",
+        "a word",
+        "caf\u00e9",
+        TEXT + "\ud800",
+        [1600, 1],
+        [-1, 1601],
+        [1600.0],
+        [True] * 1600,
+        ["1600"],
+        [],
+        1600.0,
+        None,
+        -1,
+        {},
+    ],
+)
 def test_damaged_run_lengths_are_named_before_a_library_sees_them(tmp_path, counts):
-    _refused(tmp_path, {"segmentation": {"size": [40, 40], "counts": counts}}, "run lengths that do not make up the image; .* 40 high")
+    _refused(
+        tmp_path,
+        {"segmentation": {"size": [40, 40], "counts": counts}},
+        "run lengths that do not fit the image; .* 40 high",
+    )
 
 
 def _refused(tmp_path, change, says):
     fine = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}
     path = tmp_path / "results.json"
-    path.write_text(json.dumps([fine | {"segmentation": encoded(np.eye(40))}, fine | change if isinstance(change, dict) else change]))
+    path.write_text(
+        json.dumps(
+            [
+                fine | {"segmentation": encoded(np.eye(40))},
+                fine | change if isinstance(change, dict) else change,
+            ]
+        )
+    )
     with pytest.raises(DataError, match=rf"^entry 1 of the results .*results.json .*{says}.*$") as e:
         ap.load_results(path, toy())
     assert "\n" not in str(e.value)
@@ -380,34 +558,60 @@ def _refused(tmp_path, change, says):
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        (3, "is not an object"), ({"image_id": "x"}, "image_id, not 'x'"), ({"category_id": True}, "category_id, not True"),
-        ({"score": None}, "score, not None"), ({"score": float("nan")}, "score, not nan"), ({"bbox": [1, 2, 3]}, "four finite numbers"),
-        ({"bbox": [0, 0, -1, 2]}, "four finite numbers"), ({"bbox": None}, "neither"), ({"segmentation": "abc"}, "run lengths"),
-        ({"score": 10**400}, "finite number as score"), ({"image_id": 99}, "is of image 99"), ({"segmentation": []}, "an empty"),
-        ({"segmentation": [[]]}, "an empty"), ({"segmentation": {}}, "an empty"), ({"segmentation": False}, "an empty"),
-        ({"segmentation": [1, 2, 3, 4, 5, 6]}, "polygons that are not lists"), ({"segmentation": [[0, 0, 9, 0, 9, 1e9]]}, "far outside"),
-        ({"segmentation": {"size": [40, 40]}}, "neither polygons nor run lengths"), ({"segmentation": 7}, "neither polygons nor run"),
-        *(({"segmentation": {"size": size, "counts": TEXT}}, "another size than their image; its image is 40 high and 40 wide")
-          for size in ([40], [41, 40], [-40, -40], [40, 40, 1], ["40", "40"], None, 40, {})),
+        (3, "is not an object"),
+        ({"image_id": "x"}, "image_id, not 'x'"),
+        ({"category_id": True}, "category_id, not True"),
+        ({"score": None}, "score, not None"),
+        ({"score": float("nan")}, "score, not nan"),
+        ({"bbox": [1, 2, 3]}, "four finite numbers"),
+        ({"bbox": [0, 0, -1, 2]}, "four finite numbers"),
+        ({"bbox": None}, "neither"),
+        ({"segmentation": "abc"}, "run lengths"),
+        ({"score": 10**400}, "finite number as score"),
+        ({"image_id": 99}, "is of image 99"),
+        ({"segmentation": []}, "an empty"),
+        ({"segmentation": [[]]}, "an empty"),
+        ({"segmentation": {}}, "an empty"),
+        ({"segmentation": False}, "an empty"),
+        ({"segmentation": [1, 2, 3, 4, 5, 6]}, "polygons that are not lists"),
+        ({"segmentation": [[0, 0, 9, 0, 9, 1e9]]}, "far outside"),
+        ({"segmentation": {"size": [40, 40]}}, "neither polygons nor run lengths"),
+        ({"segmentation": 7}, "neither polygons nor run"),
+        *(
+            (
+                {"segmentation": {"size": size, "counts": TEXT}},
+                "another size than their image; its image is 40 high and 40 wide",
+            )
+            for size in ([40], [41, 40], [-40, -40], [40, 40, 1], ["40", "40"], None, 40, {})
+        ),
     ],
-)  # fmt: skip
-def test_what_is_no_result_is_named(tmp_path, entry, says):
+)
+def test_invalid_results_are_named(tmp_path, entry, says):
     _refused(tmp_path, entry, says)
 
 
 def test_files_and_results_that_do_not_belong_are_refused(tmp_path):
     path = tmp_path / "r.json"
-    for text, says in (("{", "not JSON"), ("[" * 100_000, "not JSON"), ("{}", "must be a list"), (None, "cannot read")):
+    for text, says in (
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("{}", "must be a list"),
+        (None, "cannot read"),
+    ):
         if text:
             path.write_text(text)
         with pytest.raises(DataError, match=says):
             ap.load_results(path if text else tmp_path / "none.json", toy())
     truth, fine = toy(), guess(1, 1, [0, 0, 10, 10], 0.5)
     cases = {
-        "of image 99": ("bbox", fine | {"image_id": 99}), "of category 9; .* .1, 2": ("bbox", fine | {"category_id": 9}),
+        "of image 99": ("bbox", fine | {"image_id": 99}),
+        "of category 9; .* .1, 2": ("bbox", fine | {"category_id": 9}),
         "no segmentation": ("segm", {k: v for k, v in fine.items() if k != "segmentation"}),
-        "is .41, 40. high and wide, its image 1 is .40, 40": ("segm", fine | {"segmentation": encoded(np.zeros((41, 40)))}),
-    }  # fmt: skip
+        "is .41, 40. high and wide, its image 1 is .40, 40": (
+            "segm",
+            fine | {"segmentation": encoded(np.zeros((41, 40)))},
+        ),
+    }
     for says, (kind, entry) in cases.items():
         with pytest.raises(DataError, match=f"result 1 .*{says}"):
             ap.evaluate(truth, [fine, entry], kind)
@@ -421,7 +625,7 @@ def test_without_a_library_it_says_what_to_install(monkeypatch):
         ap.evaluate(toy(), [])
 
 
-# --- pictures and figures ---------------------------------------------------------------------------------------------
+# --- pictures and figures -----------------------------------------------------------------------------------
 
 NAMES = ["cat", "fire hydrant", "dog"]
 
@@ -434,7 +638,9 @@ def bare(pixels: np.ndarray, **changes) -> np.ndarray:
     return np.asarray(pictures.draw(pixels, np.zeros((0, 4), np.float32), [], [], **changes))
 
 
-@pytest.mark.parametrize(("size", "scale", "limits"), [((40, 60), 10, {}), ((600, 900), 1, {}), ((600, 900), 0.4, {"most": 360})])
+@pytest.mark.parametrize(
+    ("size", "scale", "limits"), [((40, 60), 10, {}), ((600, 900), 1, {}), ((600, 900), 0.4, {"most": 360})]
+)
 def test_a_picture_changes_at_boxes_masks_and_labels_alone(size, scale, limits, monkeypatch):
     spots = {}
     places = pictures.label_places
@@ -443,8 +649,11 @@ def test_a_picture_changes_at_boxes_masks_and_labels_alone(size, scale, limits, 
     boxes = np.array([[5, 3, 20, 22], [30, 10, 59, 39.5], [-4, 30, 12, 44]], np.float32) * unit
     masks = np.zeros((3, *size), bool)
     masks[1, round(12 * unit) : round(20 * unit), round(35 * unit) : round(50 * unit)] = True
-    colours = [pictures.colour_of(k) for k in (1, 2, 3)]
-    plain, drawn = bare(pixels, **limits), np.asarray(pictures.draw(pixels, boxes, [*NAMES[:2], ""], colours, masks, **limits))
+    colors = [pictures.color_of(k) for k in (1, 2, 3)]
+    plain, drawn = (
+        bare(pixels, **limits),
+        np.asarray(pictures.draw(pixels, boxes, [*NAMES[:2], ""], colors, masks, **limits)),
+    )
     assert drawn.shape == (round(size[0] * scale), round(size[1] * scale), 3) == plain.shape
     assert sorted(spots) == [0, 1], "no label without a text"
     allowed = np.zeros(drawn.shape[:2], bool)
@@ -453,7 +662,9 @@ def test_a_picture_changes_at_boxes_masks_and_labels_alone(size, scale, limits, 
         allowed[y0 : y1 + 1, x0 : x1 + 1] = True
         assert (drawn[y0 : y1 + 1, x0 : x1 + 1] != plain[y0 : y1 + 1, x0 : x1 + 1]).any(2).mean() > 0.95
     for box in boxes * scale:
-        x0, y0, x1, y1 = (min(max(0, round(float(v))), side) for v, side in zip(box, [*drawn.shape[1::-1]] * 2, strict=True))
+        x0, y0, x1, y1 = (
+            min(max(0, round(float(v))), side) for v, side in zip(box, [*drawn.shape[1::-1]] * 2, strict=True)
+        )
         rim = np.zeros_like(allowed)
         rim[max(0, y0 - 2) : y1 + 2, max(0, x0 - 2) : x1 + 2] = True
         rim[y0 + 6 : y1 - 6, x0 + 6 : x1 - 6] = False
@@ -464,7 +675,9 @@ def test_a_picture_changes_at_boxes_masks_and_labels_alone(size, scale, limits, 
     core = inside & ~allowed
     assert core.sum() > 500 and changed[core].mean() > 0.95
     x0, y0, x1, y1 = np.round(boxes[1] * scale).astype(int)
-    assert (drawn[y0 + 20 : y1 - 20, x0] == colours[1]).all() and (drawn[y0 + 20 : y1 - 20, x1 - 1] == colours[1]).all()
+    assert (drawn[y0 + 20 : y1 - 20, x0] == colors[1]).all() and (
+        drawn[y0 + 20 : y1 - 20, x1 - 1] == colors[1]
+    ).all()
 
 
 def test_labels_stay_in_the_picture_and_off_each_other():
@@ -473,47 +686,59 @@ def test_labels_stay_in_the_picture_and_off_each_other():
         corners = draws.uniform(-20, 600, (6, 2))
         boxes = [tuple(int(v) for v in (*c, *(c + draws.uniform(5, 200, 2)))) for c in corners]
         spots = list(pictures.label_places(boxes, [(90, 16)] * 6, size).values())
-        assert all(min(x0, y0) >= 0 and x1 < 640 and y1 < 480 and (x1 - x0, y1 - y0) == (89, 15) for x0, y0, x1, y1 in spots)
+        assert all(
+            min(x0, y0) >= 0 and x1 < 640 and y1 < 480 and (x1 - x0, y1 - y0) == (89, 15)
+            for x0, y0, x1, y1 in spots
+        )
     same = list(pictures.label_places([(100, 100, 300, 300)] * 6, [(90, 16)] * 6, size).values())
     seen = np.zeros((480, 640), int)
     for x0, y0, x1, y1 in same:
         seen[y0 : y1 + 1, x0 : x1 + 1] += 1
     assert seen.max() == 1, "six labels at one box have room"
-    assert pictures.label_places([(100, 100, 300, 300)], [(90, 16)], size)[0] == (100, 84, 189, 99), "above, flush left"
-    assert pictures.label_places([(600, 0, 640, 90)], [(90, 16)], size)[0] == (550, 0, 639, 15), "in the corner"
+    assert pictures.label_places([(100, 100, 300, 300)], [(90, 16)], size)[0] == (100, 84, 189, 99), (
+        "above, flush left"
+    )
+    assert pictures.label_places([(600, 0, 640, 90)], [(90, 16)], size)[0] == (550, 0, 639, 15), (
+        "in the corner"
+    )
 
 
-def test_the_most_certain_lies_on_top_and_the_uncertain_is_left_out():
+def test_the_most_confident_detection_is_on_top_and_unconfident_ones_are_left_out():
     pixels, box = photo(), torch.tensor([[10.0, 10, 50, 30]] * 3)
     detection = {"boxes": box, "labels": torch.tensor([1, 2, 3]), "scores": torch.tensor([0.6, 0.9, 0.4])}
     drawn = np.asarray(pictures.draw_objects(pixels, detection, NAMES))
-    assert tuple(drawn[200, 100]) == pictures.colour_of(2)
+    assert tuple(drawn[200, 100]) == pictures.color_of(2)
     two = {k: v[:2] for k, v in detection.items()}
     assert (np.asarray(pictures.draw_objects(pixels, two, NAMES)) == drawn).all()
     assert (np.asarray(pictures.draw_objects(pixels, detection, NAMES, threshold=0.95)) == bare(pixels)).all()
     truth = {k: v for k, v in detection.items() if k != "scores"}
-    assert tuple(np.asarray(pictures.draw_objects(pixels, truth, NAMES))[200, 100]) == pictures.colour_of(1), "the truth has no threshold"
+    assert tuple(np.asarray(pictures.draw_objects(pixels, truth, NAMES))[200, 100]) == pictures.color_of(1), (
+        "the truth has no threshold"
+    )
 
 
-def test_classes_have_colours_of_their_own_that_black_letters_show_on():
-    colours = [pictures.colour_of(k) for k in range(1, 13)]
-    assert pictures.colour_of(13) == colours[0]
-    assert min(np.abs(np.subtract(a, b)).max() for i, a in enumerate(colours) for b in colours[:i]) >= 40
+def test_classes_have_colors_of_their_own_that_black_letters_show_on():
+    colors = [pictures.color_of(k) for k in range(1, 13)]
+    assert pictures.color_of(13) == colors[0]
+    assert min(np.abs(np.subtract(a, b)).max() for i, a in enumerate(colors) for b in colors[:i]) >= 40
 
-    def light(colour):  # relative luminance of WCAG 2
-        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in np.array(colour) / 255]
+    def light(color):  # relative luminance of WCAG 2
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in np.array(color) / 255]
         return np.dot([0.2126, 0.7152, 0.0722], linear)
 
-    assert all((light(c) + 0.05) / 0.05 > 4.5 for c in colours), "4.5 : 1, the least for text"
+    assert all((light(c) + 0.05) / 0.05 > 4.5 for c in colors), "4.5 : 1, the least for text"
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_truth_and_what_was_found_stand_beside_each_other(channels):
+def test_truth_and_detections_are_shown_side_by_side(channels):
     picture, instances = scene(0, "test", 1, 64)
     pixels = np.concatenate([picture] * 2, 2)[:48, :, :channels]
     boxes = torch.tensor([i.box for i in instances], dtype=torch.float32)
     boxes[:, 2:] += boxes[:, :2]
-    labels, masks = torch.tensor([i.label + 1 for i in instances]), torch.from_numpy(np.stack([i.mask[:48] for i in instances]))
+    labels, masks = (
+        torch.tensor([i.label + 1 for i in instances]),
+        torch.from_numpy(np.stack([i.mask[:48] for i in instances])),
+    )
     truth = {"boxes": boxes, "labels": labels, "masks": masks}
     found = truth | {"scores": torch.full((len(labels),), 0.75)}
     names = [str(d) for d in range(10)]
@@ -524,13 +749,13 @@ def test_truth_and_what_was_found_stand_beside_each_other(channels):
     for k, image in enumerate(pair):
         assert (np.asarray(sheet)[32:, k * 392 : k * 392 + 384, :3] == np.asarray(image)).all()
     assert np.asarray(sheet)[-1, 387, 3] == 0, "the ground is the page's"
-    uri = pictures.embedded(sheet)
+    uri = pictures.as_data_uri(sheet)
     assert uri.startswith("data:image/webp;base64,") and len(uri) < 100_000
     again = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
     assert np.abs(again[32:, :384, :3] - np.asarray(pair[0], float)).mean() < 12
 
 
-def test_a_picture_is_saved_or_the_reason_is_said(tmp_path):
+def test_a_picture_is_saved_or_the_reason_is_given(tmp_path):
     target = tmp_path / "b.png"
     pictures.save_picture(photo(), detection_of(), NAMES, target, threshold=0.1)
     expected = pictures.draw_objects(photo(), detection_of(), NAMES, 0.1)
@@ -543,10 +768,19 @@ def test_a_picture_is_saved_or_the_reason_is_said(tmp_path):
 @pytest.mark.usefixtures("drawn")
 def test_figures_show_boxes_and_masks(random_set):
     truth, results = random_set
-    svg = pictures.curve_figure({part: ap.evaluate(truth, results, kind) for part, kind in (("box", "bbox"), ("mask", "segm"))})
-    assert all(f"{what}, IoU {iou}" in svg for what in ("boxes", "masks") for iou in ("0.5", "0.75")) and "recall" in svg
+    svg = pictures.curve_figure(
+        {part: ap.evaluate(truth, results, kind) for part, kind in (("box", "bbox"), ("mask", "segm"))}
+    )
+    assert (
+        all(f"{what}, IoU {iou}" in svg for what in ("boxes", "masks") for iou in ("0.5", "0.75"))
+        and "recall" in svg
+    )
     nothing = pictures.curve_figure({"box": ap.evaluate(truth | {"annotations": []}, [])})
     assert "precision" in nothing and "IoU" not in nothing
-    svg = pictures.progress_figure([{"step": 10, "box AP": 10.0, "mask AP": None}, {"step": 20, "box AP": 30.0, "mask AP": 20.0}])
+    svg = pictures.progress_figure(
+        [{"step": 10, "box AP": 10.0, "mask AP": None}, {"step": 20, "box AP": 30.0, "mask AP": 20.0}]
+    )
     assert "boxes" in svg and "masks" in svg and "AP, %" in svg and ">30<" in svg
-    assert "masks" not in pictures.progress_figure([{"step": 10, "box AP": 10.0}, {"step": 20, "box AP": 30.0}])
+    assert "masks" not in pictures.progress_figure(
+        [{"step": 10, "box AP": 10.0}, {"step": 20, "box AP": 30.0}]
+    )

@@ -1,4 +1,5 @@
-"""Whatever a run trains, its page and the commands speak of that and of nothing else. Over METHODS, so that a new method is held to it."""
+"""Pages and commands speak only of the method that a run trains. Over METHODS, so that a new method is tested
+too."""
 
 import re
 import shutil
@@ -12,7 +13,7 @@ import torch
 from rcmae import pretrain
 from rcmae.cli import main
 from rcmae.compare.cost import cost
-from rcmae.config import Machine, flat
+from rcmae.config import RuntimeConfig, flat
 from rcmae.engine.metrics import read_metrics
 from rcmae.methods import METHODS, Method
 from rcmae.report import write_report
@@ -20,21 +21,24 @@ from tests.conftest import batch_for, method_for, small
 from tests.test_pretraining import folder  # noqa: F401 - a fixture
 from tests.test_report import curves, part, words
 
-FLAGS = {"gamma": lambda method: method.compare is not Method.compare, "half-life": lambda method: "teacher" in method.networks}
+FLAGS = {
+    "gamma": lambda method: method.compare is not Method.compare,
+    "half-life": lambda method: "teacher" in method.networks,
+}
 FLAGS |= dict.fromkeys(("momentum", "ema-updates"), FLAGS["half-life"])
 "Flags that some methods have, and which."
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, folder):  # noqa: F811
-    """A run of each method: six steps, each logged, probed at the end."""
+    """A run of each method: six logged steps, probed at the end."""
     made: dict[str, Path] = {}
 
     def run(name: str) -> Path:
         if name not in made:
             out = made[name] = tmp_path_factory.mktemp("methods") / name
             recipe = small(name, data=str(folder), probes=1, probe_train=12, probe_test=12)
-            pretrain(recipe, Machine(out=out, device="cpu", precision="fp32", workers=0, log_every=1))
+            pretrain(recipe, RuntimeConfig(out=out, device="cpu", precision="fp32", workers=0, log_every=1))
         return made[name]
 
     return run
@@ -42,7 +46,8 @@ def runs(tmp_path_factory, folder):  # noqa: F811
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_page_speaks_of_its_own_method(runs, request, name):
-    """A sentence on its loss, figures with data only, the loss under its own name, and no flag that it does not have."""
+    """A sentence on its loss, only figures with data, the loss under its own name, and no flag that it does
+    not have."""
     run, method = runs(name), METHODS[name]
     request.getfixturevalue("drawn")
     page = write_report(run).read_text()
@@ -54,25 +59,27 @@ def test_the_page_speaks_of_its_own_method(runs, request, name):
     for figure in figures:
         assert max(map(len, curves(figure)), default=0) > 0, f"nothing is drawn in {words(figure)[:200]}"
     assert f">{loss.ylabel}<" in part(page, 'id="figure-loss"', "</figure>")
-    own = {flag.replace("_", "-") for flag in [*flat(small(name)), *Machine.__dataclass_fields__]}
+    own = {flag.replace("_", "-") for flag in [*flat(small(name)), *RuntimeConfig.__dataclass_fields__]}
     own -= {flag for flag, has in FLAGS.items() if not has(method)}
     assert set(re.findall(r"--([a-z][a-z-]*)", words(page.split("<h2>Settings")[0]))) <= own
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_declares_what_it_logs(runs, name):
-    """What `forward` returns is what `losses` names, and figures ask for keys that are logged."""
+    """`forward` returns the keys that `losses` lists, and figures use keys that are logged."""
     train = [line for line in read_metrics(runs(name)) if line["kind"] == "train"]
     method = METHODS[name]
     assert all(key in line for line in train for key in method.losses)
-    asked = [curve.key for figure in method.figures() for curve in figure.curves if isinstance(curve.key, str)]
+    asked = [
+        curve.key for figure in method.figures() for curve in figure.curves if isinstance(curve.key, str)
+    ]
     assert asked
     assert set(asked) <= set(method.losses)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_batch_is_what_the_method_says_it_is(name):
-    """What `forward` is annotated with names every tensor, with its number of axes."""
+    """The annotation of `forward` names every tensor with its number of dimensions."""
     method = method_for(small(name))
     declared = typing.get_type_hints(type(method).forward)["batch"]
     batch, kinds = batch_for(method), typing.get_type_hints(declared)
@@ -81,7 +88,7 @@ def test_a_batch_is_what_the_method_says_it_is(name):
         assert isinstance(tensor, kinds[key]), key
 
 
-# --- every command on every kind of run ---------------------------------------------------------------------------------
+# --- every command on every kind of run ---------------------------------------------------------------------
 
 
 def report(run: Path, name: str) -> list[str]:
@@ -89,7 +96,19 @@ def report(run: Path, name: str) -> list[str]:
 
 
 def lab_gradients(run: Path, name: str) -> list[str]:
-    argv = ["lab", "gradients", str(run), "--batches", "2", "--batch-size", "8", "--settle", "0", "--device", "cpu"]
+    argv = [
+        "lab",
+        "gradients",
+        str(run),
+        "--batches",
+        "2",
+        "--batch-size",
+        "8",
+        "--settle",
+        "0",
+        "--device",
+        "cpu",
+    ]
     return [*argv, "--out", str(run.parent / "gradients")]
 
 
@@ -99,27 +118,40 @@ def evaluate_linear(run: Path, name: str) -> list[str]:
 
 
 def fine_tune(run: Path, name: str) -> list[str]:
-    """By the recipe that everybody's images get."""
+    """By the recipe for a user's own images."""
     data = re.search(r'^data = "(.+)"', (run / "recipe.toml").read_text(), re.MULTILINE)[1]
-    own = ["--recipe", "folder", "--settings", "steps=20", "--device", "cpu", "--workers", "0", "--out", str(run.parent / "tuned")]
+    own = [
+        "--recipe",
+        "folder",
+        "--settings",
+        "steps=20",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--out",
+        str(run.parent / "tuned"),
+    ]
     return ["evaluate", "finetune", str(run), "--data", data, *own]
 
 
 def verify(run: Path, name: str) -> list[str]:
-    """Its arguments only: the runs that it makes take minutes."""
+    """Only its arguments: the runs that it makes take minutes."""
     return ["verify", name, "--recipe", str(run / "recipe.toml"), "--batch-size", "6"]
 
 
 CANNOT = {
-    "lab gradients": lambda name: "" if METHODS[name].compares() else f"{name} has no reconstruction and consistency losses",
-    "verify": lambda name: "the batch is cut into 4: give a --batch-size that is a multiple of 4, not 6",
+    "lab gradients": lambda name: (
+        "" if METHODS[name].compares() else f"{name} has no reconstruction and consistency losses"
+    ),
+    "verify": lambda name: "4 micro-batches need a --batch-size that is a multiple of 4, not 6",
 }
 "What a command says of a run that it cannot take, in one line with exit code 2."
 
 
 @pytest.mark.parametrize("command", [report, lab_gradients, evaluate_linear, fine_tune, verify])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_command_works_or_says_why_not(runs, capsys, name, command):
+def test_a_command_works_or_reports_why_not(runs, capsys, name, command):
     argv = command(runs(name), name)
     capsys.readouterr()
     why = CANNOT.get(" ".join(argv[:2]), CANNOT.get(argv[0], lambda name: ""))(name)
@@ -133,8 +165,8 @@ def test_a_command_works_or_says_why_not(runs, capsys, name, command):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_it_leaves_can_be_used(runs, name):
-    """Its networks load in timm, and its step can be counted."""
+def test_its_exports_can_be_used(runs, name):
+    """timm loads its networks, and its step can be counted."""
     for which in METHODS[name].networks:
         model = timm.create_model(f"local-dir:{runs(name) / 'export' / which}", pretrained=True)
         assert model(torch.zeros(1, 3, 16, 16)).isfinite().all()
@@ -146,14 +178,16 @@ def test_what_it_leaves_can_be_used(runs, name):
 @pytest.mark.parametrize("kind", ["fine-tuning", "detection", "an export", "no run"])
 @pytest.mark.parametrize("command", [report, lab_gradients])
 def test_a_folder_of_another_kind_is_one_line(runs, tmp_path, capsys, kind, command):
-    """What it is, and what to give instead."""
+    """It names the kind, and what to give instead."""
     place = tmp_path / "place"
     if kind == "an export":
         shutil.copytree(runs("rcmae") / "export" / "teacher", place)
     else:
         place.mkdir()
     if kind in ("fine-tuning", "detection"):
-        (place / "recipe.toml").write_text("mixup = 0.8\n" if kind == "fine-tuning" else 'preset = "nothing"\n')
+        (place / "recipe.toml").write_text(
+            "mixup = 0.8\n" if kind == "fine-tuning" else 'preset = "nothing"\n'
+        )
     capsys.readouterr()
     assert main(command(place, "rcmae")) == 2
     said = capsys.readouterr().err
@@ -165,7 +199,7 @@ def test_a_folder_of_another_kind_is_one_line(runs, tmp_path, capsys, kind, comm
 
 def test_a_run_of_detection_is_no_backbone(tmp_path, capsys):
     (tmp_path / "export" / "detector").mkdir(parents=True)
-    assert main(["evaluate", "knn", str(tmp_path), "--data", "embedded:digits", "--device", "cpu"]) == 4
+    assert main(["evaluate", "knn", str(tmp_path), "--data", "bundled:digits", "--device", "cpu"]) == 4
     said = capsys.readouterr().err
-    assert "holds a detector, which `rcmae detect eval` takes" in said
+    assert "with a detector for `rcmae detect eval`" in said
     assert said.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The embedded set: a pure function, honest splits, and a label that nothing but the shape gives away."""
+"""The bundled digits: a pure function, disjoint splits, and labels that only the shape predicts."""
 
 import json
 import pickle
@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from rcmae.data import digits as d
-from rcmae.tasks.linear_probe import linear_right
+from rcmae.tasks.linear_probe import linear_correct
+from tests.mutations import catches
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +30,34 @@ def test_an_image_is_a_function_of_seed_split_and_index(train):
     assert np.array_equal(d.scene(0, "train", 2)[0], d.scene(0, "train", 2)[0])
 
 
+def one_split(old):
+    def glyphs():
+        masks, labels, splits = old()
+        return masks, labels, dict.fromkeys(splits, splits["train"])
+
+    return glyphs
+
+
+@catches("the test split has the glyphs of the training split", "rcmae.data.digits:_glyphs", one_split)
 def test_no_handwriting_and_no_photograph_is_in_both_splits():
     masks, labels, splits = d._glyphs()
     assert not set(splits["train"]) & set(splits["test"])
     assert len(splits["train"]) + len(splits["test"]) == len(labels) == 1797
-    assert all(np.isclose((labels[s] == k).mean(), 0.1, atol=0.01) for s in splits.values() for k in range(10))
-    strips = {split: {t[:, i].tobytes() for t in d._textures(split)[::2] for i in range(t.shape[1])} for split in ("train", "test")}
+    assert all(
+        np.isclose((labels[s] == k).mean(), 0.1, atol=0.01) for s in splits.values() for k in range(10)
+    )
+    strips = {
+        split: {t[:, i].tobytes() for t in d._textures(split)[::2] for i in range(t.shape[1])}
+        for split in ("train", "test")
+    }
     assert not strips["train"] & strips["test"]
     assert masks.min() == 0
     assert masks.max() == 1
 
 
 def test_the_set_is_the_one_that_results_were_made_with():
-    """Pillow 12 rounds otherwise when it shrinks a photograph: of the test images some bytes differ by one."""
+    """Pillow 12 rounds differently when it shrinks a photograph: some bytes of the test images differ by
+    one."""
     pillow_12 = version("pillow").startswith("12.")
     expected = (
         "9137ed2263efd5bb24671d9c98ea8553fca0babd290d90259ebca74c0a91e3d7"
@@ -49,12 +65,14 @@ def test_the_set_is_the_one_that_results_were_made_with():
         else "73f6733eac0eb9bbcc40d5b3ac8abcfdeef6a95c4a45b35ef5595c7f54fe2d87"
     )
     assert (d.GENERATOR, d.set_hash()) == (1, expected), (
-        "The images of the embedded set changed. If that was meant: raise GENERATOR, put the new hash here, and make the results anew."
+        "The images of the bundled set changed. If that was meant: raise GENERATOR, put the new hash here, "
+        "and rerun the results."
     )
 
 
-def test_nuisances_say_nothing(train):
-    """Mean colour, contrast, and the colour and place of the brightest pixels leave a linear probe at chance."""
+def test_nuisances_do_not_predict_the_label(train):
+    """With mean color, contrast, and color and position of the brightest pixels, a linear probe stays at
+    chance."""
     test = d.DigitsSource("test", 800)
 
     def nuisances(source):
@@ -62,10 +80,10 @@ def test_nuisances_say_nothing(train):
         corners = x[:, [0, 0, -1, -1], [0, -1, 0, -1]].reshape(len(x), -1)
         return np.concatenate([x.mean((1, 2)), x.max((1, 2)), corners], 1)
 
-    assert linear_right(nuisances(train), train.labels, nuisances(test), test.labels).mean() < 0.2
+    assert linear_correct(nuisances(train), train.labels, nuisances(test), test.labels).mean() < 0.2
 
 
-def test_scenes_hold_what_they_say(tmp_path):
+def test_scenes_contain_what_their_annotations_say(tmp_path):
     for index in range(8):
         image, instances = d.scene(0, "train", index)
         assert image.shape == (128, 128, 3)
@@ -96,13 +114,17 @@ def test_run_lengths_cover_the_mask(mask):
     assert np.array_equal(np.repeat(np.arange(len(counts)) % 2, counts), mask.ravel(order="F"))
 
 
-def test_a_fraction_of_a_millisecond_an_image(train):
+def test_drawing_an_image_takes_a_fraction_of_a_millisecond(train):
     start = time.process_time()
     d.DigitsSource("train", 2048, seed=3)
     assert (time.process_time() - start) / 2048 < 1e-3
 
 
-def test_it_travels_to_loader_processes(train):
+def test_it_can_be_sent_to_loader_processes(train):
     assert np.array_equal(pickle.loads(pickle.dumps(train)).read(7), train.read(7))
-    assert train.fingerprint() == d.DigitsSource("train", 1500).fingerprint() != d.DigitsSource("test", 1500).fingerprint()
-    assert train.where(7) == "embedded:digits/train/7"
+    assert (
+        train.fingerprint()
+        == d.DigitsSource("train", 1500).fingerprint()
+        != d.DigitsSource("test", 1500).fingerprint()
+    )
+    assert train.where(7) == "bundled:digits/train/7"

@@ -1,4 +1,5 @@
-"""DINO, iBOT, MSN and MoCo v3: their losses against plain loops and recorded numbers, and what each may and may not see."""
+"""DINO, iBOT, MSN and MoCo v3: losses against plain loops and recorded numbers, and what each network may
+see."""
 
 from dataclasses import replace
 
@@ -11,15 +12,23 @@ from hypothesis import strategies as st
 
 import rcmae.config as c
 from benchmarks.parity_distillation import compare_distillation
-from rcmae.data.augment import recoloured
+from rcmae.data.augment import color_jitter
 from rcmae.data.masking import block_mask
 from rcmae.data.views import rng
 from rcmae.engine.schedules import Progress
 from rcmae.errors import ConfigError
-from rcmae.methods.distillation_losses import across_views, assignments, balanced, contrast, entropy_gap, masked_patches
+from rcmae.methods.distillation_losses import (
+    assignments,
+    cross_view_loss,
+    info_nce,
+    masked_patch_loss,
+    me_max,
+    sinkhorn_knopp,
+)
 from rcmae.models.heads import PrototypeHead
 from rcmae.pretraining import pretrain
 from tests.conftest import GOLDEN, batch_for, method_for, small, stop_at
+from tests.mutations import catches
 
 NAMES = ("dino", "ibot", "msn", "mocov3")
 T0, LATER = Progress(0, 10, 2), Progress(5, 10, 2)
@@ -30,9 +39,19 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
+@catches(
+    "assignments are not balanced over prototypes",
+    "rcmae.methods.distillation_losses:sinkhorn_knopp",
+    lambda old: lambda p, rounds=3: p / p.sum(1, keepdim=True),
+)
+@catches(
+    "queries are their own keys",
+    "rcmae.methods.distillation_losses:info_nce",
+    lambda old: lambda q, k, temperature: old(q, q, temperature),
+)
 def test_recorded_numbers_of_the_reference_codes():
     found = compare_distillation(str(GOLDEN / "self_distillation_reference.safetensors"))
     assert len(found) == 10
@@ -42,8 +61,10 @@ def test_recorded_numbers_of_the_reference_codes():
 def test_across_views_is_a_mean_over_pairs_of_different_views():
     student, teacher = random(4, 3, 5), random(2, 3, 5).softmax(-1)
     pairs = [(w, v) for w in range(2) for v in range(4) if w != v]
-    plain = sum(-(teacher[w, b] * (student[v, b] / 0.2).log_softmax(-1)).sum() for w, v in pairs for b in range(3)) / (len(pairs) * 3)
-    assert across_views(student, teacher, 0.2).item() == pytest.approx(plain.item(), rel=1e-12)
+    plain = sum(
+        -(teacher[w, b] * (student[v, b] / 0.2).log_softmax(-1)).sum() for w, v in pairs for b in range(3)
+    ) / (len(pairs) * 3)
+    assert cross_view_loss(student, teacher, 0.2).item() == pytest.approx(plain.item(), rel=1e-12)
 
 
 def test_masked_patches_count_once_an_image_and_unmasked_ones_never():
@@ -52,55 +73,65 @@ def test_masked_patches_count_once_an_image_and_unmasked_ones_never():
     plain = 0.0
     for v in range(2):
         for b in range(3):
-            each = [-(teacher[v, b, n] * (student[v, b, n] / 0.1).log_softmax(-1)).sum() for n in range(6) if masked[v, b, n]]
+            each = [
+                -(teacher[v, b, n] * (student[v, b, n] / 0.1).log_softmax(-1)).sum()
+                for n in range(6)
+                if masked[v, b, n]
+            ]
             plain += sum(each) / max(len(each), 1) / 6
-    assert masked_patches(student, teacher, masked, 0.1).item() == pytest.approx(float(plain), rel=1e-12)
+    assert masked_patch_loss(student, teacher, masked, 0.1).item() == pytest.approx(float(plain), rel=1e-12)
 
 
 @given(st.integers(2, 20), st.integers(2, 8))
 @settings(max_examples=30, deadline=None)
 def test_balancing_uses_all_prototypes_alike(rows, prototypes):
     p = torch.rand(rows, prototypes, dtype=torch.float64, generator=torch.Generator().manual_seed(rows)) + 0.1
-    q = balanced(p, rounds=300)
+    q = sinkhorn_knopp(p, rounds=300)
     assert torch.allclose(q.sum(1), torch.ones(rows, dtype=torch.float64))
-    assert torch.allclose(q.sum(0), torch.full((prototypes,), rows / prototypes, dtype=torch.float64), rtol=1e-6)
-    assert torch.allclose(balanced(7 * p), balanced(p)), "the scale of all assignments says nothing"
+    assert torch.allclose(
+        q.sum(0), torch.full((prototypes,), rows / prototypes, dtype=torch.float64), rtol=1e-6
+    )
+    assert torch.allclose(sinkhorn_knopp(7 * p), sinkhorn_knopp(p)), (
+        "the scale of all assignments says nothing"
+    )
 
 
 def test_the_entropy_gap_is_zero_for_even_use_and_log_c_for_one_prototype():
-    assert entropy_gap(torch.full((6, 4), 0.25)).item() == pytest.approx(0, abs=1e-6)
-    assert entropy_gap(torch.eye(4)).item() == pytest.approx(0, abs=1e-6), "each image its own: even use"
-    assert entropy_gap(torch.eye(4)[:1].repeat(6, 1)).item() == pytest.approx(np.log(4), rel=1e-6)
+    assert me_max(torch.full((6, 4), 0.25)).item() == pytest.approx(0, abs=1e-6)
+    assert me_max(torch.eye(4)).item() == pytest.approx(0, abs=1e-6), "each image its own: even use"
+    assert me_max(torch.eye(4)[:1].repeat(6, 1)).item() == pytest.approx(np.log(4), rel=1e-6)
 
 
-def test_assignments_do_not_see_lengths():
+def test_assignments_do_not_depend_on_norms():
     z, prototypes = random(3, 4), random(5, 4)
-    assert torch.allclose(assignments(3 * z, prototypes * torch.rand(5, 1), 0.1), assignments(z, prototypes, 0.1))
+    assert torch.allclose(
+        assignments(3 * z, prototypes * torch.rand(5, 1), 0.1), assignments(z, prototypes, 0.1)
+    )
 
 
 def test_contrast_against_a_plain_loop():
     q, k = random(4, 3), random(4, 3)
     similar = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / 0.2
     plain = -sum(similar[i].log_softmax(0)[i] for i in range(4)) / 4 * 2 * 0.2
-    assert contrast(q, k, 0.2).item() == pytest.approx(plain.item(), rel=1e-12)
+    assert info_nce(q, k, 0.2).item() == pytest.approx(plain.item(), rel=1e-12)
     order = torch.randperm(4)
-    assert contrast(q[order], k[order], 0.2).item() == pytest.approx(plain.item(), rel=1e-12)
+    assert info_nce(q[order], k[order], 0.2).item() == pytest.approx(plain.item(), rel=1e-12)
 
 
-# --- views ------------------------------------------------------------------------------------------------------------
+# --- views --------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(0, 1), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
-def test_block_masks_have_exactly_the_patches_asked_for(height, width, share, seed):
-    count = round(share * height * width)
+def test_block_masks_have_exactly_the_requested_number_of_patches(height, width, fraction, seed):
+    count = round(fraction * height * width)
     mask = block_mask((height, width), count, np.random.default_rng(seed))
     assert mask.shape == (height, width)
     assert mask.sum() == count
 
 
 def test_block_masks_are_blocks():
-    """Masked patches have more masked neighbours than patches drawn one by one."""
+    """Masked patches have more masked neighbors than patches drawn one by one."""
     draws = np.random.default_rng(0)
     blocks = [block_mask((14, 14), 59, draws) for _ in range(50)]
     alone = [(draws.permutation(196) < 59).reshape(14, 14) for _ in range(50)]
@@ -120,13 +151,13 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(name):
     assert not torch.equal(one["image"][0], one["image"][1])
 
 
-def test_without_strength_colours_stay():
+def test_zero_strength_leaves_colors_unchanged():
     crop = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
     for seed in range(10):
-        assert torch.equal(recoloured(crop, (0.0, 0.0, 0.0, 0.0), 0.0, np.random.default_rng(seed)), crop)
-    grey = recoloured(crop, (0.0, 0.0, 0.0, 0.0), 1.0, np.random.default_rng(0))
-    assert torch.equal(grey[0], grey[1])
-    assert not torch.equal(grey[0], crop[0])
+        assert torch.equal(color_jitter(crop, (0.0, 0.0, 0.0, 0.0), 0.0, np.random.default_rng(seed)), crop)
+    gray = color_jitter(crop, (0.0, 0.0, 0.0, 0.0), 1.0, np.random.default_rng(0))
+    assert torch.equal(gray[0], gray[1])
+    assert not torch.equal(gray[0], crop[0])
 
 
 def test_the_encoder_on_a_whole_image():
@@ -138,7 +169,7 @@ def test_the_encoder_on_a_whole_image():
     assert encoder(patches[:, :4], grid=(2, 2)).shape == (2, 5, 24)
 
 
-# --- methods ----------------------------------------------------------------------------------------------------------
+# --- methods ------------------------------------------------------------------------------------------------
 
 
 def gradients(method, batch, t=T0) -> dict[str, torch.Tensor]:
@@ -163,8 +194,21 @@ def test_the_order_of_images_changes_nothing(name):
     assert one == pytest.approx(other, rel=1e-5)
 
 
+def center_of_the_last_micro_batch(old):
+    def update(self, applied):
+        del self.accumulated[:-1]
+        return old(self, applied)
+
+    return update
+
+
+@catches(
+    "the center is that of the last micro-batch",
+    "rcmae.methods.distillation:Center.update",
+    center_of_the_last_micro_batch,
+)
 @pytest.mark.parametrize("name", ["dino", "ibot"])
-def test_micro_batches_give_the_gradient_and_the_centre_of_the_whole_batch(name):
+def test_micro_batches_give_the_gradient_and_the_center_of_the_whole_batch(name):
     whole, parts = method_for(small(name)), method_for(small(name))
     batch = batch_for(whole, size=4)
     expected = gradients(whole, batch)
@@ -181,8 +225,13 @@ def test_micro_batches_give_the_gradient_and_the_centre_of_the_whole_batch(name)
     assert torch.allclose(whole.center.value, parts.center.value, atol=1e-7)
 
 
+@catches(
+    "a skipped step moves the center",
+    "rcmae.methods.distillation:Center.update",
+    lambda old: lambda self, applied: old(self, torch.ones_like(applied)),
+)
 @pytest.mark.parametrize("name", ["dino", "ibot"])
-def test_a_centre_is_a_running_mean_that_a_skipped_step_leaves_alone(name):
+def test_a_center_is_a_running_mean_that_a_skipped_step_leaves_alone(name):
     method = method_for(small(name))
     batch = batch_for(method)
     with torch.no_grad():
@@ -196,7 +245,8 @@ def test_a_centre_is_a_running_mean_that_a_skipped_step_leaves_alone(name):
 
 @pytest.mark.parametrize("name", ["dino", "ibot"])
 def test_balanced_targets_use_all_prototypes(name):
-    """Of a teacher that prefers one prototype for all images: the targets are even, and the log still tells of what it said."""
+    """For a teacher that prefers one prototype for all images: the targets are uniform, and the log still
+    shows the preference."""
     method = method_for(small(name, sinkhorn=True, head_norm=True, local_crops=0))
     said = 0.1 * torch.randn(2, 6, 12)
     said[..., 3] += 1.0
@@ -207,8 +257,8 @@ def test_balanced_targets_use_all_prototypes(name):
     assert method(batch_for(method, size=6), LATER)["loss"].isfinite()
 
 
-def test_a_collapsed_msn_shows_in_what_it_logs():
-    """One answer for all images, balanced or not: few prototypes are in use."""
+def test_a_collapse_of_msn_shows_in_the_log():
+    """Equal outputs for all images, balanced or not: few prototypes are in use."""
     method = method_for(small("msn", sinkhorn=True, sharpen=0.05))
     with torch.no_grad():
         for part in (method.student.shared, method.teacher.model):
@@ -217,8 +267,8 @@ def test_a_collapsed_msn_shows_in_what_it_logs():
     assert method(batch_for(method, size=6), LATER)["prototypes_used"] < 6
 
 
-def test_a_centre_of_masked_patches_does_not_depend_on_how_a_batch_is_cut():
-    """Images have different numbers of masked patches; those of one that has none count for nothing."""
+def test_a_center_of_masked_patches_does_not_depend_on_micro_batches():
+    """Images have different numbers of masked patches; an image without any counts for nothing."""
     batch = batch_for(method_for(small("ibot")), size=4)
     batch["masked"][0] = False
     whole, parts = (method_for(small("ibot", patch_head="masked")) for _ in range(2))
@@ -232,7 +282,8 @@ def test_a_centre_of_masked_patches_does_not_depend_on_how_a_batch_is_cut():
 
 
 def test_a_heads_statistics_are_those_of_all_views_and_images():
-    """BatchNorm after the first layer: standardised over views and images together, never over the views of one image."""
+    """BatchNorm after the first layer normalizes over views and images together, not over the views of one
+    image."""
     head = PrototypeHead(6, 10, 4, 5, norm=True)
     seen = []
     head.mlp[1].register_forward_hook(lambda module, args, out: seen.append(out))
@@ -244,7 +295,11 @@ def test_a_heads_statistics_are_those_of_all_views_and_images():
 
 def test_the_last_layer_is_frozen_in_the_first_epoch():
     method = method_for(small("dino", freeze_last=1.0))
-    for t, moves in ((T0, False), (LATER, True), (Progress(40, 100, 1000), True)):  # the third: an epoch longer than the run
+    for t, moves in (
+        (T0, False),
+        (LATER, True),
+        (Progress(40, 100, 1000), True),
+    ):  # the third: an epoch longer than the run
         gradients(method, batch_for(method), t)
         method.before_step(t, ONE)
         assert (method.student.head.last.grad is not None) == moves
@@ -252,11 +307,20 @@ def test_the_last_layer_is_frozen_in_the_first_epoch():
 
 
 def test_the_teachers_temperature_rises_and_stays():
-    method = method_for(small("dino", teacher_temperature=0.07, teacher_temperature_start=0.04, teacher_temperature_warmup=0.4))
+    method = method_for(
+        small(
+            "dino", teacher_temperature=0.07, teacher_temperature_start=0.04, teacher_temperature_warmup=0.4
+        )
+    )
     found = [method.teacher_temperature(Progress(step, 10, 5)) for step in (0, 2, 4, 9)]
     assert found == pytest.approx([0.04, 0.055, 0.07, 0.07])
 
 
+@catches(
+    "iBOT's student sees masked patches",
+    "rcmae.methods.distillation:SelfDistillation.tokens",
+    lambda old: lambda self, net, images, ids=None, masked=None: old(self, net, images, ids),
+)
 def test_masked_patches_do_not_reach_ibots_student():
     method = method_for(small("ibot", masked_images=1.0))
     batch = batch_for(method)
@@ -270,12 +334,27 @@ def test_masked_patches_do_not_reach_ibots_student():
         images = batch["image"].clone()
         if change:
             gh, gw = method.student.encoder.grid
-            pixels = batch["masked"].unflatten(2, (gh, gw)).repeat_interleave(4, 2).repeat_interleave(4, 3).unsqueeze(2)
+            pixels = (
+                batch["masked"]
+                .unflatten(2, (gh, gw))
+                .repeat_interleave(4, 2)
+                .repeat_interleave(4, 3)
+                .unsqueeze(2)
+            )
             images = torch.where(pixels, 255 - images, images)
         seen.append(method.tokens(method.student, images, masked=(masked, method.student.mask_token)))
     assert torch.equal(*seen)
 
 
+def compared_with_itself(old):
+    def loss(student, teacher, temperature):
+        log = (student / temperature).log_softmax(-1).sum(0)
+        return -(teacher * log).sum(-1).mean(1).sum() / (len(teacher) * len(student))
+
+    return loss
+
+
+@catches("a view is compared with itself", "rcmae.methods.dino:cross_view_loss", compared_with_itself)
 def test_ibot_without_masks_is_dino():
     dino, ibot = method_for(small("dino")), method_for(small("ibot", masked_images=0.0))
     ibot.load_state_dict(dino.state_dict(), strict=False)
@@ -284,7 +363,7 @@ def test_ibot_without_masks_is_dino():
 
 
 def test_the_head_on_masked_patches_alone_gives_the_same_gradient():
-    """At a centre that has not moved: which patches it is a mean of is the one difference."""
+    """At the initial center: which patches it averages is the only difference."""
     all_, some = (method_for(small("ibot", masked_images=1.0, patch_head=kind)) for kind in ("all", "masked"))
     batch = batch_for(all_)
     one, two = gradients(all_, batch), gradients(some, batch)
@@ -294,6 +373,11 @@ def test_the_head_on_masked_patches_alone_gives_the_same_gradient():
     assert none(batch_for(none), T0)["within"] == 0
 
 
+@catches(
+    "MSN's anchor keeps all patches",
+    "rcmae.methods.distillation:SelfDistillation.tokens",
+    lambda old: lambda self, net, images, ids=None, masked=None: old(self, net, images, None, masked),
+)
 def test_dropped_patches_do_not_reach_msns_anchor():
     method = method_for(small("msn", anchor_drop=0.5, local_crops=0))
     batch = batch_for(method)
@@ -330,12 +414,13 @@ def test_student_and_teacher_start_alike_and_the_teacher_follows(name):
         assert torch.allclose(pairs[key], before[key] + 0.1 * p.requires_grad, atol=1e-6), key
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_goes_on_to_the_same_bit(name, tmp_path, monkeypatch):
-    """Also across the epoch in which the last layer has no state yet, and with centres in the checkpoint."""
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(name, tmp_path, monkeypatch):
+    """Also when stopped in the epoch in which the last layer has no optimizer state yet, and with centers in
+    the checkpoint."""
     from rcmae.engine.checkpoint import checkpoints
     from rcmae.errors import Preempted
     from rcmae.pretraining import Pretraining
@@ -345,11 +430,13 @@ def test_a_run_goes_on_to_the_same_bit(name, tmp_path, monkeypatch):
     from PIL import Image
 
     for i in range(16):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(data / f"{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(
+            data / f"{i}.png"
+        )
     recipe = small(name, data=str(data), steps=5)
-    machine = c.Machine(out=tmp_path / "straight", device="cpu", workers=0)
-    pretrain(recipe, machine)
-    again = replace(machine, out=tmp_path / "stopped")
+    runtime = c.RuntimeConfig(out=tmp_path / "straight", device="cpu", workers=0)
+    pretrain(recipe, runtime)
+    again = replace(runtime, out=tmp_path / "stopped")
     for step in (1, 3):
         with monkeypatch.context() as patch:
             stop_at(patch, Pretraining, step)
@@ -357,7 +444,7 @@ def test_a_run_goes_on_to_the_same_bit(name, tmp_path, monkeypatch):
                 pretrain(recipe, again)
     pretrain(recipe, again)
     for file in ("model.safetensors", "optimizer.safetensors"):
-        one, two = (checkpoints(m.out / "checkpoints")[0] / file for m in (machine, again))
+        one, two = (checkpoints(m.out / "checkpoints")[0] / file for m in (runtime, again))
         assert one.read_bytes() == two.read_bytes()
 
 
@@ -367,12 +454,26 @@ def test_a_run_goes_on_to_the_same_bit(name, tmp_path, monkeypatch):
         ("dino", {"local_size": 10}, "local_size 10 is not a multiple of the patch, 4"),
         ("dino", {"local_size": 20}, "local_size 20 is larger than the image, 16"),
         ("ibot", {"prototypes": 1}, "prototypes must be 2 or more, not 1"),
-        ("mocov3", {"batch_size": 1, "local_crops": 2}, "batch_size of 2 or more, not 1; mocov3 has no small crops"),
-        ("msn", {"half_life": "auto"}, "half_life auto is steered by a reconstruction"),
-        ("dino", {"model": "timm:vit_base_patch16_siglip_224", "width": None, "depth": None, "heads": None, "size": 32}, "class token"),
+        (
+            "mocov3",
+            {"batch_size": 1, "local_crops": 2},
+            "batch_size of 2 or more, not 1; mocov3 has no local crops",
+        ),
+        ("msn", {"half_life": "adaptive"}, "half_life adaptive needs a reconstruction"),
+        (
+            "dino",
+            {
+                "model": "timm:vit_base_patch16_siglip_224",
+                "width": None,
+                "depth": None,
+                "heads": None,
+                "size": 32,
+            },
+            "class token",
+        ),
     ],
 )
-def test_what_cannot_work_is_refused_before_data_is_touched(name, changes, says, tmp_path):
+def test_impossible_settings_are_refused_before_data_is_read(name, changes, says, tmp_path):
     recipe = small(name, data=str(tmp_path / "nowhere"), **changes)
     with pytest.raises(ConfigError, match=says):
-        pretrain(recipe, c.Machine(out=tmp_path / "run", device="cpu"))
+        pretrain(recipe, c.RuntimeConfig(out=tmp_path / "run", device="cpu"))

@@ -1,4 +1,4 @@
-"""Two processes are one: the same weights as a single process, one decision about a bad step, one stop."""
+"""Two processes equal one: the same weights, one decision about a bad step, one stop."""
 
 import dataclasses
 import json
@@ -15,14 +15,15 @@ from rcmae.engine.metrics import read_metrics
 from rcmae.interop.timm_export import export
 from rcmae.tasks.detection.coco import open_coco
 from tests import distributed_case, test_detection_train, test_finetune
-from tests.distributed_case import METHODS, untrained
+from tests.distributed_case import METHODS, random_init
+from tests.mutations import catches
 from tests.processes import ranks
 from tests.test_finetune import fill
 from tests.test_pretraining import folder, run  # noqa: F401 - a fixture
 
 
 def together(out: Path, data: Path, case: str = "plain", ends: tuple[int, int] = (0, 0)) -> str:
-    """What both say, who are to end with these exit codes."""
+    """The output of both ranks, which must end with these exit codes."""
     codes, said = ranks(out.with_name(f"{out.name}-{case}"), distributed_case.main, out, data, case)
     assert codes == list(ends), said[-5000:]
     assert any(ends) or "Warning" not in said, said
@@ -33,6 +34,11 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoints(out / "checkpoints")[0] / "model.safetensors")
 
 
+@catches(
+    "the logged losses are those of one rank",
+    "rcmae.engine.distributed:average",
+    lambda old: lambda value: value,
+)
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, folder):  # noqa: F811
     run(tmp_path / "one", folder, steps=6)
@@ -42,18 +48,31 @@ def test_two_processes_train_as_one(tmp_path, folder):  # noqa: F811
         # The key biases have no gradient but rounding (see benchmarks/parity.py), which differs.
         if not name.endswith("qkv.bias"):
             assert torch.allclose(value, two[name], rtol=1e-3, atol=2e-5), name
-    metrics = [[line["reconstruction"] for line in read_metrics(tmp_path / k) if line["kind"] == "train"] for k in ("one", "two")]
+    metrics = [
+        [line["reconstruction"] for line in read_metrics(tmp_path / k) if line["kind"] == "train"]
+        for k in ("one", "two")
+    ]
     assert len(metrics[1]) == 6, "one record for both"
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-4), "the mean over both halves of the batch"
 
 
+@catches(
+    "each rank has a center of its own",
+    "rcmae.methods.distillation:average",
+    lambda old: lambda value: value,
+    case="dino",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_that_look_across_the_batch_do_so_across_ranks(name, tmp_path, folder):  # noqa: F811
-    """Negatives, centres, balanced targets, mean entropy and batch statistics are those of both halves: the losses stay the same."""
+def test_batch_statistics_are_those_of_all_ranks(name, tmp_path, folder):  # noqa: F811
+    """Negatives, centers, balanced targets, mean entropy and batch normalization use both halves of the
+    batch: the losses stay the same."""
     together(tmp_path / "two", folder, name)
     run(tmp_path / "one", folder, **METHODS[name])
-    losses = [[line["loss"] for line in read_metrics(tmp_path / k) if line["kind"] == "train"] for k in ("one", "two")]
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / k) if line["kind"] == "train"]
+        for k in ("one", "two")
+    ]
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
@@ -75,9 +94,12 @@ def test_a_signal_to_one_rank_stops_both(tmp_path, folder):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_two_processes_fine_tune_as_two_micro_batches_do(tmp_path):
-    """Mixtures, dropped paths and what is right on the test images are the same; the sums are made in another order."""
-    sets = tuple(open_source(str(fill(tmp_path / name, count))) for name, count in (("train", 32), ("test", 21)))
+def test_two_processes_fine_tune_like_two_micro_batches(tmp_path):
+    """Mixtures, dropped paths and correct predictions on test images are the same; sums are computed in
+    another order."""
+    sets = tuple(
+        open_source(str(fill(tmp_path / name, count))) for name, count in (("train", 32), ("test", 21))
+    )
     one = test_finetune.run(tmp_path / "one", sets, test_finetune.FULL, accumulate=2)
     together(tmp_path / "two", tmp_path, "finetune")
     for name, value in weights(tmp_path / "one").items():
@@ -85,23 +107,29 @@ def test_two_processes_fine_tune_as_two_micro_batches_do(tmp_path):
             assert torch.allclose(value, weights(tmp_path / "two")[name], rtol=1e-3, atol=2e-5), name
     found = load_file(tmp_path / "two" / "test.safetensors")
     assert torch.allclose(found["confidence"], torch.from_numpy(one.confidence), atol=1e-4)
-    assert (found["right"].numpy() == one.right).all()
-    vals = [[line["accuracy"] for line in read_metrics(tmp_path / k) if line["kind"] == "val"] for k in ("one", "two")]
+    assert (found["correct"].numpy() == one.correct).all()
+    vals = [
+        [line["accuracy"] for line in read_metrics(tmp_path / k) if line["kind"] == "val"]
+        for k in ("one", "two")
+    ]
     assert vals[0] == pytest.approx(vals[1])
 
 
 @pytest.mark.slow
-def test_two_processes_detect_and_learn_to_as_two_micro_batches_do(tmp_path):
-    """Every image is looked at once and in order, both ranks hold one detector in the end, and one of them alone tells of it."""
-    sets = open_coco("embedded:scenes", train_images=8, test_images=5, size=64)
+def test_two_processes_train_a_detector_like_two_micro_batches(tmp_path):
+    """Every test image is evaluated once and in order, both ranks end with the same detector, and one of them
+    writes the results."""
+    sets = open_coco("bundled:scenes", train_images=8, test_images=5, size=64)
     settings = dataclasses.replace(test_detection_train.TINY, steps=3, warmup_steps=1)
     export(test_detection_train.backbone(), tmp_path / "backbone", {})
     (tmp_path / "tiny.toml").write_text(to_toml(settings))
     said = together(tmp_path / "two", tmp_path, "detect")
-    assert [said.count(text) for text in ("note: said once", "Open ", "the detector is in")] == [1, 1, 1], said
+    assert [said.count(text) for text in ("note: said once", "Open ", "the detector is in")] == [1, 1, 1], (
+        said
+    )
     assert (tmp_path / "two" / "report.html").exists()
 
-    found, alone = json.loads((tmp_path / "found0.json").read_text()), untrained(sets[1])
+    found, alone = json.loads((tmp_path / "found0.json").read_text()), random_init(sets[1])
     assert len(alone) > 20 and [r["image_id"] for r in found] == [r["image_id"] for r in alone]
     assert [r["score"] for r in found] == pytest.approx([r["score"] for r in alone], abs=1e-5)
 
@@ -114,6 +142,6 @@ def test_two_processes_detect_and_learn_to_as_two_micro_batches_do(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_lost_rank_is_told_by_the_other(tmp_path, folder):  # noqa: F811
+def test_a_lost_rank_is_reported_by_the_other(tmp_path, folder):  # noqa: F811
     together(tmp_path / "run", folder, "lost", ends=(0, 9))
     assert (tmp_path / "run" / "said.txt").read_text().startswith("another process of the run was lost (")

@@ -1,4 +1,5 @@
-"""`rcmae evaluate` end to end on small labelled folders: every way in, every refusal, caches, splits, torch's own loading."""
+"""`rcmae evaluate` end to end on small labeled folders: all kinds of backbones, all refusals, caches, splits,
+data loading of torch."""
 
 import contextlib
 import io
@@ -24,7 +25,7 @@ import rcmae
 import rcmae.cli
 from rcmae.cli import main
 from rcmae.config import replaced, shipped_recipes, to_toml
-from rcmae.data.labelled import open_labelled
+from rcmae.data.labeled import open_labeled
 from rcmae.engine.console import Screen
 from rcmae.engine.distributed import World
 from rcmae.errors import CheckpointError, DataError
@@ -35,20 +36,21 @@ from rcmae.tasks import features as features_module
 from rcmae.tasks import worth
 from rcmae.tasks.context import TaskResult
 from rcmae.tasks.evaluation import TASKS as KINDS
-from rcmae.tasks.evaluation.base import Evaluation, Task
+from rcmae.tasks.evaluation.base import EvaluationOptions, Task
 from rcmae.tasks.evaluation.worth import Worth
 from rcmae.tasks.features import extract, identity
 from rcmae.tasks.finetune import load_finetune
 from rcmae.tasks.robustness.corruptions import STANDARD
 from rcmae.tasks.robustness.metrics import imagenet_classes
-from rcmae.tasks.score import READ, Centers, in_parts, joined
+from rcmae.tasks.score import READ, Centers, in_parts, rebatched
 from rcmae.tasks.worth import verdict
 from tests.conftest import GOLDEN, method_for, small
+from tests.mutations import catches
 from tests.processes import ranks
 
 
 def picture(kind: int, seed: int) -> Image.Image:
-    """Noise with the class as a bright quarter: easy even for pixels."""
+    """Noise with the class as a bright quarter, which pixels alone predict."""
     rng = np.random.default_rng([kind, seed])
     pixels = rng.integers(0, 90, (20, 20, 3), dtype=np.uint8)
     pixels[10 * (kind // 2) :, 10 * (kind % 2) :][:10, :10] += 120
@@ -79,9 +81,20 @@ def backbone(tmp_path):
 
 
 def run(tmp_path, *argv) -> tuple[int, dict]:
-    """The exit code, and the one record in the output folder."""
+    """The exit code, and the only record in the output folder."""
     out = tmp_path / "out"
-    code = main(["evaluate", *map(str, argv), "--device", "cpu", "--out", str(out), "--cache", str(tmp_path / "cache")])
+    code = main(
+        [
+            "evaluate",
+            *map(str, argv),
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+            "--cache",
+            str(tmp_path / "cache"),
+        ]
+    )
     files = sorted(out.glob("*.json"))
     return code, json.loads(files[-1].read_text()) if files else {}
 
@@ -97,26 +110,36 @@ TASKS = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_leaves_its_numbers(tmp_path, data, backbone, task, capsys):
+def test_a_task_records_its_results(tmp_path, data, backbone, task, capsys):
     code, found = run(tmp_path, task.split()[0], backbone, "--data", data, *TASKS[task])
     assert code == 0
     assert 0 <= found["metrics"]["top1"] <= 100
     if task.split()[0] != "knn" and "mae" not in task:
         assert found["metrics"]["top1"] > 60, "three classes that pixels tell apart"
-    right = load_file(next((tmp_path / "out").glob("*.safetensors")))["right"]
+    right = load_file(next((tmp_path / "out").glob("*.safetensors")))["correct"]
     assert 100 * right.float().mean().item() == pytest.approx(found["metrics"]["top1"])
-    assert found["train_images"] == 36 and found["test_images"] == 18 and list(found["per_class"]) == ["a", "b", "c"]
+    assert (
+        found["train_images"] == 36
+        and found["test_images"] == 18
+        and list(found["per_class"]) == ["a", "b", "c"]
+    )
     assert np.mean(list(found["per_class"].values())) == pytest.approx(found["metrics"]["top1"])
     assert found["hashes"]["backbone"] == identity(load(backbone))
     assert f"{found['metrics']['top1']:.2f}" in capsys.readouterr().out
 
 
-def test_another_question_leaves_another_file(tmp_path, data, backbone):
-    """What is asked again is written again; what is asked otherwise lies beside it: settings, training images, test images, weights."""
+def test_other_settings_write_another_file(tmp_path, data, backbone):
+    """The same evaluation is replaced; one with other settings, training images, test images or weights is
+    added."""
     class_folders(tmp_path / "more" / "train", count=14), (tmp_path / "more" / "val").symlink_to(data / "val")
-    class_folders(tmp_path / "less" / "val", count=3), (tmp_path / "less" / "train").symlink_to(data / "train")
+    (
+        class_folders(tmp_path / "less" / "val", count=3),
+        (tmp_path / "less" / "train").symlink_to(data / "train"),
+    )
     common = ["knn", backbone, "--k", "3", "--data"]
-    for number, argv in enumerate([[data], [data], [data, "--temperature", "0.1"], [tmp_path / "more"], [tmp_path / "less"], [data]]):
+    for number, argv in enumerate(
+        [[data], [data], [data, "--temperature", "0.1"], [tmp_path / "more"], [tmp_path / "less"], [data]]
+    ):
         run(tmp_path, *common, *argv)
         count = len(list((tmp_path / "out").glob("*.json")))
         assert count == len(list((tmp_path / "out").glob("*.safetensors"))) == [1, 1, 2, 3, 4, 4][number]
@@ -124,18 +147,48 @@ def test_another_question_leaves_another_file(tmp_path, data, backbone):
     export(method_for(small(seed=1, **{"width": 36})).backbone(), tmp_path / "backbone", {"method": "rcmae"})
     run(tmp_path, *common, data)
     assert len(list((tmp_path / "out").glob("*.json"))) == 5, "the weights in the same place are others"
-    plain = ["robustness", backbone, "--data", data, "--probe", "knn", "--no-attacks", "--workers", "0", "--corrupted-images", "1"]
+    plain = [
+        "robustness",
+        backbone,
+        "--data",
+        data,
+        "--probe",
+        "knn",
+        "--no-attacks",
+        "--workers",
+        "0",
+        "--corrupted-images",
+        "1",
+    ]
     for argv in ([], ["--no-corruptions"], []):
         run(tmp_path / "r", *plain, *argv)
     assert len(list((tmp_path / "r" / "out").glob("*.json"))) == 2
-    assert "mean error, C-style, not ImageNet-C" in record(tmp_path / "r" / "out", "robustness-backbone-knn")["metrics"]
+    assert (
+        "mean error, C-style, not ImageNet-C"
+        in record(tmp_path / "r" / "out", "robustness-backbone-knn")["metrics"]
+    )
 
 
-def test_a_record_that_only_names_the_question_is_not_replaced(tmp_path, data):
-    out, ask = tmp_path / "out", ["evaluate", "knn", "pixels", "--data", data, "--k", "3", "--device", "cpu", "--cache", tmp_path / "cache"]
+def test_a_record_that_only_contains_the_hash_is_not_replaced(tmp_path, data):
+    out, ask = (
+        tmp_path / "out",
+        [
+            "evaluate",
+            "knn",
+            "pixels",
+            "--data",
+            data,
+            "--k",
+            "3",
+            "--device",
+            "cpu",
+            "--cache",
+            tmp_path / "cache",
+        ],
+    )
     ask = [*map(str, ask), "--out", str(out)]
     assert main(ask) == 0
-    asked = record(out, "knn-backbone")["hashes"]["asked"]
+    asked = record(out, "knn-backbone")["hashes"]["request"]
     for text in (json.dumps({"notes": [asked]}), "{", "[]"):
         (out / "knn-backbone.json").write_text(text)
         assert main(ask) == 0
@@ -143,7 +196,8 @@ def test_a_record_that_only_names_the_question_is_not_replaced(tmp_path, data):
 
 
 def test_a_task_is_one_class_and_one_line(tmp_path, data, capsys):
-    """Whatever is in the registry has a command, made of its fields and its docstring, and is carried out and recorded."""
+    """Every entry of the registry has a command, made of its fields and its docstring, is run and
+    recorded."""
 
     @dataclass(frozen=True, kw_only=True)
     class Always(Task):
@@ -159,20 +213,28 @@ def test_a_task_is_one_class_and_one_line(tmp_path, data, capsys):
 
         def run(self, context):
             labels = context.set.test.labels
-            return TaskResult({"top1": 50.0}, labels == self.label - 1, torch.nn.Identity(), {"label": self.label})
+            return TaskResult(
+                {"top1": 50.0}, labels == self.label - 1, torch.nn.Identity(), {"label": self.label}
+            )
 
     rcmae.cli.evaluate.command(rcmae.cli._command_of(Always), name="always")
-    assert run(tmp_path, "always", "pixels", "--data", data, "--label", "2")[1]["per_class"] == {"a": 0.0, "b": 100.0, "c": 0.0}
+    assert run(tmp_path, "always", "pixels", "--data", data, "--label", "2")[1]["per_class"] == {
+        "a": 0.0,
+        "b": 100.0,
+        "c": 0.0,
+    }
     assert run(tmp_path / "no", "always", "pixels", "--data", data, "--label", "0") == (2, {})
     assert "label must be above 0, not 0" in capsys.readouterr().err
     assert main(["evaluate", "always", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "The same class for every image." in shown and "the class, from 1" in shown
-    assert all(kind.name == name and kind.__doc__ and kind.run is not Task.run for name, kind in KINDS.items())
+    assert all(
+        kind.name == name and kind.__doc__ and kind.run is not Task.run for name, kind in KINDS.items()
+    )
 
 
-def test_progress_is_told_while_a_long_part_is_under_way(capsys):
-    """Five seconds after the last line, though neither part takes that long by itself."""
+def test_progress_is_printed_during_a_long_part(capsys):
+    """Five seconds after the last line, even if no single part takes that long."""
     with Screen(True) as screen:
         screen.say("begun")
         with screen.progress("indexing", 3):
@@ -183,13 +245,17 @@ def test_progress_is_told_while_a_long_part_is_under_way(capsys):
     assert capsys.readouterr().out == "begun\nreading: 20 of 40, 0:02 left\n"
     parts = in_parts(range(100, 141), 20)
     assert [i for part in parts for i in part] == list(range(100, 141)) and max(map(len, parts)) <= READ
-    images = [{k: torch.tensor(part) for k in ("image", "index", "fine")} for part in parts]
+    images = [{k: torch.tensor(part) for k in ("image", "index", "readable")} for part in parts]
     told: list[int] = []
-    assert [b["index"].tolist() for b in joined(images, 20, told.append)] == [list(range(100, 120)), list(range(120, 140)), [140]]
+    assert [b["index"].tolist() for b in rebatched(images, 20, told.append)] == [
+        list(range(100, 120)),
+        list(range(120, 140)),
+        [140],
+    ]
     assert told == sorted(told) and told[-1] == 41 and len(told) == len(parts)
 
 
-def test_a_slow_loop_tells_how_far_it_is_before_its_first_log(capsys, monkeypatch):
+def test_a_slow_loop_prints_its_progress_before_its_first_log(capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr("rcmae.engine.console.time.monotonic", lambda: now)
     screen = Screen(True)
@@ -198,36 +264,61 @@ def test_a_slow_loop_tells_how_far_it_is_before_its_first_log(capsys, monkeypatc
     for step in range(101, 140):
         now += 4
         screen.step(step)
-    lines = ["begun", "step    103/1,000  59:48 left", "step    119/1,000  58:44 left", "step    135/1,000  57:40 left"]
+    lines = [
+        "begun",
+        "step    103/1,000  59:48 left",
+        "step    119/1,000  58:44 left",
+        "step    135/1,000  57:40 left",
+    ]
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_worth_it_knows_what_is_left():
+def test_worth_it_estimates_the_remaining_time():
     assert worth._left({10.0: [], 100.0: []}, 4) == ""
-    assert worth._left({10.0: [60.0, 60.0], 100.0: []}, 4) == ", about 42:00 left", "two of a minute, four of ten"
+    assert worth._left({10.0: [60.0, 60.0], 100.0: []}, 4) == ", about 42:00 left", (
+        "two of a minute, four of ten"
+    )
     assert worth._left({10.0: [60.0] * 4, 100.0: [300.0] * 4}, 4) == ", about 0:00 left"
 
 
-def test_pixels_and_new_weights_are_floors(tmp_path, data, backbone):
+def test_pixels_and_random_weights_are_baselines(tmp_path, data, backbone):
     assert run(tmp_path, "knn", "pixels", "--data", data, "--k", "3")[1]["metrics"]["top1"] == 100
     code, found = run(tmp_path / "s", "knn", f"scratch:{backbone}", "--data", data, "--k", "3")
-    assert code == 0 and found["network"] == "backbone" and found["hashes"]["backbone"] != identity(load(backbone))
+    assert (
+        code == 0
+        and found["network"] == "backbone"
+        and found["hashes"]["backbone"] != identity(load(backbone))
+    )
 
 
-def test_every_way_in_is_the_same_network(tmp_path, capsys):
-    """timm's own architecture, with weights made here: a run's layout, .safetensors with and without its configuration, an official .pth,
-    timm by name. Equal to the last bit."""
+def test_all_ways_to_load_a_backbone_give_the_same_network(tmp_path, capsys):
+    """timm's architecture with weights made here: as a run, as .safetensors with and without its
+    configuration, as an official .pth, and by timm's name. Equal to the last bit."""
     import timm
 
     torch.manual_seed(1)
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="", img_size=32, patch_size=8, embed_dim=128, num_heads=4)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=0,
+        global_pool="",
+        img_size=32,
+        patch_size=8,
+        embed_dim=128,
+        num_heads=4,
+    )
     export(Backbone(vit, *IMAGENET), tmp_path / "run" / "export" / "student", {"method": "mae"})
     file = tmp_path / "run" / "export" / "student" / "model.safetensors"
     save_file(vit.state_dict(), tmp_path / "alone.safetensors")
     torch.save({"model": vit.state_dict(), "epoch": 3}, tmp_path / "official.pth")
     images = torch.rand(3, 3, 32, 32)
     expected = Backbone(vit.eval(), *IMAGENET)(images)
-    for name in (tmp_path / "run", file, tmp_path / "alone.safetensors", tmp_path / "official.pth", f"timm:local-dir:{file.parent}"):
+    for name in (
+        tmp_path / "run",
+        file,
+        tmp_path / "alone.safetensors",
+        tmp_path / "official.pth",
+        f"timm:local-dir:{file.parent}",
+    ):
         with torch.no_grad():
             seen = rcmae.load(name).eval()(images)
         assert torch.equal(seen.cls, expected.cls) and torch.equal(seen.patches, expected.patches), name
@@ -239,12 +330,14 @@ def test_weights_alone_with_other_heads_are_another_backbone(tmp_path):
     assert identity(load(file, heads=3)) == identity(load(file, heads=3))
 
 
-def test_labels_are_shares_that_all_backbones_have_in_common(tmp_path, data, backbone):
+def test_all_backbones_get_the_same_fractions_of_labels(tmp_path, data, backbone):
     sizes, splits = [], []
     for percent in ("10", "50", "100"):
         _, found = run(tmp_path / percent, "knn", backbone, "--data", data, "--k", "1", "--labels", percent)
         sizes.append(found["train_images"])
-        splits += sorted(p.read_bytes() for p in (tmp_path / percent / "cache" / "splits").rglob(f"labels-{percent}.json"))
+        splits += sorted(
+            p.read_bytes() for p in (tmp_path / percent / "cache" / "splits").rglob(f"labels-{percent}.json")
+        )
     assert sizes == [4, 18, 36] and len(splits) == 2
     before = set((tmp_path / "50" / "cache" / "splits").rglob("*.json"))
     _, other = run(tmp_path / "50", "knn", "pixels", "--data", data, "--k", "1", "--labels", "50")
@@ -252,13 +345,25 @@ def test_labels_are_shares_that_all_backbones_have_in_common(tmp_path, data, bac
 
 
 def subset(data):
-    return open_labelled(str(data), size=16).train
+    return open_labeled(str(data), size=16).train
 
 
-def test_features_are_made_once_and_go_on_where_they_stopped(tmp_path, data, monkeypatch):
+@catches(
+    "cached features do not depend on the backbone",
+    "rcmae.tasks.features:identity",
+    lambda old: lambda backbone: "0" * 16,
+)
+def test_features_are_computed_once_and_resumed(tmp_path, data, monkeypatch):
     monkeypatch.setattr(features_module, "PART", 10)
     backbone = method_for(small()).backbone()
-    options = {"cache": tmp_path, "tokens": True, "device": torch.device("cpu"), "precision": "fp32", "world": World(), "batch": 4}
+    options = {
+        "cache": tmp_path,
+        "tokens": True,
+        "device": torch.device("cpu"),
+        "precision": "fp32",
+        "world": World(),
+        "batch": 4,
+    }
     part, calls = subset(data), []
 
     first = extract(backbone, part, **options)
@@ -268,10 +373,14 @@ def test_features_are_made_once_and_go_on_where_they_stopped(tmp_path, data, mon
     files[2].unlink()
     again = extract(backbone, part, tick=calls.append, **options)
     assert [f.stat().st_mtime_ns == stamps[f] for f in files] == [True, True, False, True]
-    assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True)) and torch.equal(first.tokens, again.tokens)
+    assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True)) and torch.equal(
+        first.tokens, again.tokens
+    )
     assert calls[-1] == 36
     with torch.no_grad():
-        whole = backbone.eval()(torch.stack([Centers(part, (16, 16), 3)[i]["image"] for i in range(36)]).float() / 255)
+        whole = backbone.eval()(
+            torch.stack([Centers(part, (16, 16), 3)[i]["image"] for i in range(36)]).float() / 255
+        )
     torch.testing.assert_close(first.mean, whole.mean)
     torch.testing.assert_close(first.tokens.float(), whole.tokens, atol=2e-3, rtol=2e-3)
     other = method_for(small(seed=1)).backbone()
@@ -280,8 +389,13 @@ def test_features_are_made_once_and_go_on_where_they_stopped(tmp_path, data, mon
     assert len(list(tmp_path.iterdir())) == 2, "another backbone's features are others"
 
 
-def test_an_unreadable_image_is_wrong_and_named(tmp_path, capsys):
-    """One of each class, so that whatever the grey image that stands for it looks like would be right once."""
+@catches(
+    "an unreadable image counts as a gray one",
+    "rcmae.tasks.context:EvaluationContext.correct",
+    lambda old: lambda self, predictions, features: predictions == features.labels,
+)
+def test_an_unreadable_image_counts_as_wrong_and_is_named(tmp_path, capsys):
+    """One in each class, so that any prediction for the gray replacement would be correct once."""
     class_folders(tmp_path / "d" / "train", count=6), class_folders(tmp_path / "d" / "val", count=6, first=50)
     for where in ("train/a/0.png", *(f"val/{name}/50.png" for name in "abc")):
         (tmp_path / "d" / where).write_bytes(b"no image")
@@ -304,45 +418,50 @@ def shard(path: Path, images: list[tuple[int, int]], names: str = "abc") -> None
 
 
 def test_layouts(tmp_path, data):
-    whole = open_labelled(str(class_folders(tmp_path / "flat", count=10)))
-    assert (len(whole.train), len(whole.test)) == (24, 6) and "every 5th image of a class is scored on" in whole.notes[0]
-    assert not set(whole.train.chosen) & set(whole.test.chosen) and np.bincount(whole.test.labels).tolist() == [2, 2, 2]
+    whole = open_labeled(str(class_folders(tmp_path / "flat", count=10)))
+    assert (len(whole.train), len(whole.test)) == (
+        24,
+        6,
+    ) and "every 5th image of each class is held out" in whole.notes[0]
+    assert not set(whole.train.chosen) & set(whole.test.chosen) and np.bincount(
+        whole.test.labels
+    ).tolist() == [2, 2, 2]
     (tmp_path / "tars").mkdir()
     shard(tmp_path / "tars" / "train-000.tar", [(k, i) for i in range(4) for k in range(3)])
     shard(tmp_path / "tars" / "val-000.tar", [(k, 9) for k in (1, 2)])
-    tars = open_labelled(str(tmp_path / "tars"))
+    tars = open_labeled(str(tmp_path / "tars"))
     assert len(tars.train) == 12 and [tars.classes[i] for i in tars.test.labels] == ["b", "c"]
-    assert "has no image of 1 class, which are not scored: a" in tars.notes[0]
-    apart = open_labelled(str(data / "train"), str(data / "val"))
-    assert apart.train.fingerprint() == open_labelled(str(data)).train.fingerprint()
-    embedded = open_labelled("embedded:digits", size=16)
-    assert (len(embedded.train), len(embedded.test)) == (16384, 4000)
+    assert "has no test image of 1 class: a" in tars.notes[0]
+    apart = open_labeled(str(data / "train"), str(data / "val"))
+    assert apart.train.fingerprint() == open_labeled(str(data)).train.fingerprint()
+    bundled = open_labeled("bundled:digits", size=16)
+    assert (len(bundled.train), len(bundled.test)) == (16384, 4000)
 
 
 def test_classes_are_joined_by_name(tmp_path):
     class_folders(tmp_path / "train", "abc", 2)
     class_folders(tmp_path / "val", "bc", 2)
-    found = open_labelled(str(tmp_path))
+    found = open_labeled(str(tmp_path))
     assert [found.classes[i] for i in found.test.labels] == ["b", "b", "c", "c"]
 
 
 def test_data_that_cannot_be_used(tmp_path):
     class_folders(tmp_path / "x" / "train", "ab", 2), class_folders(tmp_path / "x" / "val", "abzy", 2)
     with pytest.raises(DataError, match=r"val has 2 classes that .*train lacks: y, z"):
-        open_labelled(str(tmp_path / "x"))
+        open_labeled(str(tmp_path / "x"))
     class_folders(tmp_path / "one", "a", 4)
-    with pytest.raises(DataError, match="no labels, or one class alone"):
-        open_labelled(str(tmp_path / "one"))
+    with pytest.raises(DataError, match="no labels, or only one class"):
+        open_labeled(str(tmp_path / "one"))
     (tmp_path / "alone").mkdir()
     class_folders(tmp_path / "alone" / "train", "ab", 2)
-    with pytest.raises(DataError, match=r"holds train/ alone; name the other part with --val"):
-        open_labelled(str(tmp_path / "alone"))
-    far = open_labelled(str(class_folders(tmp_path / "far", "ab", 5))).train.source
+    with pytest.raises(DataError, match=r"only holds train/; give the other part with --val"):
+        open_labeled(str(tmp_path / "alone"))
+    far = open_labeled(str(class_folders(tmp_path / "far", "ab", 5))).train.source
     far.labels = far.labels + 1
     with pytest.raises(DataError, match=r"b/\d.png has label 2, outside the set's 2 classes"):
-        from rcmae.data.labelled import _parts
+        from rcmae.data.labeled import _join
 
-        _parts(far, far)
+        _join(far, far)
 
 
 def record(folder: Path, name: str) -> dict:
@@ -351,7 +470,8 @@ def record(folder: Path, name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def wnids(tmp_path_factory):
-    """ImageNet's layout with an image a class and part, of 16 px; -A, -R and -Sketch are made of the same files."""
+    """ImageNet's layout with one 16 px image per class and part; -A, -R and -Sketch consist of the same
+    files."""
     names, root = imagenet_classes(), tmp_path_factory.mktemp("imagenet")
     for i, name in enumerate(names):
         (root / "train" / name).mkdir(parents=True)
@@ -368,20 +488,55 @@ def wnids(tmp_path_factory):
 
 
 def test_the_papers_protocol_runs_on_small_sets_laid_out_like_imagenet(tmp_path, wnids, backbone, capsys):
-    """benchmarks/paper's commands: fine-tune, then the tuned classifier on -A, -R, -Sketch and ReaL, and one of three classes on -C."""
+    """benchmarks/paper's commands: fine-tune, then the tuned classifier on -A, -R, -Sketch and ReaL, and one
+    of three classes on -C."""
     common = ["--device", "cpu", "--workers", "0", "--cache", str(tmp_path / "cache"), "--out"]
-    tune = ["--recipe", "vitb16-in1k", "--settings", "steps=1", "warmup_epochs=0", "batch_size=8", "mix_group=8"]
-    assert main(["evaluate", "finetune", str(backbone), "--data", str(wnids), *tune, *common, str(tmp_path / "t")]) == 0
+    tune = [
+        "--recipe",
+        "vitb16-in1k",
+        "--settings",
+        "steps=1",
+        "warmup_epochs=0",
+        "batch_size=8",
+        "mix_group=8",
+    ]
+    assert (
+        main(
+            ["evaluate", "finetune", str(backbone), "--data", str(wnids), *tune, *common, str(tmp_path / "t")]
+        )
+        == 0
+    )
     tuned = tmp_path / "t" / "finetune-backbone"
     sets = [x for w in ("a", "r") for x in (f"--imagenet-{w}", str(wnids / w))]
-    sets += ["--imagenet-sketch", str(wnids / "train"), "--real", str(wnids / "real"), "--no-corruptions", "--no-attacks"]
-    assert main(["evaluate", "robustness", str(tuned), "--data", str(wnids), *sets, *common, str(tmp_path / "r")]) == 0
+    sets += [
+        "--imagenet-sketch",
+        str(wnids / "train"),
+        "--real",
+        str(wnids / "real"),
+        "--no-corruptions",
+        "--no-attacks",
+    ]
+    assert (
+        main(
+            ["evaluate", "robustness", str(tuned), "--data", str(wnids), *sets, *common, str(tmp_path / "r")]
+        )
+        == 0
+    )
     found = record(tmp_path / "r", "robustness-classifier")["metrics"]
     assert list(found) == [
-        "top1", "ECE", "ImageNet-A", "ImageNet-A, among all 1,000 classes", "ImageNet-R", "ImageNet-R, among all 1,000 classes",
-        "ImageNet-Sketch", "ReaL",
-    ]  # fmt: skip
-    assert found["ImageNet-Sketch"] == found["top1"] and found["ImageNet-A"] >= found["ImageNet-A, among all 1,000 classes"]
+        "top1",
+        "ECE",
+        "ImageNet-A",
+        "ImageNet-A, among all 1,000 classes",
+        "ImageNet-R",
+        "ImageNet-R, among all 1,000 classes",
+        "ImageNet-Sketch",
+        "ReaL",
+    ]
+    assert (
+        found["ImageNet-Sketch"] == found["top1"]
+        and found["ImageNet-A"] >= found["ImageNet-A, among all 1,000 classes"]
+    )
 
 
 @pytest.mark.usefixtures("drawn")
@@ -394,19 +549,58 @@ def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, b
     for kind, name in enumerate("abc"):
         (tmp_path / "stored" / name).mkdir(parents=True)
         picture(kind, 77).resize((16, 16)).save(tmp_path / "stored" / name / "1.png")
-    options = ["--imagenet-c", published, "--corrupted-images", "6", "--eps", "0.5", "64", "--pgd-steps", "3", "--probe", "knn"]
-    code, found = run(tmp_path, "robustness", backbone, "--data", data, "--attacked-images", "18", *options, "--workers", "0")
+    options = [
+        "--imagenet-c",
+        published,
+        "--corrupted-images",
+        "6",
+        "--eps",
+        "0.5",
+        "64",
+        "--pgd-steps",
+        "3",
+        "--probe",
+        "knn",
+    ]
+    code, found = run(
+        tmp_path,
+        "robustness",
+        backbone,
+        "--data",
+        data,
+        "--attacked-images",
+        "18",
+        *options,
+        "--workers",
+        "0",
+    )
     assert code == 0 and found["task"] == "robustness"
-    assert found["metrics"]["PGD-3 64/255"] < found["metrics"]["clean, of the attacked images"], "votes can be attacked"
+    assert found["metrics"]["PGD-3 64/255"] < found["metrics"]["clean, of the attacked images"], (
+        "votes can be attacked"
+    )
     assert (tmp_path / "out" / "robustness-backbone-knn.json").exists()
     capsys.readouterr()
     options[-1] = "linear"
-    code, _ = run(tmp_path, "robustness", backbone, "--data", data, "--attacked-images", "18", *options, "--workers", "0")
+    code, _ = run(
+        tmp_path,
+        "robustness",
+        backbone,
+        "--data",
+        data,
+        "--attacked-images",
+        "18",
+        *options,
+        "--workers",
+        "0",
+    )
     assert code == 0
     found = record(tmp_path / "out", "robustness-backbone")
     metrics, said = found["metrics"], capsys.readouterr().out
     assert metrics["top1"] == metrics["clean, of the attacked images"] > 60
-    assert metrics["PGD-3 0.5/255"] <= metrics["FGSM 0.5/255"] <= metrics["top1"] and metrics["PGD-3 64/255"] < 20
+    assert (
+        metrics["PGD-3 0.5/255"] <= metrics["FGSM 0.5/255"] <= metrics["top1"]
+        and metrics["PGD-3 64/255"] < 20
+    )
     assert "mean error, C-style, not ImageNet-C" in metrics and "mean error, ImageNet-C" in metrics
     assert "mCE, ImageNet-C" not in metrics, "three classes are not all of ImageNet-C"
     assert found["details"]["checks"]["PGD-3 0.5/255"]["eps 0 equals clean"]["holds"] is True
@@ -419,32 +613,46 @@ def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, b
 
 
 def test_results_of_what_was_tuned_reach_the_report_of_the_run(tmp_path, data, monkeypatch, capsys):
-    """README's commands, with no --out: each ends with the page of the pre-training that it began from, and is told there."""
+    """README's commands, without --out: each ends with the page of the pre-training that it started from, and
+    shows up there."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "recipe.toml").write_text(to_toml(small()))
     for which in ("student", "teacher"):
         export(method_for(small()).backbone(which), tmp_path / "mine" / "export" / which, {"method": "rcmae"})
-    tune = ["--recipe", "embedded", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
+    tune = ["--recipe", "bundled", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
     common = ["--data", str(data), "--device", "cpu", "--workers", "0", "--cache", "cache"]
     robust = ["--no-corruptions", "--no-attacks"]
-    for argv in (["finetune", "mine", *tune], ["robustness", "mine/evaluate/finetune-teacher", *robust], ["worth-it", "mine", *tune]):
+    for argv in (
+        ["finetune", "mine", *tune],
+        ["robustness", "mine/evaluate/finetune-teacher", *robust],
+        ["worth-it", "mine", *tune],
+    ):
         more = ["--percents", "100", "--seeds", "2"] if argv[0] == "worth-it" else []
         capsys.readouterr()
         assert main(["evaluate", *argv, *more, *common]) == 0
         assert "Open mine/report.html" in capsys.readouterr().out
     page = (tmp_path / "mine" / "report.html").read_text()
-    assert "finetune-teacher/evaluate/robustness-classifier" in page and "With 100 % of the labels (36 images), teacher: " in page
+    assert (
+        "finetune-teacher/evaluate/robustness-classifier" in page
+        and "With 100 % of the labels (36 images), teacher: " in page
+    )
 
 
-def test_sets_that_are_not_whole_are_refused_before_any_work(tmp_path, data, backbone, capsys):
+def test_incomplete_sets_are_refused_before_any_work(tmp_path, data, backbone, capsys):
     (tmp_path / "empty").mkdir(), class_folders(tmp_path / "one", "a")
-    images, plain = tmp_path / "c", ["robustness", backbone, "--data", data, "--workers", "0", "--probe", "knn", "--no-corruptions"]
+    images, plain = (
+        tmp_path / "c",
+        ["robustness", backbone, "--data", data, "--workers", "0", "--probe", "knn", "--no-corruptions"],
+    )
     for place in (images / corruption / str(severity) for corruption in STANDARD for severity in range(1, 6)):
         class_folders(place, count=1)
     cases = {
-        "-c": [("one", "is not all of ImageNet-C: gaussian_noise/1"), ("c", "20 x 20, and the model takes 16 x 16")],
-        "-a": [("one", "one has 1 class folders; n01498041"), ("none", "none is no folder")],
+        "-c": [
+            ("one", "is not the complete ImageNet-C: gaussian_noise/1"),
+            ("c", "20 x 20, but the model takes 16 x 16"),
+        ],
+        "-a": [("one", "one has 1 class folders; n01498041"), ("none", "none is not a folder")],
         "-r": [("one", "one has 1 class folders; n01443537")],
         "-sketch": [("one", "one has 1 class folders; n01440764")],
     }
@@ -463,14 +671,14 @@ def test_sets_that_are_not_whole_are_refused_before_any_work(tmp_path, data, bac
 
 
 def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys):
-    settings = ["--recipe", "embedded", "--settings", "steps=12", "batch_size=16", "warmup_epochs=0"]
+    settings = ["--recipe", "bundled", "--settings", "steps=12", "batch_size=16", "warmup_epochs=0"]
     code, found = run(tmp_path, "finetune", backbone, "--data", data, *settings, "--workers", "0")
     assert code == 0 and found["task"] == "finetune" and found["settings"]["layer_decay"] == 0.75
     again = run(tmp_path, "finetune", backbone, "--data", data, *settings, "--workers", "0")[1]
     assert again["metrics"] == found["metrics"] and "resumed from step_00000012" in capsys.readouterr().out
     assert again["seconds"] == found["seconds"] > 0, "of the training, not of what came after it"
     assert main(["evaluate", "knn", str(tmp_path / "out" / "finetune-backbone"), "--data", str(data)]) == 4
-    assert "is a run of fine-tuning: it holds a classifier" in capsys.readouterr().err
+    assert "is a run of fine-tuning, with a classifier" in capsys.readouterr().err
     model, classes = load_classifier(tmp_path / "out" / "finetune-backbone")
     assert classes == ["a", "b", "c"]
     torch.save({"model": model.vit.state_dict()}, tmp_path / "tuned.pth")
@@ -484,37 +692,62 @@ def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys)
 
 
 def test_a_tuned_classifier_is_scored_on_images_it_was_not_trained_on(tmp_path, backbone, capsys):
-    """One set without a validation part: fine-tuning divides it, and so does what scores the classifier; of other images all count."""
+    """A set without a validation part is split the same way by fine-tuning and by the evaluation; of another
+    set, all images count."""
     whole = class_folders(tmp_path / "whole", count=10)
-    settings = ["--recipe", "embedded", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0", "--workers", "0"]
+    settings = [
+        "--recipe",
+        "bundled",
+        "--settings",
+        "steps=2",
+        "batch_size=8",
+        "warmup_epochs=0",
+        "--workers",
+        "0",
+    ]
     _, tuned = run(tmp_path, "finetune", backbone, "--data", whole, *settings)
-    place, plain = tmp_path / "out" / "finetune-backbone", ["--no-corruptions", "--no-attacks", "--workers", "0"]
-    for classifier in (place, place / "export" / "classifier", f"timm:local-dir:{place / 'export' / 'classifier'}"):
+    place, plain = (
+        tmp_path / "out" / "finetune-backbone",
+        ["--no-corruptions", "--no-attacks", "--workers", "0"],
+    )
+    for classifier in (
+        place,
+        place / "export" / "classifier",
+        f"timm:local-dir:{place / 'export' / 'classifier'}",
+    ):
         code, found = run(tmp_path / "r", "robustness", classifier, "--data", whole, *plain)
         assert code == 0 and all(found["hashes"][part] == tuned["hashes"][part] for part in ("train", "test"))
         assert found["test_images"] == 6 and found["metrics"]["top1"] == tuned["metrics"]["top1"]
     picture(0, 99).save(whole / "a" / "new.png")
     capsys.readouterr()
     _, found = run(tmp_path / "other", "robustness", place, "--data", whole, *plain)
-    assert found["test_images"] == 31 and "also what the classifier may have been trained on" in found["notes"][0]
-    assert "all of it is scored on" in capsys.readouterr().out.replace("\n", " ")
+    assert (
+        found["test_images"] == 31
+        and "possibly including the classifier's training images" in found["notes"][0]
+    )
+    assert "testing on all images" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_agree_with_one(tmp_path, data):
-    """Features by both, then fine-tuning by both of two networks one after the other: the world is joined once and left once."""
+    """Both extract features, then both fine-tune two networks one after the other; the process group is
+    opened and closed once."""
     method = method_for(small())
     for which in ("student", "teacher"):
         export(method.backbone(which), tmp_path / "run" / "export" / which, {"method": "rcmae"})
     options = ["--data", data, "--which", "both", "--device", "cpu", "--workers", "0", "--out"]
-    tune = ["--recipe", "embedded", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
+    tune = ["--recipe", "bundled", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
     for task in (["knn", "--k", "3"], ["finetune", *tune]):
         argv = ["evaluate", *map(str, [task[0], tmp_path / "run", *task[1:], *options])]
-        codes, said = ranks(tmp_path / task[0], main, [*argv, str(tmp_path / "two"), "--cache", str(tmp_path / "c2")])
+        codes, said = ranks(
+            tmp_path / task[0], main, [*argv, str(tmp_path / "two"), "--cache", str(tmp_path / "c2")]
+        )
         assert codes == [0, 0], said[-3000:]
         assert main([*argv, str(tmp_path / "one"), "--cache", str(tmp_path / "c1")]) == 0
         for which in ("student", "teacher"):
-            one, both = (record(tmp_path / where, f"{task[0]}-{which}")["metrics"] for where in ("one", "two"))
+            one, both = (
+                record(tmp_path / where, f"{task[0]}-{which}")["metrics"] for where in ("one", "two")
+            )
             assert one == pytest.approx(both, abs=1e-3), task
 
 
@@ -523,7 +756,7 @@ def test_worth_it_compares_with_scratch_within_seeds_and_says_so(tmp_path, data,
         "--data",
         data,
         "--recipe",
-        "embedded",
+        "bundled",
         "--settings",
         "steps=2",
         "batch_size=8",
@@ -532,7 +765,20 @@ def test_worth_it_compares_with_scratch_within_seeds_and_says_so(tmp_path, data,
         "50",
         "100",
     ]
-    argv = ["evaluate", "worth-it", backbone, *options, "--seeds", "2", "--workers", "0", "--device", "cpu", "--against", "pixels"]
+    argv = [
+        "evaluate",
+        "worth-it",
+        backbone,
+        *options,
+        "--seeds",
+        "2",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--against",
+        "pixels",
+    ]
     folders = ["--out", tmp_path / "o", "--cache", tmp_path / "c"]
     for other, code in (("pixels", 2), (tmp_path / "typo", 4)):
         assert main([str(a) for a in [*argv[:-1], other, *folders]]) == code, "told before any training"
@@ -540,21 +786,24 @@ def test_worth_it_compares_with_scratch_within_seeds_and_says_so(tmp_path, data,
     assert main([str(a) for a in [*argv[:-2], *folders]]) == 0
     found = json.loads((tmp_path / "o" / "worth-it" / "worth-it.json").read_text())
     assert [(r["arm"], r["percent"], r["images"]) for r in found["rows"]] == [
-        ("from scratch", 50, 18), ("backbone", 50, 18), ("from scratch", 100, 36), ("backbone", 100, 36)
-    ]  # fmt: skip
-    assert all(len(r["seeds"]) == 2 for r in found["rows"]) and len(found["said"]) == 2
+        ("from scratch", 50, 18),
+        ("backbone", 50, 18),
+        ("from scratch", 100, 36),
+        ("backbone", 100, 36),
+    ]
+    assert all(len(r["seeds"]) == 2 for r in found["rows"]) and len(found["verdict"]) == 2
     start = load(f"scratch:{backbone}", seed=1).vit.blocks[0].attn.qkv.weight
     assert not torch.equal(start, load(f"scratch:{backbone}", seed=2).vit.blocks[0].attn.qkv.weight)
     assert "With 50 % of the labels (18 images), backbone: " in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_worth_it_is_told_by_the_first_rank_alone(tmp_path, backbone, monkeypatch, capsys):
+def test_worth_it_is_reported_by_the_first_rank_only(tmp_path, backbone, monkeypatch, capsys):
     @contextlib.contextmanager
     def second(device):
         yield World(1, 2)
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(worth.distributed, "joined", second)
+    monkeypatch.setattr(worth.distributed, "process_group", second)
     monkeypatch.setattr(worth, "evaluate", lambda *given: [])
     assert main(["evaluate", "worth-it", str(backbone), "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
     assert not capsys.readouterr().out and not (tmp_path / "o").exists()
@@ -565,16 +814,22 @@ def test_defaults_fit_few_images_and_choices_are_refused(tmp_path, backbone, cap
     for broken in "ab":
         (tmp_path / "d" / "train" / broken / "0.png").write_bytes(b"no image")
     common = ["--data", tmp_path / "d", "--workers", "0"]
-    assert list(run(tmp_path, "knn", "pixels", *common)[1]["metrics"]) == ["top1", "top1 k=10"], "of 12 images two are unreadable"
+    assert list(run(tmp_path, "knn", "pixels", *common)[1]["metrics"]) == ["top1", "top1 k=10"], (
+        "of 12 images two are unreadable"
+    )
     found = run(tmp_path / "few", "knn", "pixels", *common, "--labels", "50")[1]
-    assert len(found["settings"]["k"]) == 1 and 4 <= found["settings"]["k"][0] <= 6, "six, of which two may be the unreadable ones"
-    found = run(tmp_path / "r", "robustness", backbone, *common, "--probe", "knn", "--no-corruptions", "--no-attacks")[1]
+    assert len(found["settings"]["k"]) == 1 and 4 <= found["settings"]["k"][0] <= 6, (
+        "six, of which two may be the unreadable ones"
+    )
+    found = run(
+        tmp_path / "r", "robustness", backbone, *common, "--probe", "knn", "--no-corruptions", "--no-attacks"
+    )[1]
     assert found["settings"]["probe_settings"]["k"] == [10] and found["machine"]["precision"] == "fp32"
     assert run(tmp_path / "chosen", "knn", "pixels", *common, "--k", "11")[0] == 2
     assert "k must lie in 1 to 10" in capsys.readouterr().err
 
 
-def test_a_damaged_cache_is_made_anew(tmp_path, data, backbone):
+def test_a_damaged_cache_is_computed_again(tmp_path, data, backbone):
     first = run(tmp_path, "knn", backbone, "--data", data, "--k", "3")[1]
     for file in (tmp_path / "cache").rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-9])
@@ -582,24 +837,25 @@ def test_a_damaged_cache_is_made_anew(tmp_path, data, backbone):
     assert code == 0 and again["metrics"] == first["metrics"]
 
 
-def test_features_that_are_not_finite_are_no_features(tmp_path, data):
-    """float16 ends at 65,504: tokens that do not fit would teach a probe nothing, without a word."""
+def test_features_that_are_not_finite_are_refused(tmp_path, data):
+    """float16 ends at 65,504: larger tokens would silently make a probe useless."""
     network = method_for(small()).backbone()
     network.vit.norm.weight.data *= 1e6
     options = {"cache": tmp_path, "device": torch.device("cpu"), "precision": "fp32", "world": World()}
     assert extract(network, subset(data), tokens=False, **options).mean.isfinite().all()
     with pytest.raises(
-        CheckpointError, match=r"is not finite \(tokens\): tokens above 65,504 do not fit half precision; take knn or linear"
+        CheckpointError,
+        match=r"are not finite \(tokens\): tokens above 65,504 do not fit half precision; use knn or linear",
     ):
         extract(network, subset(data), tokens=True, **options)
     network.vit.norm.weight.data *= float("nan")
-    with pytest.raises(CheckpointError, match=r"is not finite \(cls, mean\): look at its weights"):
+    with pytest.raises(CheckpointError, match=r"are not finite \(cls, mean\): check its weights"):
         extract(network, subset(data), tokens=False, **options)
 
 
 def test_advice_names_flags_that_exist():
-    """In what recipes of fine-tuning and the page of evaluation say."""
-    known = {f.name for cls in (Evaluation, Worth, *KINDS.values()) for f in fields(cls)}
+    """In the recipes of fine-tuning and in docs/evaluation.md."""
+    known = {f.name for cls in (EvaluationOptions, Worth, *KINDS.values()) for f in fields(cls)}
     page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
     for text in (page, *(file.read_text() for file in shipped_recipes("finetune").values())):
         assert not {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", text)} - known
@@ -610,12 +866,17 @@ def test_advice_names_flags_that_exist():
 
 def test_the_verdict_follows_from_the_interval():
     def row(arm, percent, mean, gain=None):
-        return {"arm": arm, "percent": percent, "images": 7, "seeds": [mean]} | ({"gain": gain} if gain else {})
+        return {"arm": arm, "percent": percent, "images": 7, "seeds": [mean]} | (
+            {"gain": gain} if gain else {}
+        )
 
-    rows = [row("from scratch", 1, 10.0), *(row("t", 1, 30.0, [20.0, low, high]) for low, high in ((5, 35), (-5, 45)))]
+    rows = [
+        row("from scratch", 1, 10.0),
+        *(row("t", 1, 30.0, [20.0, low, high]) for low, high in ((5, 35), (-5, 45))),
+    ]
     paid, unclear, worse = verdict([*rows, row("t", 1, 5.0, [-5.0, -9, -1])])
-    assert "pre-training paid (30.0 % right, 10.0 % from scratch; +20.0 points, +5.0 to +35.0)" in paid
-    assert "can't tell" in unclear and "did not pay" in worse
+    assert "pre-training paid off (30.0 % accuracy, 10.0 % from scratch; +20.0 points, +5.0 to +35.0)" in paid
+    assert "inconclusive" in unclear and "did not pay" in worse
 
 
 FAILURES = [
@@ -630,19 +891,55 @@ FAILURES = [
         4,
         "wrong.safetensors is not a plain Vision Transformer: blocks.0.attn.qkv.weight is",
     ),
-    (["knn", "{tmp}/odd.safetensors", "--data", "{data}"], 4, "under timm's names"),
-    (["knn", "{backbone}", "--data", "{data}", "--seed", "-1"], 2, "seed must be 0 or more and below 2**63, not -1"),
-    (["knn", "{tmp}/wrong.safetensors", "--data", "{data}", "--heads", "-1"], 2, "heads must be 1 or more, not -1"),
-    (["knn", "{tmp}/wrong.safetensors", "--data", "{data}", "--heads", "0"], 2, "heads must be 1 or more, not 0"),
+    (["knn", "{tmp}/odd.safetensors", "--data", "{data}"], 4, "with timm's names"),
+    (
+        ["knn", "{backbone}", "--data", "{data}", "--seed", "-1"],
+        2,
+        "seed must be 0 or more and below 2**63, not -1",
+    ),
+    (
+        ["knn", "{tmp}/wrong.safetensors", "--data", "{data}", "--heads", "-1"],
+        2,
+        "heads must be 1 or more, not -1",
+    ),
+    (
+        ["knn", "{tmp}/wrong.safetensors", "--data", "{data}", "--heads", "0"],
+        2,
+        "heads must be 1 or more, not 0",
+    ),
     (["knn", "{backbone}", "--data", "{data}", "--workers", "-1"], 2, "workers must be 0 or more, not -1"),
-    (["linear", "{backbone}", "--data", "{data}", "--protocol", "mae", "--batch", "1"], 2, "batch must be 2 or more"),
+    (
+        ["linear", "{backbone}", "--data", "{data}", "--protocol", "mae", "--batch", "1"],
+        2,
+        "batch must be 2 or more",
+    ),
     (["robustness", "{tmp}/damaged", "--data", "{data}"], 4, "damaged/config.json is damaged or not ours"),
     (["robustness", "{tmp}/list", "--data", "{data}"], 4, "list/config.json is damaged or not ours"),
-    (["finetune", "{backbone}", "--data", "{data}", "--settings", "seed=3"], 2, "folder and its settings say seed 3; leave it out there"),
-    (["finetune", "{backbone}", "--data", "{data}", "--recipe", "{tmp}/own.toml"], 2, "own.toml and its settings say seed 3"),
-    (["worth-it", "{backbone}", "--data", "{data}", "--which", "student"], 2, "leave out --which, --labels and --seed"),
-    (["worth-it", "{backbone}", "--data", "{data}", "--labels", "10"], 2, "leave out --which, --labels and --seed"),
-    (["worth-it", "{backbone}", "--data", "{data}", "--seed", "1"], 2, "leave out --which, --labels and --seed"),
+    (
+        ["finetune", "{backbone}", "--data", "{data}", "--settings", "seed=3"],
+        2,
+        "folder and its settings set seed 3; leave it out there",
+    ),
+    (
+        ["finetune", "{backbone}", "--data", "{data}", "--recipe", "{tmp}/own.toml"],
+        2,
+        "own.toml and its settings set seed 3",
+    ),
+    (
+        ["worth-it", "{backbone}", "--data", "{data}", "--which", "student"],
+        2,
+        "leave out --which, --labels and --seed",
+    ),
+    (
+        ["worth-it", "{backbone}", "--data", "{data}", "--labels", "10"],
+        2,
+        "leave out --which, --labels and --seed",
+    ),
+    (
+        ["worth-it", "{backbone}", "--data", "{data}", "--seed", "1"],
+        2,
+        "leave out --which, --labels and --seed",
+    ),
 ]
 
 
@@ -650,52 +947,75 @@ FAILURES = [
     ("argv", "says"),
     [
         (["evaluate", "worth-it", "X", "--seeds", "1"], "seeds must be 2 or more for an interval, not 1"),
-        (["evaluate", "worth-it", "X", "--percents", "0"], "percents are shares of the labels"),
+        (["evaluate", "worth-it", "X", "--percents", "0"], "percents are percentages of the labels"),
         (["evaluate", "worth-it", "X", "--seed", "1"], "leave out --which, --labels and --seed"),
         (["evaluate", "worth-it", "X", "--workers", "-1"], "workers must be 0 or more, not -1"),
         (["evaluate", "worth-it", "X", "--accumulate", "0"], "accumulate must be above 0, not 0"),
-        (["evaluate", "worth-it", "X", "--settings", "steps=2"], "warmup_epochs 5 is not below the length of the run, 2 steps"),
+        (
+            ["evaluate", "worth-it", "X", "--settings", "steps=2"],
+            "warmup_epochs 5 is not below the length of the run, 2 steps",
+        ),
         (["evaluate", "worth-it", "X", "--against", "pixels"], "pixels have no weights to fine-tune"),
-        (["evaluate", "finetune", "X", "--settings", "epochs=2"], "warmup_epochs 5 is not below the length of the run, 2.00 epochs"),
+        (
+            ["evaluate", "finetune", "X", "--settings", "epochs=2"],
+            "warmup_epochs 5 is not below the length of the run, 2.00 epochs",
+        ),
         (["evaluate", "finetune", "X", "--settings", "flpi=false"], "did you mean flip?"),
-        (["evaluate", "finetune", "X", "--recipe", "foldr"], "there is no recipe 'foldr'; did you mean folder?"),
+        (
+            ["evaluate", "finetune", "X", "--recipe", "foldr"],
+            "there is no recipe 'foldr'; did you mean folder?",
+        ),
         (["evaluate", "finetune", "pixels"], "pixels have no weights to fine-tune"),
         (["evaluate", "knn", "X", "--labels", "0"], "labels is a percentage"),
         (["evaluate", "attentive", "X", "--queries", "0"], "queries must be above 0, not 0"),
         (["evaluate", "linear", "X", "--protocol", "mae", "--batch", "1"], "batch must be 2 or more"),
         (["evaluate", "robustness", "X", "--eps", "1", "1"], "eps has a size twice: 1, 1"),
         (["detect", "train", "X", "--accumulate", "0"], "accumulate must be 1 or more, not 0"),
-        (["detect", "train", "X", "--device", "tpu"], "'tpu' is no device"),
-        (["detect", "train", "X", "--images", "0", "--heads", "0"], "--images must be 1 or more, not 0; --heads must be 1 or more, not 0"),
-        (["detect", "train", "X", "--settings", "steps=3"], "warmup_steps 250 is not below the run's 3 steps"),
-        (["detect", "eval", "X", "--device", "tpu"], "'tpu' is no device"),
-        (["detect", "show", "X", "x.png", "--device", "tpu"], "'tpu' is no device"),
-        (["compare", "race", "mae", "rcmae", "--settings", "size=30"], "size 30 x 30 is not a multiple of the patch"),
+        (["detect", "train", "X", "--device", "tpu"], "'tpu' is not a valid device"),
+        (
+            ["detect", "train", "X", "--images", "0", "--heads", "0"],
+            "--images must be 1 or more, not 0; --heads must be 1 or more, not 0",
+        ),
+        (
+            ["detect", "train", "X", "--settings", "steps=3"],
+            "warmup_steps 250 is not below the run's 3 steps",
+        ),
+        (["detect", "eval", "X", "--device", "tpu"], "'tpu' is not a valid device"),
+        (["detect", "show", "X", "x.png", "--device", "tpu"], "'tpu' is not a valid device"),
+        (
+            ["compare", "race", "mae", "rcmae", "--settings", "size=30"],
+            "size 30 x 30 is not a multiple of the patch",
+        ),
         (["compare", "race", "mae", "dino", "--budget", "64 images"], "64 images are 0 steps of mae"),
         (["pretrain", "mae-vits16-in1k", "--size", "30"], "size 30 x 30 is not a multiple of the patch"),
-        (["pretrain", "mocov3-embedded", "--accumulate", "128"], "mocov3 learns nothing from micro-batches of one image"),
+        (
+            ["pretrain", "mocov3-bundled", "--accumulate", "128"],
+            "mocov3 learns nothing from micro-batches of one image",
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
 def test_settings_are_checked_before_anything_is_read(argv, says, capsys, monkeypatch, tmp_path):
-    """Here neither the backbone nor the data exists."""
+    """Neither the backbone nor the data exist here."""
     monkeypatch.chdir(tmp_path)
     own = [] if argv[1] == "show" else ["--data", "nowhere"]
     assert main([*argv, *own]) == 2
     assert says in capsys.readouterr().err
 
 
-def test_a_recipe_that_differs_is_told_before_the_images_are_read(tmp_path, capsys):
+def test_a_recipe_that_differs_is_reported_before_the_images_are_read(tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text('method = "mae"')
     (tmp_path / "checkpoints" / "step_00000000").mkdir(parents=True)
     assert main(["pretrain", "--out", str(tmp_path), "--seed", "3", "--data", "nowhere"]) == 2
-    assert "was begun with seed 0 (now 3)" in capsys.readouterr().err
+    assert "was started with seed 0 (now 3)" in capsys.readouterr().err
 
 
 def test_worth_it_refuses_at_once():
-    """Without torch, which takes seconds to load."""
+    """Without importing torch, which takes seconds."""
     argv = ["evaluate", "worth-it", "X", "--seeds", "1"]
-    code = f"import sys; from rcmae.cli import main; assert main({argv}) == 2; sys.exit('torch' in sys.modules)"
+    code = (
+        f"import sys; from rcmae.cli import main; assert main({argv}) == 2; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
@@ -703,7 +1023,9 @@ def test_worth_it_refuses_at_once():
 def test_refusals_are_one_line_and_leave_nothing(tmp_path, data, backbone, argv, code, says, capsys):
     import timm
 
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=128, num_heads=4, depth=1)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=128, num_heads=4, depth=1
+    )
     state = vit.state_dict()
     state["blocks.0.attn.qkv.weight"] = torch.zeros(5, 5)
     save_file(state, tmp_path / "wrong.safetensors")
@@ -713,7 +1035,9 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, data, backbone, argv,
         (tmp_path / name / "config.json").write_text(text)
     (tmp_path / "own.toml").write_text("seed = 3\nsteps = 2\nwarmup_epochs = 1\n")
     argv = [a.format(tmp=tmp_path, data=data, backbone=backbone) for a in argv]
-    assert main(["evaluate", *argv, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == code
+    assert (
+        main(["evaluate", *argv, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == code
+    )
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and says in lines[0], lines
     assert not (tmp_path / "out").exists()

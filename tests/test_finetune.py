@@ -1,4 +1,5 @@
-"""Fine-tuning: it learns, it goes on to the same bit, it is the same however it is cut, and no label goes astray."""
+"""Fine-tuning: it learns, it resumes exactly, it does not depend on micro-batches, and every image keeps its
+own label."""
 
 import dataclasses
 import hashlib
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import rcmae.tasks.finetune as ft
-from rcmae.config import Machine, flat, shipped_recipes, to_toml
+from rcmae.config import RuntimeConfig, flat, shipped_recipes, to_toml
 from rcmae.data.dataset import Images
 from rcmae.data.loader import batches_of
 from rcmae.data.sources import Subset, open_source
@@ -27,30 +28,54 @@ from rcmae.models.backbone import Backbone
 from rcmae.models.classifier import Classifier, classifier
 from rcmae.models.encoder import build_vit
 from tests.conftest import small, stop_at
+from tests.mutations import catches
 
 STATISTICS = (0.5,) * 3, (0.25,) * 3
-PLAIN = ft.FineTune(
-    steps=8, batch_size=8, base_lr=0.03, warmup_epochs=0.5, layer_decay=0.75, crop_scale=(1.0, 1.0), flip=False, randaugment="",
-    erasing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, smoothing=0.1,
-)  # fmt: skip
+PLAIN = ft.FineTuneRecipe(
+    steps=8,
+    batch_size=8,
+    base_lr=0.03,
+    warmup_epochs=0.5,
+    layer_decay=0.75,
+    crop_scale=(1.0, 1.0),
+    flip=False,
+    randaugment="",
+    erasing=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+    drop_path=0.0,
+    smoothing=0.1,
+)
 FULL = dataclasses.replace(
-    PLAIN, crop_scale=(0.5, 1.0), flip=True, randaugment="rand-m9-mstd0.5-inc1", erasing=0.5, mixup=0.8, cutmix=1.0, mix_group=4,
-    drop_path=0.2, clip=1.0,
-)  # fmt: skip
+    PLAIN,
+    crop_scale=(0.5, 1.0),
+    flip=True,
+    randaugment="rand-m9-mstd0.5-inc1",
+    erasing=0.5,
+    mixup=0.8,
+    cutmix=1.0,
+    mix_group=4,
+    drop_path=0.2,
+    clip=1.0,
+)
 
 
 def backbone(seed: int = 0, registers: int = 0) -> Backbone:
     torch.manual_seed(seed)
-    return Backbone(build_vit(size=16, channels=3, patch=8, width=24, depth=2, heads=2, registers=registers), *STATISTICS)
+    return Backbone(
+        build_vit(size=16, channels=3, patch=8, width=24, depth=2, heads=2, registers=registers), *STATISTICS
+    )
 
 
 def fill(root: Path, count: int) -> Path:
-    """Two classes, a dark and a bright one, as PNG files."""
+    """Two classes of PNG files, one dark and one bright."""
     draws = np.random.default_rng(count)
     for i in range(count):
         low = 128 * (i % 2)
         (root / "ab"[i % 2]).mkdir(exist_ok=True, parents=True)
-        Image.fromarray(draws.integers(low, low + 128, (16, 16, 3), dtype=np.uint8)).save(root / "ab"[i % 2] / f"{i:02d}.png")
+        Image.fromarray(draws.integers(low, low + 128, (16, 16, 3), dtype=np.uint8)).save(
+            root / "ab"[i % 2] / f"{i:02d}.png"
+        )
     return root
 
 
@@ -60,9 +85,13 @@ def sets(tmp_path_factory):
     return tuple(open_source(str(fill(root / name, count))) for name, count in (("train", 32), ("test", 20)))
 
 
-def run(out: Path, sets, settings: ft.FineTune = PLAIN, about: dict | None = None, **machine) -> ft.FineTuned:
+def run(
+    out: Path, sets, settings: ft.FineTuneRecipe = PLAIN, about: dict | None = None, **runtime
+) -> ft.FineTuned:
     own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
-    return ft.finetune(backbone(), *sets, ["dark", "bright"], settings, Machine(out=out, **(own | machine)), about)
+    return ft.finetune(
+        backbone(), *sets, ["dark", "bright"], settings, RuntimeConfig(out=out, **(own | runtime)), about
+    )
 
 
 def newest(out: Path) -> Path:
@@ -70,23 +99,30 @@ def newest(out: Path) -> Path:
 
 
 def weights(out: Path) -> str:
-    """One hash of model and optimizer as they are on the disk."""
-    return hashlib.sha256(b"".join((newest(out) / f"{n}.safetensors").read_bytes() for n in ("model", "optimizer"))).hexdigest()
+    """One hash of the saved model and optimizer."""
+    return hashlib.sha256(
+        b"".join((newest(out) / f"{n}.safetensors").read_bytes() for n in ("model", "optimizer"))
+    ).hexdigest()
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, sets) -> Path:
-    """An uninterrupted run with everything that draws."""
+    """An uninterrupted run with all random augmentations."""
     out = tmp_path_factory.mktemp("straight") / "run"
     run(out, sets, FULL)
     return out
 
 
-def test_it_learns_and_says_what_it_did(tmp_path, sets):
-    found = run(tmp_path / "run", sets, dataclasses.replace(PLAIN, steps=None, epochs=10.0, smoothing=0.0), {"backbone": "student"})
-    assert found.right.mean() > 0.9
+def test_it_learns_and_records_its_results(tmp_path, sets):
+    found = run(
+        tmp_path / "run",
+        sets,
+        dataclasses.replace(PLAIN, steps=None, epochs=10.0, smoothing=0.0),
+        {"backbone": "student"},
+    )
+    assert found.correct.mean() > 0.9
     assert found.step == 40
-    assert found.history[-1]["accuracy"] == 100 * found.right.mean()
+    assert found.history[-1]["accuracy"] == 100 * found.correct.mean()
     assert (found.confidence > 0.5).all() and (found.confidence <= 1).all()
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines if line["kind"] == "val"] == [h["step"] for h in found.history]
@@ -98,8 +134,13 @@ def test_it_learns_and_says_what_it_did(tmp_path, sets):
     assert ft.load_finetune(str(tmp_path / "run" / "recipe.toml")).epochs == 10
 
 
+@catches(
+    "a resumed run drops other paths",
+    "rcmae.tasks.finetune:path_seed",
+    lambda old, draws=iter(range(10**6)): lambda seed, step, part: old(seed, next(draws), part),
+)
 @pytest.mark.parametrize("stops", [(1,), (3, 4)])
-def test_a_stopped_run_goes_on_to_the_same_bit(tmp_path, sets, straight, monkeypatch, stops):
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, sets, straight, monkeypatch, stops):
     for stop in stops:
         with monkeypatch.context() as patch:
             stop_at(patch, ft.FineTuning, stop)
@@ -107,15 +148,23 @@ def test_a_stopped_run_goes_on_to_the_same_bit(tmp_path, sets, straight, monkeyp
                 run(tmp_path / "run", sets, FULL)
     found = run(tmp_path / "run", sets, FULL)
     assert weights(tmp_path / "run") == weights(straight)
-    assert [h["step"] for h in found.history] == [line["step"] for line in read_metrics(straight) if line["kind"] == "val"]
+    assert [h["step"] for h in found.history] == [
+        line["step"] for line in read_metrics(straight) if line["kind"] == "val"
+    ]
 
 
 def test_a_finished_run_is_scored_again_and_stays(tmp_path, sets, straight):
     before = weights(straight)
-    files = {p.name: p.read_bytes() for p in [straight / "test.safetensors", *(straight / "export" / "classifier").iterdir()]}
+    files = {
+        p.name: p.read_bytes()
+        for p in [straight / "test.safetensors", *(straight / "export" / "classifier").iterdir()]
+    }
     assert run(straight, sets, FULL).step == 8
     assert weights(straight) == before
-    assert {p.name: p.read_bytes() for p in [straight / "test.safetensors", *(straight / "export" / "classifier").iterdir()]} == files
+    assert {
+        p.name: p.read_bytes()
+        for p in [straight / "test.safetensors", *(straight / "export" / "classifier").iterdir()]
+    } == files
 
 
 def test_workers_change_nothing_and_the_callers_draws_are_left_alone(tmp_path, sets, straight):
@@ -126,11 +175,14 @@ def test_workers_change_nothing_and_the_callers_draws_are_left_alone(tmp_path, s
     assert weights(tmp_path / "run") == weights(straight)
 
 
-def test_every_sample_is_a_function_of_its_numbers(sets):
-    """In another order, with other draws before it, from another process: the same pixels; in another epoch, others."""
+def test_every_sample_is_a_function_of_seed_epoch_and_index(sets):
+    """The same pixels in another order, after other draws, in another process; other pixels in another
+    epoch."""
     source = sets[0]
-    view = SupervisedView((16, 16), *STATISTICS, scale=(0.5, 1.0), flip=True, randaugment=FULL.randaugment, erasing=0.5)
-    data = Images(source, view, 3, labelled=True)
+    view = SupervisedView(
+        (16, 16), *STATISTICS, scale=(0.5, 1.0), flip=True, randaugment=FULL.randaugment, erasing=0.5
+    )
+    data = Images(source, view, 3, labeled=True)
     keys = [(e, i) for e in (0, 1) for i in range(8)]
     one = {key: data[key]["image"] for key in keys}
     np.random.seed(1), torch.manual_seed(1)
@@ -138,7 +190,9 @@ def test_every_sample_is_a_function_of_its_numbers(sets):
     batches = batches_of(data, [keys[:8], keys[8:]], source, 1, torch.device("cpu"), lambda bad: None)
     assert torch.equal(torch.cat([b["image"] for b in batches]), torch.stack(list(one.values())))
     assert sum(torch.equal(one[0, i], one[1, i]) for i in range(8)) == 0
-    assert torch.stack(list(one.values())).flatten(1).max(1).values.gt(1.01).any(), "noise has no bounds: something was erased"
+    assert torch.stack(list(one.values())).flatten(1).max(1).values.gt(1.01).any(), (
+        "noise has no bounds: something was erased"
+    )
 
 
 def test_global_generators_are_put_back():
@@ -152,8 +206,10 @@ def test_global_generators_are_put_back():
         assert (np.random.rand(), torch.rand(1).item()) == first
 
 
-def test_mixtures_are_the_same_however_a_step_is_cut():
-    mixing = Mixing(3, mixup=0.8, cutmix=1.0, mix_prob=1.0, switch_prob=0.5, smoothing=0.1, mix_group=4, seed=1)
+def test_mixing_does_not_depend_on_micro_batches():
+    mixing = Mixing(
+        3, mixup=0.8, cutmix=1.0, mix_prob=1.0, switch_prob=0.5, smoothing=0.1, mix_group=4, seed=1
+    )
     images, labels = torch.rand(16, 3, 8, 8), torch.arange(16) % 3
     whole, targets = mixing(images.clone(), labels, 5, 0)
     parts = [mixing(images[i : i + 8].clone(), labels[i : i + 8], 5, i // 8) for i in (0, 8)]
@@ -161,12 +217,19 @@ def test_mixtures_are_the_same_however_a_step_is_cut():
     assert torch.equal(torch.cat([p[1] for p in parts]), targets)
     assert torch.allclose(targets.sum(1), torch.ones(16))
     assert not torch.equal(mixing(images.clone(), labels, 6, 0)[0], whole)
-    plain = Mixing(3, mixup=0.0, cutmix=0.0, mix_prob=1.0, switch_prob=0.5, smoothing=0.3, mix_group=4, seed=1)
+    plain = Mixing(
+        3, mixup=0.0, cutmix=0.0, mix_prob=1.0, switch_prob=0.5, smoothing=0.3, mix_group=4, seed=1
+    )
     same, smooth = plain(images.clone(), labels, 5, 0)
     assert torch.equal(same, images)
     assert torch.allclose(smooth[1], torch.tensor([0.1, 0.8, 0.1]))
 
 
+@catches(
+    "mixup and CutMix depend on micro-batches",
+    "rcmae.data.supervised:Mixing.__call__",
+    lambda old: lambda self, images, labels, step, part: old(self, images, labels, step, 0),
+)
 def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, sets, monkeypatch):
     gradients = []
     step = torch.optim.AdamW.step
@@ -177,18 +240,34 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, sets, mon
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     for micro in (1, 2):
-        run(tmp_path / str(micro), sets, dataclasses.replace(FULL, drop_path=0.0, steps=2, warmup_epochs=0.0), accumulate=micro)
+        run(
+            tmp_path / str(micro),
+            sets,
+            dataclasses.replace(FULL, drop_path=0.0, steps=2, warmup_epochs=0.0),
+            accumulate=micro,
+        )
     scale = max(g.abs().max() for g in gradients[1])
     for one, two in zip(gradients[1], gradients[3], strict=True):
         assert (one - two).abs().max() <= 1e-6 * scale
 
 
+@catches(
+    "all layers have the same learning rate",
+    "rcmae.tasks.finetune:layer_decay_groups",
+    lambda old: lambda vit, weight_decay, decay: old(vit, weight_decay, 1.0),
+)
 def test_rates_decay_over_the_layers(tmp_path, sets, monkeypatch):
     rates = []
     step = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda o, *a: (rates.append([g["lr"] for g in o.param_groups]), step(o, *a))[1])
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda o, *a: (rates.append([g["lr"] for g in o.param_groups]), step(o, *a))[1],
+    )
     run(tmp_path / "run", sets, PLAIN)
-    assert sorted(set(rates[2])) == pytest.approx([PLAIN.peak_lr * 0.75**k for k in (3, 2, 1, 0)], rel=1e-6), "after 2 steps of warm-up"
+    assert sorted(set(rates[2])) == pytest.approx(
+        [PLAIN.peak_lr * 0.75**k for k in (3, 2, 1, 0)], rel=1e-6
+    ), "after 2 steps of warm-up"
 
 
 def test_a_head_on_the_mean_of_the_patches():
@@ -203,11 +282,13 @@ def test_a_head_on_the_mean_of_the_patches():
     model, images = Classifier(vit, *STATISTICS), torch.rand(2, 3, 16, 16)
     x = (images - 0.5) / 0.25
     tokens = vit.blocks(vit.norm_pre(vit._pos_embed(vit.patch_embed(x))))
-    assert torch.allclose(model(images), vit.head(vit.fc_norm(tokens[:, vit.num_prefix_tokens :].mean(1))), atol=1e-6)
+    assert torch.allclose(
+        model(images), vit.head(vit.fc_norm(tokens[:, vit.num_prefix_tokens :].mean(1))), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("registers", [0, 2])
-def test_a_classifier_goes_out_and_comes_in_with_equal_logits(tmp_path, registers):
+def test_a_classifier_keeps_its_logits_through_export_and_import(tmp_path, registers):
     vit = classifier(backbone(registers=registers), 3).eval()
     torch.nn.init.normal_(vit.head.weight)
     model, images = Classifier(vit, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)), torch.rand(2, 3, 16, 16)
@@ -219,7 +300,7 @@ def test_a_classifier_goes_out_and_comes_in_with_equal_logits(tmp_path, register
     again, classes = import_classifier(tmp_path / "c")
     assert torch.equal(again.eval()(images), model(images))
     assert classes == ["x", "y", "z"]
-    with pytest.raises(CheckpointError, match="is a classifier of 3 classes, and no backbone"):
+    with pytest.raises(CheckpointError, match="is a classifier of 3 classes instead of a backbone"):
         import_backbone(tmp_path / "c")
     export(backbone(), tmp_path / "b", {})
     with pytest.raises(CheckpointError, match="is a backbone without a head"):
@@ -230,7 +311,7 @@ def test_the_exported_classifier_is_the_result(tmp_path, sets):
     found = run(tmp_path / "run", sets)
     model, classes = import_classifier(tmp_path / "run" / "export" / "classifier")
     again = ft.score(model, sets[1], shape=(16, 16), channels=3, device=torch.device("cpu"), batch=7)
-    assert (again.right == found.right).all()
+    assert (again.correct == found.correct).all()
     assert again.confidence == pytest.approx(found.confidence, abs=1e-6)
     assert classes == ["dark", "bright"]
 
@@ -240,14 +321,14 @@ def test_a_substitute_brings_its_own_label(tmp_path):
     for i in range(0, 16, 4):  # half of the dark ones
         (tmp_path / "d" / "a" / f"{i:02d}.png").write_bytes(b"no image")
     view = SupervisedView((16, 16), *STATISTICS, scale=(1.0, 1.0), flip=False, randaugment="", erasing=0.0)
-    data = Images(source, view, 1, labelled=True)
+    data = Images(source, view, 1, labeled=True)
     samples = [data[0, i] for i in range(16)]
     assert sum(bool(s["bad"]) for s in samples) == 4
     assert all((s["image"].float().mean() > 128) == (s["label"] == 1) for s in samples)
     assert any(s["bad"] and s["label"] == 1 for s in samples), "one of the other class was taken"
 
 
-def test_an_unreadable_test_image_is_wrong_and_named(tmp_path, sets):
+def test_an_unreadable_test_image_counts_as_wrong_and_is_named(tmp_path, sets):
     broken = fill(tmp_path / "d", 20)
     (broken / "b" / "01.png").write_bytes(b"no image")
     test = open_source(str(broken))
@@ -255,11 +336,15 @@ def test_an_unreadable_test_image_is_wrong_and_named(tmp_path, sets):
     vit = classifier(backbone(), 2)
     with torch.no_grad():
         vit.head.bias[1] = 9.0  # every image is said to be bright, a black one too
-    found = ft.score(Classifier(vit, *STATISTICS), test, shape=(16, 16), channels=3, device=torch.device("cpu"), batch=8)
-    assert found.right.sum() == 9
-    assert not found.right[place] and found.confidence[place] == 0
+    found = ft.score(
+        Classifier(vit, *STATISTICS), test, shape=(16, 16), channels=3, device=torch.device("cpu"), batch=8
+    )
+    assert found.correct.sum() == 9
+    assert not found.correct[place] and found.confidence[place] == 0
     run(tmp_path / "run", (sets[0], test), dataclasses.replace(PLAIN, steps=2, warmup_epochs=0.0))
-    named = [json.loads(line) for line in (tmp_path / "run" / "bad_test_files.jsonl").read_text().splitlines()]
+    named = [
+        json.loads(line) for line in (tmp_path / "run" / "bad_test_files.jsonl").read_text().splitlines()
+    ]
     assert [n["index"] for n in named] == [place]
     assert not (tmp_path / "run" / "bad_files.jsonl").exists()
 
@@ -278,7 +363,11 @@ def test_steps_that_are_not_finite_are_skipped_named_and_in_the_end_fatal(tmp_pa
     poison(monkeypatch, {3})
     run(tmp_path / "run", sets)
     events = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "event"]
-    assert len(events) == 1 and "step 3 was not finite and was skipped" in events[0]["text"] and len(events[0]["images"]) == 8
+    assert (
+        len(events) == 1
+        and "step 3 was not finite and was skipped" in events[0]["text"]
+        and len(events[0]["images"]) == 8
+    )
     poison(monkeypatch, range(2, 99))
     with pytest.raises(DivergedError, match="5 steps in a row were not finite"):
         run(tmp_path / "other", sets)
@@ -287,15 +376,21 @@ def test_steps_that_are_not_finite_are_skipped_named_and_in_the_end_fatal(tmp_pa
 def test_a_run_is_not_continued_as_another(tmp_path, sets):
     run(tmp_path / "run", sets, dataclasses.replace(PLAIN, steps=1, warmup_epochs=0.0))
     same = dataclasses.replace(PLAIN, steps=1, warmup_epochs=0.0)
-    with pytest.raises(ConfigError, match=r"was begun with layer_decay 0.75 \(now 0.5\)"):
+    with pytest.raises(ConfigError, match=r"was started with layer_decay 0.75 \(now 0.5\)"):
         run(tmp_path / "run", sets, dataclasses.replace(same, layer_decay=0.5))
     with pytest.raises(DataError, match=r"the data \(test\) has changed since"):
         run(tmp_path / "run", (sets[0], Subset(sets[1], np.arange(9))), same)
     swapped = Subset(sets[0], np.arange(32), 1 - sets[0].labels)
     with pytest.raises(DataError, match=r"the data \(train\) has changed since"):
         run(tmp_path / "run", (swapped, sets[1]), same)
-    with pytest.raises(CheckpointError, match="begun from another backbone"):
-        ft.finetune(backbone(1), *sets, ["dark", "bright"], same, Machine(out=tmp_path / "run", device="cpu", precision="fp32"))
+    with pytest.raises(CheckpointError, match="started from another backbone"):
+        ft.finetune(
+            backbone(1),
+            *sets,
+            ["dark", "bright"],
+            same,
+            RuntimeConfig(out=tmp_path / "run", device="cpu", precision="fp32"),
+        )
 
 
 def test_few_images_lower_the_batch(tmp_path, sets, capsys):
@@ -306,7 +401,10 @@ def test_few_images_lower_the_batch(tmp_path, sets, capsys):
     assert ft.load_finetune(str(tmp_path / "run" / "recipe.toml")).batch_size == 4
 
 
-@pytest.mark.parametrize(("images", "parts", "batch", "group"), [(100, 1, 64, 32), (100, 4, 64, 16), (100, 3, 96, 32), (7, 3, 6, 2)])
+@pytest.mark.parametrize(
+    ("images", "parts", "batch", "group"),
+    [(100, 1, 64, 32), (100, 4, 64, 16), (100, 3, 96, 32), (7, 3, 6, 2)],
+)
 def test_a_lowered_batch_fits_the_ranks(images, parts, batch, group):
     s = ft.fitted(ft.load_finetune("folder"), images, parts)
     assert (s.batch_size, s.mix_group) == (batch, group)
@@ -314,7 +412,7 @@ def test_a_lowered_batch_fits_the_ranks(images, parts, batch, group):
     assert ft.fitted(s, 1000, 8) is s, "what fits is the user's"
 
 
-def test_few_images_are_cut_into_parts_or_too_few(tmp_path, sets):
+def test_few_images_are_split_or_refused(tmp_path, sets):
     few = Subset(sets[0], np.arange(0, 32, 5))
     assert run(tmp_path / "run", (few, sets[1]), dataclasses.replace(FULL, steps=2), accumulate=2).step == 2
     with pytest.raises(DataError, match="too few for 4 parts of a step .*: 7 training images"):
@@ -329,14 +427,18 @@ def test_few_images_are_cut_into_parts_or_too_few(tmp_path, sets):
         ({"mix_group": 3, "mixup": 0.1}, "mix_group must be even"),
         ({"randaugment": "rand-x9"}, "randaugment must be written like rand-m9-mstd0.5-inc1, not 'rand-x9'"),
         ({"randaugment": "auto"}, "randaugment must be written like"),
-        ({"layer_decay": 0.0, "drop_path": 1.0}, "drop_path must lie in 0 to below 1, not 1.0; layer_decay must be above 0"),
-        ({"erasing": 1.5}, "erasing is a share, from 0 to 1, not 1.5"),
+        (
+            {"layer_decay": 0.0, "drop_path": 1.0},
+            "drop_path must lie in 0 to below 1, not 1.0; layer_decay must be above 0",
+        ),
+        ({"erasing": 1.5}, "erasing is a fraction, from 0 to 1, not 1.5"),
         ({"base_lr": float("inf")}, "base_lr must be a finite number"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale must satisfy"),
         ({"warmup_epochs": 2.0}, "warmup_epochs 2 is not below the length of the run, 2.00 epochs"),
         (
             {"mixup": 0.8, "mix_group": 6},
-            "mix_group 6 does not divide a micro-batch of 8; lower --accumulate, or give --settings mix_group=2",
+            "mix_group 6 does not divide a micro-batch of 8; lower --accumulate, or give --settings "
+            "mix_group=2",
         ),
     ],
 )
@@ -348,7 +450,10 @@ def test_wrong_settings_are_one_line(tmp_path, sets, changes, says):
 
 def test_wrong_labels_are_one_line(tmp_path, sets):
     train, test = sets
-    for labels, says in ((np.where(np.arange(32) == 3, -1, train.labels), r"04\.png|06\.png"), (train.labels + 1, "among the 2 classes")):
+    for labels, says in (
+        (np.where(np.arange(32) == 3, -1, train.labels), r"04\.png|06\.png"),
+        (train.labels + 1, "among the 2 classes"),
+    ):
         with pytest.raises(DataError, match=says):
             run(tmp_path / "run", (Subset(train, np.arange(32), labels), test))
     (tmp_path / "flat").mkdir()
@@ -359,7 +464,7 @@ def test_wrong_labels_are_one_line(tmp_path, sets):
 
 def test_recipes_are_read_and_misread_in_one_line(tmp_path):
     names = shipped_recipes("finetune")
-    assert set(names) == {"embedded", "folder", "vits16-in1k", "vitb16-in1k", "vitl16-in1k", "vitl16-in1k-mae"}
+    assert set(names) == {"bundled", "folder", "vits16-in1k", "vitb16-in1k", "vitl16-in1k", "vitl16-in1k-mae"}
     assert not {"vits16-in1k", "finetune"} & set(shipped_recipes()), "pre-training does not see them"
     for name in names:
         settings = ft.load_finetune(name)
@@ -374,5 +479,5 @@ def test_recipes_are_read_and_misread_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match="unknown key layer_dekay; did you mean layer_decay"):
         ft.load_finetune(str(tmp_path / "x.toml"))
     assert load_recipe("folder").method == "rcmae"
-    assert not set(flat(ft.FineTune(steps=1))) & set(vars(Machine())), "no flag of both"
-    assert small().data == "embedded:digits"
+    assert not set(flat(ft.FineTuneRecipe(steps=1))) & set(vars(RuntimeConfig())), "no flag of both"
+    assert small().data == "bundled:digits"

@@ -1,4 +1,4 @@
-"""`rcmae lab gradients`: its four batches are what they are called, its gradients are autograd's, its failures are one line."""
+"""`rcmae lab gradients`: its four batches, its gradients against autograd, and its errors."""
 
 import dataclasses
 import json
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from rcmae.cli import main
 from rcmae.config import to_toml
-from rcmae.lab.gradients import CONDITIONS, Setting, Study, findings, study
+from rcmae.lab.gradients import CONDITIONS, GradientSettings, GradientStudy, findings, run_gradients
 from tests.conftest import small
 from tests.test_pretraining import folder, run  # noqa: F401 - a fixture
 
-TINY = Setting(batches=2, batch_size=8, settle=3, device="cpu")
+TINY = GradientSettings(batches=2, batch_size=8, settle=3, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,12 @@ def finished(tmp_path_factory, folder):  # noqa: F811
 
 
 def test_each_batch_is_what_it_is_called(finished, monkeypatch):
-    study = Study(str(finished), TINY)
+    study = GradientStudy(str(finished), TINY)
     asked, seen = [], []
     batch = study.batch
     monkeypatch.setattr(study, "batch", lambda indices, draw: asked.append(indices) or batch(indices, draw))
     monkeypatch.setattr(study, "features", lambda b: seen.append(b) or torch.randn(8, 4))
-    rows = study.look(0)
+    rows = study.measure(0)
     assert [row["condition"] for row in rows] == list(CONDITIONS)
     i, ii, iii, iv = seen
     assert torch.equal(i["image"], ii["image"])
@@ -44,9 +44,9 @@ def test_each_batch_is_what_it_is_called(finished, monkeypatch):
 
 
 def test_the_numbers_are_those_of_autograd(finished):
-    """Step and gradients by hand, from the same checkpoint."""
-    ours, hand = Study(str(finished), TINY), Study(str(finished), TINY)
-    row = ours.look(0)[0]
+    """Against a step and gradients written out, from the same checkpoint."""
+    ours, hand = GradientStudy(str(finished), TINY), GradientStudy(str(finished), TINY)
+    row = ours.measure(0)[0]
     m = hand.method.train()
     batch = hand.batch([i for _, i in hand.sampler.keys(0)], 0)
     weights = [p for p in m.student.parameters() if p.requires_grad]
@@ -58,7 +58,7 @@ def test_the_numbers_are_those_of_autograd(finished):
     before = flat(F.mse_loss(c.prediction, c.target))
     hand.train(batch)
     c = m.compare(batch)
-    consistency = flat(F.mse_loss(c.prediction, c.guess))
+    consistency = flat(F.mse_loss(c.prediction, c.teacher_prediction))
     c = m.compare(batch)
     reconstruction = flat(F.mse_loss(c.prediction, c.target))
     moment = torch.cat([hand.optimizer.state[p]["exp_avg"].flatten() for p in weights]).double()
@@ -71,11 +71,23 @@ def test_the_numbers_are_those_of_autograd(finished):
 
 def test_the_command_writes_its_page_and_leaves_the_run_alone(finished, tmp_path, capsys):
     kept = sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*") if p.is_file())
-    argv = ["lab", "gradients", str(finished), "--batches", "3", "--batch-size", "8", "--settle", "2", "--device", "cpu"]
+    argv = [
+        "lab",
+        "gradients",
+        str(finished),
+        "--batches",
+        "3",
+        "--batch-size",
+        "8",
+        "--settle",
+        "2",
+        "--device",
+        "cpu",
+    ]
     assert main([*argv, "--out", str(tmp_path / "page")]) == 0
     out = capsys.readouterr().out
     assert all(f"{name}:" in out for name in CONDITIONS)
-    assert "Nothing on other images:" in out
+    assert "no effect on other images:" in out
     assert sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*") if p.is_file()) == kept
     found = json.loads((tmp_path / "page" / "gradients.json").read_text())
     assert len(found["rows"]) == 12
@@ -88,14 +100,17 @@ def test_the_command_writes_its_page_and_leaves_the_run_alone(finished, tmp_path
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"schedule": "constant", "momentum": 0.0}, "The consistency gradient is zero on every batch: teacher and student are the same"),
-        ({"gamma": 0.0}, "The consistency has weight 0"),
+        (
+            {"schedule": "constant", "momentum": 0.0},
+            "The consistency gradient is zero on every batch: teacher and student are the same",
+        ),
+        ({"gamma": 0.0}, "The consistency loss has weight 0"),
     ],
 )
 def test_without_consistency_there_is_nothing_to_judge(tmp_path, folder, changes, why):  # noqa: F811
     run(tmp_path / "run", folder, steps=2, **changes)
-    found = study(str(tmp_path / "run"), TINY)
-    ((tone, text),) = found["said"]
+    found = run_gradients(str(tmp_path / "run"), TINY)
+    ((tone, text),) = found["findings"]
     assert tone == "note" and text.startswith(why) and text.endswith("there is nothing to judge.")
 
 
@@ -112,9 +127,9 @@ def test_findings_say_when_theory_does_not_hold():
     as_expected = said((-0.9, -0.5, -0.4, 0.0))
     assert [tone for tone, _ in as_expected] == ["good"] * 4
     upside_down = said((-0.1, -0.5, -0.5, -0.6))
-    assert "the other way round" in upside_down[0][1]
-    assert "alike" in upside_down[1][1]
-    assert "shared by all images" in upside_down[3][1]
+    assert "the order is reversed" in upside_down[0][1]
+    assert "no difference" in upside_down[1][1]
+    assert "all images have in common" in upside_down[3][1]
 
 
 def test_failures_are_one_line(tmp_path, capsys, folder, finished):  # noqa: F811
@@ -123,17 +138,19 @@ def test_failures_are_one_line(tmp_path, capsys, folder, finished):  # noqa: F81
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "recipe.toml").write_text(to_toml(small(data=str(folder))))
     recipe = small(data=str(folder))
-    (tmp_path / "wild.toml").write_text(to_toml(dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, base_lr=1e30))))
+    (tmp_path / "wild.toml").write_text(
+        to_toml(dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, base_lr=1e30)))
+    )
     cases = [
-        (
-            [str(tmp_path / "mae")],
-            2,
-            "whose gradients are compared here; give a run of rcmae",
-        ),
+        ([str(tmp_path / "mae")], 2, "whose gradients are compared here; give a run of rcmae"),
         ([str(tmp_path / "bare")], 2, "is no run directory: recipe.toml is missing"),
         ([str(tmp_path / "nowhere")], 2, "there is no recipe"),
-        ([str(tmp_path / "begun")], 4, "holds no checkpoint"),
-        ([str(finished), "--batch-size", "30"], 3, "holds 40 images, fewer than two batches of 30; lower --batch-size"),
+        ([str(tmp_path / "begun")], 4, "has no checkpoint"),
+        (
+            [str(finished), "--batch-size", "30"],
+            3,
+            "holds 40 images, fewer than two batches of 30; lower --batch-size",
+        ),
         ([str(finished), "--batches", "1"], 2, "an interval needs 2 batches or more, not 1"),
         ([str(finished), "--batch-size", "1"], 2, "a batch needs 2 images or more"),
         ([str(tmp_path / "wild.toml")], 5, "the loss is not finite"),

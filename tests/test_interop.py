@@ -1,4 +1,5 @@
-"""Backbones out and in: timm loads what we write, and official files are read without running them."""
+"""Export and import of backbones: timm loads our files, and official files are read without executing
+them."""
 
 import json
 import math
@@ -20,6 +21,7 @@ from rcmae.methods import reconstruction_loss
 from rcmae.models.autoencoder import build
 from rcmae.models.backbone import Backbone
 from tests.conftest import GOLDEN, method_for, small
+from tests.mutations import catches
 
 
 @pytest.mark.parametrize("changes", [{}, {"registers": 2, "channels": 4}, {"height": 8}])
@@ -32,13 +34,16 @@ def test_timm_gives_equal_outputs(tmp_path, changes):
     mean, std = (torch.tensor(model.pretrained_cfg[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
     theirs = model.forward_features((images - mean) / std)
     assert torch.equal(theirs[:, 0], ours.cls)
-    assert torch.equal(theirs[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, ours.patches.shape[2:]), ours.patches)
+    assert torch.equal(
+        theirs[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, ours.patches.shape[2:]),
+        ours.patches,
+    )
     again = load(tmp_path / "b")
     assert torch.equal(again(images).patches, ours.patches)
     assert torch.equal(load(tmp_path / "b" / "model.safetensors")(images).cls, ours.cls)
 
 
-def test_a_timm_encoder_goes_out_under_its_own_name(tmp_path):
+def test_a_timm_encoder_is_exported_under_its_own_name(tmp_path):
     recipe = small(model="timm:vit_tiny_patch16_224", width=None, depth=None, heads=None, size=32)
     model = build(recipe.images, recipe.network)
     backbone = Backbone(model.encoder.vit, (0.5,) * 3, (0.5,) * 3).eval()
@@ -52,13 +57,15 @@ def test_a_lost_teacher_is_not_replaced_by_the_student(tmp_path):
     for who in ("student", "teacher"):
         export(method.backbone(who), tmp_path / "export" / who, {"method": "rcmae", "network": who})
     shutil.rmtree(tmp_path / "export" / "teacher")
-    with pytest.raises(CheckpointError, match="has lost its teacher"):
+    with pytest.raises(CheckpointError, match="export/teacher is missing"):
         rcmae.load(tmp_path)
     rcmae.load(tmp_path, "student")
     (tmp_path / "export" / "student" / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="damaged or not ours"):
         rcmae.load(tmp_path)
-    export(method.backbone("student"), tmp_path / "export" / "student", {"method": "mae", "network": "student"})
+    export(
+        method.backbone("student"), tmp_path / "export" / "student", {"method": "mae", "network": "student"}
+    )
     rcmae.load(tmp_path)
     (tmp_path / "export" / "student" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model.safetensors is missing"):
@@ -67,12 +74,14 @@ def test_a_lost_teacher_is_not_replaced_by_the_student(tmp_path):
         rcmae.load("timm:vit_typo")
 
 
-def test_what_is_no_backbone_is_one_line(tmp_path):
+def test_an_invalid_backbone_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load(tmp_path / "no")
-    with pytest.raises(CheckpointError, match="holds no backbone"):
+    with pytest.raises(CheckpointError, match="has no backbone"):
         load(tmp_path)
-    with pytest.raises(CheckpointError, match="width 24; its attention heads cannot be read off the weights: give --heads"):
+    with pytest.raises(
+        CheckpointError, match="width 24, and the weights do not reveal the attention heads; give --heads"
+    ):
         load(GOLDEN / "mae_official_layout.pth")
     with pytest.raises(ConfigError, match="student or teacher, not 'pupil'"):
         load(tmp_path, "pupil")
@@ -83,7 +92,7 @@ def test_what_is_no_backbone_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "networks"), [("rcmae", ("student", "teacher")), ("mae", ("student",))])
-def test_official_files_come_in(tmp_path, name, networks, reference):
+def test_official_files_are_imported(tmp_path, name, networks, reference):
     out = tmp_path / "run"
     lines = official.import_pth(GOLDEN / f"{name}_official_layout.pth", out, heads=(3, 2))
     assert "ViT 24 x 2, patch 8, 32 px" in lines[0]
@@ -102,7 +111,7 @@ def test_official_files_come_in(tmp_path, name, networks, reference):
         official.import_pth(GOLDEN / f"{name}_official_layout.pth", out, heads=(3, 2))
 
 
-def test_heads_are_asked_for_where_nothing_says_them():
+def test_heads_are_required_where_the_file_does_not_have_them():
     state = official.read_pth(GOLDEN / "mae_official_layout.pth").student
     with pytest.raises(CheckpointError, match="give --heads and --decoder-heads"):
         official.autoencoder(state)
@@ -123,12 +132,15 @@ def test_heads_are_asked_for_where_nothing_says_them():
         ({"blocks.x.y": torch.zeros(1)}, "are not those of an official"),
         ({"norm.bias": torch.full((24,), math.nan)}, "norm.bias is not finite"),
         (
-            {"patch_embed.proj.weight": torch.zeros(24, 4, 8, 8), "decoder_pred.weight": torch.zeros(256, 16),
-             "decoder_pred.bias": torch.zeros(256)},
+            {
+                "patch_embed.proj.weight": torch.zeros(24, 4, 8, 8),
+                "decoder_pred.weight": torch.zeros(256, 16),
+                "decoder_pred.bias": torch.zeros(256),
+            },
             "is for 4 channels",
         ),
     ],
-)  # fmt: skip
+)
 def test_odd_weights_are_one_line(tmp_path, change, message):
     whole = torch.load(GOLDEN / "mae_official_layout.pth", weights_only=False)
     torch.save({"model": whole["model"] | change}, tmp_path / "x.pth")
@@ -144,13 +156,13 @@ def test_weights_without_blocks_are_one_line():
 
 
 @pytest.mark.parametrize("heads", [(0, 2), (3, -1)])
-def test_no_heads_are_not_some_default(tmp_path, heads):
+def test_zero_heads_are_refused(tmp_path, heads):
     with pytest.raises(ConfigError, match="heads must be 1 or more"):
         official.import_pth(GOLDEN / "mae_official_layout.pth", tmp_path / "x", heads=heads)
 
 
 class Bomb:
-    """Unpickling it would leave a file behind."""
+    """Unpickling it would create a file."""
 
     def __init__(self, trace):
         self.trace = trace
@@ -159,7 +171,12 @@ class Bomb:
         return (shutil.copy, (str(self.trace.parent / "a"), str(self.trace)))
 
 
-def test_no_code_in_a_file_is_run(tmp_path):
+@catches(
+    "pickles are executed",
+    "torch:load",
+    lambda old: lambda path, **kwargs: old(path, map_location="cpu", weights_only=False),
+)
+def test_code_in_a_pickle_is_not_executed(tmp_path):
     (tmp_path / "a").write_text("a")
     trace = tmp_path / "ran"
     torch.save({"model": Bomb(trace)}, tmp_path / "evil.pth")
@@ -172,16 +189,20 @@ def test_no_code_in_a_file_is_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is not a checkpoint"), (b"hello" * 99, "is not a checkpoint|was not read"), (None, "does not exist")],
+    [
+        (b"", "is not a PyTorch checkpoint"),
+        (b"hello" * 99, "is not a PyTorch checkpoint|was not read"),
+        (None, "does not exist"),
+    ],
 )
-def test_what_is_no_checkpoint_is_one_line(tmp_path, content, message):
+def test_an_invalid_checkpoint_is_one_line(tmp_path, content, message):
     if content is not None:
         (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         official.read_pth(tmp_path / "x.pth")
 
 
-def test_a_foreign_checkpoint_is_told_by_its_keys(tmp_path):
+def test_a_foreign_checkpoint_is_recognized_by_its_keys(tmp_path):
     torch.save({"weights": {}, "step": 3}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"neither `student` nor `model` \(found: weights, step\)"):
         official.read_pth(tmp_path / "x.pth")
@@ -192,10 +213,14 @@ def test_parity_with_the_official_code(capsys):
     assert capsys.readouterr().out.count("ok  ") == len(parity.LIMITS)
 
 
-def test_parity_sees_nan(monkeypatch, capsys):
-    """Nothing compares with NaN: it must not pass for no difference."""
+def test_parity_fails_for_nan(monkeypatch, capsys):
+    """Every comparison with NaN is false: it must not pass as no difference."""
     whole = reconstruction_loss.squared_errors
-    monkeypatch.setattr(rcmae.methods.rcmae, "squared_errors", lambda *args: {k: v * math.nan for k, v in whole(*args).items()})
+    monkeypatch.setattr(
+        rcmae.methods.rcmae,
+        "squared_errors",
+        lambda *args: {k: v * math.nan for k, v in whole(*args).items()},
+    )
     assert parity.main(str(GOLDEN / "rcmae_reference.safetensors")) == 1
     assert "inf" in capsys.readouterr().out
 
@@ -205,3 +230,13 @@ def test_parity_can_fail(monkeypatch, capsys):
     assert parity.main(str(GOLDEN / "rcmae_reference.safetensors")) == 1
     assert "MISS" in capsys.readouterr().out
     assert parity.main("nowhere") == 2
+
+
+def test_a_text_file_is_not_a_checkpoint(tmp_path):
+    """torch's reader of old files raises whatever the text makes it raise."""
+    for number, text in enumerate(
+        ("rcmae pretrain --out x\nstep 1/4 loss 1.5\n", "hello world", "I1\n.", "(lp0\n.")
+    ):
+        (tmp_path / f"{number}.pth").write_text(text)
+        with pytest.raises(CheckpointError):
+            load(tmp_path / f"{number}.pth")

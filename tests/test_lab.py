@@ -1,4 +1,5 @@
-"""The laboratory: theory against autograd, identities on a real network, and instruments against what they claim to measure."""
+"""The laboratory: theory against autograd, identities on a real network, and diagnostics against known
+values."""
 
 import json
 import math
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from rcmae.cli import main
 from rcmae.engine.optim import adamw
 from rcmae.engine.schedules import Progress
-from rcmae.lab import linear, linear_model
+from rcmae.lab import linear_experiment, linear_model
 from rcmae.lab.gradients import bootstrap
 from rcmae.lab.health import effective_rank, health, lidar
 from rcmae.lab.linear_model import (
@@ -26,9 +27,10 @@ from rcmae.lab.linear_model import (
     stability_limit,
     stationary_variance,
     steps_to,
-)  # fmt: skip
+)
 from rcmae.lab.monitor import Monitor, both_gradients, relation
 from tests.conftest import batch_for, method_for, small
+from tests.mutations import catches
 
 D, B, STEPS, LR, ALPHA = 7, 3, 12, 0.05, 0.9
 ONE = torch.ones(())
@@ -49,7 +51,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a - b).norm() <= 1e-10 * b.norm()
 
 
-# --- the proposition --------------------------------------------------------------------------------------------------
+# --- the proposition ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", linear_model.OPTIMIZERS)
@@ -71,20 +73,31 @@ def test_student_minus_teacher_is_a_sum_of_past_updates(optimizer):
         assert close(lag(updates[:t], ALPHA), past[t].student - past[t].teacher)
 
 
+@catches(
+    "past gradients are not weighted by the similarity of inputs",
+    "rcmae.lab.linear_model:gated_consistency",
+    lambda old: (
+        lambda residuals, past, batch, lr, weights: old(residuals, batch.expand_as(past), batch, lr, weights)
+    ),
+)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
-def test_the_consistency_gradient_is_gated_past_gradients(beta):
+def test_the_consistency_gradient_is_a_sum_of_gated_past_gradients(beta):
     """With momentum or without; 0.9 is where momentum and the teacher's rate are equal."""
     gamma, start = 0.7, torch.randn(D, D, dtype=torch.float64)
     past = list(descend(iter(inputs()), start, ALPHA, gamma=gamma, lr=LR, optimizer="momentum", beta=beta))
     pairs = inputs()
-    residuals = torch.stack([residual(p.student, p.teacher, x, seen, gamma) for p, (x, seen) in zip(past, pairs, strict=True)])
+    residuals = torch.stack(
+        [residual(p.student, p.teacher, x, seen, gamma) for p, (x, seen) in zip(past, pairs, strict=True)]
+    )
     seens = torch.stack([seen for _, seen in pairs])
     for t in range(1, STEPS):
-        predicted = gated_consistency(residuals[:t], seens[:t], pairs[t][1], LR, momentum_weights(t, ALPHA, beta))
+        predicted = gated_consistency(
+            residuals[:t], seens[:t], pairs[t][1], LR, momentum_weights(t, ALPHA, beta)
+        )
         assert close(predicted, past[t].consistency)
 
 
-def test_inputs_with_nothing_in_common_give_exactly_nothing():
+def test_orthogonal_inputs_have_a_consistency_gradient_of_zero():
     x = torch.randn(2, 1, D, dtype=torch.float64)
     first, second = (x[i] * (torch.arange(D) % 2 == i) for i in (0, 1))
     past = list(descend(iter([(x[0], first), (x[1], second)]), torch.zeros(D, D, dtype=torch.float64), ALPHA))
@@ -102,7 +115,8 @@ def test_adamw_in_closed_form():
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("alpha", [0.5, 0.9, 0.996])
 def test_modes(gamma, alpha):
-    """One number instead of a matrix: the companion map is the recursion, and it breaks where the limit says."""
+    """One number instead of a matrix: the companion matrix is the recursion, and it diverges at the predicted
+    limit."""
     rate = 0.3
     e = f = 1.0
     m, state = companion(rate, gamma, alpha), torch.ones(2, dtype=torch.float64)
@@ -132,7 +146,7 @@ def test_stationary_variance_is_what_a_long_run_settles_at(gamma, alpha):
 
 
 def test_the_numbers_of_the_research_notes():
-    """Derived and measured apart, before this code was written."""
+    """Derived and measured independently, before this code was written."""
     assert stationary_variance(0.1, 1.0, 0.9, 0.01)[0] == pytest.approx(0.0367, abs=5e-5)
     assert stationary_variance(0.091, 0.0, 0.9, 0.091**2)[0] == pytest.approx(0.0477, abs=5e-5)
     assert steps_to(0.01, 0.0199, 0.0, 0.5) == pytest.approx(230, abs=2)
@@ -141,25 +155,33 @@ def test_the_numbers_of_the_research_notes():
         steps_to(0.01, 3.0, 0.0, 0.5)
 
 
-def test_the_linear_experiment_lands_near_its_reference_values():
-    setting = linear.Setting()
+def test_the_linear_experiment_agrees_with_its_reference_values():
+    setting = linear_experiment.LinearSettings()
     for alpha, same, different in ((0.9, -0.98, -0.03), (0.996, -0.88, -0.02)):
-        found = {r: linear.measure(setting, r, alpha, "sgd", seed=0)["previous"] for r in linear.RELATIONS}
+        found = {
+            r: linear_experiment.measure(setting, r, alpha, "sgd", seed=0)["previous"]
+            for r in linear_experiment.RELATIONS
+        }
         assert found["same"] == pytest.approx(same, abs=0.02)
         assert found["different"] == pytest.approx(different, abs=0.02)
         assert found["orthogonal"] == 0
 
 
 def test_lab_linear_writes_its_page(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(linear, "Setting", lambda seeds: linear_model_setting(seeds))
+    monkeypatch.setattr(linear_experiment, "LinearSettings", lambda seeds: linear_model_setting(seeds))
     assert main(["lab", "linear", "--out", str(tmp_path), "--seeds", "1"]) == 0
     out = capsys.readouterr().out
     assert "adamw" in out
-    assert "no teacher: stable below 2.00" in out
+    assert "no teacher: stable below a learning rate of 2.00" in out
     page = (tmp_path / "linear.html").read_text()
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http-equiv", "")
-    assert {p.name for p in tmp_path.glob("*.svg")} == {"gate.svg", "momentum.svg", "trade.svg", "descent.svg"}
+    assert {p.name for p in tmp_path.glob("*.svg")} == {
+        "gate.svg",
+        "momentum.svg",
+        "trade.svg",
+        "descent.svg",
+    }
     found = json.loads((tmp_path / "linear.json").read_text())
     assert found["gate"]["measured"] == pytest.approx(found["gate"]["predicted"], abs=1e-12)
 
@@ -168,14 +190,14 @@ def linear_model_setting(seeds):
     return SETTING(width=32, rank=4, steps=20, seeds=seeds)
 
 
-SETTING = linear.Setting
+SETTING = linear_experiment.LinearSettings
 
 
-# --- identities on a real network -------------------------------------------------------------------------------------
+# --- identities on a real network ---------------------------------------------------------------------------
 
 
 def trained(**changes) -> tuple:
-    """A method that has made some steps, with all of its updates."""
+    """A method after some steps, with all of its updates."""
     method = method_for(small(half_life="3 steps", **changes))
     optimizer = adamw(method.student, method.recipe.optim, 1e-3)
     updates = []
@@ -186,7 +208,9 @@ def trained(**changes) -> tuple:
         optimizer.step()
         optimizer.zero_grad()
         method.after_step(t, ONE)
-        updates.append([p.detach().double() - b for p, b in zip(method.student.parameters(), before, strict=True)])
+        updates.append(
+            [p.detach().double() - b for p, b in zip(method.student.parameters(), before, strict=True)]
+        )
     return method, updates
 
 
@@ -195,7 +219,9 @@ def test_the_lag_identity_holds_for_a_vision_transformer():
     alpha = method.momentum_per_step(Progress(0, 100, 10))
     weights = [alpha ** (len(updates) - k) for k in range(len(updates))]
     gap, size = 0.0, 0.0
-    for i, (s, t) in enumerate(zip(method.student.parameters(), method.teacher.model.parameters(), strict=True)):
+    for i, (s, t) in enumerate(
+        zip(method.student.parameters(), method.teacher.model.parameters(), strict=True)
+    ):
         predicted = sum(w * u[i] for w, u in zip(weights, updates, strict=True))
         gap += (predicted - (s.double() - t.double())).norm().item() ** 2
         size += s.double().norm().item() ** 2
@@ -210,20 +236,20 @@ def test_the_mixed_target_identity_holds_for_a_vision_transformer():
     ours = {n: p.grad.clone() for n, p in method.student.named_parameters() if p.grad is not None}
     method.student.zero_grad()
     c = method.compare(batch)
-    ((1 + g) * F.mse_loss(c.prediction, (c.target + g * c.guess) / (1 + g))).backward()
+    ((1 + g) * F.mse_loss(c.prediction, (c.target + g * c.teacher_prediction) / (1 + g))).backward()
     mixed = {n: p.grad for n, p in method.student.named_parameters() if p.grad is not None}
     size = math.sqrt(sum(v.norm().item() ** 2 for v in mixed.values()))
     assert all((ours[n] - mixed[n]).norm().item() < 1e-6 * size for n in mixed)
 
 
-# --- instruments ------------------------------------------------------------------------------------------------------
+# --- diagnostics --------------------------------------------------------------------------------------------
 
 
-def watched(method, optimizer, monitor, step: int, skip: bool = False, **options) -> dict[str, float]:
-    """One step that is looked at."""
+def recorded(method, optimizer, monitor, step: int, skip: bool = False, **options) -> dict[str, float]:
+    """One step that the monitor measures."""
     t = Progress(step, 100, 10)
     batch = batch_for(method, size=options.get("size", 6), seed=step)
-    monitor.look(t)
+    monitor.start(t)
     losses = method(batch, t)
     losses["loss"].backward()
     applied = ONE * (0 if skip else 1)
@@ -232,18 +258,18 @@ def watched(method, optimizer, monitor, step: int, skip: bool = False, **options
         optimizer.step()
     optimizer.zero_grad()
     method.after_step(t, applied)
-    return monitor.read({k: v.item() for k, v in losses.items()})
+    return monitor.finish({k: v.item() for k, v in losses.items()})
 
 
 @pytest.mark.parametrize("mask", ["same", "different"])
-def test_what_the_monitor_says_of_the_last_layer_is_what_autograd_says(mask):
+def test_the_monitors_numbers_of_the_last_layer_are_those_of_autograd(mask):
     method, _ = trained(teacher_mask=mask, gamma=0.7)
     monitor = Monitor(method, 100)
     batch = batch_for(method, size=6, seed=3)
     r, c = both_gradients(method, batch)
     name = "decoder.pred.weight"
     expected = relation([r[name]], [c[name]], 0.7)
-    found = watched(method, adamw(method.student, method.recipe.optim, 1e-3), monitor, 3)
+    found = recorded(method, adamw(method.student, method.recipe.optim, 1e-3), monitor, 3)
     for key, value in expected.items():
         assert found[f"last_{key}"] == pytest.approx(value, rel=1e-4), key
 
@@ -261,34 +287,40 @@ def test_both_gradients_add_up_to_the_loss():
 def test_advantage_and_output_cosine():
     method, _ = trained()
     monitor = Monitor(method, 100)
-    found = watched(method, adamw(method.student, method.recipe.optim, 1e-3), monitor, 3)
-    c = monitor.seen[0]
-    own, theirs = F.mse_loss(c.prediction, c.target), F.mse_loss(c.guess, c.target)
+    found = recorded(method, adamw(method.student, method.recipe.optim, 1e-3), monitor, 3)
+    c = monitor.comparison
+    own, theirs = F.mse_loss(c.prediction, c.target), F.mse_loss(c.teacher_prediction, c.target)
     assert found["teacher_advantage"] == pytest.approx(((own - theirs) / own).item(), abs=1e-5)
-    cosine = F.cosine_similarity((c.prediction - c.target).flatten(), (c.prediction - c.guess).flatten(), 0)
+    cosine = F.cosine_similarity(
+        (c.prediction - c.target).flatten(), (c.prediction - c.teacher_prediction).flatten(), 0
+    )
     assert found["output_cosine"] == pytest.approx(cosine.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3])
 def test_measured_momentum_counts_every_move_of_the_teacher(updates):
-    """Towards the old student and the new one alike."""
+    """Towards the old student and towards the new one."""
     method, _ = trained(ema_updates=updates)
     monitor, optimizer = Monitor(method, 100), adamw(method.student, method.recipe.optim, 1e-3)
-    found = watched(method, optimizer, monitor, 3)
+    found = recorded(method, optimizer, monitor, 3)
     assert found["measured_momentum"] == pytest.approx(0.5 ** (1 / 3), rel=1e-4)
     assert found["expected_momentum"] == pytest.approx(0.5 ** (1 / 3), rel=1e-6)
-    assert "measured_momentum" not in watched(method, optimizer, monitor, 4, skip=True)
+    assert "measured_momentum" not in recorded(method, optimizer, monitor, 4, skip=True)
 
 
 def test_the_monitor_changes_nothing():
-    """Same weights to the bit with and without it, slow instruments included; and it lets go of what it kept."""
+    """Weights are equal to the bit with and without it, slow diagnostics included, and it frees its
+    copies."""
     weights = []
     for look in (False, True):
         method = method_for(small())
-        optimizer, monitor = adamw(method.student, method.recipe.optim, 1e-3), Monitor(method, 100) if look else None
+        optimizer, monitor = (
+            adamw(method.student, method.recipe.optim, 1e-3),
+            Monitor(method, 100) if look else None,
+        )
         for step in range(4):
             if monitor:
-                watched(method, optimizer, monitor, step)
+                recorded(method, optimizer, monitor, step)
                 monitor.features = torch.randn(32, method.student.encoder.width)
                 monitor.slow()
                 monitor.lidar(batch_for(method, size=6))
@@ -299,7 +331,7 @@ def test_the_monitor_changes_nothing():
                 optimizer.zero_grad()
                 method.after_step(t, ONE)
         weights.append(method.state_dict())
-    assert method.watched is None
+    assert method.recorded is None
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
@@ -321,8 +353,9 @@ def test_health_of_known_features():
     assert effective_rank(torch.zeros(3)) == pytest.approx(1)
 
 
-def test_slow_instruments_come_seldom_in_short_runs_and_always_at_the_end():
-    """How often full gradients and LiDAR come, by the length of the run: a log line every hundredth, a picture every sixth of it."""
+def test_slow_diagnostics_are_rare_in_short_runs_and_always_made_at_the_end():
+    """How often full gradients and LiDAR are computed, by the length of the run: a log line every hundredth,
+    a picture every sixth of it."""
 
     def looks(total):
         monitor = Monitor(method_for(small()), total)
@@ -346,7 +379,7 @@ def test_lidar_counts_directions_that_tell_images_apart():
     assert lidar(apart + within) == pytest.approx(2, abs=0.1)
 
 
-def test_bootstrap_holds_the_mean():
+def test_bootstrap_intervals_contain_the_mean():
     mean, low, high = bootstrap([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5
     assert 1.2 < low < 2 < 3 < high < 3.8

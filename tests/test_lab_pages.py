@@ -1,4 +1,4 @@
-"""The laboratory's pages: what was measured beside what was expected, and readable on a phone."""
+"""The laboratory's pages: measured beside expected values, readable on a phone."""
 
 import html
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rcmae.lab import gradients, linear
-from rcmae.lab.linear import RELATIONS, Setting, study
+from rcmae.lab import gradients, linear_experiment
+from rcmae.lab.linear_experiment import RELATIONS, LinearSettings, run_linear
 
 BLOCKS = ["encoder patch_embed", "encoder 0", "encoder norm", "decoder embed", "decoder pred"]
 pytestmark = pytest.mark.usefixtures("drawn")
@@ -18,35 +18,64 @@ pytestmark = pytest.mark.usefixtures("drawn")
 
 @pytest.fixture(scope="module")
 def linear_page(tmp_path_factory) -> Path:
-    """The linear page of a small study: the table's values are not those of the default setting."""
-    return linear.write_page(study(Setting(width=64, rank=4, steps=20, seeds=1)), tmp_path_factory.mktemp("linear"))
+    """The linear page of a small run_linear: the table's values are not those of the default setting."""
+    return linear_experiment.write_linear_page(
+        run_linear(LinearSettings(width=64, rank=4, steps=20, seeds=1)), tmp_path_factory.mktemp("linear")
+    )
 
 
 @pytest.fixture
 def gradients_page(tmp_path) -> Path:
-    """The page of a made-up study of three steps."""
+    """The page of a made-up run_linear of three steps."""
     rows = [
-        {"condition": name, "similarity": 1 - 0.3 * i, "previous": 0.25 * i - 0.9 + 0.01 * k, "moment": -0.5, "ratio": 0.5,
-         "by_block": {b: {"previous": 0.25 * i - 0.9 + 0.1 * j, "moment": -0.5, "ratio": 0.5} for j, b in enumerate(BLOCKS)}}
-        for k in range(3) for i, name in enumerate(gradients.CONDITIONS)
-    ]  # fmt: skip
+        {
+            "condition": name,
+            "similarity": 1 - 0.3 * i,
+            "previous": 0.25 * i - 0.9 + 0.01 * k,
+            "moment": -0.5,
+            "ratio": 0.5,
+            "by_block": {
+                b: {"previous": 0.25 * i - 0.9 + 0.1 * j, "moment": -0.5, "ratio": 0.5}
+                for j, b in enumerate(BLOCKS)
+            },
+        }
+        for k in range(3)
+        for i, name in enumerate(gradients.CONDITIONS)
+    ]
     about = {
-        "run": "mine", "recipe": "rcmae", "step": 10, "batches": 3, "batch_size": 8, "settle": 5, "lr": 1e-3, "half_life": 3.0,
-        "whole_images": True, "gamma": 1.0,
-    }  # fmt: skip
-    found = {"about": about, "rows": rows, "summary": gradients.summary(rows), "said": gradients.findings(rows, about)}
-    return gradients.write_page(found, tmp_path)
+        "run": "mine",
+        "recipe": "rcmae",
+        "step": 10,
+        "batches": 3,
+        "batch_size": 8,
+        "settle": 5,
+        "lr": 1e-3,
+        "half_life": 3.0,
+        "whole_images": True,
+        "gamma": 1.0,
+    }
+    found = {
+        "about": about,
+        "rows": rows,
+        "summary": gradients.summary(rows),
+        "findings": gradients.findings(rows, about),
+    }
+    return gradients.write_gradients_page(found, tmp_path)
 
 
 def words(page: str) -> str:
-    return re.sub(r"\s+", " ", html.unescape(re.sub("<[^>]+>", " ", re.sub("<style.*?</style>", "", page, flags=re.DOTALL))))
+    return re.sub(
+        r"\s+",
+        " ",
+        html.unescape(re.sub("<[^>]+>", " ", re.sub("<style.*?</style>", "", page, flags=re.DOTALL))),
+    )
 
 
 def curves(svg: str) -> dict[str, list[float]]:
-    """Heights of the longest curve of each colour, in points from the bottom."""
+    """Heights of the longest curve of each color, in points above the bottom."""
     paths = re.findall(r'<path d="([^"]+)" clip-path="[^"]+" style="[^"]*var\(--(\w+)\)', svg)
     paths.sort(key=lambda path: len(path[0]))
-    return {colour: [-float(y) for _, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", d)] for d, colour in paths}
+    return {color: [-float(y) for _, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", d)] for d, color in paths}
 
 
 def test_the_linear_page_shows_the_reference_beside_the_measured(linear_page):
@@ -57,8 +86,8 @@ def test_the_linear_page_shows_the_reference_beside_the_measured(linear_page):
     for i, row in enumerate(rows):
         cells = re.findall("<td[^>]*>(.*?)</td>", row)
         optimizer, alpha = table[3 * i]["optimizer"], table[3 * i]["alpha"]
-        expected = linear.REFERENCE.get((optimizer, alpha))
-        assert cells[:2] == [linear.NAMES[optimizer], str(alpha)]
+        expected = linear_experiment.REFERENCE.get((optimizer, alpha))
+        assert cells[:2] == [linear_experiment.NAMES[optimizer], str(alpha)]
         for k in range(len(RELATIONS)):
             measured = f"{table[3 * i + k]['previous']:.3f}".replace("-0.000", "0.000").replace("-", "−")
             reference = f"{expected[k]:.3f}".replace("-", "−") if expected else "–"
@@ -68,7 +97,7 @@ def test_the_linear_page_shows_the_reference_beside_the_measured(linear_page):
 
 
 def test_the_linear_page_is_honest_about_speed(linear_page):
-    """It says that the teacher slows noise-free descent, and its own numbers say so."""
+    """It states that the teacher slows noise-free descent, and its numbers show it."""
     text = words(linear_page.read_text())
     assert "Without noise the teacher does not speed descent up" in text
     descent = json.loads((linear_page.parent / "linear.json").read_text())["descent"]
@@ -94,7 +123,7 @@ def test_the_gradients_page_orders_its_conditions(gradients_page):
     assert "i: same crops, same mask 1.00 1.00 to 1.00 −0.890" in text
     assert "Same crops, same mask below same crops, new mask: holds" in text
     found = curves(page.split('id="figure-layers"')[1].split("</figure>")[0])
-    starts = [found[colour][0] for colour in ("memory3", "memory2", "memory1")]
+    starts = [found[color][0] for color in ("memory3", "memory2", "memory1")]
     assert starts == sorted(starts)
     for label in ("patch embed", "pred", "encoder, then decoder"):
         assert f">{label}<" in page
@@ -102,7 +131,7 @@ def test_the_gradients_page_orders_its_conditions(gradients_page):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("name", ["linear_page", "gradients_page"])
-def test_a_phone_shows_it(tmp_path, request, name):
+def test_the_page_fits_a_phone(tmp_path, request, name):
     """In headless Chromium at 390 px: the page is no wider than the window, and every figure has a size."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
@@ -110,13 +139,25 @@ def test_a_phone_shows_it(tmp_path, request, name):
     page = tmp_path / "page.html"
     probe = """<script>window.addEventListener("load", () => { document.title = JSON.stringify({
         over: document.documentElement.scrollWidth - window.innerWidth,
-        figures: [...document.querySelectorAll("figure svg")].map(e => e.getBoundingClientRect().width) }) })</script></body>"""
+        figures: [...document.querySelectorAll("figure svg")].map(e => e.getBoundingClientRect().width)
+        }) })</script></body>"""
     page.write_text(request.getfixturevalue(name).read_text().replace("</body>", probe))
     command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,900",
-        "--virtual-time-budget=3000", "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
+        chromium,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=390,900",
+        "--virtual-time-budget=3000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     found = json.loads(re.search(r"<title>(.*?)</title>", dom, re.DOTALL)[1])
     assert found["over"] <= 0

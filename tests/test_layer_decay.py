@@ -6,9 +6,21 @@ from timm.models.vision_transformer import VisionTransformer
 from rcmae.tasks.layer_decay import layer_decay_groups
 
 SCALES = [
-    0.003697206, 0.005688009, 0.008750783, 0.013462743, 0.020711913, 0.031864481, 0.049022279,
-    0.075418891, 0.116029063, 0.178506250, 0.274625000, 0.422500000, 0.650000000, 1.000000000,
-]  # fmt: skip
+    0.003697206,
+    0.005688009,
+    0.008750783,
+    0.013462743,
+    0.020711913,
+    0.031864481,
+    0.049022279,
+    0.075418891,
+    0.116029063,
+    0.178506250,
+    0.274625000,
+    0.422500000,
+    0.650000000,
+    1.000000000,
+]
 "0.65 to the power of 13, 12, ... 0: MAE's for ViT-B"
 
 
@@ -21,11 +33,13 @@ def found(model: VisionTransformer, decay: float) -> dict[str, tuple[float, floa
     """By parameter, its scale and its weight decay."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = layer_decay_groups(model, 0.05, decay)
-    return {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    return {
+        names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
 
 
 def by_rule(model: VisionTransformer, decay: float) -> dict[str, tuple[float, float]]:
-    """The same by MAE's rule, for each name on its own."""
+    """The same by MAE's rule, from each name alone."""
     expected = {}
     for name, p in model.named_parameters():
         first, *rest = name.split(".")
@@ -39,7 +53,9 @@ def by_rule(model: VisionTransformer, decay: float) -> dict[str, tuple[float, fl
 
 def test_scales_of_depth_12_by_number():
     scale = {name: s for name, (s, _) in found(vit(), 0.65).items()}
-    assert {scale[n] for n in ("patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token", "pos_embed")} == {scale["pos_embed"]}
+    assert {
+        scale[n] for n in ("patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token", "pos_embed")
+    } == {scale["pos_embed"]}
     blocks = [scale[f"blocks.{i}.attn.qkv.weight"] for i in range(12)]
     assert [scale["pos_embed"], *blocks, scale["head.weight"]] == pytest.approx(SCALES, abs=1e-9)
     assert scale["fc_norm.weight"] == scale["head.bias"] == 1
@@ -58,7 +74,7 @@ def test_on_a_class_token_only_the_last_norm_is_elsewhere():
     assert ours["norm.weight"] == (0.65, 0.0)
 
 
-def test_what_does_not_learn_is_in_no_group():
+def test_frozen_weights_are_in_no_group():
     model = vit()
     model.pos_embed.requires_grad_(False)
     assert found(model, 0.65).keys() == by_rule(model, 0.65).keys() - {"pos_embed"}

@@ -1,19 +1,20 @@
-"""The encoder is timm's; the decoder forgets nothing; kernels and shapes agree."""
+"""The encoder equals timm's; the decoder uses all positions; attention kernels and shapes agree."""
 
 import pytest
 import timm
 import torch
 
 from rcmae.errors import ConfigError
-from rcmae.interop.official import ours
+from rcmae.interop.official import our_name
 from rcmae.models import blocks
 from rcmae.models.autoencoder import SIZES, build
 from rcmae.models.backbone import Backbone, Pixels, check_images
 from rcmae.models.classifier import Classifier
 from rcmae.models.encoder import Encoder, build_vit, timm_vit
-from rcmae.models.patches import patchify, take
+from rcmae.models.patches import gather_tokens, patchify
 from rcmae.models.teacher import Teacher
 from tests.conftest import small
+from tests.mutations import catches
 
 
 def network(**changes):
@@ -31,36 +32,52 @@ def test_with_every_patch_visible_the_encoder_is_timm(changes):
     images = torch.randn(2, small(**changes).images.channels, h, w)
     patches = patchify(images, encoder.patch)
     order = torch.stack([torch.randperm(patches.shape[1]) for _ in range(2)])
-    tokens = encoder(take(patches, order), order)
+    tokens = encoder(gather_tokens(patches, order), order)
     expected = encoder.vit.forward_features(images)
     assert torch.allclose(tokens[:, : encoder.prefix], expected[:, : encoder.prefix], atol=1e-5)
-    assert torch.allclose(tokens[:, encoder.prefix :], take(expected[:, encoder.prefix :], order), atol=1e-5)
+    assert torch.allclose(
+        tokens[:, encoder.prefix :], gather_tokens(expected[:, encoder.prefix :], order), atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "deit3_small_patch16_224", "vit_tiny_r_s16_p8_224"])
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "deit3_small_patch16_224", "vit_tiny_r_s16_p8_224"],
+)
 def test_any_plain_timm_vit_is_an_encoder(name):
-    """Learned positions with and without the class token, layer scale, class token only: all through the same code."""
+    """Learned positions with and without the class token, layer scale, class token only: all through the same
+    code."""
     try:
         vit = timm_vit(name, size=(32, 48), channels=3)
     except ConfigError:
-        assert name in ("vit_small_patch16_dinov3", "vit_tiny_r_s16_p8_224")  # rotary positions; a convolutional stem
+        assert name in (
+            "vit_small_patch16_dinov3",
+            "vit_tiny_r_s16_p8_224",
+        )  # rotary positions; a convolutional stem
         return
     encoder, images = Encoder(vit).eval(), torch.randn(1, 3, 32, 48)
     patches = patchify(images, encoder.patch)
     everything = torch.arange(patches.shape[1])[None]
     assert torch.allclose(encoder(patches, everything), vit.forward_features(images), atol=1e-5)
-    assert all(isinstance(block.attn, blocks.Attention) for block in vit.blocks), "the kernel is ours to choose"
+    assert all(isinstance(block.attn, blocks.Attention) for block in vit.blocks), (
+        "the kernel is ours to choose"
+    )
 
 
 def test_a_decoder_with_all_queries_agrees_on_the_hidden_ones():
-    """The last block computes hidden tokens only: they must be what the whole block gives."""
+    """The last block computes hidden tokens only: they must equal those of the full block."""
     block = blocks.Block(16, 2, qkv_bias=True, attn_layer=blocks.Attention)
     x = torch.randn(2, 9, 16)
     assert torch.allclose(block(x, last=4), block(x)[:, -4:], atol=1e-6)
 
 
+@catches(
+    "mask tokens have no position",
+    "rcmae.models.decoder:gather_tokens",
+    lambda old: lambda rows, ids: old(rows, ids) * (0 if rows.dim() == 2 else 1),
+)
 def test_the_decoder_knows_where_a_patch_is():
-    """A permutation of the hidden patches permutes the predictions, and nothing else."""
+    """A permutation of the hidden patches permutes the predictions and changes nothing else."""
     model = network()
     patches, order = torch.randn(2, 16, 48), torch.stack([torch.randperm(16) for _ in range(2)])
     again = torch.cat([order[:, :4].flip(1), order[:, 4:].flip(1)], 1)
@@ -78,6 +95,13 @@ def test_both_attention_kernels_agree(dtype):
         assert torch.allclose(got.float(), expected, atol=1e-6 if dtype == torch.float32 else 3e-2)
 
 
+@catches(
+    "rows and columns of positions are swapped",
+    "rcmae.models.encoder:sincos_positions",
+    lambda old: (
+        lambda grid, width: old(grid[::-1], width).view(grid[1], grid[0], width).transpose(0, 1).flatten(0, 1)
+    ),
+)
 def test_positions_are_those_of_the_official_code(reference):
     model = network()
     assert torch.allclose(model.encoder.vit.pos_embed, reference["student/pos_embed"], atol=1e-6)
@@ -86,13 +110,16 @@ def test_positions_are_those_of_the_official_code(reference):
 
 
 def test_official_names_map_onto_ours():
-    assert ours("decoder_blocks.0.attn.qkv.weight") == "decoder.blocks.0.attn.qkv.weight"
-    assert ours("mask_token") == "decoder.mask_token"
-    assert ours("blocks.1.mlp.fc1.bias") == "encoder.vit.blocks.1.mlp.fc1.bias"
+    assert our_name("decoder_blocks.0.attn.qkv.weight") == "decoder.blocks.0.attn.qkv.weight"
+    assert our_name("mask_token") == "decoder.mask_token"
+    assert our_name("blocks.1.mlp.fc1.bias") == "encoder.vit.blocks.1.mlp.fc1.bias"
 
 
-# Encoder and decoder weights without positions, counted by hand from width, depth and patch (paper.md section 1).
-@pytest.mark.parametrize(("name", "millions"), [("vit_small_patch16", 21.6 + 3.5), ("vit_base_patch16", 85.6 + 26.0)])
+# Encoder and decoder weights without positions, counted by hand from width, depth and patch (paper.md section
+# 1).
+@pytest.mark.parametrize(
+    ("name", "millions"), [("vit_small_patch16", 21.6 + 3.5), ("vit_base_patch16", 85.6 + 26.0)]
+)
 def test_named_sizes_have_the_published_weights(name, millions):
     with torch.device("meta"):
         model = build(small(size=224).images, small().network.__class__(model=name))
@@ -105,11 +132,13 @@ def test_every_named_size_is_listed_with_a_patch_that_fits():
 
 
 def test_one_message_names_every_problem():
-    with pytest.raises(ConfigError, match=r"not a multiple of the patch, 4.*; width 25 is not a multiple of heads, 2"):
+    with pytest.raises(
+        ConfigError, match=r"not a multiple of the patch, 4.*; width 25 is not a multiple of heads, 2"
+    ):
         network(size=18, width=25)
     with pytest.raises(ConfigError, match="decoder_width 15"):
         network(decoder_width=15)
-    with pytest.raises(ConfigError, match="no model 'vit_bas'"):
+    with pytest.raises(ConfigError, match="unknown model 'vit_bas'"):
         network(model="vit_bas")
     with pytest.raises(ConfigError, match="plain VisionTransformer"):
         timm_vit("swin_tiny_patch4_window7_224", size=224, channels=3)
@@ -117,8 +146,8 @@ def test_one_message_names_every_problem():
         timm_vit("no_such_model", size=224, channels=3)
 
 
-def test_on_any_device_the_teacher_moves_alike():
-    """The branch for GPUs (a scalar on the device decides) against the one for CPUs (the host does)."""
+def test_the_teacher_is_updated_alike_on_every_device():
+    """The branch for GPUs (decided by a scalar on the device) against that for CPUs (decided by the host)."""
     student, other = torch.nn.Linear(5, 4), torch.nn.Linear(5, 4)
     one, two = Teacher(other), Teacher(other)
 
@@ -133,7 +162,7 @@ def test_on_any_device_the_teacher_moves_alike():
 
 
 def test_plain_timm_models_bring_their_own_size():
-    with pytest.raises(ConfigError, match="brings its own depth"):
+    with pytest.raises(ConfigError, match="already determines depth"):
         network(model="timm:vit_tiny_patch16_224", width=None, heads=None, size=32)
     assert timm.__version__
 
@@ -148,7 +177,7 @@ def test_images_of_another_shape_are_refused_by_name(network):
             model(torch.rand(shape))
 
 
-def test_bytes_are_no_images():
+def test_images_of_another_type_or_shape_are_refused():
     with pytest.raises(ValueError, match=r"values in 0 to 1, not torch.uint8; give images.float\(\) / 255"):
         check_images(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 3, (16, 16))
     with pytest.raises(ValueError, match=r"\[b, 3, 16, 16\], not \[3, 16, 16\].*add the missing axis"):

@@ -1,4 +1,4 @@
-"""The life of a run: it goes on where it stopped, to the bit; it is the same however it is fed; it survives what it must."""
+"""Pre-training: exact resumes, independence of runtime settings, and recovery from failures."""
 
 import dataclasses
 import hashlib
@@ -20,19 +20,21 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rcmae import pretraining, step_time
-from rcmae.config import Machine
+from rcmae.config import RuntimeConfig
 from rcmae.engine import signals
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.console import Screen
 from rcmae.engine.distributed import World
 from rcmae.engine.metrics import read_metrics
-from rcmae.engine.schedules import spread, usual_log_every
+from rcmae.engine.run import run_lock
+from rcmae.engine.schedules import default_log_every, spread
 from rcmae.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError
 from rcmae.interop.load import load
 from rcmae.lab import snapshots
 from rcmae.tasks.probe import Probes
 from rcmae.trainer import Trainer
 from tests.conftest import ROOT, small, stop_at
+from tests.mutations import catches
 from tests.processes import start
 
 
@@ -43,20 +45,26 @@ def folder(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     for i in range(40):
         (root / "ab"[i % 2]).mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(root / "ab"[i % 2] / f"{i:02d}.png")
+        Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(
+            root / "ab"[i % 2] / f"{i:02d}.png"
+        )
     return root
 
 
-def run(out: Path, data: Path | str, method: str = "rcmae", machine: dict | None = None, **changes) -> pretraining.Result:
+def run(
+    out: Path, data: Path | str, method: str = "rcmae", runtime: dict | None = None, **changes
+) -> pretraining.Result:
     recipe = small(method, data=str(data), crop_scale=(0.5, 1.0), flip=True, **changes)
     own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
-    return pretraining.pretrain(recipe, Machine(out=out, **(own | (machine or {}))))
+    return pretraining.pretrain(recipe, RuntimeConfig(out=out, **(own | (runtime or {}))))
 
 
 def weights(out: Path) -> str:
-    """One hash of student, teacher and optimizer as they are on the disk."""
+    """One hash of the saved student, teacher and optimizer."""
     newest = checkpoints(out / "checkpoints")[0]
-    return hashlib.sha256(b"".join((newest / f"{n}.safetensors").read_bytes() for n in ("model", "optimizer"))).hexdigest()
+    return hashlib.sha256(
+        b"".join((newest / f"{n}.safetensors").read_bytes() for n in ("model", "optimizer"))
+    ).hexdigest()
 
 
 @pytest.fixture(scope="session")
@@ -67,21 +75,40 @@ def straight(tmp_path_factory, folder) -> Path:
     return out
 
 
+def teacher_from_student(old):
+    def load_checkpoint(path, method, optimizer):
+        state = old(path, method, optimizer)
+        method.teacher.model.load_state_dict(method.student.state_dict())
+        return state
+
+    return load_checkpoint
+
+
+@catches(
+    "the optimizer is not restored",
+    "rcmae.trainer:load_checkpoint",
+    lambda old: lambda path, method, optimizer: (old(path, method, optimizer), optimizer.state.clear())[0],
+)
+@catches("the teacher is restored from the student", "rcmae.trainer:load_checkpoint", teacher_from_student)
 @pytest.mark.parametrize("stops", [(1,), (5,), (11,), (2, 3, 7)])
-def test_a_stopped_run_goes_on_to_the_same_bit(tmp_path, folder, straight, monkeypatch, stops):
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, folder, straight, monkeypatch, stops):
     for stop in stops:
         with monkeypatch.context() as patch:
             stop_at(patch, pretraining.Pretraining, stop)
-            with pytest.raises(Preempted, match=f"SIGTERM; saved at step {stop}, run the same command again") as e:
+            with pytest.raises(
+                Preempted, match=f"SIGTERM; saved at step {stop}, run the same command again"
+            ) as e:
                 run(tmp_path / "run", folder, steps=12)
             assert e.value.exit_code == 75
     run(tmp_path / "run", folder, steps=12)
     assert weights(tmp_path / "run") == weights(straight)
 
 
-@pytest.mark.parametrize("machine", [{"workers": 2}, {"threads": 1}, {"keep": 1, "save_every": "1s", "log_every": 1}])
-def test_how_a_run_is_fed_changes_nothing(tmp_path, folder, straight, machine):
-    run(tmp_path / "run", folder, steps=12, machine=machine)
+@pytest.mark.parametrize(
+    "runtime", [{"workers": 2}, {"threads": 1}, {"keep": 1, "save_every": "1s", "log_every": 1}]
+)
+def test_runtime_settings_change_nothing(tmp_path, folder, straight, runtime):
+    run(tmp_path / "run", folder, steps=12, runtime=runtime)
     assert weights(tmp_path / "run") == weights(straight)
 
 
@@ -91,10 +118,12 @@ def test_another_seed_is_another_run(tmp_path, folder, straight):
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"), [("mae", {}), ("rcmae", {"teacher_mask": "same"}), ("rcmae", {"teacher_mask": "different"})], ids=str
+    ("kind", "settings"),
+    [("mae", {}), ("rcmae", {"teacher_mask": "same"}), ("rcmae", {"teacher_mask": "different"})],
+    ids=str,
 )
 def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, folder, kind, settings, monkeypatch):
-    """1 x 8 against 4 x 2, through the loop itself."""
+    """1 x 8 against 4 x 2, through the training loop."""
     gradients = []
     step = torch.optim.AdamW.step
 
@@ -104,7 +133,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, folder, k
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     for micro in (1, 4):
-        run(tmp_path / str(micro), folder, kind, steps=2, machine={"accumulate": micro}, **settings)
+        run(tmp_path / str(micro), folder, kind, steps=2, runtime={"accumulate": micro}, **settings)
     # The second step: in the first, student and teacher agree under any mask.
     scale = max(g.abs().max() for g in gradients[1])
     for one, four in zip(gradients[1], gradients[3], strict=True):
@@ -112,13 +141,13 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, folder, k
 
 
 def saving(out: Path, data: Path) -> None:
-    """A run that does little else than to save."""
+    """A run that saves all the time."""
     torch.set_num_threads(1)
-    run(out, data, steps=12, machine={"save_every": "0.000001s", "log_every": 1})
+    run(out, data, steps=12, runtime={"save_every": "0.000001s", "log_every": 1})
 
 
 def test_kill_9_at_any_moment(tmp_path, folder, straight):
-    """A real process, killed without warning while it trains and saves all the time, then run again to its end."""
+    """A real process, killed while it trains and saves, then run again to its end."""
     log, kills = tmp_path / "said", 0
     for round, steps in enumerate((2, 1, 3, 1)):
         process, late = start(log, saving, tmp_path / "run", folder), time.monotonic() + 60
@@ -140,10 +169,18 @@ def test_kill_9_at_any_moment(tmp_path, folder, straight):
 
 def test_a_run_directory_explains_itself(straight):
     names = {p.name for p in straight.iterdir()}
-    assert names >= {"recipe.toml", "machine.json", "metrics.jsonl", "checkpoints", "export", "report.html", "snapshots"}
-    machine = json.loads((straight / "machine.json").read_text())
-    assert machine["steps"] == 12
-    assert machine["images"] == 40
+    assert names >= {
+        "recipe.toml",
+        "machine.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "export",
+        "report.html",
+        "snapshots",
+    }
+    runtime = json.loads((straight / "machine.json").read_text())
+    assert runtime["steps"] == 12
+    assert runtime["images"] == 40
     kinds = [line["kind"] for line in read_metrics(straight)]
     assert kinds.count("train") == 12
     assert "reference" in kinds
@@ -163,10 +200,10 @@ def test_a_run_directory_explains_itself(straight):
 
 
 def test_the_readmes_example_runs_on_any_run(tmp_path, straight, monkeypatch):
-    """This one has images of 16 px."""
+    """Here with images of 16 px."""
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    Path("runs/mine").symlink_to(straight)
+    Path("runs/rcmae-bundled-digits").symlink_to(straight)
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     exec(code, found := {})
     assert (found["features"].mean.shape, found["features"].patches.shape) == ((8, 24), (8, 24, 4, 4))
@@ -178,7 +215,9 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path, folder, monkeypatch):
         with pytest.raises(Preempted):
             run(tmp_path / "run", folder, steps=12)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text() + json.dumps({"kind": "train", "step": 9, "loss": 1.0}) + '\n{"kind": "tr')
+    metrics.write_text(
+        metrics.read_text() + json.dumps({"kind": "train", "step": 9, "loss": 1.0}) + '\n{"kind": "tr'
+    )
     run(tmp_path / "run", folder, steps=12)
     steps = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
     assert steps == list(range(1, 13))
@@ -195,16 +234,32 @@ def test_a_finished_run_stays_as_it_is(tmp_path, folder, capsys):
     files = {path.name: path.read_bytes() for path in lost.iterdir()}
     shutil.rmtree(lost)
     run(tmp_path / "run", folder, steps=2)
-    assert {path.name: path.read_bytes() for path in lost.iterdir()} == files, "a lost export is written again"
+    assert {path.name: path.read_bytes() for path in lost.iterdir()} == files, (
+        "a lost export is written again"
+    )
 
 
 @pytest.mark.parametrize(
     ("failure", "kind", "says"),
     [
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), OutOfMemoryError, "host"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"
+            ),
+            OutOfMemoryError,
+            "host",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemoryError, "--accumulate 2"),
-        (torch.distributed.DistBackendError("NCCL communicator was aborted"), ProcessError, r"another process .*\(NCCL"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), ProcessError, "a loader process was lost"),
+        (
+            torch.distributed.DistBackendError("NCCL communicator was aborted"),
+            ProcessError,
+            r"another process .*\(NCCL",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+            ProcessError,
+            "a loader process was lost",
+        ),
     ],
 )
 def test_lost_processes_and_memory_are_named(tmp_path, folder, monkeypatch, failure, kind, says):
@@ -218,7 +273,7 @@ def test_lost_processes_and_memory_are_named(tmp_path, folder, monkeypatch, fail
 
 def test_a_run_is_not_continued_as_another(tmp_path, folder):
     run(tmp_path / "run", folder, steps=2)
-    with pytest.raises(ConfigError, match=r"was begun with .*gamma 1.0 \(now 2.0\).*; use another --out"):
+    with pytest.raises(ConfigError, match=r"was started with .*gamma 1.0 \(now 2.0\).*; use another --out"):
         run(tmp_path / "run", folder, steps=2, gamma=2.0)
     with pytest.raises(DataError, match="has changed since"):
         more = tmp_path / "more"
@@ -227,7 +282,7 @@ def test_a_run_is_not_continued_as_another(tmp_path, folder):
             os.link(path, more / f"{i}.png")
         recipe = small(data=str(more), steps=2)
         (tmp_path / "run" / "recipe.toml").write_text(loop_toml(recipe))
-        pretraining.pretrain(recipe, Machine(out=tmp_path / "run", device="cpu"))
+        pretraining.pretrain(recipe, RuntimeConfig(out=tmp_path / "run", device="cpu"))
 
 
 def loop_toml(recipe) -> str:
@@ -266,6 +321,11 @@ def poison(monkeypatch, steps: set[int]) -> None:
     monkeypatch.setattr(RCMAE, "forward", poisoned)
 
 
+@catches(
+    "updates that are not finite are applied",
+    "rcmae.engine.distributed:World.all_ranks",
+    lambda old: lambda self, fine: torch.ones_like(fine),
+)
 def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, folder, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         poison(patch, {3, 4})
@@ -288,14 +348,17 @@ def test_a_skipped_step_leaves_weights_and_teacher_alone(tmp_path, folder, monke
     run(tmp_path / "run", folder, steps=3)
     first = load_file(checkpoints(tmp_path / "run" / "checkpoints")[0] / "model.safetensors")
     monkeypatch.undo()
-    run(tmp_path / "other", folder, steps=3, machine={"keep": 9})
+    run(tmp_path / "other", folder, steps=3, runtime={"keep": 9})
     begin = load_file(checkpoints(tmp_path / "other" / "checkpoints")[-1] / "model.safetensors")
     assert all(torch.equal(v, begin[k]) for k, v in first.items())
 
 
+@catches("a run never diverges", "rcmae.engine.step:PATIENCE", lambda old: 10**9)
 def test_divergence_ends_with_the_last_good_checkpoint(tmp_path, folder, monkeypatch):
     poison(monkeypatch, set(range(4, 99)))
-    with pytest.raises(DivergedError, match=r"5 steps in a row were not finite.*step_0000000\d is kept; lower --base-lr") as e:
+    with pytest.raises(
+        DivergedError, match=r"5 steps in a row were not finite.*step_0000000\d is kept; lower --base-lr"
+    ) as e:
         run(tmp_path / "run", folder, steps=40)
     assert e.value.exit_code == 5
     assert checkpoints(tmp_path / "run" / "checkpoints")
@@ -330,30 +393,30 @@ def test_one_image_is_enough_for_a_run(tmp_path):
     assert run(tmp_path / "run", tmp_path / "one", batch_size=1).step == 6
 
 
-def test_too_few_images_is_told_with_numbers(tmp_path, folder):
+def test_too_few_images_are_reported_with_numbers(tmp_path, folder):
     with pytest.raises(DataError, match="holds 40 images, fewer than the batch of 64; give --batch-size 32"):
         run(tmp_path / "run", folder, batch_size=64)
 
 
-def test_probes_stand_beside_their_floors(tmp_path, folder, capsys):
+def test_probes_are_reported_with_their_baselines(tmp_path, folder, capsys):
     result = run(tmp_path / "run", folder, steps=4, probes=2, probe_train=20, probe_test=10)
     lines = read_metrics(tmp_path / "run")
-    floor = next(line for line in lines if line["kind"] == "floor")
-    assert set(floor) == {"kind", "step", "raw_pixels", "untrained"}
+    baseline = next(line for line in lines if line["kind"] == "baseline")
+    assert set(baseline) == {"kind", "step", "raw_pixels", "random_init"}
     probes = [line for line in lines if line["kind"] == "probe"]
     assert [p["step"] for p in probes] == [2, 4]
     assert set(probes[0]) == {"kind", "step", "student", "teacher"}
     assert result.probe == {k: probes[-1][k] for k in ("student", "teacher")}
-    assert re.search(r"untrained encoder\s+│\s+[\d.]+ │\s+[\d.]+ │", capsys.readouterr().out)
+    assert re.search(r"randomly initialized encoder\s+│\s+[\d.]+ │\s+[\d.]+ │", capsys.readouterr().out)
 
 
 def test_bf16_and_checkpointing_and_compile_free_options_run(tmp_path, folder):
-    run(tmp_path / "run", folder, steps=2, machine={"precision": "bf16", "checkpointing": True})
+    run(tmp_path / "run", folder, steps=2, runtime={"precision": "bf16", "checkpointing": True})
     assert all(p.isfinite().all() for p in load(tmp_path / "run").parameters())
 
 
 def test_activation_checkpointing_changes_no_weight(tmp_path, folder, straight):
-    run(tmp_path / "run", folder, steps=12, machine={"checkpointing": True})
+    run(tmp_path / "run", folder, steps=12, runtime={"checkpointing": True})
     assert weights(tmp_path / "run") == weights(straight)
 
 
@@ -362,12 +425,12 @@ def test_a_bad_image_is_replaced_named_once_and_changes_no_other(tmp_path, folde
 
     shutil.copytree(folder, tmp_path / "data")
     (tmp_path / "data" / "a" / "00.png").write_bytes(b"not an image")
-    run(tmp_path / "run", tmp_path / "data", steps=12, machine={"bad_share": 0.1})
+    run(tmp_path / "run", tmp_path / "data", steps=12, runtime={"max_corrupt_fraction": 0.1})
     bad = [json.loads(line) for line in (tmp_path / "run" / "bad_files.jsonl").read_text().splitlines()]
     assert len(bad) == 1
     assert bad[0]["where"].endswith("00.png")
     with pytest.raises(DataError, match=r"00\.png"):
-        run(tmp_path / "strict", tmp_path / "data", steps=12, machine={"strict": True})
+        run(tmp_path / "strict", tmp_path / "data", steps=12, runtime={"strict": True})
 
 
 def test_results_are_frozen():
@@ -376,8 +439,9 @@ def test_results_are_frozen():
 
 @settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(0, 60))
-def test_whatever_number_of_probes_is_asked_for_is_made(total, count):
-    """As many as there are steps, at most; evenly, the last one at the end. Reconstructions are kept as often as before."""
+def test_the_requested_number_of_probes_is_made(total, count):
+    """At most one per step, evenly spaced, the last one at the end. The number of reconstructions does not
+    change."""
     run = SimpleNamespace(total=total, recipe=small(probes=count))
     milestones = pretraining.Pretraining.milestone_steps(run)
     probes = sorted(run.probe_steps)
@@ -391,11 +455,11 @@ def test_whatever_number_of_probes_is_asked_for_is_made(total, count):
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 3000), st.none() | st.integers(1, 700))
-def test_log_lines_are_as_many_as_asked_for(total, every):
-    """Through the loop itself, on steps that do nothing."""
+def test_log_lines_are_written_at_the_requested_steps(total, every):
+    """Through the training loop, with steps that do nothing."""
     made = Hollow(total, every)
     made.train()
-    every = every or usual_log_every(total)
+    every = every or default_log_every(total)
     assert made.logged == sorted({*range(every, total + 1, every), total})
     assert made.saved == sorted(made.milestone_steps())
 
@@ -405,12 +469,18 @@ class Hollow(Trainer):
 
     def __init__(self, total: int, log_every: int | None):
         self.total, self.step, self.seconds, self.skipped, self.last_milestone = total, 0, 0.0, 0, 0
-        self.steps_per_epoch, self.device, self.world, self.screen, self.out = 10, torch.device("cpu"), World(), Screen(False), Path()
-        self.machine = Machine(log_every=log_every, save_every="9d")
+        self.steps_per_epoch, self.device, self.world, self.screen, self.out = (
+            10,
+            torch.device("cpu"),
+            World(),
+            Screen(False),
+            Path(),
+        )
+        self.runtime = RuntimeConfig(log_every=log_every, save_every="9d")
         self.logged, self.saved, self.measured = [], [], []
 
     def resume_or_begin(self):
-        self.log_every = self.machine.log_every or usual_log_every(self.total)
+        self.log_every = self.runtime.log_every or default_log_every(self.total)
 
     def loader(self, start, stop):
         return iter(())
@@ -447,15 +517,19 @@ class Hollow(Trainer):
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        ({"half_life": "0.9 steps"}, "longer --half-life"), ({"schedule": "constant", "momentum": 0.4}, "higher --momentum"),
-        ({"half_life": "1 step"}, None), ({"method": "mae"}, None),
+        ({"half_life": "0.9 steps"}, "longer --half-life"),
+        ({"schedule": "constant", "momentum": 0.4}, "higher --momentum"),
+        ({"half_life": "1 step"}, None),
+        ({"method": "mae"}, None),
     ],
-)  # fmt: skip
+)
 def test_a_teacher_that_is_its_student_is_noted_once(tmp_path, folder, capsys, settings, advice):
     for _ in range(2):
         run(tmp_path / "run", folder, **{"steps": 2} | settings)
     noted = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the teacher's half-life is shorter than a step")
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("note: the teacher's half-life is shorter than a step")
     ]
     assert len(noted) == (advice is not None)
     assert not advice or noted[0].endswith(f"give a {advice}")
@@ -468,42 +542,59 @@ def test_probes_are_made_whatever_their_number(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    ("asked", "unlabelled", "says"),
+    ("asked", "unlabeled", "says"),
     [
         ((20, 10), 0, ""),
-        ((60, 20), 0, "note: the probes are fitted on 30 labelled images and scored on 10 (60 and 20 were asked for)\n"),
-        ((20, 10), 4, "fitted on 20 labelled images and scored on 10 (20 and 10 were asked for); 4 of 40 images without a label\n"),
+        (
+            (60, 20),
+            0,
+            "note: the probes are fitted on 30 labeled images and scored on 10 (60 and 20 were requested)\n",
+        ),
+        (
+            (20, 10),
+            4,
+            "fitted on 20 labeled images and scored on 10 (20 and 10 were requested); 4 of 40 images without "
+            "a label\n",
+        ),
     ],
 )
-def test_probes_say_on_how_many_images_they_are_where_these_are_few(tmp_path, folder, capsys, monkeypatch, asked, unlabelled, says):
+def test_probes_on_few_images_report_their_number(
+    tmp_path, folder, capsys, monkeypatch, asked, unlabeled, says
+):
     def some(recipe, screen):
         source = pretraining.open_source(recipe.data, 3)
-        source.labels[:unlabelled] = -1
+        source.labels[:unlabeled] = -1
         return source
 
     monkeypatch.setattr(pretraining, "open_images", some)
     run(tmp_path / "run", folder, steps=1, probes=1, probe_train=asked[0], probe_test=asked[1])
     out = capsys.readouterr().out
-    assert says in out if says else "asked for" not in out
+    assert says in out if says else "were requested" not in out
 
 
-def test_a_time_that_setting_up_has_eaten_is_refused_with_what_it_needs(tmp_path, folder, monkeypatch):
+def test_a_time_that_the_setup_used_up_is_refused(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(step_time, "measure_step", lambda run: 0.5)
-    with pytest.raises(ConfigError, match=r"--time 4s holds \d steps: .*a step 0.50 s; give --time 1m, which holds 100 steps$"):
+    with pytest.raises(
+        ConfigError, match=r"--time 4s is enough for \d steps: .*a step 0.50 s; give --time 1m for 100 steps$"
+    ):
         run(tmp_path / "run", folder, steps=None, time="4s")
     with pytest.raises(ConfigError, match="or fewer --probes"):
         run(tmp_path / "other", folder, steps=None, time="4s", probes=9, probe_train=20, probe_test=10)
 
 
+@catches("a refused run leaves its files behind", "rcmae.engine.run:run_directory", lambda old: run_lock)
 @pytest.mark.parametrize("there", [False, True])
 def test_a_refusal_before_the_first_step_leaves_the_directory_as_it_was(tmp_path, folder, monkeypatch, there):
     monkeypatch.setattr(step_time, "measure_step", lambda run: 0.5)
-    out, own = tmp_path / "runs" / "mine", {"notes.txt": "mine", "recipe.toml": "an older attempt's", "metrics.jsonl": "and its lines"}
+    out, own = (
+        tmp_path / "runs" / "mine",
+        {"notes.txt": "mine", "recipe.toml": "an older attempt's", "metrics.jsonl": "and its lines"},
+    )
     if there:
         out.mkdir(parents=True)
         for name, text in own.items():
             (out / name).write_text(text)
-    with pytest.raises(ConfigError, match="--time 4s holds"):
+    with pytest.raises(ConfigError, match="--time 4s is enough for"):
         run(out, folder, steps=None, time="4s", probes=1, probe_train=20, probe_test=10)
     with pytest.raises(DataError, match="fewer than the batch"):
         run(out, folder, batch_size=64)
@@ -516,13 +607,13 @@ def test_a_refusal_for_bad_images_keeps_the_file_that_names_them(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"no")
         if i % 4 == 0:
             Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
-    with pytest.raises(DataError, match=r"all are named in .*bad_files.jsonl"):
+    with pytest.raises(DataError, match=r"all are listed in .*bad_files.jsonl"):
         run(tmp_path / "run", tmp_path, steps=None, time="1m")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["bad_files.jsonl"]
 
 
-def test_a_signal_in_the_middle_of_a_step_leaves_it_unmade(tmp_path, folder, straight, monkeypatch):
-    """The step that gradients are computed for is dropped, the state before it saved, and the run resumed to the same bit."""
+def test_a_signal_in_the_middle_of_a_step_drops_the_step(tmp_path, folder, straight, monkeypatch):
+    """The state before it is saved, and the resumed run is equal to the bit."""
     from rcmae.methods.rcmae import RCMAE
 
     compare = RCMAE.compare
@@ -557,23 +648,37 @@ def test_a_signal_within_a_milestone_repeats_it_after_the_resume(tmp_path, folde
             run(tmp_path / "run", folder, **settings)
     run(tmp_path / "run", folder, **settings)
     assert weights(tmp_path / "run") == weights(tmp_path / "straight")
-    lines = [[line for line in read_metrics(tmp_path / name) if line["kind"] == "probe"] for name in ("straight", "run")]
+    lines = [
+        [line for line in read_metrics(tmp_path / name) if line["kind"] == "probe"]
+        for name in ("straight", "run")
+    ]
     assert lines[0] == lines[1]
 
 
-def test_a_signal_while_a_resumed_run_is_set_up_says_that_it_is_saved(tmp_path, folder, monkeypatch):
+@catches(
+    "a signal outside of a step is not reported as Preempted",
+    "rcmae.engine.run:preempted",
+    lambda old: lambda name, step: signals.Interrupted(signal.Signals[name]),
+)
+def test_a_signal_during_the_setup_of_a_resumed_run_reports_its_checkpoint(tmp_path, folder, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, pretraining.Pretraining, 2)
         with pytest.raises(Preempted):
             run(tmp_path / "run", folder)
     monkeypatch.setattr(pretraining, "open_images", lambda *args: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(Preempted, match="stopped by SIGINT; saved at step 2, run the same command again") as e:
+    with pytest.raises(Preempted, match="by SIGINT; saved at step 2, run the same command again") as e:
         run(tmp_path / "run", folder)
     assert e.value.exit_code == 75
 
 
-def test_a_milestone_that_was_recorded_but_not_saved_is_told_once(tmp_path, folder, monkeypatch):
-    """A signal comes in the middle of it; the resumed run is killed between its record and its checkpoint; the next one goes on."""
+@catches(
+    "a milestone that was not saved stays in the metrics",
+    "rcmae.trainer:Metrics",
+    lambda old: lambda run, step, milestone, *sinks: old(run, step, step or 0, *sinks),
+)
+def test_a_milestone_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, folder, monkeypatch):
+    """A signal arrives during the milestone, the resumed run is killed between its record and its checkpoint,
+    and the next one resumes."""
     settings = {"steps": 12, "probes": 3, "probe_train": 20, "probe_test": 10}
 
     def signaled(probes, backbones, step):

@@ -1,4 +1,5 @@
-"""Probes of frozen features: known answers, a plain loop, LARS's formula, scikit-learn's optimum, and nothing learned from the test set."""
+"""Probes of frozen features: known answers, a plain loop, LARS's formula, scikit-learn's optimum, and nothing
+learned from the test set."""
 
 import numpy as np
 import pytest
@@ -6,21 +7,25 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-import rcmae.tasks.knn as knn_module
+import rcmae.tasks.nearest_neighbors as knn_module
 from rcmae.errors import ConfigError
 from rcmae.tasks import attentive_probe
-from rcmae.tasks.knn import Knn, check_k, nearest
 from rcmae.tasks.lars import lars
 from rcmae.tasks.linear_probe import RATES, Heads, fit, fit_mae, fit_rates, predict
+from rcmae.tasks.nearest_neighbors import NearestNeighbors, check_k, nearest
+from tests.mutations import catches
 
 CLASSES = 5
 
-# --- k-NN -------------------------------------------------------------------------------------------------------------
+# --- k-NN ---------------------------------------------------------------------------------------------------
 
 
 def plain_loop(train, labels, test, k):
-    """One image after the other, in float64: the class with most votes; equals by the lower index, equal votes to the lower class."""
-    train, test = (x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1, keepdims=True) for x in (train, test))
+    """One image after the other, in float64: the class with most votes; equals by the lower index, equal
+    votes to the lower class."""
+    train, test = (
+        x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1, keepdims=True) for x in (train, test)
+    )
     found = []
     for feature in test:
         similar = train @ feature
@@ -41,13 +46,14 @@ def random_set(n=300, m=80, d=12, c=7, ties=False):
 
 
 def near(train, labels, k):
-    return Knn(train, torch.from_numpy(labels), 7, k)
+    return NearestNeighbors(train, torch.from_numpy(labels), 7, k)
 
 
 @pytest.mark.parametrize("columns", [8192, 11])
 @pytest.mark.parametrize("ties", [False, True])
-def test_knn_says_what_a_plain_loop_says(monkeypatch, ties, columns):
-    """With `ties`, features are corners of a small cube: most similarities occur many times, and labels disagree."""
+def test_knn_equals_a_plain_loop(monkeypatch, ties, columns):
+    """With `ties`, features are corners of a small cube: most similarities occur many times, with different
+    labels."""
     monkeypatch.setattr(knn_module, "COLUMNS", columns)
     train, labels, test = random_set(d=4 if ties else 12, ties=ties)
     votes = near(train, labels, 300).votes(test, [1, 10, 20, 300])
@@ -56,7 +62,12 @@ def test_knn_says_what_a_plain_loop_says(monkeypatch, ties, columns):
     assert (near(train, labels, 10)(test).argmax(1) == votes[10].argmax(1)).all()
 
 
-def test_a_feature_finds_itself():
+@catches(
+    "the farthest neighbors come first",
+    "rcmae.tasks.nearest_neighbors:nearest",
+    lambda old: lambda queries, train, k: old(queries, train, k).flip(1),
+)
+def test_a_feature_is_its_own_nearest_neighbor():
     train, labels, _ = random_set()
     unit = torch.nn.functional.normalize(train, dim=1)
     assert (nearest(unit, unit, 3)[:, 0] == torch.arange(len(train))).all()
@@ -69,8 +80,8 @@ def test_similarity_is_that_of_directions():
     torch.testing.assert_close(long, near(train, labels, 20)(test), rtol=1e-3, atol=1e-3)
 
 
-def test_what_wants_a_gradient_gets_one_and_the_same_answer():
-    """Also where all neighbours are of one class and votes have none."""
+def test_knn_has_a_gradient_and_the_same_predictions_with_it():
+    """Also where all neighbors have one class, so that the votes have no gradient."""
     train, labels, test = random_set()
     labels = np.where(train[:, 0] > 0, 0, 1)
     model = near(train, labels, 5)
@@ -83,8 +94,9 @@ def test_what_wants_a_gradient_gets_one_and_the_same_answer():
     assert (model(away).argmax(1) != model(test).argmax(1)).float().mean() > 0.5
 
 
-def test_what_wants_a_gradient_keeps_no_pair_of_all(monkeypatch):
-    """Votes of all training features, some at a time: the same logits and gradient, and nothing of m x n is kept for it."""
+def test_knn_with_a_gradient_does_not_save_all_pairs(monkeypatch):
+    """Votes of all training features, computed in chunks: the same logits and gradient, without a saved m x n
+    tensor."""
     train, labels, test = random_set()
     model, found, kept = near(train, labels, 5), [], []
     for columns in (8192, 70):
@@ -104,16 +116,16 @@ def test_what_wants_a_gradient_keeps_no_pair_of_all(monkeypatch):
 
 
 @pytest.mark.parametrize("ks", [(10, 301), (0,), ()])
-def test_a_k_that_cannot_be_is_refused(ks):
+def test_an_impossible_k_is_refused(ks):
     with pytest.raises(ConfigError, match="1 to 300, the number of training images"):
         check_k(ks, 300)
 
 
-# --- LARS -------------------------------------------------------------------------------------------------------------
+# --- LARS ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["CPU's way", "CUDA's way"])
-def test_three_steps_are_the_formula(foreach):
+def test_three_steps_follow_the_formula(foreach):
     model = nn.Linear(5, 3).double()
     optimizer = lars(model, lr=0.7)
     for group in optimizer.param_groups:
@@ -140,22 +152,29 @@ def test_zero_weights_and_zero_gradients_are_not_scaled(gradient):
     assert torch.equal(model.weight.detach(), torch.full((2, 4), -0.5 * gradient))
 
 
-def test_what_does_not_learn_is_left_alone():
-    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
+def test_frozen_weights_are_left_alone():
+    model = nn.Sequential(
+        nn.Linear(4, 4).requires_grad_(False), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)
+    )
     assert [len(group["params"]) for group in lars(model, 1.0).param_groups] == [1, 1]
 
 
-# --- linear -----------------------------------------------------------------------------------------------------------
+# --- linear -------------------------------------------------------------------------------------------------
 
 
 def gaussians(distance: float, n: int = 2000, m: int = 4000, d: int = 16):
-    """Classes around random centres, with a common, not round covariance."""
+    """Classes around random centers, with a common covariance that is not isotropic."""
     rng = np.random.default_rng(0)
-    centres, shape = distance * rng.standard_normal((CLASSES, d)), 0.5 * rng.standard_normal((d, d)) / d**0.5 + np.eye(d)
+    centers, shape = (
+        distance * rng.standard_normal((CLASSES, d)),
+        0.5 * rng.standard_normal((d, d)) / d**0.5 + np.eye(d),
+    )
 
     def draw(count):
         labels = np.arange(count) % CLASSES
-        return torch.tensor(centres[labels] + rng.standard_normal((count, d)) @ shape, dtype=torch.float32), labels
+        return torch.tensor(
+            centers[labels] + rng.standard_normal((count, d)) @ shape, dtype=torch.float32
+        ), labels
 
     return *draw(n), *draw(m)
 
@@ -165,9 +184,11 @@ def by_rates(train, labels, test, truth, seed=0):
 
 
 def by_mae(train, labels, test, truth, seed=0):
-    """Few images: a high rate, as its docstring asks for."""
+    """MAE's protocol on few images, with a high rate as its docstring recommends."""
     batches = attentive_probe.in_memory(train, labels, 200, len(train), seed)
-    layer = fit_mae(batches, train.shape[1], CLASSES, steps=200, warmup=0.05, batch=len(train), base_lr=5.0, seed=seed)
+    layer = fit_mae(
+        batches, train.shape[1], CLASSES, steps=200, warmup=0.05, batch=len(train), base_lr=5.0, seed=seed
+    )
     return predict(layer, test) == truth
 
 
@@ -190,7 +211,9 @@ def test_shuffled_labels_teach_nothing(probe):
 @both
 def test_the_optimum_is_that_of_logistic_regression(probe):
     train, labels, test, truth = gaussians(distance=0.35)
-    reference = LogisticRegression(C=1e3, max_iter=1000).fit(train.numpy(), labels).predict(test.numpy()) == truth
+    reference = (
+        LogisticRegression(C=1e3, max_iter=1000).fit(train.numpy(), labels).predict(test.numpy()) == truth
+    )
     assert 0.6 < reference.mean() < 0.95, "a task that is neither trivial nor hopeless"
     assert 100 * probe(train, labels, test, truth).mean() == pytest.approx(100 * reference.mean(), abs=0.5)
 
@@ -207,7 +230,7 @@ def test_a_probe_is_a_function_of_its_seed(probe):
 
 
 @both
-def test_scale_and_offset_of_features_are_nothing_to_it(probe):
+def test_scale_and_offset_of_features_do_not_matter(probe):
     train, labels, test, truth = gaussians(distance=0.5, n=500)
     scale, offset = torch.logspace(-2, 2, train.shape[1]), torch.linspace(-30, 30, train.shape[1])
     moved = probe(train * scale + offset, labels, test * scale + offset, truth)
@@ -220,8 +243,9 @@ def test_a_test_image_is_judged_on_its_own(probe):
     assert probe(train, labels, test[:1], truth[:1])[0] == probe(train, labels, test[:50], truth[:50])[0]
 
 
-def test_maes_step_is_lars_on_standardised_features():
-    """One step on the whole set. What comes back is folded with the running statistics: 0.9 of (0, 1) and 0.1 of the batch's."""
+def test_maes_step_is_lars_on_standardized_features():
+    """One step on the full set. The returned layer includes the running statistics: 0.9 of (0, 1) and 0.1 of
+    the batch's."""
     train, labels, *_ = gaussians(distance=1.0, n=256)
     options = {"steps": 1, "warmup": 0.0, "batch": 256, "base_lr": 100.0, "seed": 3}
     answers = torch.from_numpy(labels)
@@ -234,20 +258,29 @@ def test_maes_step_is_lars_on_standardised_features():
     running = (0.9 + 0.1 * train.var(0) + 1e-6).sqrt()
     moved = w - 100 * 0.001 * w.norm() / w.grad.norm() * w.grad
     torch.testing.assert_close(after.weight, moved / running, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(after.bias, -100 * b.grad - (moved / running) @ (0.1 * train.mean(0)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        after.bias, -100 * b.grad - (moved / running) @ (0.1 * train.mean(0)), rtol=1e-4, atol=1e-5
+    )
 
 
-def test_the_rate_is_the_best_on_what_was_held_out_and_the_layer_is_fitted_on_all():
+@catches(
+    "the learning rate is chosen without held-out samples",
+    "rcmae.tasks.linear_probe:held_out",
+    lambda old: lambda labels, seed=0, fraction=0.2: np.zeros(len(labels), bool),
+)
+def test_the_rate_is_chosen_on_held_out_samples_and_the_layer_fitted_on_all():
     """The test set is no argument, so nothing can be chosen on it."""
     train, labels, *_ = gaussians(distance=0.5, n=500)
     chosen = fit_rates(train, labels, CLASSES, steps=200)
-    assert list(chosen.held_out) == list(RATES) and chosen.held_out[chosen.rate] == max(chosen.held_out.values())
+    assert list(chosen.held_out) == list(RATES) and chosen.held_out[chosen.rate] == max(
+        chosen.held_out.values()
+    )
     alone = fit_rates(train, labels, CLASSES, rates=[chosen.rate], steps=200)
     assert torch.equal(alone.layer.weight, chosen.layer.weight) and alone.held_out == {}
 
 
 def test_layers_do_not_disturb_one_another():
-    """Each of three rates together, and alone; the last one is far too high."""
+    """Three rates trained together equal each trained alone; the last one is far too high."""
     train, labels, *_ = gaussians(distance=1.0, n=500)
     rates = [1e-3, 0.1, 1e4]
     together = fit(train, labels, CLASSES, rates, 50, 100, 3)
@@ -272,19 +305,19 @@ def test_with_one_image_a_class_the_middle_rate_is_taken():
 
 
 def test_a_feature_that_never_changes_is_not_blown_up():
-    """Zero in training; a last digit in testing must not decide."""
+    """Zero in training; rounding errors in testing must not decide."""
     train, labels, test, truth = gaussians(distance=2.0, n=300)
     train[:, 0], test[:, 0] = 0, 1 / 255
     layer = fit_rates(train, labels, CLASSES, steps=300).layer
     assert (predict(layer, test) == truth).mean() > 0.9
 
 
-# --- attentive --------------------------------------------------------------------------------------------------------
+# --- attentive ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", attentive_probe.PROBES)
 def test_attentive_probes_find_one_token_among_many(kind):
-    """The class stands in one token at a random place; the mean over the tokens hides it in noise."""
+    """The class is in one token at a random position; in the mean over tokens it is hidden by noise."""
     rng = torch.Generator().manual_seed(0)
 
     def images(n):

@@ -1,4 +1,5 @@
-"""The race: equal starts and budgets, honest intervals, words that follow from numbers; all of it, small, stopped and resumed."""
+"""The race: equal initial weights and budgets, valid intervals, verdicts that follow from the numbers; small,
+stopped and resumed."""
 
 import json
 import signal
@@ -15,7 +16,18 @@ from torch.utils.data import default_collate
 
 from rcmae.cli import main
 from rcmae.compare.cost import T
-from rcmae.compare.race import ARMS, LOOKS, Budget, Setting, arms, interval, parse_budget, plan, verdict, write_page
+from rcmae.compare.race import (
+    ARMS,
+    STYLES,
+    Budget,
+    RaceSettings,
+    arms,
+    interval,
+    parse_budget,
+    plan,
+    verdict,
+    write_race_page,
+)
 from rcmae.config import with_settings
 from rcmae.data.dataset import Images
 from rcmae.data.digits import DigitsSource
@@ -24,7 +36,8 @@ from rcmae.engine.metrics import read_metrics
 from rcmae.errors import ConfigError
 from rcmae.methods import METHODS
 from rcmae.methods.recipes import load_recipe
-from rcmae.tasks.attentive_probe import attentive_right
+from rcmae.tasks.attentive_probe import attentive_correct
+from tests.mutations import catches
 
 AVERAGED = "mae averaged"
 
@@ -55,7 +68,7 @@ def test_all_start_from_the_same_encoder_and_see_the_same_images():
 
 def test_averaged_mae_is_mae_to_the_bit_and_costs_what_mae_costs():
     mae, averaged = arms(["mae", AVERAGED], settings=TINY)
-    assert averaged.paid == mae.recipe
+    assert averaged.cost_recipe == mae.recipe
     assert averaged.network == "teacher"
     losses = []
     for arm in (mae, averaged):
@@ -66,7 +79,9 @@ def test_averaged_mae_is_mae_to_the_bit_and_costs_what_mae_costs():
         if arm is averaged:
             with torch.no_grad():  # a teacher that agrees with nobody
                 method.teacher.model.decoder.pred.weight.normal_()
-        loss = method(default_collate([{k: v for k, v in s.items() if k != "bad"} for s in samples]), T)["loss"]
+        loss = method(default_collate([{k: v for k, v in s.items() if k != "bad"} for s in samples]), T)[
+            "loss"
+        ]
         loss.backward()
         losses.append((loss, [p.grad for p in method.student.parameters() if p.grad is not None]))
     (loss, gradient), (other, others) = losses
@@ -90,15 +105,26 @@ def test_an_arm_has_its_own_settings_and_those_of_all():
 
 @pytest.mark.parametrize(
     ("text", "budget"),
-    [("4m", Budget("seconds", 240)), ("300000 images", Budget("images", 3e5)), ("2e13 FLOPs", Budget("FLOPs", 2e13))],
+    [
+        ("4m", Budget("seconds", 240)),
+        ("300000 images", Budget("images", 3e5)),
+        ("2e13 FLOPs", Budget("FLOPs", 2e13)),
+    ],
 )
 def test_a_budget_is_time_flops_or_images(text, budget):
     assert parse_budget(text) == budget
 
 
 def test_settings_by_name_reach_every_section_and_say_what_is_wrong():
-    recipe = with_settings(load_recipe("dino-embedded"), ["steps=7", "depth=2", "sinkhorn=false", "half_life=2%"], "x")
-    assert (recipe.steps, recipe.network.depth, recipe.dino.sinkhorn, recipe.teacher.half_life) == (7, 2, False, "2%")
+    recipe = with_settings(
+        load_recipe("dino-bundled"), ["steps=7", "depth=2", "sinkhorn=false", "half_life=2%"], "x"
+    )
+    assert (recipe.steps, recipe.network.depth, recipe.dino.sinkhorn, recipe.teacher.half_life) == (
+        7,
+        2,
+        False,
+        "2%",
+    )
     for wrong, says in (
         ("dephth=2", "did you mean depth"),
         ("depth", "write key=value"),
@@ -110,8 +136,9 @@ def test_settings_by_name_reach_every_section_and_say_what_is_wrong():
 
 
 @pytest.mark.parametrize(("seeds", "spread"), [(2, 0.03), (3, 0.0), (3, 0.03), (6, 0.03)])
-def test_an_interval_holds_the_truth_at_least_as_often_as_it_says(seeds, spread):
-    """Arms that truly differ by 2 points, seeds that differ among themselves by `spread`, 1,000 test images a seed."""
+def test_intervals_have_at_least_their_nominal_coverage(seeds, spread):
+    """Arms that truly differ by 2 points, seeds that differ with the standard deviation `spread`, 1,000 test
+    images per seed."""
     rng = np.random.default_rng(seeds)
     held = 0
     for _ in range(150):
@@ -122,13 +149,21 @@ def test_an_interval_holds_the_truth_at_least_as_often_as_it_says(seeds, spread)
     assert held >= 0.95 * 150 - 2 * (150 * 0.95 * 0.05) ** 0.5
 
 
+@catches(
+    "arms are not compared on the same images",
+    "rcmae.compare.race:interval",
+    lambda old: lambda first, second, draws=4000: old(first, [row[::-1] for row in second], draws),
+)
 def test_an_interval_is_paired():
-    """Two arms that are right on the same images differ by nothing, however hard the images and whatever the seed."""
-    hits = [np.random.default_rng(i).random(500) < share for i, share in enumerate((0.2, 0.5, 0.9))]
-    assert interval(hits, hits) == [0, 0, 0]
-    better = [h | (np.arange(500) < 100) for h in hits]
-    mean, low, high = interval(better, hits)
-    assert mean == pytest.approx(100 * np.mean([b.mean() - h.mean() for b, h in zip(better, hits, strict=True)]))
+    """Two arms that are correct on the same images do not differ, however hard the images and whatever the
+    seed."""
+    correct = [np.random.default_rng(i).random(500) < fraction for i, fraction in enumerate((0.2, 0.5, 0.9))]
+    assert interval(correct, correct) == [0, 0, 0]
+    better = [h | (np.arange(500) < 100) for h in correct]
+    mean, low, high = interval(better, correct)
+    assert mean == pytest.approx(
+        100 * np.mean([b.mean() - h.mean() for b, h in zip(better, correct, strict=True)])
+    )
     assert low < mean < high
 
 
@@ -136,7 +171,7 @@ def row(arm, mean, **against):
     return {"arm": arm, "linear": [mean], "linear against": against}
 
 
-def test_the_verdict_says_what_the_intervals_say():
+def test_the_verdict_follows_from_the_intervals():
     about = {"budget": "9 FLOPs", "data": "x"}
     rows = [
         row("a", 40.0, b=[-2, -5, 1], c=[10, 4, 16]),
@@ -144,14 +179,16 @@ def test_the_verdict_says_what_the_intervals_say():
         row("c", 30.0, a=[-10, -16, -4], b=[-12, -18, -6]),
     ]
     said = verdict(rows, about)
-    assert said[0].startswith("With 9 FLOPs for each on x, b has the highest linear probe on mean patches (42.0 %)")
-    assert "is better than c (+12.0 points, +6.0 to +18.0)" in said[0]
-    assert "can't be told from a (+2.0 points, -1.0 to +5.0)" in said[0]
-    assert said[1].startswith("b against a: can't tell") and said[2].startswith("c against a: worse")
+    assert said[0].startswith(
+        "With 9 FLOPs for each on x, b has the highest linear probe accuracy on mean patches (42.0 %)"
+    )
+    assert ": better than c (+12.0 points, +6.0 to +18.0); " in said[0]
+    assert "inconclusive against a (+2.0 points, -1.0 to +5.0)." in said[0]
+    assert said[1].startswith("b against a: inconclusive") and said[2].startswith("c against a: worse")
 
 
 def test_the_attentive_probe_finds_one_token_among_many():
-    """The class stands in one token at a random place; the mean over the tokens hides it in noise."""
+    """The class is in one token at a random position; in the mean over tokens it is hidden by noise."""
     rng = torch.Generator().manual_seed(0)
 
     def images(n):
@@ -161,26 +198,30 @@ def test_the_attentive_probe_finds_one_token_among_many():
         return tokens.half(), labels.numpy()
 
     (train, labels), (test, truth) = images(800), images(400)
-    right = attentive_right(train, labels, test, truth)
+    right = attentive_correct(train, labels, test, truth)
     assert right.mean() > 0.95
-    assert (right == attentive_right(train, labels, test, truth)).all()
+    assert (right == attentive_correct(train, labels, test, truth)).all()
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["mae"], "needs two arms"),
-        (["mae", "mae"], "'mae' races twice"),
+        (["mae", "mae"], "'mae' is given twice"),
         (["mae", "rcmaee"], "did you mean rcmae"),
         (["mae", "rcmae", "--budget", "much"], "is no budget"),
         (["mae", "rcmae", "--budget", "0 images"], "above 0"),
-        (["mae", "rcmae", "--seeds", "1", "--probes", "0"], "--seeds must be 2 or more, not 1; --probes must be 1 or more"),
+        (
+            ["mae", "rcmae", "--seeds", "1", "--probes", "0"],
+            "--seeds must be 2 or more, not 1; --probes must be 1 or more",
+        ),
         (
             ["mae", "dino, local_crops=1, local_size=64", "ibot, batch_size=1"],
-            "local_size=64: local_size 64 is larger than the image, 32; ibot, batch_size=1: ibot compares images",
+            "local_size=64: local_size 64 is larger than the image, 32; ibot, batch_size=1: ibot compares "
+            "images",
         ),
-        (["mae", "rcmae, data=other"], "data is for the race to say"),
-        (["mae", "rcmae", "--settings", "steps=7", "batch_size=4"], "steps is for the race to say"),
+        (["mae", "rcmae, data=other"], "data is set by the race"),
+        (["mae", "rcmae", "--settings", "steps=7", "batch_size=4"], "steps is set by the race"),
         (["mae", "rcmae", "--budget", "64 images"], "too few to probe"),
     ],
 )
@@ -203,7 +244,20 @@ def test_a_race_without_labels_is_refused_before_it_runs(tmp_path, capsys):
 
 def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
     out = tmp_path / "race"
-    argv = ["compare", "race", "mae", AVERAGED, "--budget", "640 images", "--seeds", "2", "--probes", "2", "--probe-train", "60"]
+    argv = [
+        "compare",
+        "race",
+        "mae",
+        AVERAGED,
+        "--budget",
+        "640 images",
+        "--seeds",
+        "2",
+        "--probes",
+        "2",
+        "--probe-train",
+        "60",
+    ]
     argv += ["--probe-test", "50", "--jobs", "2", "--device", "cpu", "--out", str(out), "--settings", *TINY]
     command = [sys.executable, "-m", "rcmae", *argv]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -211,7 +265,7 @@ def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
         time.sleep(0.1)
     first.send_signal(signal.SIGTERM)
     _, error = first.communicate(timeout=60)
-    assert first.returncode == 75 and error.splitlines()[-1].startswith("rcmae: stopped: stopped by SIGTERM"), error
+    assert first.returncode == 75 and error.splitlines()[-1].startswith("rcmae: stopped: by SIGTERM"), error
     begun = {path.parent.name for path in out.glob("*/checkpoints")}
     assert begun
 
@@ -226,7 +280,9 @@ def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
         assert row["steps"] == 40 and row["images"] == 640
         assert [point["step"] for point in row["curve"]] == [0, 20, 40]
         assert len(row["linear"]) == len(row["attentive"]) == len(row["knn"]) == 2
-        assert row["curve"][0]["linear"] == found["rows"][0]["curve"][0]["linear"], "all start from the same weights"
+        assert row["curve"][0]["linear"] == found["rows"][0]["curve"][0]["linear"], (
+            "all start from the same weights"
+        )
         assert row["curve"][-1]["linear"] == row["linear"]
         seconds = [point["seconds"] for point in row["curve"]]
         assert 0 == seconds[0] < seconds[1] < seconds[2]
@@ -243,16 +299,23 @@ def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
 
 
 def test_the_recorded_race_can_be_drawn_again(tmp_path):
-    """Its arms are still arms, each with a look of its own."""
+    """Its arms still exist, each with a line style of its own."""
     found = json.loads((Path(__file__).parent.parent / "results" / "race.json").read_text())
     names = [row["arm"] for row in found["rows"]]
-    assert set(names) <= set(ARMS) and len({LOOKS[name] for name in ARMS}) == len(ARMS)
-    page = write_page(found, tmp_path).read_text()
+    assert set(names) <= set(ARMS) and len({STYLES[name] for name in ARMS}) == len(ARMS)
+    page = write_race_page(found, tmp_path).read_text()
     assert all(name in page for name in names)
-    assert "Averaged weights cost what MAE costs" in page
+    assert "Averaged weights cost as much as MAE" in page
 
 
 def test_equal_flops_are_equal(tmp_path):
     contestants = arms(["mae", "dino"], settings=["batch_size=10"])
-    steps = plan(contestants, Setting(Budget("FLOPs", 1e12), probes=1), {"mae": 1e9, "dino": 8e9}, "", tmp_path, print)
+    steps = plan(
+        contestants,
+        RaceSettings(Budget("FLOPs", 1e12), probes=1),
+        {"mae": 1e9, "dino": 8e9},
+        "",
+        tmp_path,
+        print,
+    )
     assert steps == {"mae": 100, "dino": 12}

@@ -1,4 +1,5 @@
-"""Sets of robustness, small ones in the layouts of the published ones, read from end to end by toy models whose answers are known."""
+"""Robustness sets: small ones in the published layouts, read end to end by toy models with known
+predictions."""
 
 import dataclasses
 import multiprocessing
@@ -14,6 +15,7 @@ from torch import nn
 
 from rcmae.data.digits import DigitsSource
 from rcmae.data.sources import Subset, open_source
+from rcmae.data.views import center
 from rcmae.errors import ConfigError, DataError
 from rcmae.report.curves import standalone
 from rcmae.report.severity import by_severity, figures
@@ -34,28 +36,29 @@ from rcmae.tasks.robustness.sets import (
     real_labels,
     sketch,
     subset,
-)  # fmt: skip
+)
+from tests.mutations import catches
 
 CPU = torch.device("cpu")
 LOADING = Loading((8, 8), CPU, batch=16)
 THREE = ["n01440764", "n01443537", "n01484850"]
 
 
-def colour(number: int) -> np.ndarray:
-    """A flat image that says a number up to 4,095 in its colours, far apart enough for any resizing."""
-    return np.array([16 * (number // 256) + 8, 16 * (number // 16 % 16) + 8, 16 * (number % 16) + 8], np.uint8)
+def color(number: int) -> np.ndarray:
+    """A flat image that encodes a number up to 4,095 in its color, robust to any resizing."""
+    return np.array(
+        [16 * (number // 256) + 8, 16 * (number // 16 % 16) + 8, 16 * (number % 16) + 8], np.uint8
+    )
 
 
 def save(path: Path, number: int, side: int = 8, form: str = "PNG") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.tile(colour(number), (side, side, 1))).save(path, form)
+    Image.fromarray(np.tile(color(number), (side, side, 1))).save(path, form)
 
 
 class Reads(nn.Module):
-    """Says the number that an image's colours say: logit 1 for that column, and 2 for `instead` of it where one is given.
-
-    `order`: the column of each number, where a model has its classes in another order.
-    """
+    """Decodes the number in an image's color: logit 1 for that column, and 2 for `instead` of it where one is
+    given. `order`: the column of each number, if a model has its classes in another order."""
 
     def __init__(self, classes: int, instead: dict[int, int] | None = None, order: np.ndarray | None = None):
         super().__init__()
@@ -78,12 +81,13 @@ def synsets(which: str) -> list[str]:
     return sorted(files("timm.data").joinpath(f"_info/imagenet_{which}_synsets.txt").read_text().split())
 
 
-# --- published sets ---------------------------------------------------------------------------------------------------
+# --- published sets -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def imagenet_c_folder(tmp_path_factory) -> Path:
-    """Three classes, of 2, 1 and 1 images. Frost at severity 4 and 5 shows the wrong class in the first image."""
+    """Three classes, of 2, 1 and 1 images. Frost at severity 4 and 5 shows the wrong class in the first
+    image."""
     root = tmp_path_factory.mktemp("c")
     for name in STANDARD:
         for severity in range(1, 6):
@@ -97,56 +101,84 @@ def test_imagenet_c_is_read_by_corruption_severity_and_class(imagenet_c_folder):
     said = []
     models = {"reads": Reads(3), "turned": Reads(3, order=np.array([2, 0, 1])), "swaps": Reads(3, {2: 1})}
     found = imagenet_c(models, imagenet_c_folder, THREE, LOADING, said.append)
-    assert found["reads"].kind == IMAGENET_C and list(found["reads"].right) == list(STANDARD)
+    assert found["reads"].kind == IMAGENET_C and list(found["reads"].correct) == list(STANDARD)
     wanted = {name: [0.0] * 5 for name in STANDARD} | {"frost": [0, 0, 0, 25, 25]}
     assert found["reads"].errors == wanted
-    assert found["swaps"].errors["fog"] == [25] * 5 and found["swaps"].right["fog"].tolist() == [[True, True, True, False]] * 5
-    assert found["reads"].mean_error == pytest.approx(50 / 75) and found["reads"].mce is None, "three classes are not ImageNet-C"
+    assert (
+        found["swaps"].errors["fog"] == [25] * 5
+        and found["swaps"].correct["fog"].tolist() == [[True, True, True, False]] * 5
+    )
+    assert found["reads"].mean_error == pytest.approx(50 / 75) and found["reads"].mce is None, (
+        "three classes are not ImageNet-C"
+    )
     assert found["turned"].mean_error > 50
     turned = imagenet_c(models, imagenet_c_folder, [THREE[1], THREE[2], THREE[0]], LOADING)["turned"]
     assert turned.errors == wanted, "columns are found by name"
-    assert len(said) == 15 and "frost, error by severity in percent: reads 0.0 0.0 0.0 25.0 25.0; turned" in said[8]
+    assert (
+        len(said) == 15
+        and "frost, error by severity in percent: reads 0.0 0.0 0.0 25.0 25.0; turned" in said[8]
+    )
 
 
-def test_mce_is_of_the_published_set_alone():
+def test_mce_is_given_for_the_published_set_only():
     right = {name: np.arange(2000) >= np.array([[round(20 * ALEXNET[name])]] * 5) for name in STANDARD}
     official = Corrupted(IMAGENET_C, right, published=True)
-    assert official.mce == pytest.approx(100, abs=0.03) and official.mean_error == pytest.approx(78.87, abs=0.1)
+    assert official.mce == pytest.approx(100, abs=0.03) and official.mean_error == pytest.approx(
+        78.87, abs=0.1
+    )
     assert Corrupted(C_STYLE, right, published=False).mce is None
 
 
 def test_an_incomplete_imagenet_c_is_named(imagenet_c_folder, tmp_path):
-    check, read = partial(check_imagenet_c, shape=LOADING.shape), partial(imagenet_c, {"reads": Reads(3)}, loading=LOADING)
-    with pytest.raises(DataError, match=r"gaussian_noise/1, gaussian_noise/2, gaussian_noise/3 and 72 more of corruption/severity missing"):
+    check, read = (
+        partial(check_imagenet_c, shape=LOADING.shape),
+        partial(imagenet_c, {"reads": Reads(3)}, loading=LOADING),
+    )
+    with pytest.raises(
+        DataError,
+        match=r"gaussian_noise/1, gaussian_noise/2, gaussian_noise/3 and 72 more of corruption/severity "
+        r"missing",
+    ):
         check(tmp_path, THREE)
     for name in STANDARD:
         (tmp_path / name).symlink_to(imagenet_c_folder / name)
     (tmp_path / "fog").unlink()
     for severity in range(1, 5):
         (tmp_path / "fog" / str(severity)).mkdir(parents=True)
-    with pytest.raises(DataError, match=r"not all of ImageNet-C: fog/5 of corruption/severity missing"):
+    with pytest.raises(DataError, match=r"not the complete ImageNet-C: fog/5 of corruption/severity missing"):
         check(tmp_path, THREE)
     (tmp_path / "fog" / "5").mkdir()
-    with pytest.raises(DataError, match=r"fog/1 has 0 class folders; n01440764, n01443537, n01484850 of 3 missing"):
+    with pytest.raises(
+        DataError, match=r"fog/1 has 0 class folders; n01440764, n01443537, n01484850 of 3 missing"
+    ):
         check(tmp_path, THREE)
     for severity in range(1, 6):
         for k, wnid in enumerate(THREE):
             save(tmp_path / "fog" / str(severity) / wnid / f"ILSVRC2012_val_{k + 2:08d}.JPEG", k)
-    with pytest.raises(DataError, match=r"fog/1 holds 3 images, and .*gaussian_noise/1 4, not of the same names"):
+    with pytest.raises(
+        DataError, match=r"fog/1 holds 3 images, and .*gaussian_noise/1 4, with different names"
+    ):
         read(tmp_path, THREE)
     with pytest.raises(DataError, match=r"3 class folders; n01484850 not among the 2 of this set"):
         check(imagenet_c_folder, THREE[:2])
-    with pytest.raises(DataError, match=r"8 x 8, and the model takes 16 x 16: ImageNet-C is read as stored"):
+    with pytest.raises(DataError, match=r"8 x 8, but the model takes 16 x 16: ImageNet-C is used as stored"):
         check(imagenet_c_folder, THREE, shape=(16, 16))
-    with pytest.raises(DataError, match=r"8 x 8, and the model takes 16 x 16: ImageNet-C is read as stored"):
-        imagenet_c({"reads": Reads(3)}, imagenet_c_folder, THREE, dataclasses.replace(LOADING, shape=(16, 16)))
+    with pytest.raises(DataError, match=r"8 x 8, but the model takes 16 x 16: ImageNet-C is used as stored"):
+        imagenet_c(
+            {"reads": Reads(3)}, imagenet_c_folder, THREE, dataclasses.replace(LOADING, shape=(16, 16))
+        )
     with pytest.raises(DataError, match="gaussian_noise"):
         read(tmp_path / "nothing", THREE)
 
 
+@catches(
+    "logits are in the order of the folders",
+    "rcmae.tasks.robustness.sets:columns",
+    lambda old: lambda classes, folders: np.arange(len(folders)),
+)
 @pytest.mark.parametrize("which", ["a", "r"])
-def test_two_hundred_classes_are_judged_among_themselves(tmp_path, which):
-    """Three images are taken for a class outside of the set, and one for another of its classes."""
+def test_predictions_are_among_the_two_hundred_classes_of_the_set(tmp_path, which):
+    """Three images get a class outside of the set, and one another of its classes."""
     classes, own = imagenet_classes(), synsets(which)
     for wnid in own:
         save(tmp_path / wnid / "0.jpg", classes.index(wnid), 11)
@@ -157,16 +189,18 @@ def test_two_hundred_classes_are_judged_among_themselves(tmp_path, which):
     mixed = [classes[i] for i in np.argsort(order)]
     for model, named in ((Reads(1000, mistakes), classes), (Reads(1000, mistakes, order), mixed)):
         found = subset({"toy": model}, tmp_path, named, which, LOADING)["toy"]
-        assert np.flatnonzero(~found.among_own).tolist() == [7]
+        assert np.flatnonzero(~found.among_200).tolist() == [7]
         assert np.flatnonzero(~found.among_all).tolist() == [3, 7, 50, 199]
     other = {"a": "r", "r": "a"}[which]
-    with pytest.raises(DataError, match=r"has 200 class folders; n\d+, n\d+, n\d+ and \d+ more of 200 missing"):
+    with pytest.raises(
+        DataError, match=r"has 200 class folders; n\d+, n\d+, n\d+ and \d+ more of 200 missing"
+    ):
         subset({"toy": model}, tmp_path, classes, other, LOADING)
     (tmp_path / own[0] / "0.jpg").unlink()
     with pytest.raises(DataError, match=f"empty class folders: {own[0]}"):
         subset({"toy": model}, tmp_path, classes, which, LOADING)
     (tmp_path / "README.png").write_bytes(b"")
-    with pytest.raises(DataError, match="must hold images in class folders, and nothing beside them"):
+    with pytest.raises(DataError, match="must contain images in class folders, and nothing else"):
         subset({"toy": model}, tmp_path, classes, which, LOADING)
     with pytest.raises(DataError, match=f"199 class folders; {own[0]} of 200 missing"):
         (tmp_path / own[0]).rmdir()
@@ -181,18 +215,28 @@ def test_sketch_has_all_classes(tmp_path):
     assert np.flatnonzero(~found).tolist() == [5, 999]
     with pytest.raises(DataError, match="folders are no class of the model|1000 folders"):
         sketch({"toy": Reads(3)}, tmp_path, THREE, LOADING)
-    with pytest.raises(DataError, match="is no folder; give the one that holds the class folders"):
+    with pytest.raises(DataError, match="is not a folder; give the folder that contains the class folders"):
         sketch({"toy": Reads(1000)}, tmp_path / "nowhere", classes, LOADING)
 
 
 @pytest.mark.parametrize("layout", ["", "n01440764/"], ids=["flat", "in folders"])
 def test_real_labels_are_taken_by_file_name(tmp_path, layout):
-    """The first validation image has no label left, the second two (970 and 795), the fourth one (809), the fifth 516 and 850."""
+    """The first validation image has no label left, the second two (970 and 795), the fourth one (809), the
+    fifth 516 and 850."""
     shown = {1: 0, 2: 795, 3: 5, 4: 809, 5: 850}
     for number, column in shown.items():
-        save(tmp_path / f"{layout if number < 3 else layout.replace('7', '8')}ILSVRC2012_val_{number:08d}.JPEG", column)
+        save(
+            tmp_path
+            / f"{layout if number < 3 else layout.replace('7', '8')}ILSVRC2012_val_{number:08d}.JPEG",
+            column,
+        )
     classes = imagenet_classes()
-    assert real_labels({"toy": Reads(1000)}, tmp_path, classes, LOADING)["toy"].tolist() == [True, False, True, True]
+    assert real_labels({"toy": Reads(1000)}, tmp_path, classes, LOADING)["toy"].tolist() == [
+        True,
+        False,
+        True,
+        True,
+    ]
     order = np.arange(1000)[::-1].copy()
     turned = real_labels({"toy": Reads(1000, order=order)}, tmp_path, classes[::-1], LOADING)["toy"]
     assert turned.tolist() == [True, False, True, True]
@@ -201,24 +245,29 @@ def test_real_labels_are_taken_by_file_name(tmp_path, layout):
         real_labels({"toy": Reads(1000)}, tmp_path, classes, LOADING)
 
 
-# --- any labelled source ----------------------------------------------------------------------------------------------
+# --- any labeled source -------------------------------------------------------------------------------------
 
 
 class Linear(nn.Module):
-    """Random weights over pixels; standardises inside."""
+    """Random weights over pixels; standardizes inside."""
 
     def __init__(self, seed: int, side: int = 32, classes: int = 10):
         super().__init__()
-        self.weight = torch.randn(3 * side * side, classes, generator=torch.Generator().manual_seed(seed)) / 10
+        self.weight = (
+            torch.randn(3 * side * side, classes, generator=torch.Generator().manual_seed(seed)) / 10
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return ((images - 0.4) / 0.25).flatten(1) @ self.weight
 
 
 def digits(count: int = 23) -> tuple[DigitsSource, np.ndarray, dict[str, nn.Module]]:
-    """A source, labels that are the first model's answers but for two that are not known, and two models."""
+    """A source, labels that are the predictions of the first model except for two unknown ones, and two
+    models."""
     source, models = DigitsSource("test", count, 32, 0), {"one": Linear(0), "two": Linear(1)}
-    labels = models["one"](torch.from_numpy(source.images).permute(0, 3, 1, 2).float() / 255).argmax(1).numpy()
+    labels = (
+        models["one"](torch.from_numpy(source.images).permute(0, 3, 1, 2).float() / 255).argmax(1).numpy()
+    )
     labels[[4, 9]] = -1
     return source, labels, models
 
@@ -226,46 +275,76 @@ def digits(count: int = 23) -> tuple[DigitsSource, np.ndarray, dict[str, nn.Modu
 def test_clean_images_and_their_calibration():
     source, labels, models = digits()
     said = clean(models, source, labels, Loading((32, 32), CPU, batch=5))
-    assert said["one"].right.all() and len(said["one"].right) == 21 and not said["two"].right.all()
+    assert said["one"].correct.all() and len(said["one"].correct) == 21 and not said["two"].correct.all()
     x = torch.from_numpy(source.images[labels >= 0]).permute(0, 3, 1, 2).float() / 255
     np.testing.assert_allclose(said["two"].confidence, models["two"](x).softmax(1).max(1).values, rtol=1e-5)
     gap = abs(said["one"].confidence.mean() - 1)
-    assert ece(said["one"].confidence, said["one"].right) == pytest.approx(100 * gap), "all right: every bin is off to the same side"
+    assert ece(said["one"].confidence, said["one"].correct) == pytest.approx(100 * gap), (
+        "all right: every bin is off to the same side"
+    )
 
 
 def test_corrupted_images_are_those_of_corrupt_whatever_the_batch_and_workers():
     source, labels, models = digits()
     names, severities, said = ("shot_noise", "contrast"), (1, 3, 5), []
-    found = corrupted(models, source, labels, Loading((32, 32), CPU, batch=9), 3, names, severities, said.append)
+    found = corrupted(
+        models, source, labels, Loading((32, 32), CPU, batch=9), 3, names, severities, said.append
+    )
     known = np.flatnonzero(labels >= 0)
     for model in models:
-        assert found[model].kind == C_STYLE and found[model].mce is None and list(found[model].right) == list(names)
+        assert (
+            found[model].kind == C_STYLE
+            and found[model].mce is None
+            and list(found[model].correct) == list(names)
+        )
         for name in names:
-            for row, severity in zip(found[model].right[name], severities, strict=True):
+            for row, severity in zip(found[model].correct[name], severities, strict=True):
                 changed = np.stack([corrupt(source.images[i], name, severity, 3, int(i)) for i in known])
                 x = torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255
                 assert (row == (models[model](x).argmax(1).numpy() == labels[known])).all()
-    assert 0 < found["one"].mean_error < 100 and len(said) == 2 and said[0].startswith("shot_noise, error by severity in percent: one ")
-    again = corrupted(models, source, labels, Loading((32, 32), CPU, batch=4, workers=2), 3, names, severities)
-    assert all((again[m].right[n] == found[m].right[n]).all() for m in models for n in names)
+    assert (
+        0 < found["one"].mean_error < 100
+        and len(said) == 2
+        and said[0].startswith("shot_noise, error by severity in percent: one ")
+    )
+    again = corrupted(
+        models, source, labels, Loading((32, 32), CPU, batch=4, workers=2), 3, names, severities
+    )
+    assert all((again[m].correct[n] == found[m].correct[n]).all() for m in models for n in names)
     other = corrupted(models, source, labels, Loading((32, 32), CPU), 4, names, severities)
-    assert any((other[m].right["shot_noise"] != found[m].right["shot_noise"]).any() for m in models)
+    assert any((other[m].correct["shot_noise"] != found[m].correct["shot_noise"]).any() for m in models)
 
 
-def test_draws_go_by_the_number_in_the_whole_set():
-    """Whichever part of a part of it is corrupted."""
+def test_draws_depend_on_the_index_in_the_full_set():
+    """Also when a part of a part of it is corrupted."""
     source, labels, _ = digits(40)
     part = Subset(Subset(source, np.arange(5, 30), labels[5:30]), np.array([0, 3, 20]))
     seen = []
     corrupted(
-        {"toy": lambda x: seen.append(x) or torch.zeros(len(x), 10)}, part, part.labels, Loading((32, 32), CPU), 3, ("shot_noise",), (4,)
+        {"toy": lambda x: seen.append(x) or torch.zeros(len(x), 10)},
+        part,
+        part.labels,
+        Loading((32, 32), CPU),
+        3,
+        ("shot_noise",),
+        (4,),
     )
     wanted = [corrupt(source.images[i], "shot_noise", 4, 3, i) for i in (5, 8, 25)]
     assert ((seen[0].permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8) == np.stack(wanted)).all()
 
 
-def test_the_view_comes_first_and_labels_go_by_name(tmp_path):
-    """Images of another size, in class folders whose order is not the model's; one that cannot be read ends it, from a worker too."""
+@catches(
+    "images are corrupted before they are cropped",
+    "rcmae.tasks.robustness.sets:_severities",
+    lambda old: (
+        lambda image, index, shape, corruption, severities, seed: torch.stack(
+            [center(corrupt(image, corruption, s, seed, index), shape) for s in severities]
+        )
+    ),
+)
+def test_images_are_cropped_before_corruption_and_labels_matched_by_name(tmp_path):
+    """Images of another size, in class folders whose order is not the model's; an unreadable one ends the
+    evaluation, from a worker too."""
     for number, wnid in enumerate(THREE):
         for i in range(2):
             save(tmp_path / wnid / f"{i}.png", number, 30)
@@ -273,18 +352,30 @@ def test_the_view_comes_first_and_labels_go_by_name(tmp_path):
     labels = labels_for(source, [THREE[2], "n1", THREE[0], THREE[1]])
     assert labels.tolist() == [2, 2, 3, 3, 0, 0]
     found = clean({"toy": Reads(4, order=np.array([2, 3, 0, 1]))}, source, labels, LOADING)["toy"]
-    assert found.right.all()
+    assert found.correct.all()
     seen = []
-    corrupted({"toy": lambda x: seen.append(x) or torch.zeros(len(x), 4)}, source, labels, LOADING, corruptions=("fog",))
-    assert [tuple(x.shape) for x in seen] == [(20, 3, 8, 8), (10, 3, 8, 8)], "16 asked for: four images of five severities"
-    flat = np.tile(colour(0), (8, 8, 1))
-    assert (seen[0][2].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8).tolist() == corrupt(flat, "fog", 3, 0, 0).tolist()
+    corrupted(
+        {"toy": lambda x: seen.append(x) or torch.zeros(len(x), 4)},
+        source,
+        labels,
+        LOADING,
+        corruptions=("fog",),
+    )
+    assert [tuple(x.shape) for x in seen] == [(20, 3, 8, 8), (10, 3, 8, 8)], (
+        "16 asked for: four images of five severities"
+    )
+    flat = np.tile(color(0), (8, 8, 1))
+    assert (seen[0][2].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8).tolist() == corrupt(
+        flat, "fog", 3, 0, 0
+    ).tolist()
     (tmp_path / THREE[0] / "1.png").write_bytes(b"no image")
     for workers in (0, 1):
-        with pytest.raises(DataError, match=r"1\.png cannot be read \(not an image\); mend it") as e:
+        with pytest.raises(DataError, match=r"1\.png cannot be read \(not an image\); fix it") as e:
             clean({"toy": Reads(4)}, source, labels, dataclasses.replace(LOADING, workers=workers))
         assert "\n" not in str(e.value)
-        assert not multiprocessing.active_children(), "a loader process that is left would keep the interpreter from ending"
+        assert not multiprocessing.active_children(), (
+            "a loader process that is left would keep the interpreter from ending"
+        )
     with pytest.raises(DataError, match="folders are no class of the model: n01484850"):
         labels_for(source, THREE[:2])
     source.labels = None
@@ -301,34 +392,61 @@ def test_attacks_on_a_source():
     attacks, said = [fgsm(0.5), pgd(0.5, steps=5, restarts=2)], []
     found = adversarial(models, source, labels, attacks, Loading((32, 32), CPU, batch=16), 40, 0, said.append)
     for one in found.values():
-        clean_right, *attacked = one.right.values()
-        assert list(one.right) == ["clean", "FGSM 0.5/255", "PGD-5 x2 0.5/255"] and len(clean_right) == 40
-        assert all((hits <= clean_right).all() for hits in attacked)
-        assert (attacked[0] == attacked[1]).all(), "a linear model is at its worst in the corner that both reach"
-        assert list(one.checks) == ["PGD-5 x2 0.5/255"] and all(c.holds for c in one.checks["PGD-5 x2 0.5/255"].values())
-    assert 0 < found["one"].right["FGSM 0.5/255"].sum() < 40 and found["one"].right["clean"].all()
-    assert said[0].startswith("one, PGD-5 x2 0.5/255: eps 0 equals clean: yes (100.0 % and 100.0 %, 16 images)")
-    assert said[-2].startswith("one, percent right: clean 100.0, FGSM")
+        clean_right, *attacked = one.correct.values()
+        assert list(one.correct) == ["clean", "FGSM 0.5/255", "PGD-5 x2 0.5/255"] and len(clean_right) == 40
+        assert all((correct <= clean_right).all() for correct in attacked)
+        assert (attacked[0] == attacked[1]).all(), (
+            "a linear model is at its worst in the corner that both reach"
+        )
+        assert list(one.checks) == ["PGD-5 x2 0.5/255"] and all(
+            c.holds for c in one.checks["PGD-5 x2 0.5/255"].values()
+        )
+    assert 0 < found["one"].correct["FGSM 0.5/255"].sum() < 40 and found["one"].correct["clean"].all()
+    assert said[0].startswith(
+        "one, PGD-5 x2 0.5/255: eps 0 equals clean: yes (100.0 % and 100.0 %, 16 images)"
+    )
+    assert said[-2].startswith("one, accuracy in percent: clean 100.0, FGSM")
     cut = adversarial(models, source, labels, attacks, Loading((32, 32), CPU, batch=7), 40)
-    assert all((cut[m].right[a] == found[m].right[a]).all() for m in models for a in found[m].right)
+    assert all((cut[m].correct[a] == found[m].correct[a]).all() for m in models for a in found[m].correct)
     whole = adversarial(models, source, labels, attacks[:1], Loading((32, 32), CPU))["one"]
-    assert len(whole.right["clean"]) == 58
+    assert len(whole.correct["clean"]) == 58
     with pytest.raises(ConfigError, match="two attacks have the same name"):
         adversarial(models, source, labels, [fgsm(1), fgsm(1)], LOADING)
 
 
 @pytest.mark.usefixtures("drawn")
 def test_the_figure_has_a_curve_a_model_from_the_clean_accuracy_on():
-    errors = {"student": {"fog": [10, 20, 30, 40, 50], "snow": [20, 30, 40, 50, 60]}, "teacher": {"fog": [5] * 5, "snow": [7] * 5}}
+    errors = {
+        "student": {"fog": [10, 20, 30, 40, 50], "snow": [20, 30, 40, 50, 60]},
+        "teacher": {"fog": [5] * 5, "snow": [7] * 5},
+    }
     svg = by_severity({"student": 95.0, "teacher": 96.0}, errors)
     assert svg.startswith("<svg") and "severity" in svg and "clean" in svg and svg.count("var(--teacher)") > 1
-    assert standalone(by_severity({"student": 95.0, "teacher": 96.0}, errors, "fog")).count("accuracy, %: fog") == 1
-    record = {"network": "teacher", "labels_percent": 100, "settings": {"probe": "linear"}, "metrics": {"top1": 96.0}, "seed": 0}
-    record |= {"backbone": "runs/mine/evaluate/finetune-teacher", "hashes": {"asked": "abcdefgh"}}
+    assert (
+        standalone(by_severity({"student": 95.0, "teacher": 96.0}, errors, "fog")).count("accuracy, %: fog")
+        == 1
+    )
+    record = {
+        "network": "teacher",
+        "labels_percent": 100,
+        "settings": {"probe": "linear"},
+        "metrics": {"top1": 96.0},
+        "seed": 0,
+    }
+    record |= {"backbone": "runs/mine/evaluate/finetune-teacher", "hashes": {"request": "abcdefgh"}}
     first = record | {"details": {"errors": {"C-style": errors["teacher"]}}}
     unusual = {"labels_percent": 10, "settings": {"probe": "knn"}}
-    second = record | unusual | {"details": {"errors": {"C-style": errors["student"], "ImageNet-C": {"fog": [9] * 5}}}}
+    second = (
+        record
+        | unusual
+        | {"details": {"errors": {"C-style": errors["student"], "ImageNet-C": {"fog": [9] * 5}}}}
+    )
     found = figures([first, second, second | {"seed": 3}, first | {"network": "classifier"}, first])
     assert found.keys() == {"C-style", "ImageNet-C"}
-    for name in ("teacher, knn probe, 10 % of labels", "% of labels, seed 3", "finetune-teacher", "teacher, abcdef"):
+    for name in (
+        "teacher, knn probe, 10 % of labels",
+        "% of labels, seed 3",
+        "finetune-teacher",
+        "teacher, abcdef",
+    ):
         assert name in found["C-style"]

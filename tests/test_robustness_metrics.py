@@ -1,4 +1,5 @@
-"""Known answers: AlexNet's mCE is 100, a public ResNet-50's errors give its public numbers; calibration of toys; classes by name."""
+"""Known values: AlexNet's mCE is 100, the public errors of a ResNet-50 give its public numbers; calibration
+of toys; classes by name."""
 
 from importlib.resources import files
 
@@ -16,8 +17,9 @@ from rcmae.tasks.robustness.metrics import (
     mean_error,
     reliability,
 )
+from tests.mutations import catches
 
-# AlexNet's errors by severity, in shares (github.com/hendrycks/robustness/issues/10).
+# AlexNet's errors by severity, in fractions (github.com/hendrycks/robustness/issues/10).
 BY_SEVERITY = {
     "gaussian_noise": (0.69528, 0.82542, 0.93554, 0.98138, 0.99452),
     "shot_noise": (0.71224, 0.85108, 0.93574, 0.98182, 0.99146),
@@ -41,7 +43,12 @@ def alexnet() -> dict[str, list[float]]:
     return {name: [100 * e for e in errors] for name, errors in BY_SEVERITY.items()}
 
 
-def test_alexnet_has_100():
+@catches(
+    "AlexNet's errors are those of the next corruption",
+    "rcmae.tasks.robustness.metrics:ALEXNET",
+    lambda old: dict(zip(old, [*list(old.values())[1:], next(iter(old.values()))], strict=True)),
+)
+def test_alexnet_has_an_mce_of_100():
     assert mean_corruption_error(alexnet()) == pytest.approx(100, abs=1e-9)
     assert corruption_errors(alexnet()) == pytest.approx(dict.fromkeys(ALEXNET, 100.0), abs=1e-9)
     assert mean_error(alexnet()) == pytest.approx(np.mean(list(ALEXNET.values())))
@@ -49,12 +56,19 @@ def test_alexnet_has_100():
 
 
 def test_a_resnet_50_has_its_public_corruption_errors():
-    """Accuracies and CEs that a public evaluation of torchvision's ResNet-50 (76.13 % clean) printed, both in percent."""
+    """Accuracies and CEs in percent, as a public evaluation of torchvision's ResNet-50 (76.13 % clean)
+    printed them."""
     public = {
-        "brightness": (68.02, 56.64), "contrast": (39.06, 71.43), "defocus_blur": (38.75, 74.71), "elastic_transform": (45.25, 84.75),
-        "fog": (45.83, 66.11), "frost": (38.14, 74.84), "gaussian_noise": (29.29, 79.77), "glass_blur": (26.79, 88.61),
+        "brightness": (68.02, 56.64),
+        "contrast": (39.06, 71.43),
+        "defocus_blur": (38.75, 74.71),
+        "elastic_transform": (45.25, 84.75),
+        "fog": (45.83, 66.11),
+        "frost": (38.14, 74.84),
+        "gaussian_noise": (29.29, 79.77),
+        "glass_blur": (26.79, 88.61),
         "impulse_noise": (23.81, 82.58),
-    }  # fmt: skip
+    }
     errors = alexnet() | {name: [100 - accuracy] * 5 for name, (accuracy, _) in public.items()}
     for name, (_, wanted) in public.items():
         assert corruption_errors(errors)[name] == pytest.approx(wanted, abs=0.011), name
@@ -76,11 +90,18 @@ def test_a_part_of_the_corruptions_has_no_mce():
         mean_corruption_error(errors | {"fog": fog[:3]})
 
 
+@catches(
+    "the calibration error compares two means",
+    "rcmae.tasks.robustness.metrics:ece",
+    lambda old: lambda confidence, right, bins=15: 100 * abs(float(confidence.mean() - right.mean())),
+)
 def test_calibration_of_toys():
     draws = np.random.default_rng(0)
     confidence = draws.uniform(0.1, 1, 200_000)
     assert ece(confidence, draws.random(200_000) < confidence) < 0.5, "right as often as it says"
-    assert ece(confidence, draws.random(200_000) < confidence - 0.1) == pytest.approx(10, abs=0.5), "overconfident by a tenth"
+    assert ece(confidence, draws.random(200_000) < confidence - 0.1) == pytest.approx(10, abs=0.5), (
+        "overconfident by a tenth"
+    )
     sure, right = np.full(10, 0.95), np.arange(10) < 6
     assert ece(sure, right) == pytest.approx(35)
     two = np.array([0.62, 0.62, 0.98, 0.98])  # 50 % at 0.62 and 100 % at 0.98
@@ -88,7 +109,7 @@ def test_calibration_of_toys():
 
 
 def test_the_reliability_table_has_every_prediction_once():
-    """Edges belong to the bin below, 0 to the first."""
+    """Edges belong to the lower bin, 0 to the first."""
     edges = np.linspace(0, 1, 16)
     assert [row.count for row in reliability(edges, np.ones(16, bool))] == [2] + [1] * 14
     row = reliability(np.array([0.91, 0.93, 0.2]), np.array([True, False, True]))[13]

@@ -1,4 +1,4 @@
-"""A kind of source is one class and one line: a seventh that nothing else knows goes through every command."""
+"""A kind of source is one class and one line: a seventh one works with every command."""
 
 import hashlib
 import json
@@ -8,9 +8,9 @@ import pytest
 
 from rcmae.cli import main
 from rcmae.compare.race import arms
-from rcmae.config import Machine
+from rcmae.config import RuntimeConfig
 from rcmae.data import sources
-from rcmae.data.base import Asked, Source
+from rcmae.data.base import OpenOptions, Source
 from rcmae.data.loader import processes
 from rcmae.errors import ConfigError
 from rcmae.pretraining import pretrain
@@ -19,9 +19,9 @@ from tests.conftest import small
 
 
 class Stripes(Source):
-    """Noise over stripes that lie or stand."""
+    """Noise over stripes, horizontal or vertical."""
 
-    form, kind, recipe, in_memory = "stripes:COUNT", "stripes", "embedded", True
+    form, kind, recipe, in_memory = "stripes:COUNT", "stripes", "bundled", True
     classes, notes = ("lying", "standing"), ("stripes lie or stand",)
 
     @classmethod
@@ -29,8 +29,8 @@ class Stripes(Source):
         return spec.startswith("stripes:")
 
     @classmethod
-    def open(cls, spec: str, asked: Asked) -> "Stripes":
-        return cls(spec, asked.size)
+    def open(cls, spec: str, options: OpenOptions) -> "Stripes":
+        return cls(spec, options.size)
 
     @classmethod
     def parts(cls, spec: str) -> tuple[str, str] | None:
@@ -62,28 +62,37 @@ def _seventh(monkeypatch):
     monkeypatch.setattr(sources, "SOURCES", (Stripes, *sources.SOURCES))
 
 
-def test_a_seventh_kind_is_one_class_and_one_line(tmp_path, capsys):
+def test_a_seventh_kind_of_source_is_one_class_and_one_line(tmp_path, capsys):
     recipe = small(data="stripes:32", probes=1, probe_train=12, probe_test=12)
-    result = pretrain(recipe, Machine(out=tmp_path / "run", device="cpu"))
+    result = pretrain(recipe, RuntimeConfig(out=tmp_path / "run", device="cpu"))
     assert result.step == 6 and result.probe
     assert "note: stripes lie or stand" in capsys.readouterr().out
     assert main(["check", "stripes:32", "--batch-size", "8", "--json", str(tmp_path / "found.json")]) == 0
     out, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
     assert "note: stripes lie or stand" in out and "stripes:32: 32 images (stripes)" in out
     assert (found["formats"], found["classes"]) == ({"pixels": 32}, {"lying": 16, "standing": 16})
-    assert found["widths"] == [32] * 3, "recipe embedded, which the kind asks for, is of 32 px"
-    common = ["--device", "cpu", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "scores"), "--which", "teacher"]
+    assert found["widths"] == [32] * 3, "recipe bundled, which the kind asks for, is of 32 px"
+    common = [
+        "--device",
+        "cpu",
+        "--cache",
+        str(tmp_path / "cache"),
+        "--out",
+        str(tmp_path / "scores"),
+        "--which",
+        "teacher",
+    ]
     assert main(["evaluate", "knn", str(tmp_path / "run"), "--data", "stripes:32", *common]) == 0
     out = capsys.readouterr().out
     assert "note: stripes lie or stand" in out and "32 test images" in out
 
 
-def test_it_is_offered_and_asked_like_all_others(capsys):
+def test_it_is_listed_and_used_like_all_others(capsys):
     assert processes(sources.open_source("stripes:4"), None) == 0
     assert arms(["mae", "rcmae"], "stripes:32")[0].recipe.network == arms(["mae", "rcmae"])[0].recipe.network
     assert main(["check", "nowhere"]) == 3
-    assert "embedded:scenes or stripes:COUNT" in capsys.readouterr().err
+    assert "bundled:scenes or stripes:COUNT" in capsys.readouterr().err
     assert main(["list"]) == 0
     assert "Noise over stripes" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="stripes:32 has no objects; there is embedded:scenes"):
+    with pytest.raises(ConfigError, match="stripes:32 has no objects; there is bundled:scenes"):
         open_coco("stripes:32")

@@ -1,4 +1,4 @@
-"""Splits: the same for everybody, nested, balanced where the classes allow it, no class left out."""
+"""Splits: equal for all backbones, nested, as balanced as the classes allow, with no class left out."""
 
 import json
 
@@ -10,7 +10,7 @@ from rcmae.tasks.splits import held_out, read_split, splits, write_splits
 
 
 def labels_of(*sizes: int) -> np.ndarray:
-    """So many images of class 0, of class 1, ..., in a random order."""
+    """As many images of class 0, 1, ... as `sizes` says, in a random order."""
     return np.random.default_rng(7).permutation(np.repeat(np.arange(len(sizes)), sizes))
 
 
@@ -20,7 +20,9 @@ def test_nested_no_class_missing_and_all_at_100(sizes):
     found = splits(labels)
     assert list(found) == [1, 5, 10, 100]
     for percent, chosen in found.items():
-        assert len(chosen) == max(len(sizes), round(len(labels) * percent / 100)) and (np.diff(chosen) > 0).all()
+        assert (
+            len(chosen) == max(len(sizes), round(len(labels) * percent / 100)) and (np.diff(chosen) > 0).all()
+        )
         assert (np.unique(labels[chosen]) == np.arange(len(sizes))).all()
     for small, large in ((1, 5), (5, 10), (10, 100)):
         assert set(found[small]) <= set(found[large])
@@ -47,9 +49,14 @@ def test_a_function_of_labels_and_seed_only():
     assert (splits(labels, seed=3, percents=[10])[10] == first[10]).all(), "whatever else is asked for"
 
 
-def test_the_rounds_favour_no_class():
+def test_the_rounds_favor_no_class():
     """Ten images of four classes: two classes have one more, and not the same two for every seed."""
-    extra = [tuple(np.bincount(labels_of(100, 100, 100, 100)[splits(labels_of(100, 100, 100, 100), s, [2.5])[2.5]])) for s in range(40)]
+    extra = [
+        tuple(
+            np.bincount(labels_of(100, 100, 100, 100)[splits(labels_of(100, 100, 100, 100), s, [2.5])[2.5]])
+        )
+        for s in range(40)
+    ]
     assert {sum(e) for e in extra} == {10} and {max(e) for e in extra} == {3}
     assert len(set(extra)) == 6
 
@@ -61,7 +68,7 @@ def test_images_without_a_label_are_never_chosen():
     assert (labels[found[100]] >= 0).all() and len(found[100]) == (labels >= 0).sum()
 
 
-def test_what_is_held_out_is_a_share_of_every_class_and_never_all_of_one():
+def test_a_fraction_of_every_class_is_held_out_and_never_all_of_one():
     labels = labels_of(100, 10, 2, 1)
     held = held_out(labels)
     assert np.bincount(labels[held], minlength=4).tolist() == [20, 2, 1, 0]
@@ -85,8 +92,8 @@ def test_files_are_the_same_bytes_and_know_their_labels(tmp_path):
 
 
 @pytest.mark.parametrize("percent", [0, -1, 101])
-def test_a_share_that_cannot_be_is_refused(percent):
-    with pytest.raises(ConfigError, match="at most 100 %"):
+def test_an_impossible_fraction_is_refused(percent):
+    with pytest.raises(ConfigError, match="at most 100"):
         splits(labels_of(5, 5), percents=[percent])
     with pytest.raises(DataError, match="none of the images has a label"):
         splits(np.full(3, -1))

@@ -1,4 +1,4 @@
-"""`rcmae verify`: it says yes of the loop as it is, and NO of each fault it is made for."""
+"""`rcmae verify`: it confirms the training loop as it is, and detects each fault that it is made for."""
 
 import json
 
@@ -11,7 +11,7 @@ from rcmae.config import to_toml
 from rcmae.data.sampler import BatchSampler
 from rcmae.errors import Preempted
 from rcmae.lab import verify
-from rcmae.lab.verify import Left, compare
+from rcmae.lab.verify import Outcome, compare
 from rcmae.methods.rcmae import RCMAE
 from tests.conftest import small, stop_at
 from tests.test_pretraining import folder, run  # noqa: F401 - a fixture
@@ -20,19 +20,25 @@ STEPS = 4
 EVERY = {"save_every": "0.000001s", "keep": 99, "log_every": 1}
 
 
-def left(out, data, method="rcmae", **machine) -> Left:
-    run(out, data, method, steps=STEPS, machine=EVERY | machine)
-    return Left.of(out, STEPS)
+def left(out, data, method="rcmae", **runtime) -> Outcome:
+    run(out, data, method, steps=STEPS, runtime=EVERY | runtime)
+    return Outcome.read(out, STEPS)
 
 
 def broken(row) -> set[str]:
-    """What differs by more than the rounding of float32 can explain, seen with a factor of ten to spare."""
-    return {name for name, value in row.differences.items() if value > (0.05 if name in ("student", "teacher") else 1e-4)}
+    """The quantities that differ by more than float32 rounding explains, here by a factor of ten."""
+    return {
+        name
+        for name, value in row.differences.items()
+        if value > (0.05 if name in ("student", "teacher") else 1e-4)
+    }
 
 
 @pytest.mark.parametrize("method", ["mae", "rcmae"])
-def test_micro_batches_are_a_batch(tmp_path, folder, method):  # noqa: F811
-    row = compare("", left(tmp_path / "1", folder, method), left(tmp_path / "4", folder, method, accumulate=4))
+def test_micro_batches_equal_a_batch(tmp_path, folder, method):  # noqa: F811
+    row = compare(
+        "", left(tmp_path / "1", folder, method), left(tmp_path / "4", folder, method, accumulate=4)
+    )
     assert row.holds, row
     assert 0 < row.differences["gradient"] < 1e-5
     assert ("teacher" in row.differences) == (method == "rcmae")
@@ -92,13 +98,28 @@ def test_a_resume_that_forgets_is_found(tmp_path, folder, monkeypatch, fault):  
 
 
 @pytest.mark.slow
-def test_the_command_says_yes_of_every_way(tmp_path, capsys, monkeypatch, folder):  # noqa: F811
-    """But the compiled one, whose compiler takes a minute: `rcmae verify` itself shows that."""
-    cannot = verify._cannot
-    monkeypatch.setattr(verify, "_cannot", lambda way, kind: "left out" if "--compile" in way.flags else cannot(way, kind))
+def test_the_command_confirms_every_way(tmp_path, capsys, monkeypatch, folder):  # noqa: F811
+    """Except compilation, which takes a minute; `rcmae verify` itself shows that."""
+    cannot = verify._unavailable
+    monkeypatch.setattr(
+        verify,
+        "_unavailable",
+        lambda way, kind: "left out" if "--compile" in way.flags else cannot(way, kind),
+    )
     (tmp_path / "mine.toml").write_text(to_toml(small(data=str(folder))))
     file = tmp_path / "found.json"
-    argv = ["verify", "rcmae", "--recipe", str(tmp_path / "mine.toml"), "--steps", "3", "--batch-size", "8", "--device", "cpu"]
+    argv = [
+        "verify",
+        "rcmae",
+        "--recipe",
+        str(tmp_path / "mine.toml"),
+        "--steps",
+        "3",
+        "--batch-size",
+        "8",
+        "--device",
+        "cpu",
+    ]
     assert main([*argv, "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert out.count(" yes ") == 3, out
@@ -108,7 +129,7 @@ def test_the_command_says_yes_of_every_way(tmp_path, capsys, monkeypatch, folder
     assert rows[2]["differences"]["gradient"] > 0, "two processes really ran"
 
 
-def test_a_no_is_exit_1(tmp_path, capsys, monkeypatch):
+def test_a_failed_check_exits_with_1(tmp_path, capsys, monkeypatch):
     rows = [verify.Row("a = b", {"loss": 0.5}, False), verify.Row("c = d", {}, True, "needs two GPUs")]
     monkeypatch.setattr(verify, "verify", lambda recipe, **_: rows)
     assert main(["verify", "mae", "--json", str(tmp_path / "found.json")]) == 1

@@ -1,1 +1,37 @@
 """The paper's tables as experiments that run: `python -m benchmarks.paper`."""
+
+from typing import Any
+
+from benchmarks.commands import race_table, race_verdict, resource_table
+from benchmarks.markdown import table as markdown_table
+from benchmarks.paper.experiments import EXPERIMENTS, Experiment
+
+
+def table(*results: dict[str, Any]) -> str:
+    """A section for each table of the paper: its numbers, the commands that reproduce it, and the results of
+    our small form."""
+    by_name = {result["experiment"]: result for result in results}
+    return "\n\n".join(_section(name, EXPERIMENTS[name], by_name.get(name)) for name in EXPERIMENTS)
+
+
+def _section(name: str, experiment: Experiment, results: dict[str, Any] | None) -> str:
+    columns = list(experiment.rows[0].paper)
+    paper = markdown_table(
+        ["", *(f"{column} (paper)" for column in columns)],
+        [[row.name, *(str(row.paper[c] or "unknown") for c in columns)] for row in experiment.rows],
+    )
+    shell = "\n".join(["```sh", *(row.command for row in experiment.rows), "```"])
+    parts = [f"### {name}", f"{experiment.claim}.", paper, shell]
+    command = f"`python -m benchmarks.paper {name} --run`"
+    if not experiment.small:
+        parts.append(f"Its small form is `{experiment.elsewhere}`.")
+    elif results is None:
+        parts.append(f"Small form: {command}. It has not been run yet.")
+    else:
+        parts.append(f"Small form on the bundled set, our numbers ({command}):")
+        for title, race in results.get("races", {}).items():
+            race |= {"machine": results["machine"]}
+            parts += [f"{title}:", race_table(race), race_verdict(race)]
+        if "races" not in results:
+            parts.append(resource_table(results))
+    return "\n\n".join(parts)

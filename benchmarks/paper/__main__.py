@@ -1,65 +1,78 @@
-"""`python -m benchmarks.paper [NAME ...]`: what the paper's tables say, how to repeat them on ImageNet, and their small forms here.
+"""`python -m benchmarks.paper [NAME ...]`: the paper's tables, the commands that reproduce them on ImageNet,
+and their small forms.
 
-    python -m benchmarks.paper                        # all commands, with the paper's numbers; nothing is run
-    python -m benchmarks.paper convergence --run      # its small form on the embedded set; the same command goes on where it stopped
+    python -m benchmarks.paper                      # print all commands and the paper's numbers; run nothing
+    python -m benchmarks.paper convergence --run    # run or resume its small form on the bundled set
 
-Small forms are `rcmae compare race` (of resources: `rcmae compare cost --measure`). They show whether a claim holds on a small set and a
-small network, which says little about ImageNet. What came of them goes to results/paper_NAME.json and docs/paper.md.
+Small forms are `rcmae compare race` (for resources: `rcmae compare cost --measure`). They show whether a
+claim holds on a small set and a small network, which says little about ImageNet. The results go to
+results/paper_NAME.json and docs/paper.md.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks import ROOT
 from benchmarks.paper.experiments import COMPARED, EXPERIMENTS, Experiment
-from rcmae.compare.cost import study
-from rcmae.compare.race import Setting, arms, parse_budget, race, write_page
+from rcmae.compare.cost import count_costs
+from rcmae.compare.race import RaceSettings, arms, parse_budget, race, write_race_page
 from rcmae.engine.run import write_json
-
-ROOT = Path(__file__).parents[2]
 
 
 def describe(name: str, experiment: Experiment) -> str:
     """The claim, and a command and the paper's numbers for each row."""
     lines = [f"{name}: {experiment.claim}"]
     for row in experiment.rows:
-        numbers = ", ".join(f"{what} {'not known' if number is None else number}" for what, number in row.paper.items())
-        lines += [f"  {row.name}    the paper's: {numbers}", f"    {row.command}"]
+        numbers = ", ".join(f"{column} {value or 'unknown'}" for column, value in row.paper.items())
+        lines += [f"  {row.name}    paper: {numbers}", f"    {row.command}"]
     return "\n".join(lines)
 
 
-def run(name: str, experiment: Experiment, seeds: int, out: Path) -> dict:
-    """The small form; numbers that results/ keeps."""
+def run(name: str, experiment: Experiment, seeds: int, out: Path) -> dict[str, Any]:
+    """Run the small form; returns the numbers for results/."""
     if experiment.cost:
-        return study(["vit_small_patch16"], COMPARED, precision="fp32", device="cpu", measured_batch=8, say=print)
-    found = {}
+        costs = count_costs(
+            ["vit_small_patch16"], COMPARED, precision="fp32", device="cpu", measured_batch=8, log=print
+        )
+        return {"experiment": name, **costs}
+    races: dict[str, Any] = {}
+    machine = None
     for small in experiment.races:
         print(f"{name}: {small.name}", flush=True)
-        place = out / name / small.name.replace(",", "").replace(" ", "-")
-        setting = Setting(parse_budget(small.budget), seeds=seeds, probes=1, jobs=torch.get_num_threads())
-        found[small.name] = race(arms(small.arms), setting, place, print)
-        print(*found[small.name]["said"], f"{write_page(found[small.name], place)}", sep="\n", flush=True)
-    machine = next(iter(found.values()))["machine"]
-    return {"races": {k: {part: v[part] for part in ("about", "said", "rows")} for k, v in found.items()}, "machine": machine}
+        folder = out / name / small.name.replace(",", "").replace(" ", "-")
+        budget, jobs = parse_budget(small.budget), torch.get_num_threads()
+        results = race(
+            arms(small.arms), RaceSettings(budget, seeds=seeds, probes=1, jobs=jobs), folder, print
+        )
+        page = write_race_page(results, folder)
+        print(*results["verdict"], page, sep="\n", flush=True)
+        races[small.name] = {part: results[part] for part in ("about", "verdict", "rows")}
+        machine = machine or results["machine"]
+    return {"experiment": name, "races": races, "machine": machine}
 
 
 def main() -> None:
-    """Tell, or run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print or run the experiments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
     parser.add_argument("--run", action="store_true", help="run the small form")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "paper")
     args = parser.parse_args()
     if unknown := set(args.names) - set(EXPERIMENTS):
-        parser.error(f"there is no experiment {sorted(unknown)[0]!r}; known are {', '.join(EXPERIMENTS)}")
+        parser.error(f"there is no experiment {sorted(unknown)[0]!r}; choose from {', '.join(EXPERIMENTS)}")
     for name in args.names or EXPERIMENTS:
-        print(describe(name, EXPERIMENTS[name]), flush=True)
-        if args.run and not EXPERIMENTS[name].small:
-            print(f"  its small form is `{EXPERIMENTS[name].elsewhere}`", flush=True)
+        experiment = EXPERIMENTS[name]
+        print(describe(name, experiment), flush=True)
+        if args.run and not experiment.small:
+            print(f"  its small form is `{experiment.elsewhere}`", flush=True)
         elif args.run:
-            write_json(ROOT / "results" / f"paper_{name}.json", run(name, EXPERIMENTS[name], args.seeds, args.out))
+            write_json(ROOT / "results" / f"paper_{name}.json", run(name, experiment, args.seeds, args.out))
 
 
 if __name__ == "__main__":

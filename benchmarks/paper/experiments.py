@@ -1,24 +1,32 @@
-"""What the paper compares, the ImageNet commands that repeat it, the paper's numbers, and a small form on the embedded set.
+"""The paper's tables: claims, numbers, the ImageNet commands that reproduce them, and small forms on the
+bundled set.
 
-Every number here is the paper's (Lee et al., ICLR 2023), read from its tables and its Fig. 1(c); we have reproduced none of them. None:
-the number is not known to us. Commands pre-train, evaluate or detect.
+All numbers are the paper's (Lee et al., ICLR 2023), read from its tables and its Fig. 1(c); we have
+reproduced none of them. None: we do not know the number. Commands pre-train, evaluate or detect.
 """
 
 from dataclasses import dataclass
 
-IMAGENET = "torchrun --nproc-per-node 8 -m rcmae pretrain {recipe} --data IMAGENET/train --out runs/{out} --accumulate 2 {flags}"
+IMAGENET = (
+    "torchrun --nproc-per-node 8 -m rcmae pretrain {recipe} --data IMAGENET/train --out runs/{out} "
+    "--accumulate 2 {flags}"
+)
 ROBUSTNESS = (
     "rcmae evaluate finetune runs/{run} --data IMAGENET --recipe vitb16-in1k && "
-    "rcmae evaluate robustness runs/{run}/evaluate/finetune-{network} --data IMAGENET --imagenet-c IMAGENET-C --imagenet-a IMAGENET-A "
+    "rcmae evaluate robustness runs/{run}/evaluate/finetune-{network} --data IMAGENET --imagenet-c "
+    "IMAGENET-C --imagenet-a IMAGENET-A "
     "--imagenet-r IMAGENET-R --imagenet-sketch IMAGENET-SKETCH"
 )
-COCO = "torchrun --nproc-per-node 8 -m rcmae detect train runs/{run} --data COCO --recipe benchmarking-{size} --accumulate 2"
+COCO = (
+    "torchrun --nproc-per-node 8 -m rcmae detect train runs/{run} --data COCO --recipe benchmarking-{size} "
+    "--accumulate 2"
+)
 FINE_TUNED = "top-1 after fine-tuning"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the paper's table: its name, how to make it on ImageNet, and what the paper says came of it."""
+    """A row of a table in the paper: its name, the command for ImageNet, and the paper's numbers."""
 
     name: str
     command: str
@@ -58,38 +66,48 @@ def pretrain(method: str, out: str, flags: str = "") -> str:
 
 
 def _lengths() -> tuple[Row, ...]:
-    said = {"mae": (81.7, 82.2, 82.6, 83.4), "rcmae": (81.9, 82.6, 83.4, 83.6)}
+    accuracies = {"mae": (81.7, 82.2, 82.6, 83.4), "rcmae": (81.9, 82.6, 83.4, 83.6)}
     rows = []
-    for method, numbers in said.items():
-        for epochs, number in zip((200, 400, 800, 1600), numbers, strict=True):
-            flags = f"--epochs {epochs} --warmup {40 / epochs:g}"  # its code warms up for 40 epochs, whatever the length
-            rows.append(Row(f"{method}, {epochs} epochs", pretrain(method, f"{method}-{epochs}", flags), {FINE_TUNED: number}))
+    for method, by_length in accuracies.items():
+        for epochs, accuracy in zip((200, 400, 800, 1600), by_length, strict=True):
+            # the official code warms up for 40 epochs at any length
+            flags = f"--epochs {epochs} --warmup {40 / epochs:g}"
+            command = pretrain(method, f"{method}-{epochs}", flags)
+            rows.append(Row(f"{method}, {epochs} epochs", command, {FINE_TUNED: accuracy}))
     return tuple(rows)
 
 
 def _detect(method: str, size: str) -> str:
-    """Training on COCO from the run of mask_type, for ViT-L after its pre-training."""
+    """Training on COCO from a run of `mask_type`; for ViT-L with the pre-training before it."""
     run = f"{method}-1600" if size == "base" else f"{method}-large-1600"
     before = IMAGENET.format(recipe=f"{method}-vitl16-in1k", out=run, flags="").strip() + " && "
     return before * (size == "large") + COCO.format(run=run, size=size)
 
 
-MASKS = {"MAE": (83.4, 67.3, 50.3, 44.9), "RC-MAE, D": (83.6, 68.7, 50.7, 45.2), "RC-MAE, S": (83.6, 68.4, 51.0, 45.4)}
+MASKS = {
+    "MAE": (83.4, 67.3, 50.3, 44.9),
+    "RC-MAE, D": (83.6, 68.7, 50.7, 45.2),
+    "RC-MAE, S": (83.6, 68.4, 51.0, 45.4),
+}
 MASK_COLUMNS = (FINE_TUNED, "linear probe", "COCO box AP", "COCO mask AP")
 COMPARED = ("mae", "rcmae", "ibot", "msn")
-"Methods of the paper's table of resources."
+"Methods in the paper's table of resources."
 
 RATIOS = (0.6, 0.75, 0.9)
-"The ratios of our small form and commands; which ones the paper has is not known to us."
+"The ratios of our small form and commands; we do not know those of the paper."
 
 EXPERIMENTS = {
     "convergence": Experiment(
-        "RC-MAE after 800 epochs is as good as MAE after 1,600 (Fig. 1c, ViT-B)",
+        "RC-MAE after 800 epochs matches MAE after 1,600 (Fig. 1c, ViT-B)",
         _lengths(),
-        tuple(Race(f"{images:,} images", ("mae", "mae averaged", "rcmae"), f"{images} images") for images in (16000, 32000, 64000, 128000)),
+        tuple(
+            Race(f"{images:,} images", ("mae", "mae averaged", "rcmae"), f"{images} images")
+            for images in (16000, 32000, 64000, 128000)
+        ),
     ),
     "mask_type": Experiment(
-        "It makes little difference whether the teacher sees the student's patches (S) or its own (D) (ViT-B, 1,600 epochs)",
+        "It matters little whether the teacher sees the same patches as the student (S) or different ones "
+        "(D) (ViT-B, 1,600 epochs)",
         tuple(
             Row(name, pretrain(method, out, flags), dict(zip(MASK_COLUMNS, MASKS[name], strict=True)))
             for name, method, out, flags in (
@@ -101,24 +119,37 @@ EXPERIMENTS = {
         (Race("S and D", ("mae", "rcmae", "rcmae, teacher_mask=different"), "128000 images"),),
     ),
     "mask_ratio": Experiment(
-        "A table of mask ratios with accuracy and hours on 8 V100; its numbers are not known to us",
+        "A table of mask ratios with accuracy and hours on 8 V100; we do not know its numbers",
         tuple(
             Row(
-                f"RC-MAE, {ratio:.0%} hidden",
+                f"RC-MAE, {ratio:.0%} masked",
                 pretrain("rcmae", f"rcmae-{ratio}", f"--mask-ratio {ratio}"),
                 {FINE_TUNED: None, "hours": None},
             )
             for ratio in RATIOS
         ),
-        (Race("hidden share", tuple(f"rcmae, mask_ratio={ratio}" for ratio in reversed(RATIOS)), "128000 images"),),
+        (
+            Race(
+                "mask ratio",
+                tuple(f"rcmae, mask_ratio={ratio}" for ratio in reversed(RATIOS)),
+                "128000 images",
+            ),
+        ),
     ),
     "resources": Experiment(
-        "RC-MAE needs less memory and time than MSN and iBOT; the table's numbers are not known to us",
-        (Row("mae, rcmae, ibot, msn", f"rcmae compare cost --methods {' '.join(COMPARED)} --measure", {"GiB": None, "hours": None}),),
+        "RC-MAE needs less memory and time than MSN and iBOT; we do not know the numbers",
+        (
+            Row(
+                "mae, rcmae, ibot, msn",
+                f"rcmae compare cost --methods {' '.join(COMPARED)} --measure",
+                {"GiB": None, "hours": None},
+            ),
+        ),
         cost=True,
     ),
     "robustness": Experiment(
-        "ViT-B of 1,600 epochs, fine-tuned on ImageNet, tested on ImageNet-C, -A, -R and -Sketch; the table's numbers are not known to us",
+        "ViT-B of 1,600 epochs, fine-tuned on ImageNet, tested on ImageNet-C, -A, -R and -Sketch; we "
+        "do not know the numbers",
         tuple(
             Row(
                 name,
@@ -130,9 +161,14 @@ EXPERIMENTS = {
         elsewhere="python -m benchmarks.evaluation",
     ),
     "detection": Experiment(
-        "RC-MAE is better than MAE on COCO (1,600 epochs, 100 passes over COCO); of its settings only the protocol is known",
+        "RC-MAE is better than MAE on COCO (1,600 epochs of pre-training, 100 of COCO); of the settings "
+        "we know only the protocol",
         tuple(
-            Row(f"{name}, ViT-{size[0].upper()}", _detect(method, size), dict(zip(MASK_COLUMNS[2:], numbers, strict=True)))
+            Row(
+                f"{name}, ViT-{size[0].upper()}",
+                _detect(method, size),
+                dict(zip(MASK_COLUMNS[2:], numbers, strict=True)),
+            )
             for name, method, size, numbers in (
                 ("MAE", "mae", "base", (50.3, 44.9)),
                 ("RC-MAE", "rcmae", "base", (51.0, 45.4)),

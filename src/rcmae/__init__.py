@@ -1,21 +1,29 @@
 """rcmae: self-supervised pre-training of Vision Transformers with RC-MAE.
 
     import rcmae
-    rcmae.pretrain(rcmae.load_recipe("folder"), rcmae.Machine(out="runs/mine"))
-    backbone = rcmae.load("runs/mine")        # images in 0..1 "b c h w" -> features.cls "b d", features.patches "b d gh gw"
 
-Names are loaded on first use, so that importing the package does not import torch.
+    rcmae.pretrain(rcmae.load_recipe("folder"), rcmae.RuntimeConfig(out="runs/mine"))
+    backbone = rcmae.load("runs/mine")
+    features = backbone(images)  # [b, c, h, w] in 0..1 -> cls [b, d], patches [b, d, gh, gw]
+
+Public names are imported on first use, so that importing the package does not import torch.
 """
 
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
-    "METHODS": "methods", "Backbone": "models.backbone", "Machine": "config", "Recipe": "config", "load": "interop.load",
-    "load_recipe": "methods.recipes", "pretrain": "pretraining", "write_report": "report",
-}  # fmt: skip
+    "METHODS": "methods",
+    "Backbone": "models.backbone",
+    "RuntimeConfig": "config",
+    "Recipe": "config",
+    "load": "interop.load",
+    "load_recipe": "methods.recipes",
+    "pretrain": "pretraining",
+    "write_report": "report",
+}
 __all__ = [*_NAMES, "__version__"]
 
 
@@ -26,5 +34,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names also before they are loaded, so that completion offers them."""
+    """Include public names that are not imported yet, for tab completion."""
     return sorted({*globals(), *__all__})

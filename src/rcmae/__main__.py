@@ -1,4 +1,4 @@
-"""`rcmae` and `python -m rcmae`: signals are answered before anything else is loaded."""
+"""`rcmae` and `python -m rcmae`. Signals are handled before anything else is imported."""
 
 import sys
 
@@ -6,14 +6,16 @@ from .engine import signals
 
 
 def main() -> int:
-    """Run the command that this process was started with."""
+    """Run the command line of this process."""
     try:
-        with signals.answered():
+        with signals.handled():
             from .cli import main as run
 
-            return run(program=True)
+            code = run(program=True)
     except signals.Interrupted as e:
-        return e.exit_code
+        signals.end_at_once(e.exit_code)
+    signals.ignore()  # the work is done, but Python takes a second to exit
+    return code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long an optimizer step takes on this machine, and how many fit into a given time."""
+"""The duration of an optimizer step on this machine, and the number of steps that fit into a given time."""
 
 import copy
 import time
@@ -11,36 +11,39 @@ from .engine.step import LogWindow
 from .errors import ConfigError
 from .trainer import Trainer
 
-FEWEST = 10
-"Steps below which a time is refused."
+MIN_STEPS = 10
+"Number of steps below which a time is refused."
 
-PART = 0.95
-"Of the time that is left for steps, what is planned; the rest is for logs and checkpoints."
+STEP_FRACTION = 0.95
+"Fraction of the remaining time planned for steps; the rest is for logs and checkpoints."
 
 
-def steps_within(run: Trainer, given: str, probing: float, began: float) -> int:
-    """The steps that fit into a time such as "2h", of which `probing` seconds are for probes, and the time since `began` is gone.
+def steps_within(run: Trainer, budget: str, probing: float, began: float) -> int:
+    """The steps that fit into a time such as "2h", less `probing` seconds for probes and the time since
+    `began`.
 
-    Raises ConfigError when these are too few, with what would hold them.
+    Raises ConfigError if these are too few, with a sufficient time.
     """
-    step = measure_step(run)
-    step, setup, probing = run.world.from_first((step, time.monotonic() - began, probing))  # all ranks decide alike
-    steps = int(PART * (parse_time(given) - setup - probing) / step)
-    if steps < FEWEST:
-        need = setup + probing + 100 * step / PART
-        text = f"--time {given} holds {how_many(max(steps, 0), 'step')}: setting up took {setup:.0f} s, the probes of the run take "
-        text += f"{probing:.0f} s and a step {step:.2f} s; give --time {-int(-need // 60)}m, which holds 100 steps"
-        raise ConfigError(text + (", or fewer --probes" if probing else ""))
-    run.screen.say(f"{given} hold about {steps:,} steps of {1000 * step:.0f} ms")
+    # All ranks must use the same numbers.
+    step, setup, probing = run.world.broadcast((measure_step(run), time.monotonic() - began, probing))
+    steps = int(STEP_FRACTION * (parse_time(budget) - setup - probing) / step)
+    if steps < MIN_STEPS:
+        need = setup + probing + 100 * step / STEP_FRACTION
+        raise ConfigError(
+            f"--time {budget} is enough for {how_many(max(steps, 0), 'step')}: setup took {setup:.0f} s, the "
+            f"probes of the run take {probing:.0f} s and a step {step:.2f} s; give --time "
+            f"{-int(-need // 60)}m for 100 steps" + (", or fewer --probes" if probing else "")
+        )
+    run.screen.say(f"{budget} is enough for about {steps:,} steps of {1000 * step:.0f} ms")
     return steps
 
 
 def measure_step(run: Trainer, warm: int = 5, timed: int = 15) -> float:
-    """Seconds an optimizer step takes here (median), measured on the real step; weights and optimizer are put back."""
-    kept = copy.deepcopy(run.model.state_dict())
+    """Median seconds of an optimizer step after warm-up. Restores the weights and the optimizer state."""
+    weights = copy.deepcopy(run.model.state_dict())
     run.window, times = LogWindow(run.device), []
     run.batches = run.loader(0, warm + timed)
-    with run.screen.progress("measuring the time of a step", warm + timed) as tick:
+    with run.screen.progress("measuring the step time", warm + timed) as tick:
         for step in range(warm + timed):
             start = time.monotonic()
             run.update(Progress(step, 10 * (warm + timed), run.steps_per_epoch))
@@ -48,7 +51,7 @@ def measure_step(run: Trainer, warm: int = 5, timed: int = 15) -> float:
                 torch.cuda.synchronize(run.device)
             times.append(time.monotonic() - start)
             tick(step + 1)
-    run.model.load_state_dict(kept)
+    run.model.load_state_dict(weights)
     run.optimizer.state.clear()
-    run.batches = iter(())  # its loader processes end
+    run.batches = iter(())  # ends the loader processes
     return sorted(times[warm:])[timed // 2]

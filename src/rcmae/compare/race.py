@@ -1,13 +1,15 @@
 """`rcmae compare race`: which method learns more from the same images on an equal budget?
 
-Every arm is a recipe. A seed gives all of them the same images in the same order and, where shapes agree, the same initial weights. The
-budget is a number of images, of FLOPs (counted by `compare.cost`) or a time on this device; an arm makes the steps that fit. On the way
-and at the end, linear, attentive and k-NN probes read the frozen backbone, and remember which test images they got right.
+Every arm is a recipe. Within a seed all arms have the same images in the same order and, where shapes agree,
+the same initial weights. The budget is a number of images, of FLOPs (counted by `compare.cost`) or a time on
+this device; an arm makes the steps that fit. During and after training, linear, attentive and k-NN probes of
+the frozen backbone record which test images they classify correctly.
 
-Arms are compared within a seed. The interval of a difference is a bootstrap over seeds and over their test images, made wider for few
-seeds (see `interval`); one that holds zero says "can't tell".
+Arms are compared within a seed. The interval of a difference is a bootstrap over seeds and over their test
+images, widened for few seeds (see `interval`); if it contains zero, the comparison is inconclusive.
 
-Every run is a run of `rcmae pretrain` under the output folder, and is never made twice: the same command goes on where it stopped.
+Every run is a run of `rcmae pretrain` under the output folder. Finished runs are never repeated: the same
+command resumes where it stopped.
 """
 
 import ctypes
@@ -31,16 +33,28 @@ import torch
 from jaxtyping import Bool
 from safetensors.numpy import load_file
 
-from ..config import Recipe, changed, flags, hint, how_many, parse_time, recipe_hash, shipped_recipes, to_toml, with_settings
+from ..config import (
+    Recipe,
+    changed,
+    flags,
+    hint,
+    how_many,
+    parse_time,
+    recipe_hash,
+    shipped_recipes,
+    to_toml,
+    with_settings,
+)
 from ..data.sources import open_source, recipe_for
 from ..engine import signals
 from ..engine.checkpoint import replace_file
 from ..engine.console import clock
 from ..engine.distributed import pick_device
 from ..engine.metrics import read_metrics
-from ..engine.run import owned, write_json
-from ..errors import ConfigError, DataError, Preempted, ProcessError, RcmaeError
+from ..engine.run import run_lock, write_json
+from ..errors import ConfigError, DataError, Preempted, ProcessError, RcmaeError, refuse
 from ..methods import METHODS
+from ..methods.mean_teacher import MeanTeacherRecipe
 from ..methods.recipes import digits_recipe, load_recipe, with_method
 from ..report.build import template
 from ..report.curves import Line, plot, standalone
@@ -48,85 +62,103 @@ from ..tasks.interval import interval
 from ..tasks.probe import probe_set
 from .cost import cost
 
-CONTROLS = {control.name: (name, control) for name, method in METHODS.items() for control in method.controls}
-"Arms that methods declare beside themselves: name to method and control."
+Log = Callable[[str], object]
+"Prints a line about the progress."
 
-ARMS = tuple(arm for name, method in METHODS.items() for arm in (*(control.name for control in method.controls), name))
-"What races by default."
+CONTROLS = {control.name: (name, control) for name, method in METHODS.items() for control in method.controls}
+"Controls that methods declare as additional arms: name -> (method, control)."
+
+ARMS = tuple(
+    arm for name, method in METHODS.items() for arm in (*(control.name for control in method.controls), name)
+)
+"The default arms."
 
 KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
-"What is probed; the first one, which reads the mean over the patches, is judged."
+"Probes; the verdict uses the first one, of the mean over the patches."
 
-RACES = {"steps", "epochs", "time", "seed", "data", "probes", "probe_train", "probe_test", "attentive"}
+SHARED = {"steps", "epochs", "time", "seed", "data", "probes", "probe_train", "probe_test", "attentive"}
 "Settings that are the same for all arms."
 
 MEASURED = 24
-"Steps of a run that measures how many images a second an arm makes, with a log line after each third of them."
+"Steps of a run that measures the images per second of an arm, with three log lines."
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Something that races: what is trained, which of its networks is judged, and the recipe whose cost it has."""
+    """A contestant."""
 
     name: str
     recipe: Recipe
     network: str
-    paid: Recipe
+    "the network that is judged"
+    cost_recipe: Recipe
+    "the recipe whose cost counts: a control may have that of another method"
 
 
 def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] = ()) -> list[Arm]:
-    """Names to arms: a method, or a recipe's name or file; behind commas its own settings: "rcmae, half_life=5%".
+    """The arms with these names: a method, or a recipe's name or file, perhaps with settings after commas:
+    "rcmae, half_life=5%".
 
-    A method stands for its recipe on the bundled set, or on other `data` for its ViT-S recipe; `settings` hold for every arm whose
-    method has them.
-    The network that a method trains for is judged: its teacher, where it has one. Raises ConfigError.
+    A method stands for its recipe on the bundled set, or on other `data` for its ViT-S recipe; `settings`
+    apply to every arm whose method has them. The network that a method is meant to train is judged: its
+    teacher, if it has one. Raises ConfigError.
     """
     parts = [[part.strip() for part in re.split(r",(?![^\[]*\])", name)] for name in names]
-    bare = []
+    bases = []
     for head, *_ in parts:
         method, control = CONTROLS.get(head, (head, None))
-        bare.append((_recipe(method, suited=recipe_for(data or Recipe.data)), control))
-    found = []
-    for name, (_, *own), (recipe, control) in zip(names, parts, bare, strict=True):
-        others = {flag for other, _ in bare for flag in flags(type(other))} - flags(type(recipe)).keys()
-        shared = [text for text in settings if text.partition("=")[0].strip() not in others]
-        recipe = with_settings(recipe, [*shared, *own], name)
+        bases.append((_recipe(method, suited=recipe_for(data or Recipe.data)), control))
+    contestants = []
+    for name, (_, *changes), (recipe, control) in zip(names, parts, bases, strict=True):
+        others = {flag for other, _ in bases for flag in flags(type(other))} - flags(type(recipe)).keys()
+        common = [text for text in settings if text.partition("=")[0].strip() not in others]
+        recipe = with_settings(recipe, [*common, *changes], name)
         recipe = replace(recipe, data=data or recipe.data)
-        paid = recipe
+        cost_recipe = recipe
         if control:
-            paid = with_method(recipe, control.pays) if control.pays else recipe
+            cost_recipe = with_method(recipe, control.cost_of) if control.cost_of else recipe
             recipe = changed(recipe, **control.settings)
-        found.append(Arm(name, recipe, METHODS[recipe.method].networks[-1], paid))
-    names = [arm.name for arm in found]
-    problems = [f"{name!r} races twice" for name in dict.fromkeys(names) if names.count(name) > 1]
-    given = {text.partition("=")[0].strip() for name in [*settings, *names] for text in name.split(",")}
-    problems += [f"{key} is for the race to say, not for an arm" for key in RACES & given]
-    problems += [f"{arm.name}: {text}" for arm in found for text in METHODS[arm.recipe.method].problems(arm.recipe)]
+        contestants.append(Arm(name, recipe, METHODS[recipe.method].networks[-1], cost_recipe))
+    names = [arm.name for arm in contestants]
+    changed_keys = {
+        text.partition("=")[0].strip() for name in [*settings, *names] for text in name.split(",")
+    }
+    problems = [f"{name!r} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    problems += [f"{key} is set by the race, not by an arm" for key in SHARED & changed_keys]
+    problems += [
+        f"{arm.name}: {text}"
+        for arm in contestants
+        for text in METHODS[arm.recipe.method].validate(arm.recipe)
+    ]
     problems += [] if len(names) > 1 else ["a race needs two arms"]
-    if len({arm.recipe.data for arm in found}) > 1:
+    if len({arm.recipe.data for arm in contestants}) > 1:
         problems.append("the arms have different data; give --data")
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return found
+    refuse(problems)
+    return contestants
 
 
 def _recipe(name: str, suited: str) -> Recipe:
-    """A method's recipe of the `suited` kind, or beside `folder` its ViT-S recipe with the batch and the memory of that one."""
+    """A method's recipe of the `suited` kind; for "folder" its ViT-S recipe with the batch size and half-life
+    of that recipe."""
     if name not in METHODS:
         known = [*METHODS, *CONTROLS, *shipped_recipes()]
         if name not in known and not Path(name).is_file():
-            raise ConfigError(f"there is no method, recipe or recipe file {name!r}{hint(name, known)} (`rcmae list` shows all)")
+            raise ConfigError(
+                f"there is no method, recipe or recipe file {name!r}{hint(name, known)} (`rcmae list` shows "
+                "all)"
+            )
         return load_recipe(name)
     if suited == "folder":
         folder, recipe = load_recipe("folder"), load_recipe(f"{name}-vits16-in1k")
-        memory = {"teacher": folder.teacher} if hasattr(recipe, "teacher") else {}
-        return replace(changed(recipe, batch_size=folder.optim.batch_size), **memory)
+        assert isinstance(folder, MeanTeacherRecipe)
+        recipe = changed(recipe, batch_size=folder.optim.batch_size)
+        return replace(recipe, teacher=folder.teacher) if isinstance(recipe, MeanTeacherRecipe) else recipe
     return digits_recipe(name)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every arm may spend: so many "images", "FLOPs" or "seconds"."""
+    """What every arm may use: a number of "images", "FLOPs" or "seconds"."""
 
     kind: str
     amount: float
@@ -137,104 +169,141 @@ class Budget:
 
 def parse_budget(text: str) -> Budget:
     """'300000 images', '2e13 flops', or a time on this device (4m, 1h). Raises ConfigError."""
-    m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*(images|flops)\s*", text.lower())
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*(images|flops)\s*", text.lower())
     try:
-        budget = Budget({"images": "images", "flops": "FLOPs"}[m[2]], float(m[1])) if m else Budget("seconds", parse_time(text))
+        if match:
+            budget = Budget({"images": "images", "flops": "FLOPs"}[match[2]], float(match[1]))
+        else:
+            budget = Budget("seconds", parse_time(text))
     except ConfigError as e:
-        raise ConfigError(f"{text!r} is no budget; write '300000 images', '2e13 flops' or a time on this device (4m, 1h)") from e
+        raise ConfigError(
+            f"{text!r} is no budget; write '300000 images', '2e13 flops' or a time on this device (4m, 1h)"
+        ) from e
     if not budget.amount:
         raise ConfigError("the budget must be above 0")
     return budget
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Setting:
+class RaceSettings:
     """How a race is run."""
 
     budget: Budget
     seeds: int = 3
     probes: int = 5
-    "times that each run is probed"
+    "how often each run is probed"
     probe_train: int = 2000
     probe_test: int = 4000
     device: str = "auto"
     jobs: int = 1
-    "runs at a time; they share the cores"
+    "concurrent runs; they share the cores"
 
 
-def race(contestants: list[Arm], setting: Setting, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Make the runs that are missing under `out`, and judge. Raises DataError without labels, Preempted when stopped."""
-    if setting.budget.kind == "images":  # what other budgets hold must be counted or measured first
+def race(contestants: list[Arm], setting: RaceSettings, out: Path, log: Log) -> dict[str, Any]:
+    """Make the missing runs under `out`, and judge. Raises DataError without labels, Preempted when
+    stopped."""
+    if setting.budget.kind == "images":  # fails early; other budgets must be counted or measured first
         steps_of(contestants, setting, {}, {})
     recipe = contestants[0].recipe
     source = open_source(recipe.data, recipe.images.channels, size=recipe.images.size)
-    if probe_set(source, changed(recipe, probes=1, probe_train=setting.probe_train, probe_test=setting.probe_test)) is None:
-        raise DataError(f"{recipe.data} has no labels to probe with, or one class: a race needs a folder for each of several classes")
-    if (few := max(arm.recipe.optim.batch_size for arm in contestants)) > len(source):
+    probed = changed(recipe, probes=1, probe_train=setting.probe_train, probe_test=setting.probe_test)
+    if probe_set(source, probed) is None:
         raise DataError(
-            f"{recipe.data} holds {how_many(len(source), 'image')}, fewer than a batch of {few}: give --settings batch_size=..."
+            f"{recipe.data} has no labels to probe with, or one class: a race needs a folder for each of "
+            "several classes"
+        )
+    if (batch := max(arm.recipe.optim.batch_size for arm in contestants)) > len(source):
+        raise DataError(
+            f"{recipe.data} has {how_many(len(source), 'image')}, fewer than a batch of {batch}: give "
+            "--settings batch_size=..."
         )
     data = source.fingerprint()
-    with owned(out), signals.answered():
-        costs = {arm.name: cost(arm.paid).flops for arm in contestants}
-        steps = plan(contestants, setting, costs, data, out, say)
-        # Seed 0 is the one that recipes are tried out on.
-        runs = [Run(arm, seed, out, steps[arm.name], setting, data) for seed in range(1, setting.seeds + 1) for arm in contestants]
+    with run_lock(out), signals.handled():
+        costs = {arm.name: cost(arm.cost_recipe).flops for arm in contestants}
+        steps = plan(contestants, setting, costs, data, out, log)
+        # Not seed 0, on which recipes are tuned.
+        runs = [
+            RaceRun(arm, seed, out, steps[arm.name], setting, data)
+            for seed in range(1, setting.seeds + 1)
+            for arm in contestants
+        ]
         weights = [run.steps * run.recipe.optim.batch_size * costs[run.arm.name] for run in runs]
-        carry_out(runs, weights, setting, say)
-        found = judge(runs, costs, setting)
-    return found
+        carry_out(runs, weights, setting, log)
+        return judge(runs, costs, setting)
 
 
-class Run:
+class RaceRun:
     """One arm on one seed: a run of `rcmae pretrain`."""
 
-    def __init__(self, arm: Arm, seed: int, out: Path, steps: int, setting: Setting, data: str, flags: Sequence[str] = ()):
-        """`data` is the fingerprint of the images: the folder's name holds all that makes a run another one."""
+    def __init__(
+        self,
+        arm: Arm,
+        seed: int,
+        out: Path,
+        steps: int,
+        setting: RaceSettings,
+        data: str,
+        flags: Sequence[str] = (),
+    ):
+        """`data` is the fingerprint of the images. The folder's name contains a hash of all that determines
+        the run."""
         self.arm, self.seed, self.steps, self.flags = arm, seed, steps, flags
         self.recipe = changed(
-            replace(arm.recipe, epochs=None, time=None, steps=steps, seed=seed), probes=0 if flags else setting.probes,
-            probe_train=setting.probe_train, probe_test=setting.probe_test, attentive=True,
-        )  # fmt: skip
-        own = hashlib.sha256(" ".join([recipe_hash(self.recipe), data, *flags]).encode()).hexdigest()[:8]
-        self.place = out / f"{re.sub(r'[^a-z0-9]+', '-', arm.name.lower()).strip('-')}-{seed}-{own}"
+            replace(arm.recipe, epochs=None, time=None, steps=steps, seed=seed),
+            probes=0 if flags else setting.probes,
+            probe_train=setting.probe_train,
+            probe_test=setting.probe_test,
+            attentive=True,
+        )
+        digest = hashlib.sha256(" ".join([recipe_hash(self.recipe), data, *flags]).encode()).hexdigest()[:8]
+        self.path = out / f"{re.sub(r'[^a-z0-9]+', '-', arm.name.lower()).strip('-')}-{seed}-{digest}"
 
     @property
     def step(self) -> int:
-        """Steps that its record tells of."""
-        return max((line["step"] for line in read_metrics(self.place)), default=0)
+        """The last recorded step."""
+        return max((line["step"] for line in read_metrics(self.path)), default=0)
 
     @property
     def done(self) -> bool:
-        """Whether nothing of it is missing."""
-        return (self.place / "finished").exists()
+        """Whether the run is finished."""
+        return (self.path / "finished").exists()
 
-    def start(self, setting: Setting) -> subprocess.Popen:
-        """The process that makes it or goes on with it."""
-        self.place.mkdir(parents=True, exist_ok=True)
-        recipe = self.place / "race.toml"
+    def start(self, setting: RaceSettings) -> subprocess.Popen[bytes]:
+        """Start the process that makes or resumes the run."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        recipe = self.path / "race.toml"
         replace_file(recipe, to_toml(self.recipe))
-        command = [sys.executable, "-m", "rcmae", "pretrain", str(recipe), "--out", str(self.place), "--device", setting.device]
         threads = max(1, torch.get_num_threads() // setting.jobs)
-        with (self.place / "log.txt").open("a") as log:
-            # A session of its own: Ctrl-C is for the race, which asks each run once to save and end. So does its death.
-            follow = {"start_new_session": True, "preexec_fn": _end_with_parent if sys.platform == "linux" else None}
-            return subprocess.Popen([*command, *self.flags, "--threads", str(threads)], stdout=log, stderr=log, **follow)
+        command = [sys.executable, "-m", "rcmae", "pretrain", str(recipe), "--out", str(self.path)]
+        command += ["--device", setting.device, *self.flags, "--threads", str(threads)]
+        with (self.path / "log.txt").open("a") as log:
+            # In a new session, so that Ctrl-C reaches only the race, which then stops each run once. A run
+            # also ends when the race dies.
+            return subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
 
     def ended(self, code: int) -> None:
-        """Raises what ended it."""
+        """Handle the exit code: mark the run as finished, or raise the error that ended it."""
         if code == 0:
-            (self.place / "finished").touch()
+            (self.path / "finished").touch()
             return
+        name, log = f"{self.arm.name}, seed {self.seed}", self.path / "log.txt"
         if code < 0:
-            raise ProcessError(f"{self.arm.name}, seed {self.seed}: ended by signal {-code} (out of memory?); the same command goes on")
-        lines = (self.place / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        text = f"{self.arm.name}, seed {self.seed}: {(lines or ['it said nothing'])[-1].removeprefix('rcmae: ')}"
+            raise ProcessError(
+                f"{name}: ended by signal {-code} (out of memory?); the same command resumes it"
+            )
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        text = lines[-1].removeprefix("rcmae: ") if lines else f"exit code {code} without a message"
         kinds = {kind.exit_code: kind for kind in reversed(RcmaeError.__subclasses__())}
-        raise kinds.get(code, ProcessError)(f"{text}; see {self.place / 'log.txt'}")
+        raise kinds.get(code, ProcessError)(f"{name}: {text}; see {log}")
 
 
 def _end_with_parent() -> None:
@@ -244,177 +313,228 @@ def _end_with_parent() -> None:
 _libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def plan(contestants: list[Arm], setting: Setting, costs: dict[str, float], data: str, out: Path, say: Callable) -> dict[str, int]:
-    """Steps of each arm within the budget. A time is turned into steps by the images a second of a short run, made once, as many at a
-    time as there will be. Raises ConfigError when they are too few."""
+def plan(
+    contestants: list[Arm], setting: RaceSettings, costs: dict[str, float], data: str, out: Path, log: Log
+) -> dict[str, int]:
+    """Steps of each arm within the budget. A time is converted with the images per second of a short run,
+    made once, with as many concurrent runs as in the race. Raises ConfigError if there are too few steps."""
     rates = dict.fromkeys(costs, 0.0)
     if setting.budget.kind == "seconds":
-        where = [str(pick_device(setting.device)), str(setting.jobs)]
+        data = " ".join([data, str(pick_device(setting.device)), str(setting.jobs)])
         flags = ("--no-monitor", "--log-every", str(MEASURED // 3))
+        # Arms of equal cost share one run, and so get the same number of steps.
         short = {}
-        for arm in contestants:  # arms that cost the same are measured once: the same steps, whatever the noise
-            plain = dataclasses.replace(arm, name=arm.paid.method, recipe=arm.paid)
-            short[arm.name] = Run(plain, 0, out / "measured", MEASURED, setting, " ".join([data, *where]), flags)
-        once = list({run.place: run for run in short.values()}.values())
-        carry_out(once, [1.0] * len(once), setting, say)
+        for arm in contestants:
+            plain = replace(arm, name=arm.cost_recipe.method, recipe=arm.cost_recipe)
+            short[arm.name] = RaceRun(plain, 0, out / "measured", MEASURED, setting, data, flags)
+        runs = list({run.path: run for run in short.values()}.values())
+        carry_out(runs, [1.0] * len(runs), setting, log)
         for name, run in short.items():
-            seen = [line["images_per_s"] for line in read_metrics(run.place) if line["kind"] == "train"]
-            rates[name] = statistics.median(seen[1:])  # the first one warmed up
-            say(f"{name}: {rates[name]:,.0f} images a second")
+            lines = [line["images_per_s"] for line in read_metrics(run.path) if line["kind"] == "train"]
+            rates[name] = statistics.median(lines[1:])  # without the warm-up
+            log(f"{name}: {rates[name]:,.0f} images/s")
     return steps_of(contestants, setting, costs, rates)
 
 
-def steps_of(contestants: list[Arm], setting: Setting, costs: dict[str, float], rates: dict[str, float]) -> dict[str, int]:
-    """Steps that the budget holds, of arms with these costs (FLOPs an image) and rates (images a second). Raises ConfigError."""
+def steps_of(
+    contestants: list[Arm], setting: RaceSettings, costs: dict[str, float], rates: dict[str, float]
+) -> dict[str, int]:
+    """Steps of each arm within the budget, given costs (FLOPs per image) and rates (images per second).
+    Raises ConfigError."""
     steps = {}
     for arm in contestants:
-        each = {"images": lambda name: 1.0, "FLOPs": lambda name: 1 / costs[name], "seconds": rates.get}[setting.budget.kind]
-        steps[arm.name] = int(each(arm.name) * setting.budget.amount / arm.recipe.optim.batch_size)
-    if few := [f"{how_many(count, 'step')} of {name}" for name, count in steps.items() if count < setting.probes]:
-        raise ConfigError(f"{setting.budget} are {', '.join(few)}: too few to probe {setting.probes} times")
+        images = setting.budget.amount
+        if setting.budget.kind == "FLOPs":
+            images /= costs[arm.name]
+        elif setting.budget.kind == "seconds":
+            images *= rates[arm.name]
+        steps[arm.name] = int(images / arm.recipe.optim.batch_size)
+    too_few = [
+        f"{how_many(count, 'step')} of {name}" for name, count in steps.items() if count < setting.probes
+    ]
+    if too_few:
+        raise ConfigError(
+            f"{setting.budget} are {', '.join(too_few)}: too few to probe {setting.probes} times"
+        )
     return steps
 
 
-def carry_out(runs: list[Run], weights: list[float], setting: Setting, say: Callable, every: float = 30.0) -> None:
-    """Make the runs that are not done, `jobs` at a time; a run that fails or a signal ends all of them, their state saved."""
+def carry_out(
+    runs: list[RaceRun], weights: list[float], setting: RaceSettings, log: Log, every: float = 30.0
+) -> None:
+    """Make the unfinished runs, `jobs` at a time. A failed run or a signal stops all of them, with their
+    state saved."""
     waiting = [run for run in runs if not run.done]
-    share = {run.place: weight / sum(weights) for run, weight in zip(runs, weights, strict=True)}
-    finished = sum(share[run.place] for run in runs if run not in waiting)
-    before = finished + sum(share[run.place] * run.step / run.steps for run in waiting)
-    began = told = time.monotonic()
-    going: dict[Run, subprocess.Popen] = {}
+    fraction = {run.path: weight / sum(weights) for run, weight in zip(runs, weights, strict=True)}
+    finished = sum(fraction[run.path] for run in runs if run not in waiting)
+    before = finished + sum(fraction[run.path] * run.step / run.steps for run in waiting)
+    began = logged = time.monotonic()
+    active: dict[RaceRun, subprocess.Popen[bytes]] = {}
     with signals.held():  # until the runs, which end with this process, have saved
         try:
             with signals.interruptible():
-                while waiting or going:
-                    while waiting and len(going) < setting.jobs:
+                while waiting or active:
+                    while waiting and len(active) < setting.jobs:
                         run = waiting.pop(0)
-                        going[run] = run.start(setting)
+                        active[run] = run.start(setting)
                     time.sleep(0.2)
-                    for run in [run for run, process in going.items() if process.poll() is not None]:
-                        run.ended(going.pop(run).returncode)
-                        finished += share[run.place]
-                        told = 0.0
-                    if time.monotonic() - told > every:
-                        told = time.monotonic()
-                        now = finished + sum(share[run.place] * run.step / run.steps for run in going)
-                        left = (told - began) * (1 - now) / (now - before) if now > before else 0.0
-                        say(f"{len(runs) - len(waiting) - len(going)} of {len(runs)} runs, {now:.0%}, {clock(left)} left")
+                    for run in [run for run, process in active.items() if process.poll() is not None]:
+                        run.ended(active.pop(run).returncode)
+                        finished += fraction[run.path]
+                        logged = 0.0
+                    if time.monotonic() - logged > every:
+                        logged = time.monotonic()
+                        now = finished + sum(fraction[run.path] * run.step / run.steps for run in active)
+                        left = (logged - began) * (1 - now) / (now - before) if now > before else 0.0
+                        done = len(runs) - len(waiting) - len(active)
+                        log(f"{done} of {len(runs)} runs, {now:.0%}, {clock(left)} left")
         except signals.Interrupted as e:
-            raise Preempted(f"stopped by {e}; every run is saved, give the same command again") from e
+            raise Preempted(f"by {e}; every run is saved, run the same command again") from e
         finally:
-            for process in going.values():
+            for process in active.values():
                 process.terminate()
-            for process in going.values():
+            for process in active.values():
                 process.wait()
 
 
-# --- the verdict ------------------------------------------------------------------------------------------------------
+# --- the verdict --------------------------------------------------------------------------------------------
 
 
-def judge(runs: list[Run], costs: dict[str, float], setting: Setting) -> dict[str, Any]:
-    """All that the runs tell: curves, accuracies, paired differences with their intervals, and the verdict in words."""
+def judge(runs: list[RaceRun], costs: dict[str, float], setting: RaceSettings) -> dict[str, Any]:
+    """Curves, accuracies, paired differences with their intervals, and the verdict in sentences."""
     names = list(dict.fromkeys(run.arm.name for run in runs))
     by_arm = {name: [run for run in runs if run.arm.name == name] for name in names}
-    final = {name: {kind: [_hits(run, run.steps, run.arm.network, kind) for run in own] for kind in KINDS} for name, own in by_arm.items()}
-    start = {name: {kind: [_hits(run, 0, "untrained", kind) for run in own] for kind in KINDS} for name, own in by_arm.items()}
+    final = {
+        name: {kind: [_correct(run, run.steps, run.arm.network, kind) for run in seeds] for kind in KINDS}
+        for name, seeds in by_arm.items()
+    }
+    start = {
+        name: {kind: [_correct(run, 0, "random_init", kind) for run in seeds] for kind in KINDS}
+        for name, seeds in by_arm.items()
+    }
     rows = []
-    for name, own in by_arm.items():
-        first = own[0]
-        images = first.steps * first.recipe.optim.batch_size
-        row = {"arm": name, "steps": first.steps, "batch_size": first.recipe.optim.batch_size, "images": images}
-        row |= {"recipe_hash": recipe_hash(first.arm.recipe), "curve": curve(own, costs[name])}
-        row |= {part: row["curve"][-1][part] for part in ("flops", "seconds")}
-        row |= {"health": [_health(run) for run in own]}
+    for name, seeds in by_arm.items():
+        first, points = seeds[0], curve(seeds, costs[name])
+        row: dict[str, Any] = {
+            "arm": name,
+            "steps": first.steps,
+            "batch_size": first.recipe.optim.batch_size,
+            "images": first.steps * first.recipe.optim.batch_size,
+            "recipe_hash": recipe_hash(first.arm.recipe),
+            "curve": points,
+            "flops": points[-1]["flops"],
+            "seconds": points[-1]["seconds"],
+            "health": [_health(run) for run in seeds],
+        }
         for kind in KINDS:
-            row[kind] = [100 * float(hits.mean()) for hits in final[name][kind]]
-            row[f"{kind} untrained"] = [100 * float(hits.mean()) for hits in start[name][kind]]
+            row[kind] = [100 * float(correct.mean()) for correct in final[name][kind]]
+            row[f"{kind} random_init"] = [100 * float(correct.mean()) for correct in start[name][kind]]
             row[f"{kind} gain"] = interval(final[name][kind], start[name][kind])
-            row[f"{kind} against"] = {other: interval(final[name][kind], final[other][kind]) for other in names if other != name}
+            row[f"{kind} against"] = {
+                other: interval(final[name][kind], final[other][kind]) for other in names if other != name
+            }
         rows.append(row)
     about = dataclasses.asdict(setting) | {"data": runs[0].recipe.data, "budget": str(setting.budget)}
-    machine = json.loads((runs[0].place / "machine.json").read_text(encoding="utf-8"))
-    return {"about": about, "said": verdict(rows, about), "rows": rows, "machine": machine}
+    machine = json.loads((runs[0].path / "machine.json").read_text(encoding="utf-8"))
+    return {"about": about, "verdict": verdict(rows, about), "rows": rows, "machine": machine}
 
 
 def verdict(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
-    """What the judged probe says in words: of the highest arm, and of every arm against the first one."""
-    kind, what = "linear", "linear probe on mean patches"
-    mean = {row["arm"]: float(np.mean(row[kind])) for row in rows}
+    """The result of the linear probe in sentences: the best arm against all, and every arm against the first
+    one."""
+    mean = {row["arm"]: float(np.mean(row["linear"])) for row in rows}
     best, first = max(rows, key=lambda row: mean[row["arm"]]), rows[0]
-    words: dict[str, list[str]] = {"is better than": [], "can't be told from": []}
-    for other, (gain, low, high) in best[f"{kind} against"].items():
-        words["is better than" if low > 0 else "can't be told from"].append(f"{other} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})")
-    said = " and ".join(f"{word} {', '.join(of)}" for word, of in words.items() if of)
-    text = (
-        f"With {about['budget']} for each on {about['data']}, {best['arm']} has the highest {what} ({mean[best['arm']]:.1f} %); it {said}."
-    )
-    found = [text]
+    groups: dict[str, list[str]] = {"better than": [], "inconclusive against": []}
+    for other, (gain, low, high) in best["linear against"].items():
+        group = groups["better than" if low > 0 else "inconclusive against"]
+        group.append(f"{other} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})")
+    results = "; ".join(f"{group} {', '.join(texts)}" for group, texts in groups.items() if texts)
+    sentences = [
+        f"With {about['budget']} for each on {about['data']}, {best['arm']} has the highest linear probe "
+        f"accuracy on mean patches ({mean[best['arm']]:.1f} %): {results}."
+    ]
     for row in rows[1:]:
-        gain, low, high = row[f"{kind} against"][first["arm"]]
-        word = "better" if low > 0 else "worse" if high < 0 else "can't tell"
-        found.append(f"{row['arm']} against {first['arm']}: {word} ({gain:+.1f} points, {low:+.1f} to {high:+.1f}).")
-    return found
+        gain, low, high = row["linear against"][first["arm"]]
+        word = "better" if low > 0 else "worse" if high < 0 else "inconclusive"
+        sentences.append(
+            f"{row['arm']} against {first['arm']}: {word} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})."
+        )
+    return sentences
 
 
-def curve(own: list[Run], flops: float) -> list[dict[str, Any]]:
-    """The probes of an arm on the way, each a value a seed, with the images, FLOPs and seconds (the median seed's) they came after.
+def curve(runs: list[RaceRun], flops: float) -> list[dict[str, Any]]:
+    """The probes of an arm during training, with one value per seed, and the images, FLOPs and seconds (of
+    the median seed) before each.
 
-    A control that pays another method's cost has the work of its own teacher taken off its seconds as it is off its FLOPs.
+    A control with the cost of another method has the work of its teacher subtracted from its seconds as from
+    its FLOPs.
     """
-    points, arm = [], own[0].arm
-    share = 1.0 if arm.paid == arm.recipe else flops / cost(arm.recipe).flops
-    for step in [0] + [line["step"] for line in read_metrics(own[0].place) if line["kind"] == "probe"]:
-        images = step * own[0].recipe.optim.batch_size
-        seconds = share * statistics.median(_seconds(run, step) for run in own)
-        point = {"step": step, "images": images, "flops": images * flops, "seconds": seconds}
-        for kind in KINDS:
-            point[kind] = [100 * float(_hits(run, step, arm.network if step else "untrained", kind).mean()) for run in own]
-        points.append(point)
+    points, first = [], runs[0]
+    arm = first.arm
+    fraction = 1.0 if arm.cost_recipe == arm.recipe else flops / cost(arm.recipe).flops
+    for step in [0] + [line["step"] for line in read_metrics(first.path) if line["kind"] == "probe"]:
+        images = step * first.recipe.optim.batch_size
+        network = arm.network if step else "random_init"
+        seconds = fraction * statistics.median(_seconds(run, step) for run in runs)
+        accuracies = {
+            kind: [100 * float(_correct(run, step, network, kind).mean()) for run in runs] for kind in KINDS
+        }
+        points.append(
+            {"step": step, "images": images, "flops": images * flops, "seconds": seconds} | accuracies
+        )
     return points
 
 
-def _hits(run: Run, step: int, network: str, kind: str) -> Bool[np.ndarray, " m"]:
-    return load_file(run.place / "probes" / f"{step:08d}.safetensors")[f"{network}/{kind}"].astype(bool)
+def _correct(run: RaceRun, step: int, network: str, kind: str) -> Bool[np.ndarray, " m"]:
+    """Which test images a probe classified correctly."""
+    return load_file(run.path / "probes" / f"{step:08d}.safetensors")[f"{network}/{kind}"].astype(bool)
 
 
-def _seconds(run: Run, step: int) -> float:
-    """Time of its training up to a step, without probes and checkpoints."""
-    train = [line for line in read_metrics(run.place) if line["kind"] == "train"]
+def _seconds(run: RaceRun, step: int) -> float:
+    """Training time up to a step, without probes and checkpoints."""
+    train = [line for line in read_metrics(run.path) if line["kind"] == "train"]
     steps = np.array([0] + [line["step"] for line in train])
     rates = np.array([line["images_per_s"] for line in train]) / run.recipe.optim.batch_size
     return float(np.interp(step, steps, np.concatenate([[0], np.cumsum(np.diff(steps) / rates)])))
 
 
-def _health(run: Run) -> dict[str, float]:
-    """Is it alive? The last word on the features' rank and spread, and on what the method itself logs beside its loss."""
+def _health(run: RaceRun) -> dict[str, float]:
+    """The last rank and spread of the features, and what the method logs besides its loss."""
     last: dict[str, Any] = {}
-    for line in read_metrics(run.place):
+    for line in read_metrics(run.path):
         if line["kind"] in ("train", "health"):
             last |= line
-    own = [key for key in METHODS[run.recipe.method].losses if key != "loss"]
-    return {key: last[key] for key in ("rankme", "spread", *own) if key in last}
+    logged = [key for key in METHODS[run.recipe.method].losses if key != "loss"]
+    return {key: last[key] for key in ("rankme", "spread", *logged) if key in last}
 
 
-# --- what one sees ----------------------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------------------------------
 
 PALETTE = ("ink", "teacher", "student", "both", "good", "gold", "memory1")
-LOOKS = {name: (colour, "-") for name, colour in zip(METHODS, PALETTE, strict=False)}
-LOOKS |= {name: (LOOKS.get(control.pays or method, ("floor", "-"))[0], "--") for name, (method, control) in CONTROLS.items()}
-"Colour and line of what races by default, in the order of METHODS, a control as the method whose cost it has; others take what is left."
+STYLES = {name: (color, "-") for name, color in zip(METHODS, PALETTE, strict=False)}
+STYLES |= {
+    name: (STYLES.get(control.cost_of or method, ("baseline", "-"))[0], "--")
+    for name, (method, control) in CONTROLS.items()
+}
+"Color and line style of the default arms; a control has the color of the method whose cost it has."
 
-AXES = {"images": ("thousand images", 1e-3), "flops": ("teraFLOP", 1e-12), "seconds": ("minutes of training", 1 / 60)}
+AXES = {
+    "images": ("thousand images", 1e-3),
+    "flops": ("teraFLOP", 1e-12),
+    "seconds": ("minutes of training", 1 / 60),
+}
 
 
-def write_page(found: dict[str, Any], out: Path) -> Path:
-    """Write race.json, the figures as SVGs and race.html; returns the page."""
-    names = [row["arm"] for row in found["rows"]]
-    spare = itertools.cycle(
-        (colour, style) for style in (":", "-.", "-", "--") for colour in ("student", "both", "good", "gold", "teacher")
-    )
-    looks = {name: LOOKS.get(name) or next(spare) for name in names}
-    figures = {f"{kind}-{axis}": _figure(found["rows"], looks, kind, axis) for kind in KINDS for axis in AXES}
-    write_json(out / "race.json", found)
+def write_race_page(results: dict[str, Any], out: Path) -> Path:
+    """Write race.json, the figures as SVGs and race.html; returns the path of the page."""
+    names = [row["arm"] for row in results["rows"]]
+    colors = ("student", "both", "good", "gold", "teacher")
+    spare = itertools.cycle((color, style) for style in (":", "-.", "-", "--") for color in colors)
+    styles = {name: STYLES.get(name) or next(spare) for name in names}
+    figures = {
+        f"{kind}-{axis}": _figure(results["rows"], styles, kind, axis) for kind in KINDS for axis in AXES
+    }
+    write_json(out / "race.json", results)
     for name, svg in figures.items():
         replace_file(out / f"{name}.svg", standalone(svg))
     page = template("race.html.j2", "rcmae.compare").render(
@@ -423,20 +543,21 @@ def write_page(found: dict[str, Any], out: Path) -> Path:
         kinds=KINDS,
         axes=AXES,
         notes=[CONTROLS[name][1].note for name in names if name in CONTROLS],
-        **found,
+        **results,
     )
     replace_file(out / "race.html", page)
     return out / "race.html"
 
 
-def _figure(rows: list[dict[str, Any]], looks: dict[str, tuple[str, str]], kind: str, axis: str) -> str:
+def _figure(rows: list[dict[str, Any]], styles: dict[str, tuple[str, str]], kind: str, axis: str) -> str:
     label, unit = AXES[axis]
-    log = axis == "images"  # equal budgets hold very different numbers of them
+    log = axis == "images"  # within equal budgets, arms see very different numbers of images
     lines = []
     for row in rows:
-        colour, style = looks[row["arm"]]
-        curve = row["curve"][1:] if log else row["curve"]
-        x, y = [unit * point[axis] for point in curve], [point[kind] for point in curve]
-        spread = [min(v) for v in y], [max(v) for v in y]
-        lines.append(Line(row["arm"], colour, x, [float(np.mean(v)) for v in y], style, spread=spread))
-    return plot(lines, ylabel=f"{KINDS[kind]}, % right", xlabel=label, xlog=log, markers=True)
+        color, style = styles[row["arm"]]
+        points = row["curve"][1:] if log else row["curve"]
+        x, seeds = [unit * point[axis] for point in points], [point[kind] for point in points]
+        spread = [min(values) for values in seeds], [max(values) for values in seeds]
+        means = [float(np.mean(values)) for values in seeds]
+        lines.append(Line(row["arm"], color, x, means, style, spread=spread))
+    return plot(lines, ylabel=f"{KINDS[kind]} accuracy, %", xlabel=label, xlog=log, markers=True)

@@ -1,27 +1,27 @@
-"""What a run learns: all that changes its result. What only one method has stands beside its code in `methods`."""
+"""Settings that change the result of a run. Those of a single method are next to its code in `methods`."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, TypeVar
 
-from ..errors import ConfigError
+from ..errors import refuse
 from .toml import flat, replaced, sections
 from .units import parse_time, readable
 
 Rules = list[tuple[bool, str]]
-"What must hold of values, each with what is said where it does not."
+"Conditions on settings, each with the error message if it does not hold."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Settings that belong together."""
+    """A group of settings."""
 
-    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    "Settings that go back to their default when another one is given another value, and are not given themselves."
+    resets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Setting -> settings that return to their defaults when it is changed, unless they are also set."""
 
     def rules(self) -> Rules:
-        """What must hold of these values alone."""
+        """Conditions on the values of this section."""
         return []
 
 
@@ -30,20 +30,20 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Section):
-    """What a training sample is."""
+    """Size, normalization and augmentation of training images."""
 
     size: int = 224
-    "side of the training crop in pixels (its width, if `height` is given); a multiple of the patch"
+    "side of the training crop in pixels (width, if height is given); a multiple of the patch size"
     height: int | None = None
     "height of a crop that is not square"
     channels: int = 3
-    "bands of an image; other than 1 and 3 needs multi-band TIFF and the [tiff] extra"
+    "channels of an image; other than 1 or 3 needs multi-band TIFF and the [tiff] extra"
     normalize: Literal["imagenet", "data"] = "imagenet"
-    "statistics that standardise the pixels: ImageNet's, or the data's own (measured and recorded)"
+    "mean and standard deviation for normalization: ImageNet's, or measured on the data"
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    "share of the image's area that a random crop covers (lowest, highest); 1 1 takes the whole image"
+    "range of the area of a random crop, as a fraction of the image; 1 1: the whole image"
     flip: bool = True
-    "flip left and right at random"
+    "random horizontal flips"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,17 +65,17 @@ class Network(Section):
     """The encoder, a plain timm Vision Transformer."""
 
     model: str = "vit_base_patch16"
-    "a named size (see `rcmae list`) or timm:NAME of any plain timm Vision Transformer"
+    "a named model (see `rcmae list`) or timm:NAME of any plain timm Vision Transformer"
     patch: int | None = None
-    "patch side in pixels; default: the named size's own"
+    "patch side in pixels; default: the model's"
     width: int | None = None
-    "encoder width; default: the named size's own"
+    "encoder width; default: the model's"
     depth: int | None = None
-    "encoder blocks; default: the named size's own"
+    "encoder blocks; default: the model's"
     heads: int | None = None
-    "encoder attention heads; default: the named size's own"
+    "encoder attention heads; default: the model's"
     registers: int = 0
-    "register tokens beside the class token"
+    "register tokens, in addition to the class token"
 
     def rules(self) -> Rules:
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "registers")}
@@ -87,22 +87,22 @@ class Network(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Optim(Section):
-    """AdamW with warm-up and cosine."""
+    """AdamW with linear warm-up and cosine decay."""
 
     batch_size: int = 256
-    "images an optimizer step, over all devices and micro-batches"
+    "images per optimizer step, over all devices and micro-batches"
     base_lr: float = 1.5e-4
-    "learning rate for a batch of 256; the linear rule gives base_lr * batch_size / 256"
+    "learning rate for a batch of 256; the learning rate is base_lr * batch_size / 256"
     min_lr: float = 0.0
-    "learning rate at the end of the cosine"
+    "learning rate at the end of the run"
     warmup: float = 0.05
-    "share of the run in which the learning rate rises linearly"
+    "fraction of the run with linear warm-up"
     weight_decay: float = 0.05
-    "decoupled weight decay, on matrices only"
+    "weight decay, on matrices only"
     weight_decay_end: float | None = None
-    "where a cosine takes it by the end of the run; default: it stays"
+    "weight decay at the end of the run, reached by a cosine schedule; default: constant"
     betas: tuple[float, float] = (0.9, 0.95)
-    "AdamW's decay rates"
+    "betas of AdamW"
     clip: float | None = None
     "largest norm of the gradient; default: no clipping"
 
@@ -110,9 +110,12 @@ class Optim(Section):
         end = self.weight_decay_end
         return [
             (self.batch_size > 0, f"batch_size must be above 0, not {self.batch_size}"),
-            (self.base_lr > 0 and math.isfinite(self.base_lr), f"base_lr must be above 0, not {self.base_lr}"),
+            (
+                self.base_lr > 0 and math.isfinite(self.base_lr),
+                f"base_lr must be above 0, not {self.base_lr}",
+            ),
             (self.min_lr >= 0, f"min_lr must be 0 or more, not {self.min_lr}"),
-            (0 <= self.warmup < 1, f"warmup is a share of the run, from 0 to below 1, not {self.warmup}"),
+            (0 <= self.warmup < 1, f"warmup is a fraction of the run, from 0 to below 1, not {self.warmup}"),
             (self.weight_decay >= 0, f"weight_decay must be 0 or more, not {self.weight_decay}"),
             (
                 end is None or (end >= 0 and self.weight_decay > 0),
@@ -125,16 +128,16 @@ class Optim(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(Section):
-    """What is measured on the way, on a small labelled subset when the data has labels."""
+    """Accuracy of probes during training, on a small labeled subset, if the data has labels."""
 
     probes: int = 6
-    "times that student and teacher are probed during the run; 0: never"
+    "number of times that student and teacher are probed during the run; 0: never"
     probe_train: int = 2000
-    "labelled images that the probes are fitted on"
+    "labeled images to fit the probes on"
     probe_test: int = 1000
-    "labelled images that they are scored on"
+    "labeled images to test the probes on"
     attentive: bool = False
-    "also fit a probe that chooses what to look at among all tokens"
+    "also fit an attentive probe, which pools all tokens by attention"
 
     def rules(self) -> Rules:
         return [
@@ -146,34 +149,37 @@ class Probe(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Section):
-    """All that changes the result of a pre-training run: what every method has. Each adds its own sections, beside its code."""
+    """All settings that change the result of a pre-training run and that every method has. Methods add
+    sections."""
 
-    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "epochs": ("steps", "time"), "steps": ("epochs", "time"), "time": ("epochs", "steps"),
-    }  # fmt: skip
-    "a length replaces a length, in whatever unit"
+    resets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "epochs": ("steps", "time"),
+        "steps": ("epochs", "time"),
+        "time": ("epochs", "steps"),
+    }
+    "a new length replaces the previous one, in any unit"
     method: str = ""
-    "what is learned: see `rcmae list`"
-    data: str = "embedded:digits"
-    "the images: a folder, or another source that `rcmae list` shows"
+    "the method: see `rcmae list`"
+    data: str = "bundled:digits"
+    "the images: a folder, or another source listed by `rcmae list`"
     seed: int = 0
-    "every crop, mask and initial weight is a function of it"
+    "seed of all crops, masks and initial weights"
     epochs: float | None = None
-    "length of the run in passes over the data"
+    "length of the run in epochs"
     steps: int | None = None
     "length of the run in optimizer steps"
     time: str | None = None
-    "length of the run as time (90s, 10m, 8h): the steps that fit are measured first, then fixed"
+    "length of the run as a duration (90s, 10m, 8h), converted to a number of steps at the start"
     images: Images = Images()
     network: Network = Network()
     optim: Optim = Optim()
     probe: Probe = Probe()
 
     def total_steps(self, images: int) -> int | None:
-        """Optimizer steps on a set of so many images; None where `time` decides.
+        """Optimizer steps for a set of `images`; None if the length is given as `time`.
 
-        Without any length: some 400 passes over a small set, but no run is shorter than 4 or longer than 40 million samples,
-        the budget of one GPU from an hour to a day.
+        Without any length, 400 epochs, but at least 4 and at most 40 million samples: from an hour to a day
+        on one GPU.
         """
         if self.time:
             return None
@@ -186,7 +192,10 @@ class Recipe(Section):
     def rules(self) -> Rules:
         lengths = [n for n in ("epochs", "steps", "time") if getattr(self, n) is not None]
         return [
-            (self.method == type(self).method, f"method is {type(self).method} in a {type(self).__name__}, not {self.method}"),
+            (
+                self.method == type(self).method,
+                f"method must be {type(self).method} in a {type(self).__name__}, not {self.method}",
+            ),
             (len(lengths) <= 1, f"give one of epochs, steps and time, not {' and '.join(lengths)}"),
             (self.epochs is None or self.epochs > 0, f"epochs must be above 0, not {self.epochs}"),
             (self.steps is None or self.steps > 0, f"steps must be above 0, not {self.steps}"),
@@ -196,15 +205,24 @@ class Recipe(Section):
 
 
 def check(settings: S) -> S:
-    """Refuse impossible values, all problems in one message, before any data is touched. Returns the settings."""
-    rules = [rule for part in (settings, *(getattr(settings, name) for name in sections(type(settings)))) for rule in part.rules()]
-    values = [(k, x) for k, v in flat(settings).items() for x in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(x, float)]
+    """Returns the settings. Raises SettingsError with all invalid values in one message."""
+    rules = [
+        rule
+        for part in (settings, *(getattr(settings, name) for name in sections(type(settings))))
+        for rule in part.rules()
+    ]
+    values = [
+        (k, x)
+        for k, v in flat(settings).items()
+        for x in (v if isinstance(v, (list, tuple)) else [v])
+        if isinstance(x, float)
+    ]
     rules += [(math.isfinite(v), f"{k} must be a finite number, not {v}") for k, v in values]
-    if problems := [message for fine, message in rules if not fine]:
-        raise ConfigError("; ".join(problems))
+    refuse(message for holds, message in rules if not holds)
     return settings
 
 
 def with_settings(recipe: S, settings: Sequence[str], source: str) -> S:
-    """The recipe with settings of any section replaced, each given as "key=value". Raises ConfigError that names `source`."""
+    """The recipe with settings of any section replaced, each given as "key=value", and checked. Raises
+    ConfigError that names `source`."""
     return check(replaced(recipe, settings, source))

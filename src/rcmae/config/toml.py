@@ -1,4 +1,5 @@
-"""Settings, which are frozen dataclasses with a section a nested one, as TOML: read, written, told apart, replaced."""
+"""Settings (frozen dataclasses whose sections are nested dataclasses) as TOML: reading, writing, hashing and
+replacing values."""
 
 import dataclasses
 import difflib
@@ -14,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, SettingsError
 
 T = TypeVar("T")
 
@@ -25,39 +26,52 @@ def sections(cls: type) -> dict[str, type]:
 
 
 def flags(cls: type) -> dict[str, str]:
-    """Every setting by its flag's name -> its section, or "" where it stands in none."""
-    own = sections(cls)
-    return {f.name: "" for f in fields(cls) if f.name not in own} | {f.name: name for name, part in own.items() for f in fields(part)}
+    """Setting (the name of its flag) -> section, or "" if it is in none."""
+    parts = sections(cls)
+    return {f.name: "" for f in fields(cls) if f.name not in parts} | {
+        f.name: name for name, part in parts.items() for f in fields(part)
+    }
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def load_settings(name: str, shipped: dict[str, Any], parse: Callable[[str, str], T]) -> T:
-    """What `parse(text, source)` makes of a file in the package, by name, or of a TOML file, by path. Raises ConfigError."""
-    path = Path(name)
+    """The result of `parse(text, source)` for a shipped recipe, by name, or a TOML file, by path. Raises
+    ConfigError."""
+    path, source = Path(name), name
     if path.suffix == ".toml" or (name not in shipped and path.is_file()):
         if not path.is_file():
             raise ConfigError(f"recipe file {name} does not exist")
         try:
-            return parse(path.read_text(encoding="utf-8"), name)
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as e:
             raise ConfigError(f"{name} is not UTF-8 text: {e.reason} at byte {e.start}") from e
         except OSError as e:
             raise ConfigError(f"recipe file {name} cannot be read: {e.strerror}") from e
-    if name not in shipped:
+    elif name in shipped:
+        text, source = shipped[name].read_text(encoding="utf-8"), f"{name}.toml"
+    else:
         raise ConfigError(f"there is no recipe {name!r}{hint(name, shipped)} (`rcmae list` shows all)")
-    return parse(shipped[name].read_text(encoding="utf-8"), f"{name}.toml")
+    try:
+        return parse(text, source)
+    except SettingsError as e:
+        raise ConfigError(f"{source}: {e}") from e
 
 
 def shipped_recipes(kind: str = "") -> dict[str, Any]:
-    """The recipes inside the package: name -> readable file. Those of pre-training, or of the folder `kind`."""
+    """The recipes in the package, name -> file: those of pre-training, or those in the folder `kind`."""
     folder = resources.files("rcmae.recipes").joinpath(kind)
-    return {f.name.removesuffix(".toml"): f for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".toml")}
+    return {
+        f.name.removesuffix(".toml"): f
+        for f in sorted(folder.iterdir(), key=lambda f: f.name)
+        if f.name.endswith(".toml")
+    }
 
 
 def parse_settings(cls: type[T], text: str, source: str) -> T:
-    """TOML text to a dataclass of settings, types checked, values not. Raises ConfigError; `source` names the file in messages."""
+    """Settings from TOML text, with checked types but unchecked values. Raises ConfigError; `source` names
+    the file in messages."""
     return build(cls, parse_toml(text, source), source)
 
 
@@ -66,11 +80,11 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"{source} is not TOML: {e}") from e
+        raise ConfigError(f"{source} is not valid TOML: {e}") from e
 
 
 def to_toml(recipe: Any) -> str:
-    """A recipe, of pre-training or of a task, as TOML that reads back to an equal one; values that are None are left out."""
+    """A recipe of pre-training or of a task as TOML that parses to an equal one. None values are omitted."""
     tree = dataclasses.asdict(recipe)
     lines = [f"{k} = {_toml(v)}" for k, v in tree.items() if not isinstance(v, dict) and v is not None]
     for name in sections(type(recipe)):
@@ -80,62 +94,77 @@ def to_toml(recipe: Any) -> str:
 
 
 def recipe_hash(recipe: Any) -> str:
-    """Twelve hex digits that name the recipe. Where the data lies is no part of it; its fingerprint is recorded apart."""
+    """Twelve hex digits that identify the recipe without the path of the data, whose fingerprint is recorded
+    separately."""
     tree = dataclasses.asdict(recipe)
     tree |= {"data": ""} if "data" in tree else {}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
-# --- by flag ----------------------------------------------------------------------------------------------------------
+# --- by flag ------------------------------------------------------------------------------------------------
 
 
 def flat(recipe: Any) -> dict[str, Any]:
-    """The recipe as flag name -> value, without the sections and without what is None."""
+    """The recipe as setting -> value, without sections and None values."""
     tree = dataclasses.asdict(recipe)
     for name in sections(type(recipe)):
         tree |= tree.pop(name)
     return {k: v for k, v in tree.items() if v is not None}
 
 
-def replaced_by(recipe: Any, given: Mapping[str, Any]) -> set[str]:
-    """Settings of the recipe that go back to their default as others are `given`, values or their text: see `Section.replaces`."""
-    own, parts = flat(recipe), (type(recipe), *sections(type(recipe)).values())
-    pairs = [pair for part in parts for pair in getattr(part, "replaces", {}).items()]
-    return {name for key, names in pairs if key in given and str(given[key]) != str(own.get(key)) for name in names} - given.keys()
+def reset_by(recipe: Any, changes: Mapping[str, Any]) -> set[str]:
+    """Settings that the `changes` (values or their text) reset to their defaults: see `Section.resets`."""
+    values, parts = flat(recipe), (type(recipe), *sections(type(recipe)).values())
+    pairs = [pair for part in parts for pair in getattr(part, "resets", {}).items()]
+    return {
+        name
+        for key, names in pairs
+        if key in changes and str(changes[key]) != str(values.get(key))
+        for name in names
+    } - changes.keys()
 
 
 def changed(recipe: T, **settings: Any) -> T:
-    """The recipe with settings of any section replaced, each by its flag's name."""
-    settings |= dict.fromkeys(replaced_by(recipe, settings))
+    """The recipe with settings of any section replaced."""
+    classes = (type(recipe), *sections(type(recipe)).values())
+    settings |= {
+        f.name: f.default for cls in classes for f in fields(cls) if f.name in reset_by(recipe, settings)
+    }
     parts = {name: getattr(recipe, name) for name in sections(type(recipe))}
     for name, part in parts.items():
-        parts[name] = replace(part, **{f.name: settings.pop(f.name) for f in fields(part) if f.name in settings})
+        parts[name] = replace(
+            part, **{f.name: settings.pop(f.name) for f in fields(part) if f.name in settings}
+        )
     return replace(recipe, **(parts | settings))  # type: ignore[type-var]
 
 
 def replaced(recipe: T, settings: Sequence[str], source: str) -> T:
-    """The recipe with settings of any section replaced, each given as "key=value"; unchecked. Raises ConfigError that names `source`."""
-    tree, homes, given = tomllib.loads(to_toml(recipe)), flags(type(recipe)), {}
+    """The recipe with settings of any section replaced, each given as "key=value"; unchecked. Raises
+    ConfigError that names `source`."""
+    tree, section_of, changes = tomllib.loads(to_toml(recipe)), flags(type(recipe)), {}
     for text in settings:
         key, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or key not in homes:
-            raise ConfigError(f"{source}: {text!r} is no setting{hint(key, homes) if equals else '; write key=value'}")
-        home = tree[homes[key]] if homes[key] else tree
+        if not equals or key not in section_of:
+            raise ConfigError(
+                f"{source}: {text!r} is no setting{hint(key, section_of) if equals else '; write key=value'}"
+            )
+        section = tree[section_of[key]] if section_of[key] else tree
         try:
-            home[key] = tomllib.loads(f"value = {value}")["value"]
+            section[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            home[key] = value
-        given[key] = home[key]
-    for key in replaced_by(recipe, given):
-        (tree[homes[key]] if homes[key] else tree).pop(key, None)
+            section[key] = value
+        changes[key] = section[key]
+    for key in reset_by(recipe, changes):
+        (tree[section_of[key]] if section_of[key] else tree).pop(key, None)
     return build(type(recipe), tree, source)
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------------------
 
 
 def build(cls: type[T], tree: dict[str, Any], source: str) -> T:
-    """Dictionaries to a dataclass of settings. What a section leaves out is as in the default of that section. Raises ConfigError."""
+    """Settings from nested dictionaries; missing values are those of the section's default. Raises
+    ConfigError."""
     return cls(**_values(cls, tree, source))
 
 
@@ -149,7 +178,9 @@ def _values(cls: type, tree: dict[str, Any], source: str, where: str = "") -> di
         if is_dataclass(kind):
             if not isinstance(value, dict):
                 raise ConfigError(f"{source}: {where}{key} is a section: write [{key}]")
-            values[key] = replace(getattr(cls, key), **_values(typing.cast(type, kind), value, source, f"{key}."))
+            values[key] = replace(
+                getattr(cls, key), **_values(typing.cast(type, kind), value, source, f"{key}.")
+            )
         else:
             values[key] = _convert(kind, value, f"{source}: {where}{key}")
     return values
@@ -160,11 +191,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}{hint(str(value), args)}")
+        raise ConfigError(
+            f"{where} must be one of {', '.join(map(str, args))}, not {value!r}{hint(str(value), args)}"
+        )
     if origin is types.UnionType:
         return None if value is None else _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is tuple:
-        if args[-1] is ...:  # of any length
+        if args[-1] is ...:  # any length
             args = args[:1] * (len(value) if isinstance(value, (list, tuple)) else 1)
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(_convert(a, v, where) for a, v in zip(args, value, strict=True))
@@ -183,11 +216,11 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, bool):
         return str(value).lower()
-    # JSON's numbers and strings are TOML's, but for DEL, which TOML wants escaped.
+    # JSON's numbers and strings are valid TOML, except that TOML requires DEL to be escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def hint(word: str, known: Any, where: str = "") -> str:
-    """ "; did you mean ...?" if one of the known words is near."""
+    """ "; did you mean ...?" if one of the known words is similar, else ""."""
     close = difflib.get_close_matches(word, list(map(str, known)), n=1)
     return f"; did you mean {where}{close[0]}?" if close else ""

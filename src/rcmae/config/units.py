@@ -1,4 +1,4 @@
-"""Lengths of time, half-lives and numbers of things, as one writes them."""
+"""Parsing of durations and half-lives, and counts as text."""
 
 import math
 import re
@@ -15,28 +15,32 @@ def how_many(number: int, what: str) -> str:
 
 
 def parse_time(text: str) -> float:
-    """'90s', '10m', '1.5h' or '2d' in seconds. Raises ConfigError, also without a unit: one meant minutes, or hours."""
+    """'90s', '10m', '1.5h' or '2d' in seconds. Raises ConfigError, also if the unit is missing."""
     m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*([smhd]?)\s*", text)
     if m is None or not 0 < float(m[1]) < math.inf:
-        raise ConfigError(f"{text!r} is no length of time; write 90s, 10m, 8h or 2d")
+        raise ConfigError(f"{text!r} is not a duration; write 90s, 10m, 8h or 2d")
     if not m[2]:
         number = text.strip()
-        raise ConfigError(f"{text!r} is no length of time; write {number}s, {number}m, {number}h or {number}d")
+        raise ConfigError(f"{text!r} has no unit; write {number}s, {number}m, {number}h or {number}d")
     return float(m[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[m[2]]
 
 
 def parse_half_life(text: str) -> tuple[float, str]:
-    """'0.5%', '173 steps', '2e6 images' or '0.5 epochs' as (number, unit), the unit of a share is '%'; 'auto' as (0, 'auto')."""
-    if text.strip() == "auto":
-        return 0.0, "auto"
+    """'0.5%', '173 steps', '2e6 images' or '0.5 epochs' as (number, unit), with the unit '%' for a fraction
+    of the run; 'adaptive' as (0, 'adaptive')."""
+    if text.strip() == "adaptive":
+        return 0.0, "adaptive"
     m = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*(%|steps?|images?|epochs?)\s*", text)
     if m is None or not 0 < float(m[1]) < math.inf:
-        raise ConfigError(f"{text!r} is no half-life; write '0.5%' (of the run), '173 steps', '2e6 images', '0.5 epochs' or 'auto'")
+        raise ConfigError(
+            f"{text!r} is not a half-life; write '0.5%' (of the run), '173 steps', '2e6 images', "
+            "'0.5 epochs' or 'adaptive'"
+        )
     return float(m[1]), m[2] if m[2] == "%" else m[2].rstrip("s") + "s"
 
 
 def readable(parse: Callable[[str], Any], text: str | None) -> tuple[bool, str]:
-    """The rule that `parse` can read a text, if there is one: (fine, message)."""
+    """A rule, (holds, message), that `parse` accepts the text, if it is not None."""
     try:
         if text is not None:
             parse(text)

@@ -1,4 +1,4 @@
-"""`rcmae check`: what a data set holds, before any training."""
+"""`rcmae check`: an audit of a data set before training."""
 
 import dataclasses
 import hashlib
@@ -22,15 +22,16 @@ from .pixels import moments, read_image
 from .sources import open_source
 
 FLAT = 2.0
-"Deviation of the pixels (of 255) below which an image is called nearly constant."
+"Standard deviation of the pixels (of 255) below which an image counts as nearly constant."
 
 SHOWN = 10
-"Lines of a list that are shown; the JSON holds all."
+"Number of entries of a list that are printed; the JSON file has all."
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The findings. Sizes are (smallest, median, largest) in pixels; mean and std a value a channel, in units of 0 to 1."""
+    """The results. Sizes are (smallest, median, largest) in pixels; mean and std are per channel, for pixels
+    in 0 to 1."""
 
     name: str
     kind: str
@@ -48,24 +49,34 @@ class Audit:
     images_per_second: float
     classes: dict[str, int]
     plan: dict[str, float]
-    bad_share: float
+    max_corrupt_fraction: float
 
     @property
     def fit(self) -> bool:
-        """Whether a run with this recipe would neither lack images nor end on unreadable ones."""
+        """Whether a run with this recipe has enough images and tolerates the unreadable ones."""
         return (
             self.plan["steps_per_epoch"] > 0
             and self.images > len(self.unreadable)
-            and len(self.unreadable) <= max(10, self.bad_share * self.images)
+            and len(self.unreadable) <= max(10, self.max_corrupt_fraction * self.images)
         )
 
 
-def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_share: float = 0.01, screen: Screen | None = None) -> Audit:
-    """Read every image of `path` once (and the bytes of `val`), with progress on the `screen`. Raises the DataErrors of `open_source`."""
+def audit(
+    path: str,
+    val: str | None = None,
+    recipe: Recipe = Recipe(),
+    max_corrupt_fraction: float = 0.01,
+    screen: Screen | None = None,
+) -> Audit:
+    """Read every image of `path` once, and the bytes of the images of `val`, with progress on the `screen`.
+    Raises the DataErrors of `open_source`."""
     channels, screen = recipe.images.channels, screen or Screen(False)
-    source, other = (_indexed(p, recipe, screen) if p else None for p in (path, val))
-    formats, modes, sizes = Counter[str](), Counter[str](), []
-    unreadable, constant = [], []
+    source = _indexed(path, recipe, screen)
+    other = _indexed(val, recipe, screen) if val else None
+    formats, modes = Counter[str](), Counter[str]()
+    sizes: list[tuple[int, int]] = []
+    unreadable: list[tuple[str, str]] = []
+    constant: list[str] = []
     hashes: dict[bytes, list[int]] = {}
     sums, squares, seconds = np.zeros(channels), np.zeros(channels), 0.0
     for i in _each(source, "reading", screen):
@@ -78,10 +89,11 @@ def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_shar
             unreadable.append((source.where(i), str(e)))
             continue
         hashes.setdefault(digest, []).append(i)
-        form, mode = _header(raw)
-        formats[form] += 1
+        file_format, mode = _header(raw)
+        formats[file_format] += 1
         modes[mode] += 1
-        sizes.append(pixels.shape[:2])
+        height, width = pixels.shape[:2]
+        sizes.append((height, width))
         mean, square = moments(pixels)
         sums, squares = sums + mean, squares + square
         if 255 * np.sqrt(np.maximum(square - mean**2, 0)).max() < FLAT:
@@ -90,19 +102,35 @@ def audit(path: str, val: str | None = None, recipe: Recipe = Recipe(), bad_shar
     mean = sums / max(count, 1)
     heights, widths = (np.array(sizes) if sizes else np.zeros((1, 2), int)).T
     return Audit(
-        name=path, kind=source.kind, images=len(source), formats=dict(formats), modes=dict(modes),
-        widths=_range(widths), heights=_range(heights), unreadable=unreadable,
+        name=path,
+        kind=source.kind,
+        images=len(source),
+        formats=dict(formats),
+        modes=dict(modes),
+        widths=_range(widths),
+        heights=_range(heights),
+        unreadable=unreadable,
         duplicates=[tuple(source.where(i) for i in same) for same in hashes.values() if len(same) > 1],
         leaks=_leaks(source, hashes, other, screen) if other else [],
-        constant=constant, mean=tuple(mean.tolist()), std=tuple(np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0)).tolist()),
-        images_per_second=count / max(seconds, 1e-9), classes=_classes(source), plan=_plan(len(source), heights, widths, recipe),
-        bad_share=bad_share,
-    )  # fmt: skip
+        constant=constant,
+        mean=tuple(mean.tolist()),
+        std=tuple(np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0)).tolist()),
+        images_per_second=count / max(seconds, 1e-9),
+        classes=_classes(source),
+        plan=_plan(len(source), heights, widths, recipe),
+        max_corrupt_fraction=max_corrupt_fraction,
+    )
 
 
 def _indexed(path: str, recipe: Recipe, screen: Screen) -> Source:
-    with screen.progress(f"looking for the images of {path}, %", 100) as tick:
-        source = open_source(path, recipe.images.channels, recipe.images.size, recipe.seed, lambda share: tick(int(100 * share)))
+    with screen.progress(f"indexing {path}, %", 100) as tick:
+        source = open_source(
+            path,
+            recipe.images.channels,
+            recipe.images.size,
+            recipe.seed,
+            lambda fraction: tick(int(100 * fraction)),
+        )
     screen.say(f"{path}: {how_many(len(source), 'image')} ({source.kind})")
     for note in source.notes:
         screen.say(f"note: {note}")
@@ -110,7 +138,7 @@ def _indexed(path: str, recipe: Recipe, screen: Screen) -> Source:
 
 
 def _each(source: Source, what: str, screen: Screen) -> Iterator[int]:
-    """The numbers of all images, with progress."""
+    """The indices of all images, with progress."""
     with screen.progress(f"{what} {source.name}", len(source)) as tick:
         for i in range(len(source)):
             yield i
@@ -140,15 +168,18 @@ def _range(values: np.ndarray) -> tuple[int, int, int]:
     return int(values.min()), int(np.median(values)), int(values.max())
 
 
-def _leaks(source: Source, hashes: dict[bytes, list[int]], val: Source, screen: Screen) -> list[tuple[str, str]]:
-    found = []
+def _leaks(
+    source: Source, hashes: dict[bytes, list[int]], val: Source, screen: Screen
+) -> list[tuple[str, str]]:
+    leaks = []
     for i in _each(val, "comparing", screen):
         try:
             _, digest = _bytes(val, i)
         except BadImage:
             continue
-        found += [(source.where(hashes[digest][0]), val.where(i))] if digest in hashes else []
-    return found
+        if digest in hashes:
+            leaks.append((source.where(hashes[digest][0]), val.where(i)))
+    return leaks
 
 
 def _classes(source: Source) -> dict[str, int]:
@@ -161,56 +192,77 @@ def _classes(source: Source) -> dict[str, int]:
 def _plan(images: int, heights: np.ndarray, widths: np.ndarray, recipe: Recipe) -> dict[str, float]:
     h, w = recipe.images.shape
     steps = recipe.total_steps(images)
-    plan = {"batch": recipe.optim.batch_size, "steps_per_epoch": images // recipe.optim.batch_size}
+    plan: dict[str, float] = {
+        "batch": recipe.optim.batch_size,
+        "steps_per_epoch": images // recipe.optim.batch_size,
+    }
     if steps and plan["steps_per_epoch"]:
         plan |= {"steps": steps, "epochs": steps / plan["steps_per_epoch"]}
-    return plan | {"crop_height": h, "crop_width": w, "smaller_than_crop": float(((heights < h) | (widths < w)).mean())}
-
-
-def to_json(found: Audit) -> str:
-    """All findings."""
-    return json.dumps(dataclasses.asdict(found) | {"fit": found.fit}, indent=1) + "\n"
-
-
-def render(found: Audit) -> Group:
-    """For a terminal."""
-    table = Table(title=f"{found.name}: {how_many(found.images, 'image')} ({found.kind})", title_justify="left", show_header=False)
-    rows = {
-        "formats": _counts(found.formats),
-        "modes": _counts(found.modes),
-        "width": "smallest {:,}, median {:,}, largest {:,} px".format(*found.widths),
-        "height": "smallest {:,}, median {:,}, largest {:,} px".format(*found.heights),
-        "mean of channels": " ".join(f"{v:.3f}" for v in found.mean),
-        "deviation": " ".join(f"{v:.3f}" for v in found.std) + "  (--normalize data uses these)",
-        "decoding": f"{found.images_per_second:,.0f} images/s on one core",
-        "classes": f"{len(found.classes)}: {_extremes(found.classes)}" if found.classes else "none: pre-training needs none, probes do",
+    return plan | {
+        "crop_height": h,
+        "crop_width": w,
+        "smaller_than_crop": float(((heights < h) | (widths < w)).mean()),
     }
-    p = found.plan
-    crop = f"{p['crop_height']:.0f} x {p['crop_width']:.0f}"
-    rows["this recipe"] = f"crops of {crop}; {p['smaller_than_crop']:.0%} of the images are smaller and are enlarged"
-    if "steps" in p:
-        rows["length"] = f"{how_many(round(p['steps']), 'step')} of {how_many(p['batch'], 'image')}, {p['epochs']:.1f} epochs"
-    elif not p["steps_per_epoch"]:
-        rows["length"] = f"none: fewer images than the batch of {p['batch']}; give a smaller --batch-size"
+
+
+def to_json(result: Audit) -> str:
+    """The complete results."""
+    return json.dumps(dataclasses.asdict(result) | {"fit": result.fit}, indent=1) + "\n"
+
+
+def render(result: Audit) -> Group:
+    """The results for a terminal."""
+    table = Table(
+        title=f"{result.name}: {how_many(result.images, 'image')} ({result.kind})",
+        title_justify="left",
+        show_header=False,
+    )
+    rows = {
+        "formats": _counts(result.formats),
+        "modes": _counts(result.modes),
+        "width": "smallest {:,}, median {:,}, largest {:,} px".format(*result.widths),
+        "height": "smallest {:,}, median {:,}, largest {:,} px".format(*result.heights),
+        "mean of channels": " ".join(f"{v:.3f}" for v in result.mean),
+        "standard deviation": " ".join(f"{v:.3f}" for v in result.std) + "  (used by --normalize data)",
+        "decoding": f"{result.images_per_second:,.0f} images/s on one core",
+        "classes": f"{len(result.classes)}: {_extremes(result.classes)}"
+        if result.classes
+        else "none: pre-training needs none, probes do",
+    }
+    plan = result.plan
+    rows["this recipe"] = (
+        f"crops of {plan['crop_height']:.0f} x {plan['crop_width']:.0f}; {plan['smaller_than_crop']:.0%} of "
+        "the images are smaller and are enlarged"
+    )
+    if "steps" in plan:
+        rows["length"] = (
+            f"{how_many(round(plan['steps']), 'step')} of {how_many(round(plan['batch']), 'image')}, "
+            f"{plan['epochs']:.1f} epochs"
+        )
+    elif not plan["steps_per_epoch"]:
+        rows["length"] = f"none: fewer images than the batch of {plan['batch']}; give a smaller --batch-size"
     for name, text in rows.items():
         table.add_row(name, text)
     parts: list[Table | str] = [table]
     for title, lines in (
-        ("unreadable", [f"{w}: {r}" for w, r in found.unreadable]),
-        ("exact duplicates", [" = ".join(d) for d in found.duplicates]),
-        ("in both training and validation", [" = ".join(pair) for pair in found.leaks]),
-        ("nearly constant", found.constant),
+        ("unreadable", [f"{w}: {r}" for w, r in result.unreadable]),
+        ("exact duplicates", [" = ".join(d) for d in result.duplicates]),
+        ("in both training and validation", [" = ".join(pair) for pair in result.leaks]),
+        ("nearly constant", result.constant),
     ):
         more = [f"  ... and {len(lines) - SHOWN} more (--json FILE has all)"] if len(lines) > SHOWN else []
         parts.append("\n".join([f"{len(lines):,} {title}", *(f"  {line}" for line in lines[:SHOWN]), *more]))
-    parts.append("Fit for training." if found.fit else _unfit(found))
+    parts.append("Fit for training." if result.fit else _unfit(result))
     return Group(*parts)
 
 
-def _unfit(found: Audit) -> str:
-    if not found.plan["steps_per_epoch"]:
-        return f"Not fit for training: fewer images than the batch of {found.plan['batch']}; give a smaller --batch-size."
-    return "Not fit for training: too many unreadable images; mend them or raise --bad-share."
+def _unfit(result: Audit) -> str:
+    if not result.plan["steps_per_epoch"]:
+        return (
+            f"Not fit for training: fewer images than the batch of {result.plan['batch']}; give a smaller "
+            "--batch-size."
+        )
+    return "Not fit for training: too many unreadable images; fix them or raise --max-corrupt-fraction."
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -218,5 +270,5 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _extremes(classes: dict[str, int]) -> str:
-    few, many = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
-    return f"smallest {few} ({classes[few]:,}), largest {many} ({classes[many]:,})"
+    smallest, largest = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
+    return f"smallest {smallest} ({classes[smallest]:,}), largest {largest} ({classes[largest]:,})"

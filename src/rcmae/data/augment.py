@@ -1,4 +1,5 @@
-"""Several crops of one image with colour changes, as self-distillation sees it; all draws from the sample's own generator."""
+"""Multi-crop with color augmentation for self-distillation. All random numbers come from the generator of the
+sample."""
 
 from dataclasses import dataclass
 
@@ -12,34 +13,38 @@ from ..config import Images, Rules, Section
 from .views import flip, random_resized_crop
 
 JITTER = 0.8
-"Share of the crops whose colours are changed (SimCLR's, and so everybody's)."
+"Probability of color jitter (SimCLR's, which all later methods use)."
 
 SIGMA = (0.1, 2.0)
-"Deviation of the blur in pixels, of small crops too, where the image is 224 px wide; drawn evenly."
+"Range of the standard deviation of the blur in pixels of a 224 px image, for small crops too."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crops(Section):
-    """The views of self-distillation: two crops as [images] says, and small ones, in changed colours."""
+    """The views of self-distillation: two global crops, set by [images], and local crops, with color
+    augmentation."""
 
     local_crops: int = 8
-    "small crops an image (MSN's focal views)"
+    "number of local crops per image (MSN's focal views)"
     local_size: int = 96
-    "their side in pixels; a multiple of the patch"
+    "side of a local crop in pixels; a multiple of the patch size"
     local_scale: tuple[float, float] = (0.05, 0.4)
-    "share of the image's area that they cover"
+    "range of the area of a local crop, as a fraction of the image"
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    "change of brightness, contrast, saturation and hue in 80 % of the crops; images of other than 3 channels keep theirs"
-    grey: float = 0.2
-    "share of the crops without colour"
+    """strength of the jitter of brightness, contrast, saturation and hue in 80 % of the crops, for images
+    with 3 channels"""
+    gray: float = 0.2
+    "probability of converting a crop to grayscale"
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    "share of the crops that are blurred: of the first global one, the second, the small ones"
+    "probability of Gaussian blur: first global crop, second global crop, local crops"
     solarize: float = 0.2
-    "share of the second global crops whose bright pixels are inverted"
+    "probability of solarization, for the second global crop only"
 
     def rules(self) -> Rules:
         low, high = self.local_scale
-        shares = {"grey": self.grey, "solarize": self.solarize} | {f"blur {i}": v for i, v in enumerate(self.blur)}
+        fractions = {"gray": self.gray, "solarize": self.solarize} | {
+            f"blur {i}": v for i, v in enumerate(self.blur)
+        }
         return [
             (self.local_crops >= 0, f"local_crops must be 0 or more, not {self.local_crops}"),
             (self.local_size > 0, f"local_size must be above 0, not {self.local_size}"),
@@ -48,29 +53,46 @@ class Crops(Section):
                 all(v >= 0 for v in self.jitter) and self.jitter[3] <= 0.5,
                 f"jitter must be 0 or more, its hue at most 0.5, not {self.jitter}",
             ),
-            *((0 <= v <= 1, f"{k} is a share, from 0 to 1, not {v}") for k, v in shares.items()),
+            *((0 <= v <= 1, f"{k} is a fraction, from 0 to 1, not {v}") for k, v in fractions.items()),
         ]
 
 
 @dataclass(frozen=True)
 class MultiCrop:
-    """Two global crops, stacked under "image", and `local_crops` small ones under "local"."""
+    """Two global crops, stacked as "image", and `local_crops` local ones as "local"."""
 
     images: Images
     crops: Crops
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
         c = self.crops
-        views = [self._view(image, self.images.shape, self.images.crop_scale, rng, c.blur[i], c.solarize * (i == 1)) for i in (0, 1)]
-        small = [self._view(image, (c.local_size,) * 2, c.local_scale, rng, c.blur[2], 0.0) for _ in range(c.local_crops)]
-        return {"image": torch.stack(views)} | ({"local": torch.stack(small)} if small else {})
+        views = [
+            self._view(
+                image, self.images.shape, self.images.crop_scale, rng, c.blur[i], c.solarize * (i == 1)
+            )
+            for i in (0, 1)
+        ]
+        small = [
+            self._view(image, (c.local_size,) * 2, c.local_scale, rng, c.blur[2], 0.0)
+            for _ in range(c.local_crops)
+        ]
+        batch = {"image": torch.stack(views)}  # [2, c, h, w]
+        return batch | ({"local": torch.stack(small)} if small else {})  # local [v, c, h, w]
 
-    def _view(self, image, shape: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator, blur: float, solarize: float):
+    def _view(
+        self,
+        image: UInt8[np.ndarray, "h w c"],
+        shape: tuple[int, int],
+        scale: tuple[float, float],
+        rng: np.random.Generator,
+        blur: float,
+        solarize: float,
+    ) -> UInt8[Tensor, "c ch cw"]:
         crop = random_resized_crop(image, shape, scale, rng=rng)
         if self.images.flip:
             crop = flip(crop, rng)
         if self.images.channels == 3:
-            crop = recoloured(crop, self.crops.jitter, self.crops.grey, rng)
+            crop = color_jitter(crop, self.crops.jitter, self.crops.gray, rng)
         if rng.random() < blur:
             sigma = rng.uniform(*SIGMA) * max(self.images.shape) / 224
             side = 2 * max(1, round(3 * sigma)) + 1
@@ -80,16 +102,22 @@ class MultiCrop:
         return crop
 
 
-def recoloured(
-    crop: UInt8[Tensor, "c h w"], strength: tuple[float, float, float, float], grey: float, rng: np.random.Generator
+def color_jitter(
+    crop: UInt8[Tensor, "c h w"],
+    strength: tuple[float, float, float, float],
+    gray: float,
+    rng: np.random.Generator,
 ) -> UInt8[Tensor, "c h w"]:
-    """Brightness, contrast, saturation (each by a factor of 1 +- strength) and hue (+- strength of the circle), in any order; some grey."""
+    """Brightness, contrast, saturation (factors of 1 +- strength) and hue (+- strength of the circle) in
+    random order, then grayscale with probability `gray`."""
     if rng.random() < JITTER:
-        amounts = [rng.uniform(max(0.0, 1 - s), 1 + s) for s in strength[:3]] + [rng.uniform(-strength[3], strength[3])]
+        amounts = [rng.uniform(max(0.0, 1 - s), 1 + s) for s in strength[:3]] + [
+            rng.uniform(-strength[3], strength[3])
+        ]
         change = (tf.adjust_brightness, tf.adjust_contrast, tf.adjust_saturation, tf.adjust_hue)
         for i in rng.permutation(4):
             if strength[i]:
                 crop = change[i](crop, amounts[i])
-    if rng.random() < grey:
+    if rng.random() < gray:
         crop = tf.rgb_to_grayscale(crop, num_output_channels=3)
     return crop

@@ -1,6 +1,6 @@
-"""What a source of images is: a kind of it is one class, and one line in `sources.SOURCES`.
+"""The interface of image sources. A new kind is one class and one entry in `sources.SOURCES`.
 
-A source is an index: names and offsets in a few flat arrays, so that loader processes share them instead of copying.
+A source is an index: names and offsets in a few flat arrays, so that loader processes share the memory.
 """
 
 import hashlib
@@ -16,65 +16,67 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
 
 
 def silent(done: float) -> None:
-    """Progress that nobody is shown."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a kind may want to know when it is opened. `tick` is told which share of the index is made, 0 to 1."""
+class OpenOptions:
+    """Options for opening a source."""
 
     channels: int = 3
     size: int = 32
-    "pixels a side, for what is drawn"
+    "side in pixels of generated images"
     seed: int = 0
-    "likewise"
+    "seed of generated images"
     tick: Callable[[float], None] = silent
+    "called with the fraction of the images indexed, 0 to 1"
 
 
 class Source(ABC):
-    """Images by number. Beside the abstract methods a kind says `form`, `kind` and how it is opened; all else has a default."""
+    """Images by index. A subclass defines `form`, `kind`, `open` and the abstract methods."""
 
     form: ClassVar[str]
-    "how it is written, for help and messages; without anything else to tell it by, exactly this is it"
+    "how to write it in --data, for help and messages; by default `matches` compares with it"
     kind: ClassVar[str]
-    "what it is called, in a word"
+    "its name, one word"
     recipe: ClassVar[str] = "folder"
-    "the recipe that suits it where none is named"
+    "the default recipe for this kind"
     has_objects: ClassVar[bool] = False
-    "objects come with the images, so that detection needs no annotation file"
+    "the images come with objects, so that detection needs no annotation file"
     in_memory: bool = False
-    "reading costs nothing, so that loader processes would only cost"
+    "the images are in memory, so that loader processes would only slow down reading"
     name: str
-    "as the user gave it"
+    "as the user wrote it"
     labels: np.ndarray | None = None
-    "int64 [n], -1 where unknown; None without any"
+    "int64 [n], -1 where unknown; None if there are no labels"
     classes: Sequence[str] = ()
     notes: Sequence[str] = ()
-    "lines that the reader should know, as what was left out"
+    "notes for the user, for example on files that are ignored"
 
-    # --- a kind, before anything is opened ----------------------------------------------------------------------------
+    # --- before opening -------------------------------------------------------------------------------------
 
     @classmethod
     def matches(cls, spec: str) -> bool:
-        """Whether the user means this kind. May raise OSError."""
+        """Whether `spec`, the value of --data, denotes this kind. May raise OSError."""
         return spec == cls.form
 
     @classmethod
-    def open(cls, spec: str, asked: Asked) -> "Source":
-        """The images. Raises DataError or ConfigError in one line; an OSError becomes one."""
+    def open(cls, spec: str, options: OpenOptions) -> "Source":
+        """Open the source. Raises DataError or ConfigError; `open_source` translates OSError."""
         raise NotImplementedError
 
     @classmethod
     def parts(cls, spec: str) -> tuple[str, str] | None:
-        """What a training and a validation part within it are called; None where there is one set. Raises DataError."""
+        """The specs of its training and validation parts; None if it is not divided. Raises DataError."""
         return None
 
     @classmethod
-    def with_objects(cls, split: str, images: int, asked: Asked) -> "tuple[Source, dict[str, Any]]":
-        """So many images of the split "train" or "test", and their objects in COCO's layout, where the kind `has_objects`."""
+    def with_objects(cls, split: str, images: int, options: OpenOptions) -> "tuple[Source, dict[str, Any]]":
+        """`images` images of the split "train" or "test", and their objects in COCO format. Only with
+        `has_objects`."""
         raise NotImplementedError
 
-    # --- images -------------------------------------------------------------------------------------------------------
+    # --- images ---------------------------------------------------------------------------------------------
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -85,26 +87,32 @@ class Source(ABC):
 
     @abstractmethod
     def where(self, index: int) -> str:
-        """What to call the image in a message: printable on one line."""
+        """The name of the image for messages: printable, on one line."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of names and sizes, the same wherever the data lies."""
+        """A hash of names and sizes that does not depend on the path of the data."""
 
     def for_probes(self, train: int, test: int, seed: int) -> "tuple[Source, Source] | None":
-        """So many other labelled images of the same kind, to fit and to score probes on; None: they are taken from this source."""
+        """Additional labeled images of the same kind for fitting and testing probes; None to take them from
+        this source."""
         return None
 
 
 class Subset(Source):
-    """Some images of a source, in the order of `chosen`, under its labels or others. Its fingerprint is that of the images alone."""
+    """The images `chosen` of a source, optionally with other labels, which the fingerprint does not
+    include."""
 
     def __init__(
-        self, source: Source, chosen: Int[np.ndarray, " k"], labels: Int[np.ndarray, " k"] | None = None,
+        self,
+        source: Source,
+        chosen: Int[np.ndarray, " k"],
+        labels: Int[np.ndarray, " k"] | None = None,
         classes: Sequence[str] | None = None,
-    ):  # fmt: skip
+    ):
         self.source, self.chosen = source, chosen
-        self.name, self.in_memory, self.classes, self.notes = source.name, source.in_memory, classes or source.classes, source.notes
+        self.name, self.in_memory, self.notes = source.name, source.in_memory, source.notes
+        self.classes = classes or source.classes
         self.labels = labels if labels is not None or source.labels is None else source.labels[chosen]
 
     def __len__(self) -> int:
@@ -117,11 +125,13 @@ class Subset(Source):
         return self.source.where(int(self.chosen[index]))
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.source.fingerprint().encode() + self.chosen.astype("<i8").tobytes()).hexdigest()
+        return hashlib.sha256(
+            self.source.fingerprint().encode() + self.chosen.astype("<i8").tobytes()
+        ).hexdigest()
 
 
 class Strings:
-    """A million names as two arrays."""
+    """A list of byte strings, stored in two arrays."""
 
     def __init__(self, names: list[bytes]):
         self.ends = np.cumsum([len(n) for n in names], dtype=np.int64)
@@ -136,15 +146,16 @@ class Strings:
 
 
 def printable(name: bytes) -> str:
-    """A file name for a message or a log: one line, control characters and bytes that are not UTF-8 escaped."""
+    """A file name on one line, with control characters and invalid UTF-8 escaped."""
     text = name.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def numbered(labels: list[bytes]) -> tuple[Int[np.ndarray, " n"] | None, list[str]]:
-    """Labels as numbers, -1 where there is none, and the names of the classes; (None, []) when they tell no two classes apart."""
+    """Labels as class indices, -1 for empty labels, and the names of the classes; (None, []) if there are
+    fewer than two classes."""
     classes = sorted(set(labels) - {b""})
     if len(classes) < 2:
         return None, []
-    place = {c: i for i, c in enumerate(classes)} | {b"": -1}
-    return np.array([place[label] for label in labels], dtype=np.int64), [printable(c) for c in classes]
+    index = {c: i for i, c in enumerate(classes)} | {b"": -1}
+    return np.array([index[label] for label in labels], dtype=np.int64), [printable(c) for c in classes]

@@ -1,4 +1,4 @@
-"""Samples from a source, and what becomes of images that cannot be read."""
+"""Samples from a source, and the handling of unreadable images."""
 
 import ctypes
 import fcntl
@@ -24,34 +24,39 @@ from .sampler import Key
 from .views import rng
 
 ATTEMPTS = 20
-"Substitutes that are tried for an unreadable image."
+"Number of substitutes tried for an unreadable image."
 
 Bad = tuple[int, str, str]
-"An image that cannot be read: (index, where, reason)."
+"An unreadable image: (index, name, reason)."
 
 
 class Images(Dataset):
     """Sample (epoch, index) is `view(image, generator)`, a pure function of (seed, epoch, index).
 
-    For an unreadable image another one is taken, also a pure function of (seed, index), and the sample says so under "bad".
-    With `labelled`, "label" is that of the image which was taken.
+    An unreadable image is replaced by another one, a pure function of (seed, index), and listed in the sample
+    as "bad". With `labeled`, "label" is that of the image actually used.
     """
 
     def __init__(
-        self, source: Source, view: Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]], seed: int, channels: int = 3,
-        labelled: bool = False,
-    ):  # fmt: skip
-        self.source, self.view, self.seed, self.channels, self.labelled = source, view, seed, channels, labelled
+        self,
+        source: Source,
+        view: Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]],
+        seed: int,
+        channels: int = 3,
+        labeled: bool = False,
+    ):
+        self.source, self.view, self.seed, self.channels, self.labeled = source, view, seed, channels, labeled
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
-        image, taken, bad = self.read(index)
+        image, used, bad = self.read(index)
         sample: dict[str, Any] = self.view(image, rng(self.seed, epoch, index))
-        if self.labelled:
-            sample["label"] = int(self.source.labels[taken])
+        if self.labeled:
+            assert self.source.labels is not None
+            sample["label"] = int(self.source.labels[used])
         return sample | {"bad": bad}
 
     def pixels(self, index: int) -> np.ndarray:
@@ -59,50 +64,68 @@ class Images(Dataset):
         return read_image(self.source, index, self.channels)
 
     def read(self, index: int) -> tuple[np.ndarray, int, list[Bad]]:
-        """The image, or its substitute, with the index of what was taken, and each that could not be read.
+        """The image or its substitute, the index of the one used, and the unreadable ones.
 
-        Raises DataError when no substitute can be read either.
+        Raises DataError if no substitute can be read either.
         """
-        bad = []
-        others = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 2, 0, index])).integers(len(self.source), size=ATTEMPTS)
+        bad: list[Bad] = []
+        others = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 2, 0, index])).integers(
+            len(self.source), size=ATTEMPTS
+        )
         for i in (index, *map(int, others)):
             try:
                 return self.pixels(i), i, bad
             except BadImage as e:
                 bad.append((i, self.source.where(i), str(e)))
-        raise DataError(f"{bad[0][1]} cannot be read ({bad[0][2]}), nor can {ATTEMPTS} others; look with `rcmae check`")
+        raise DataError(
+            f"{bad[0][1]} cannot be read ({bad[0][2]}), nor can {ATTEMPTS} others; run `rcmae check`"
+        )
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of tensors, and under "bad" the list of all unreadable images."""
+    """A batch of tensors, with the list of all unreadable images as "bad"."""
     bad = [b for sample in samples for b in sample.pop("bad")]
     return default_collate(samples) | {"bad": bad}
 
 
 class BadFiles:
-    """Names every unreadable image once in a file of the run, over ranks and resumes, and ends the run when there are too many."""
+    """Records every unreadable image once per run, over all ranks and resumes, and ends the run if there are
+    too many."""
 
-    def __init__(self, run: Path, images: int, share: float = 0.01, strict: bool = False, name: str = "bad_files.jsonl"):
+    def __init__(
+        self,
+        run: Path,
+        images: int,
+        fraction: float = 0.01,
+        strict: bool = False,
+        name: str = "bad_files.jsonl",
+    ):
         self.path = run / name
-        self.limit, self.images, self.strict = max(10, share * images), images, strict
+        self.limit, self.images, self.strict = max(10, fraction * images), images, strict
         self.known: set[int] = set()
 
     def note(self, bad: list[Bad]) -> None:
-        """Record what a batch found. Raises DataError above the limit, or at the first one if strict, whoever named it before."""
+        """Record the unreadable images of a batch. Raises DataError above the limit, or at any if strict,
+        even if it is already recorded."""
         for index, where, reason in bad:
             if index not in self.known:
                 self._record(index, where, reason)
             if self.strict:
-                raise DataError(f"{where} cannot be read ({reason}); mend or remove it, or go on without --strict")
+                raise DataError(
+                    f"{where} cannot be read ({reason}); fix or remove it, or continue without --strict"
+                )
             if len(self.known) > self.limit:
-                many = f"{len(self.known)} of {self.images} images cannot be read, one is {where} ({reason})"
-                raise DataError(f"{many}; all are named in {self.path}; raise --bad-share to go on")
+                raise DataError(
+                    f"{len(self.known)} of {self.images} images cannot be read, for example {where} "
+                    f"({reason}); all are listed in {self.path}; raise --max-corrupt-fraction to continue"
+                )
 
     def _recorded(self) -> set[int]:
         return {json.loads(line)["index"] for line in self.path.read_bytes().splitlines()}
 
     def _record(self, index: int, where: str, reason: str) -> None:
-        """Append a line, unless another rank, or the run before a resume, has written it. Raises StorageError."""
+        """Append a line, unless another rank, or the run before it resumed, has written it. Raises
+        StorageError."""
         try:
             with self.path.open("ab") as f:
                 fcntl.flock(f, fcntl.LOCK_EX)
@@ -118,9 +141,10 @@ class BadFiles:
 def measure_statistics(
     source: Source, channels: int, samples: int = 1000, tick: Callable[[int], None] = lambda done: None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel over the pixels of a fixed random subset, in units of 0 to 1.
+    """Mean and standard deviation of each channel over a fixed random subset, for pixels in 0 to 1.
 
-    `tick` is told how many of the min(samples, len(source)) images are done. Raises DataError when none can be read.
+    `tick` is called with the number of images done, of min(samples, len(source)). Raises DataError if none
+    can be read.
     """
     chosen = np.random.Generator(np.random.Philox(key=0)).permutation(len(source))[:samples]
     sums, squares, count = np.zeros(channels), np.zeros(channels), 0
@@ -130,27 +154,32 @@ def measure_statistics(
             mean, square = moments(read_image(source, int(i), channels))
         except BadImage:
             continue
-        # Every image counts alike, whatever its size.
+        # Every image has the same weight, whatever its size.
         sums, squares, count = sums + mean, squares + square, count + 1
     if not count:
-        raise DataError(f"none of {how_many(len(chosen), 'sampled image')} of {source.name} can be read; look with `rcmae check`")
+        raise DataError(
+            f"none of {how_many(len(chosen), 'sampled image')} of {source.name} can be read; run "
+            "`rcmae check`"
+        )
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 1e-8))
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def plain_errors(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches; our own errors come back from its processes with a traceback for a text: only their line is kept."""
+    """The loader's batches. RcmaeErrors from its processes, whose message is a traceback, are reduced to
+    their one line."""
     try:
         yield from loader
     except RcmaeError as e:
         text = str(e).strip().splitlines()[-1].removeprefix(f"{type(e).__module__}.{type(e).__name__}: ")
-        # Frames of the traceback hold the loader, and with it its processes, for which the interpreter would wait for ever at its end.
+        # The traceback would keep the loader and its processes alive, and the interpreter would wait for them
+        # forever at exit.
         raise type(e)(text) from e.with_traceback(None)
 
 
 def quiet_worker(worker: int) -> None:
-    """A loader process: one thread, deaf to the signals that stop the run, gone when its parent is."""
+    """Set up a loader process: one thread, ignores the signals that stop the run, ends with its parent."""
     torch.set_num_threads(1)
     signals.ignore()
     if sys.platform == "linux":

@@ -1,8 +1,9 @@
-"""The embedded set: real handwriting over photographic texture, made hard, without any download.
+"""The bundled data sets: handwritten digits over photographs, generated without any download.
 
-scikit-learn's 1,797 handwritten digits (8 x 8) are drawn at random place, size and slight rotation, in random bright colour,
-over darkened photographs that ship with scikit-learn, among distractor strokes. The label is the shape alone. No glyph and
-no piece of photograph is in both splits. An image is a pure function of (seed, split, index).
+scikit-learn's 1,797 handwritten digits (8 x 8) are drawn at random positions, sizes, slight rotations and
+bright colors over darkened photographs that ship with scikit-learn, among distractor strokes. Only the shape
+depends on the label. No glyph and no region of a photograph is in both splits. An image is a pure function of
+(seed, split, index).
 """
 
 import functools
@@ -17,30 +18,30 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from ..errors import ConfigError
-from .base import Asked, Source
+from .base import OpenOptions, Source
 
 GENERATOR = 1
-"Version of the drawing. Raise it when an image changes: results of different versions are not comparable."
+"Version of the generator. Raise it when images change: results of different versions are not comparable."
 
-# How hard it is, set by measurement (benchmarks/digits_difficulty.py, docs/embedded.md).
+# The difficulty, chosen by measurements (benchmarks/digits_difficulty.py, docs/bundled.md).
 BRIGHT = (0.55, 1.0)
 "channel values of a digit or stroke"
 DARK = 0.45
 "factor on the photographs"
 WIDTH = (0.55, 0.8)
-"width of a digit's box, as a share of a single-object image"
+"width of a digit, as a fraction of the width of a single-digit image"
 ANGLE = 0.2
 "largest rotation in radians"
 STROKES = 2
-"distractor strokes an image"
+"distractor strokes per image"
 
-_FINE = 64  # glyphs are kept as 64 x 64 masks, enlarged once by bicubic interpolation
+_FINE = 64  # glyphs are stored as 64 x 64 masks, enlarged once by bicubic interpolation
 _SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One digit of a scene: its class, the box (x, y, w, h) of what is visible, and the visible mask bool [h, w]."""
+    """One digit of a scene: its class, and box (x, y, w, h) and mask (bool [h, w]) of the visible part."""
 
     label: int
     box: tuple[int, int, int, int]
@@ -49,49 +50,62 @@ class Instance:
 
 @functools.cache
 def _glyphs() -> tuple[Float[np.ndarray, "n 64 64"], Int[np.ndarray, " n"], dict[str, Int[np.ndarray, " m"]]]:
-    """Masks with values 0 to 1, labels, and the glyphs of each split: every fifth of a class, shuffled once, is test."""
-    from sklearn.datasets import load_digits  # only here: help does without
+    """Masks with values 0 to 1, labels, and the glyphs of each split: a shuffled fifth of each class is the
+    test split."""
+    from sklearn.datasets import load_digits  # imported here to keep --help fast
 
     digits = load_digits()
-    images = [Image.fromarray(g.astype(np.float32) / 16).resize((_FINE, _FINE), Image.Resampling.BICUBIC) for g in digits.images]
+    images = [
+        Image.fromarray(g.astype(np.float32) / 16).resize((_FINE, _FINE), Image.Resampling.BICUBIC)
+        for g in digits.images
+    ]
     masks = np.clip((np.stack([np.asarray(i) for i in images]) - 0.3) / 0.4, 0, 1).astype(np.float32)
-    masks = np.pad(masks, ((0, 0), (1, 1), (1, 1)))  # so that what is outside reads 0
+    masks = np.pad(masks, ((0, 0), (1, 1), (1, 1)))  # zeros outside of the glyph
     splits: dict[str, list[int]] = {"train": [], "test": []}
     for label in range(10):
-        own = np.random.Generator(np.random.Philox(key=label)).permutation(np.flatnonzero(digits.target == label))
-        splits["test"] += own[::5].tolist()
-        splits["train"] += np.delete(own, np.s_[::5]).tolist()
+        generator = np.random.Generator(np.random.Philox(key=label))
+        glyphs = generator.permutation(np.flatnonzero(digits.target == label))
+        splits["test"] += glyphs[::5].tolist()
+        splits["train"] += np.delete(glyphs, np.s_[::5]).tolist()
     return masks, digits.target.astype(np.int64), {k: np.array(sorted(v)) for k, v in splits.items()}
 
 
 @functools.cache
 def _textures(split: str) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """Photographs at three scales; the left three quarters are for training, the rest for testing."""
+    """Photographs at two scales; the left three quarters are for training, the rest for testing."""
     from sklearn.datasets import load_sample_images
 
     parts = []
     for photo in load_sample_images().images:
         cut = photo.shape[1] * 3 // 4
-        own = photo[:, :cut] if split == "train" else photo[:, cut:]
-        for level in (1, 2):
-            small = Image.fromarray(own).resize((own.shape[1] // level, own.shape[0] // level), Image.Resampling.BOX)
-            parts.append(np.asarray(small))
+        part = photo[:, :cut] if split == "train" else photo[:, cut:]
+        for factor in (1, 2):
+            size = part.shape[1] // factor, part.shape[0] // factor
+            parts.append(np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BOX)))
     return parts
 
 
 def _rng(seed: int, split: str, index: int, form: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, 2 * form + _SPLITS.index(split)], counter=[0, 0, 0, index]))
+    return np.random.Generator(
+        np.random.Philox(key=[seed, 2 * form + _SPLITS.index(split)], counter=[0, 0, 0, index])
+    )
 
 
-def _shapes(size: int, glyph: np.ndarray, x: np.ndarray, y: np.ndarray, width: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """Masks 0 to 1 [n, size, size] of glyphs with centre (x, y), box width and rotation, all [n] and in pixels or radians."""
+def _shapes(
+    size: int, glyph: np.ndarray, x: np.ndarray, y: np.ndarray, width: np.ndarray, angle: np.ndarray
+) -> np.ndarray:
+    """Masks 0 to 1 [n, size, size] of glyphs with center (x, y), width and angle, all [n], in pixels and
+    radians."""
     masks = _glyphs()[0]
-    # Rounded, so that the last bit of a machine's sine does not decide about a pixel.
+    # Rounded, so that images do not depend on the last bit of a platform's sine.
     cos, sin = (np.round(f(angle), 9)[:, None, None] for f in (np.cos, np.sin))
     axis = np.arange(size) + 0.5
     dx, dy = axis[None, None, :] - x[:, None, None], axis[None, :, None] - y[:, None, None]
     scale = (_FINE / width)[:, None, None]
-    u, v = ((p * scale + _FINE / 2 + 0.5).clip(0, _FINE + 0.999) for p in (cos * dx + sin * dy, cos * dy - sin * dx))
+    u, v = (
+        (p * scale + _FINE / 2 + 0.5).clip(0, _FINE + 0.999)
+        for p in (cos * dx + sin * dy, cos * dy - sin * dx)
+    )
     i, j = v.astype(np.int64), u.astype(np.int64)
     fv, fu = v - i, u - j
     base = (glyph * (_FINE + 2) ** 2)[:, None, None] + i * (_FINE + 2) + j
@@ -125,40 +139,49 @@ def _background(rng: np.random.Generator, split: str, size: int) -> Float[np.nda
     return part * (DARK / 255)
 
 
-def _draw(seed: int, split: str, indices: np.ndarray, size: int) -> tuple[UInt8[np.ndarray, "n size size 3"], Int[np.ndarray, " n"]]:
+def _draw(
+    seed: int, split: str, indices: np.ndarray, size: int
+) -> tuple[UInt8[np.ndarray, "n size size 3"], Int[np.ndarray, " n"]]:
     _, labels, splits = _glyphs()
-    n, own = len(indices), splits[split]
+    n, glyphs = len(indices), splits[split]
     glyph = np.empty(n, dtype=np.int64)
-    place, colour = np.empty((n, 4)), np.empty((n, 1 + STROKES, 3))
+    pose, color = np.empty((n, 4)), np.empty((n, 1 + STROKES, 3))
     ends, thick = np.empty((n, STROKES, 4)), np.empty((n, STROKES))
     canvas = np.empty((n, size, size, 3))
     for k, index in enumerate(indices):
         rng = _rng(seed, split, int(index), form=0)
-        glyph[k] = own[rng.integers(len(own))]
+        glyph[k] = glyphs[rng.integers(len(glyphs))]
         width = rng.uniform(*WIDTH) * size
         slack = (size - width) / 2
-        place[k] = size / 2 + rng.uniform(-slack, slack), size / 2 + rng.uniform(-slack, slack), width, rng.uniform(-ANGLE, ANGLE)
-        colour[k] = rng.uniform(*BRIGHT, (1 + STROKES, 3))
+        pose[k] = (
+            size / 2 + rng.uniform(-slack, slack),
+            size / 2 + rng.uniform(-slack, slack),
+            width,
+            rng.uniform(-ANGLE, ANGLE),
+        )
+        color[k] = rng.uniform(*BRIGHT, (1 + STROKES, 3))
         ends[k, :, :2] = rng.uniform(0, size, (STROKES, 2))
         ends[k, :, 2:] = ends[k, :, :2] + rng.uniform(-size / 4, size / 4, (STROKES, 2))
         thick[k] = rng.uniform(0.5, 1.5, STROKES) * size / 32
         canvas[k] = _background(rng, split, size)
     for s in range(STROKES):
         mask = _lines(size, ends[:, s], thick[:, s])[..., None]
-        canvas += mask * (colour[:, None, None, 1 + s] - canvas)
-    mask = _shapes(size, glyph, *place.T)[..., None]
-    canvas += mask * (colour[:, None, None, 0] - canvas)
+        canvas += mask * (color[:, None, None, 1 + s] - canvas)
+    mask = _shapes(size, glyph, *pose.T)[..., None]
+    canvas += mask * (color[:, None, None, 0] - canvas)
     return (canvas * 255 + 0.5).astype(np.uint8), labels[glyph]
 
 
 def digit(seed: int, split: str, index: int, size: int = 32) -> tuple[UInt8[np.ndarray, "size size 3"], int]:
-    """One labelled image of a single digit, `size` pixels wide and high (32 to 64 are what it was made for)."""
+    """One labeled image of a single digit, `size` pixels wide and high (designed for 32 to 64)."""
     images, labels = _draw(seed, split, np.array([index]), size)
     return images[0], int(labels[0])
 
 
-def scene(seed: int, split: str, index: int, size: int = 128) -> tuple[UInt8[np.ndarray, "size size 3"], list[Instance]]:
-    """Three to eight digits that occlude each other, later ones in front; hardly visible ones are not listed."""
+def scene(
+    seed: int, split: str, index: int, size: int = 128
+) -> tuple[UInt8[np.ndarray, "size size 3"], list[Instance]]:
+    """Three to eight digits that occlude each other, later ones in front. Mostly hidden ones are omitted."""
     rng = _rng(seed, split, index, form=1)
     _, labels, splits = _glyphs()
     canvas = _background(rng, split, size)
@@ -173,19 +196,19 @@ def scene(seed: int, split: str, index: int, size: int = 128) -> tuple[UInt8[np.
     x, y = (rng.uniform(width / 2, size - width / 2) for _ in range(2))
     masks = _shapes(size, glyph, x, y, width, rng.uniform(-ANGLE, ANGLE, n))
     solid = masks >= 0.5
-    found = []
+    instances = []
     for k in range(n):
         canvas = canvas + masks[k][..., None] * (rng.uniform(*BRIGHT, 3) - canvas)
         visible = solid[k] & ~solid[k + 1 :].any(0)
         if visible.sum() >= max(12, 0.25 * solid[k].sum()):
             rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
             box = (int(columns[0]), int(rows[0]), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1)
-            found.append(Instance(int(labels[glyph[k]]), box, visible))
-    return (canvas * 255 + 0.5).astype(np.uint8), found
+            instances.append(Instance(int(labels[glyph[k]]), box, visible))
+    return (canvas * 255 + 0.5).astype(np.uint8), instances
 
 
 def set_hash(size: int = 32, count: int = 64) -> str:
-    """SHA-256 over the first images of both splits: the same number means the same set."""
+    """SHA-256 over the first images of both splits, which identifies the version of the set."""
     digest = hashlib.sha256()
     for split in _SPLITS:
         digest.update(_draw(0, split, np.arange(count), size)[0].tobytes())
@@ -193,43 +216,43 @@ def set_hash(size: int = 32, count: int = 64) -> str:
 
 
 TEST_IMAGES = 4000
-"Digits of the test part, where no number is asked for."
+"Default number of test images."
 
 
-class Drawn(Source):
-    """What the two embedded sets share: they lie in memory, in 3 channels, and have a recipe of their own."""
+class BundledSource(Source):
+    """Common parts of the two bundled sets."""
 
-    kind, recipe, in_memory = "embedded", "embedded", True
+    kind, recipe, in_memory = "bundled", "bundled", True
     split: str
 
     @classmethod
-    def check(cls, asked: Asked) -> None:
-        """Refuse what is not drawn. Raises ConfigError."""
-        if asked.channels != 3:
-            raise ConfigError(f"{cls.form} is drawn in 3 channels, not {asked.channels}; leave --channels out")
+    def check(cls, options: OpenOptions) -> None:
+        """Raises ConfigError for options that the sets do not support."""
+        if options.channels != 3:
+            raise ConfigError(f"{cls.form} has 3 channels, not {options.channels}; leave --channels out")
 
     def where(self, index: int) -> str:
         return f"{self.name}/{self.split}/{index}"
 
 
-class DigitsSource(Drawn):
+class DigitsSource(BundledSource):
     """Bundled: digits over photographs, with labels; no download.
 
-    Drawn once, into memory. Behind another colon may stand a split, train or test.
+    All images are generated when the source is opened. A split may be appended: bundled:digits:test.
     """
 
-    form = "embedded:digits"
+    form = "bundled:digits"
 
     @classmethod
     def matches(cls, spec: str) -> bool:
         return spec in (cls.form, *(f"{cls.form}:{split}" for split in _SPLITS))
 
     @classmethod
-    def open(cls, spec: str, asked: Asked) -> "DigitsSource":
-        cls.check(asked)
+    def open(cls, spec: str, options: OpenOptions) -> "DigitsSource":
+        cls.check(options)
         if spec.endswith(":test"):
-            return cls("test", TEST_IMAGES, asked.size, asked.seed)
-        return cls("train", size=asked.size, seed=asked.seed)
+            return cls("test", TEST_IMAGES, options.size, options.seed)
+        return cls("train", size=options.size, seed=options.seed)
 
     @classmethod
     def parts(cls, spec: str) -> tuple[str, str] | None:
@@ -253,43 +276,43 @@ class DigitsSource(Drawn):
         return hashlib.sha256(about.encode()).hexdigest()
 
     def for_probes(self, train: int, test: int, seed: int) -> tuple[Source, Source]:
-        """Of the split train other images than those trained on."""
+        """The images for fitting come from the training split with another seed."""
         return DigitsSource("train", train, self.size, seed + 1), DigitsSource("test", test, self.size, seed)
 
 
-class ScenesSource(Drawn):
+class ScenesSource(BundledSource):
     """Bundled: scenes of many digits, without labels; no download.
 
-    Each is drawn when it is first needed (some 5 ms at 128 px), and kept.
+    Each is generated when it is first read (about 5 ms at 128 px), and cached.
     """
 
-    form, has_objects = "embedded:scenes", True
+    form, has_objects = "bundled:scenes", True
 
     @classmethod
-    def open(cls, spec: str, asked: Asked) -> "ScenesSource":
-        cls.check(asked)
-        return cls("train", size=asked.size, seed=asked.seed)
+    def open(cls, spec: str, options: OpenOptions) -> "ScenesSource":
+        cls.check(options)
+        return cls("train", size=options.size, seed=options.seed)
 
     @classmethod
-    def with_objects(cls, split: str, images: int, asked: Asked) -> tuple[Source, dict[str, Any]]:
-        if asked.channels != 3:
-            raise ConfigError(f"{cls.form} are drawn in 3 channels, and the backbone takes {asked.channels}")
-        scenes = cls(split, images, asked.size, asked.seed)
+    def with_objects(cls, split: str, images: int, options: OpenOptions) -> tuple[Source, dict[str, Any]]:
+        if options.channels != 3:
+            raise ConfigError(f"{cls.form} has 3 channels, but the backbone expects {options.channels}")
+        scenes = cls(split, images, options.size, options.seed)
         return scenes, scenes.coco()
 
     def __init__(self, split: str = "train", count: int = 4096, size: int = 128, seed: int = 0):
         self.name, self.split, self.size, self.seed = self.form, split, size, seed
-        self.images = np.zeros((count, size, size, 3), dtype=np.uint8)  # of which the system gives only what is drawn
+        self.images = np.zeros((count, size, size, 3), np.uint8)  # memory is only allocated when written
         self.drawn = np.zeros(count, dtype=bool)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def objects(self, index: int) -> list[Instance]:
-        """What is in a scene, which is drawn for it."""
-        self.images[index], found = scene(self.seed, self.split, index, self.size)
+        """The objects of a scene. Generates the image."""
+        self.images[index], instances = scene(self.seed, self.split, index, self.size)
         self.drawn[index] = True
-        return found
+        return instances
 
     def read(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
         if not self.drawn[index]:
@@ -301,34 +324,50 @@ class ScenesSource(Drawn):
         return hashlib.sha256(about.encode()).hexdigest()
 
     def coco(self) -> dict[str, Any]:
-        """All that is in the scenes, in COCO's layout: category d + 1 is digit d, image i + 1 is scene i, masks are run lengths."""
-        size, images, annotations = self.size, [], []
+        """The objects of all scenes in COCO format: category d + 1 is digit d, image i + 1 is scene i, masks
+        are run lengths."""
+        size = self.size
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for index in range(len(self)):
             images.append({"id": index + 1, "file_name": f"{index:06d}.png", "width": size, "height": size})
             annotations += [
-                {"id": len(annotations) + k + 1, "image_id": index + 1, "category_id": i.label + 1, "bbox": list(i.box), "iscrowd": 0,
-                 "area": int(i.mask.sum()), "segmentation": {"size": [size, size], "counts": run_lengths(i.mask)}}
+                {
+                    "id": len(annotations) + k + 1,
+                    "image_id": index + 1,
+                    "category_id": i.label + 1,
+                    "bbox": list(i.box),
+                    "iscrowd": 0,
+                    "area": int(i.mask.sum()),
+                    "segmentation": {"size": [size, size], "counts": run_lengths(i.mask)},
+                }
                 for k, i in enumerate(self.objects(index))
-            ]  # fmt: skip
-        info = {"description": "rcmae embedded scenes", "version": str(GENERATOR), "seed": self.seed, "hash": set_hash()}
+            ]
+        info = {
+            "description": "rcmae bundled scenes",
+            "version": str(GENERATOR),
+            "seed": self.seed,
+            "hash": set_hash(),
+        }
         categories = [{"id": d + 1, "name": str(d)} for d in range(10)]
         return {"info": info, "images": images, "categories": categories, "annotations": annotations}
 
 
 def write_coco(folder: Path, split: str, count: int, size: int = 128, seed: int = 0) -> Path:
-    """Write scenes in COCO's layout, `folder/images/<split>/*.png` and `annotations/instances_<split>.json`; return the latter."""
+    """Write scenes in COCO format, `folder/images/<split>/*.png` and `annotations/instances_<split>.json`.
+    Returns the path of the latter."""
     (folder / "images" / split).mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
     source = ScenesSource(split, count, size, seed)
-    found = source.coco()
-    for index, image in enumerate(found["images"]):
+    annotations = source.coco()
+    for index, image in enumerate(annotations["images"]):
         Image.fromarray(source.read(index)).save(folder / "images" / split / image["file_name"])
     path = folder / "annotations" / f"instances_{split}.json"
-    path.write_text(json.dumps(found), encoding="utf-8")
+    path.write_text(json.dumps(annotations), encoding="utf-8")
     return path
 
 
 def run_lengths(mask: Bool[np.ndarray, "h w"]) -> list[int]:
-    """COCO's uncompressed run lengths: column by column, beginning with a run of zeros."""
+    """COCO's uncompressed run lengths: column by column, starting with a run of zeros."""
     flat = mask.ravel(order="F").astype(np.int8)
     return np.diff(np.concatenate([[0], np.flatnonzero(np.diff(flat, prepend=0)), [flat.size]])).tolist()

@@ -11,21 +11,29 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from .base import EXTENSIONS, Asked, Source, Strings, numbered, printable
+from .base import EXTENSIONS, OpenOptions, Source, Strings, numbered, printable
 
 PARTS = {b"train", b"val", b"valid", b"validation", b"test"}
-"Folders that part a set, and are no classes."
+"Folder names that denote parts of a data set, not classes."
 
 TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test")
-"What the two parts of a labelled set are called, as folders or as shards (`train-000.tar`)."
+"Names of the two parts of a labeled set, as folders or shards (`train-000.tar`)."
 
 
 class Files(Source):
-    """Image files below a root; `names` and `labels` (empty: none) are bytes, `sizes` of the files in bytes."""
+    """Image files below a root; an empty label means none, `sizes` are in bytes."""
 
     kind = "files"
 
-    def __init__(self, name: str, root: Path, names: list[bytes], sizes: list[int], labels: list[bytes], notes: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        names: list[bytes],
+        sizes: list[int],
+        labels: list[bytes],
+        notes: tuple[str, ...] = (),
+    ):
         self.name, self.root, self.notes = name, os.fsencode(root), notes
         self.names, self.sizes = Strings(names), np.array(sizes, dtype=np.int64)
         self.labels, self.classes = numbered(labels)
@@ -47,7 +55,8 @@ class Files(Source):
 
 
 class Folder(Files):
-    """All images below a folder; its folders are classes, unless they part the set or images lie beside them."""
+    """All images below a folder; subfolders are classes, unless they are parts (train, val) or there are
+    images beside them."""
 
     form, kind = "folder", "folder"
 
@@ -56,62 +65,69 @@ class Folder(Files):
         return Path(spec).is_dir()
 
     @classmethod
-    def open(cls, spec: str, asked: Asked) -> "Folder":
-        found, left = [], Counter[str]()
-        for name, size in _walk(os.fsencode(spec), left, asked.tick):
+    def open(cls, spec: str, options: OpenOptions) -> "Folder":
+        names, sizes = [], []
+        ignored = Counter[str]()
+        for name, size in _walk(os.fsencode(spec), ignored, options.tick):
             if name.lower().endswith(tuple(e.encode() for e in EXTENSIONS)):
-                found.append((name, size))
+                names.append(name)
+                sizes.append(size)
             else:
-                left["files of other kinds"] += 1
-        if not found:
-            raise DataError(f"{spec} holds no images ({left.total()} other files); looked for {' '.join(EXTENSIONS)}")
-        tops = [name.split(b"/")[0] if b"/" in name else b"" for name, _ in found]
-        labelled = all(tops) and not set(tops) <= PARTS  # images beside the folders, or parts of a set: these are no classes
-        labels = tops if labelled else [b""] * len(tops)
-        notes = (f"left out of {spec}: " + ", ".join(f"{n:,} {what}" for what, n in left.items()),) if left else ()
-        return cls(spec, Path(spec), [n for n, _ in found], [s for _, s in found], labels, notes)
+                ignored["files of other kinds"] += 1
+        if not names:
+            raise DataError(
+                f"{spec} holds no images ({ignored.total()} other files); looked for {' '.join(EXTENSIONS)}"
+            )
+        tops = [name.split(b"/")[0] if b"/" in name else b"" for name in names]
+        labeled = all(tops) and not set(tops) <= PARTS  # all images in subfolders that are not parts
+        labels = tops if labeled else [b""] * len(tops)
+        counts = ", ".join(f"{n:,} {kind}" for kind, n in ignored.items())
+        notes = (f"left out of {spec}: {counts}",) if ignored else ()
+        return cls(spec, Path(spec), names, sizes, labels, notes)
 
     @classmethod
     def parts(cls, spec: str) -> tuple[str, str] | None:
         return parts_of_folder(spec)
 
 
-def _walk(root: bytes, left: Counter[str], tick: Callable[[float], None]) -> Iterator[tuple[bytes, int]]:
-    """Names below the root, with sizes, sorted. Hidden ones are left out; each file and folder is met once, however linked.
+def _walk(root: bytes, ignored: Counter[str], tick: Callable[[float], None]) -> Iterator[tuple[bytes, int]]:
+    """Sorted names below the root, with sizes, without hidden ones. Each file and folder appears once, even
+    if there are links to it.
 
-    What else is left out is counted in `left`.
+    Links that are left out are counted in `ignored`.
     """
-    met: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()
 
-    def below(folder: bytes, prefix: bytes, done: float, share: float) -> Iterator[tuple[bytes, int]]:
-        with os.scandir(folder) as listed:
-            entries = sorted((e for e in listed if not e.name.startswith(b".")), key=lambda e: e.name)
+    def walk(folder: bytes, prefix: bytes, done: float, fraction: float) -> Iterator[tuple[bytes, int]]:
+        with os.scandir(folder) as listing:
+            entries = sorted((e for e in listing if not e.name.startswith(b".")), key=lambda e: e.name)
         for number, entry in enumerate(entries):
-            before = done + share * number / len(entries)
+            before = done + fraction * number / len(entries)
             tick(before)
             try:
                 stat = entry.stat()
             except OSError as e:
-                if e.errno in (errno.ENOENT, errno.ELOOP):  # a link to nowhere, or to itself
-                    left["links to nowhere"] += 1
+                if e.errno in (errno.ENOENT, errno.ELOOP):
+                    ignored["broken links"] += 1
                     continue
                 raise
-            if (stat.st_dev, stat.st_ino) in met:
-                left["links to what is there already"] += 1
+            if (stat.st_dev, stat.st_ino) in visited:
+                ignored["duplicate links"] += 1
                 continue
-            met.add((stat.st_dev, stat.st_ino))
+            visited.add((stat.st_dev, stat.st_ino))
             if entry.is_dir():
-                yield from below(entry.path, prefix + entry.name + b"/", before, share / len(entries))
+                yield from walk(entry.path, prefix + entry.name + b"/", before, fraction / len(entries))
             elif entry.is_file():
                 yield prefix + entry.name, stat.st_size
 
-    top = os.stat(root)  # noqa: PTH116 - bytes
-    met.add((top.st_dev, top.st_ino))
-    return below(root, b"", 0.0, 1.0)
+    stat = os.stat(root)  # noqa: PTH116 - bytes
+    visited.add((stat.st_dev, stat.st_ino))
+    return walk(root, b"", 0.0, 1.0)
 
 
 def parts_of_folder(spec: str) -> tuple[str, str] | None:
-    """The two parts that a folder holds, as folders or as shards. Raises DataError where there is but one."""
+    """The training and test part of a folder, as folders or shards; None if it is not divided. Raises
+    DataError if there is only train/."""
     root = Path(spec)
     for train in TRAIN:
         for test in TEST:
@@ -119,13 +135,19 @@ def parts_of_folder(spec: str) -> tuple[str, str] | None:
                 return str(root / train), str(root / test)
             if any(root.glob(f"{train}*.tar")) and any(root.glob(f"{test}*.tar")):
                 return str(root / f"{train}*.tar"), str(root / f"{test}*.tar")
-    if any((root / train).is_dir() for train in TRAIN) and len([p for p in root.iterdir() if p.is_dir()]) == 1:
-        raise DataError(f"{spec} holds train/ alone; name the other part with --val, or give {spec}/train to have it divided")
+    if (
+        any((root / train).is_dir() for train in TRAIN)
+        and len([p for p in root.iterdir() if p.is_dir()]) == 1
+    ):
+        raise DataError(
+            f"{spec} only holds train/; give the other part with --val, or split the training images with "
+            f"--data {spec}/train"
+        )
     return None
 
 
 class ListFile(Files):
-    """The files that a text file names: a path a line, relative to it, optionally a tab and a label."""
+    """The files listed in a text file: one relative path per line, optionally a tab and a label."""
 
     form, kind = "list file (.txt)", "list"
 
@@ -134,21 +156,23 @@ class ListFile(Files):
         return Path(spec).suffix == ".txt" and Path(spec).is_file()
 
     @classmethod
-    def open(cls, spec: str, asked: Asked) -> "ListFile":
+    def open(cls, spec: str, options: OpenOptions) -> "ListFile":
         root = Path(spec).parent
         names, sizes, labels = [], [], []
         lines = Path(spec).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         for number, line in enumerate(lines, 1):
-            asked.tick(number / len(lines))
+            options.tick(number / len(lines))
             if not line.strip():
                 continue
             name, _, label = line.partition(b"\t")
             try:
                 sizes.append(os.stat(os.path.join(os.fsencode(root), name)).st_size)  # noqa: PTH116, PTH118
-            except (FileNotFoundError, ValueError):  # ValueError: a zero byte, so the list is no text
-                raise DataError(f"{spec} line {number}: {printable(name)} does not exist; paths are relative to the list") from None
+            except (FileNotFoundError, ValueError):  # ValueError: a null byte
+                raise DataError(
+                    f"{spec} line {number}: {printable(name)} does not exist; paths are relative to the list"
+                ) from None
             names.append(name)
             labels.append(label.strip())
         if not names:
-            raise DataError(f"{spec} lists no images; write one path a line, optionally a tab and a label")
+            raise DataError(f"{spec} lists no images; write one path per line, optionally a tab and a label")
         return cls(spec, root, names, sizes, labels)

@@ -1,4 +1,4 @@
-"""A data set of the Hugging Face hub."""
+"""Data sets of the Hugging Face Hub."""
 
 import errno
 import hashlib
@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError, first_line, optional
-from .base import Asked, Source
+from .base import OpenOptions, Source
 
 SCHEME = "hub:"
 
 
 class Hub(Source):
-    """`hub:NAME` or `hub:NAME:SPLIT`: the first column of images, and the first of class labels."""
+    """`hub:NAME` or `hub:NAME:SPLIT`: the first image column and the first class label column."""
 
     form, kind = SCHEME + "NAME", "hub"
 
@@ -22,7 +22,7 @@ class Hub(Source):
         return spec.startswith(SCHEME)
 
     @classmethod
-    def open(cls, spec: str, asked: Asked) -> "Hub":
+    def open(cls, spec: str, options: OpenOptions) -> "Hub":
         return cls(spec)
 
     @classmethod
@@ -37,7 +37,8 @@ class Hub(Source):
             if test in splits:
                 return f"{spec}:train", f"{spec}:{test}"
         raise DataError(
-            f"{spec} has no split called validation or test (it has {', '.join(splits)}); name one with --val {SCHEME}NAME:SPLIT"
+            f"{spec} has no split named validation or test (it has {', '.join(splits)}); choose one with "
+            f"--val {SCHEME}NAME:SPLIT"
         )
 
     def __init__(self, name: str):
@@ -54,7 +55,9 @@ class Hub(Source):
         label = next((k for k, v in kinds.items() if type(v).__name__ == "ClassLabel"), None)
         self.name = name
         self.classes = kinds[label].names if label else []
-        self.labels = np.array([-1 if v is None else v for v in self.table[label]], dtype=np.int64) if label else None
+        self.labels = (
+            np.array([-1 if v is None else v for v in self.table[label]], dtype=np.int64) if label else None
+        )
         self.table = self.table.cast_column(self.column, datasets.Image(decode=False))
 
     def __len__(self) -> int:

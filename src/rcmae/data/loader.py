@@ -1,4 +1,4 @@
-"""From samples to batches on the device."""
+"""Data loading: batches on the device."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -13,27 +13,39 @@ from .dataset import Bad, collate, plain_errors, quiet_worker
 
 
 def processes(source: Source, workers: int | None) -> int:
-    """Loader processes, where `workers` does not say: by the cores, but none for images that lie in memory."""
+    """`workers`, or the default number of loader processes: by the number of cores, and 0 for images in
+    memory."""
     if workers is not None:
         return workers
-    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 0 if source.in_memory else min(8, max(1, share - 1))
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0 if source.in_memory else min(8, max(1, cores - 1))
 
 
 def batches_of(
-    dataset: Dataset, keys: Iterable[list], source: Source, workers: int | None, device: torch.device, note: Callable[[list[Bad]], None],
+    dataset: Dataset,
+    keys: Iterable[list],
+    source: Source,
+    workers: int | None,
+    device: torch.device,
+    note: Callable[[list[Bad]], None],
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]] = collate,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The samples of `dataset` by lists of keys, each a batch of tensors on the device; unreadable images are told to `note`.
+) -> Iterator[dict[str, Any]]:
+    """Batches of `dataset` on the device, one for each list of keys. `note` is called with the unreadable
+    images.
 
-    What `collate` joins to anything but a tensor stays as it is. Images are those of `source`; without `workers` there are as many loader
-    processes as they and the cores ask for.
+    Values that are not tensors after `collate` are left unchanged. The default for `workers` depends on the
+    `source` and the number of cores.
     """
     workers = processes(source, workers)
     loader = DataLoader(
-        dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers, worker_init_fn=quiet_worker,
-        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
-    )  # fmt: skip
+        dataset,
+        batch_sampler=keys,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=quiet_worker,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )
     for batch in plain_errors(loader):
         note(batch.pop("bad", []))
         yield {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

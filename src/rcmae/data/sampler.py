@@ -1,4 +1,4 @@
-"""Which images make up which step: a pure function of the step's number."""
+"""The images of each optimizer step, as a pure function of the step."""
 
 from collections.abc import Iterator
 
@@ -12,24 +12,29 @@ Key = tuple[int, int]
 
 
 def order(n: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
-    """The permutation of the n images in an epoch."""
+    """The permutation of the n images for an epoch."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 1, 0, epoch])).permutation(n)
 
 
 def check_parts(batch_size: int, world: int, micro: int) -> None:
-    """Refuse a batch that does not divide, with what would. Raises ConfigError."""
+    """Raises ConfigError, with the valid values of --accumulate, if the batch does not divide evenly."""
     if batch_size % (world * micro):
-        parts = [m for m in range(1, batch_size // world + 1) if batch_size % (world * m) == 0]
-        fit = f"--accumulate may be {', '.join(map(str, parts))}" if parts else f"no --accumulate fits {world} processes"
-        raise ConfigError(f"a batch of {batch_size} does not divide into {world} processes x accumulate {micro}; {fit}")
+        valid = [str(m) for m in range(1, batch_size // world + 1) if batch_size % (world * m) == 0]
+        advice = (
+            f"--accumulate may be {', '.join(valid)}" if valid else f"no --accumulate fits {world} processes"
+        )
+        raise ConfigError(
+            f"a batch of {batch_size} does not divide into {world} processes x accumulate {micro}; {advice}"
+        )
 
 
 class BatchSampler:
-    """For torch's DataLoader: lists of keys (epoch, index), one a micro-batch, for the steps `start` to before `stop`.
+    """A batch sampler for DataLoader: one list of keys (epoch, index) per micro-batch of the steps `start` to
+    `stop` - 1.
 
-    Rank r of `world` takes the r-th part of every step's images and cuts it into `micro` lists; together they are the same
-    images for every world and micro. The position is one integer, the step. What is left over of an epoch is dropped.
-    Raises ConfigError when the batch does not divide, DataError when there are fewer images than a batch.
+    Rank r of `world` takes the r-th part of the images of a step and divides it into `micro` lists, so a step
+    has the same images for every `world` and `micro`. The last incomplete batch of an epoch is dropped.
+    Raises ConfigError if the batch does not divide evenly, DataError if there are fewer images than a batch.
     """
 
     def __init__(
@@ -45,7 +50,10 @@ class BatchSampler:
         seed: int = 0,
     ):
         if n < batch_size:
-            raise DataError(f"there is no batch of {batch_size} in {how_many(n, 'image')}; lower --batch-size or add images")
+            raise DataError(
+                f"there is no batch of {batch_size} in {how_many(n, 'image')}; lower --batch-size or add "
+                "images"
+            )
         check_parts(batch_size, world, micro)
         self.n, self.batch_size, self.rank, self.world, self.micro = n, batch_size, rank, world, micro
         self.start, self.stop, self.seed = start, stop, seed

@@ -1,4 +1,4 @@
-"""Every kind of source, and how what the user wrote becomes one. Nothing else names a kind."""
+"""All kinds of sources, and opening one from the value of --data. No other module refers to a kind."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,58 +7,54 @@ from pathlib import Path
 
 from ..config import hint
 from ..errors import ConfigError, DataError
-from .base import Asked, Source, Subset, printable, silent
+from .base import OpenOptions, Source, Subset, printable, silent
 from .digits import DigitsSource, ScenesSource
 from .files import Folder, ListFile
 from .hub import Hub
 from .shards import Shards
 
-__all__ = ["SOURCES", "Source", "Subset", "forms", "kind_of", "namesakes", "open_source", "recipe_for"]
+__all__ = ["SOURCES", "Source", "Subset", "forms", "kind_of", "open_source", "recipe_for", "similar_forms"]
 
-SOURCES: tuple[type[Source], ...] = (
-    ScenesSource,
-    DigitsSource,
-    Hub,
-    Shards,
-    ListFile,
-    Folder,
-)
-"Narrow kinds before wide ones: the first that matches is meant. Help names them the other way round."
+SOURCES: tuple[type[Source], ...] = (ScenesSource, DigitsSource, Hub, Shards, ListFile, Folder)
+"The first kind that matches is used, so specific ones come first. Help lists them in reverse order."
 
 
 def forms() -> str:
-    """How images can be given, in a line."""
+    """All forms of --data as one phrase."""
     *most, last = [kind.form for kind in reversed(SOURCES)]
     return f"{', '.join(most)} or {last}"
 
 
 def kind_of(spec: str) -> type[Source] | None:
-    """The kind that the user means; None where there is none. Raises DataError where it cannot be looked at."""
-    with _in_one_line(spec):
+    """The kind that matches the spec, if any. Raises DataError if the path is not readable."""
+    with _translate_errors(spec):
         return next((kind for kind in SOURCES if spec.strip() and kind.matches(spec)), None)
 
 
 def recipe_for(spec: str) -> str:
-    """The recipe that suits the images where none is named."""
+    """The default recipe for the images."""
     return (kind_of(spec) or Source).recipe
 
 
-def namesakes(spec: str) -> list[str]:
-    """The forms that begin as the spec does, up to a colon."""
+def similar_forms(spec: str) -> list[str]:
+    """The forms that start like the spec, up to the colon."""
     return [kind.form for kind in reversed(SOURCES) if kind.form.startswith(spec.partition(":")[0] + ":")]
 
 
-def open_source(spec: str, channels: int = 3, size: int = 32, seed: int = 0, tick: Callable[[float], None] = silent) -> Source:
-    """A source by what the user wrote; `size` and `seed` are for what is drawn, `tick` is told which share of the index is made.
+def open_source(
+    spec: str, channels: int = 3, size: int = 32, seed: int = 0, tick: Callable[[float], None] = silent
+) -> Source:
+    """Open the source that matches `spec`; `size` and `seed` are for generated images, `tick` is called with
+    the fraction of the images indexed.
 
-    Raises DataError or ConfigError in one line.
+    Raises DataError or ConfigError.
     """
     if not spec.strip():
         raise ConfigError(f"--data is empty; give a {forms()}")
     if kind := kind_of(spec):
-        with _in_one_line(spec):
-            return kind.open(spec, Asked(channels, size, seed, tick))
-    if known := namesakes(spec):
+        with _translate_errors(spec):
+            return kind.open(spec, OpenOptions(channels, size, seed, tick))
+    if known := similar_forms(spec):
         raise ConfigError(f"there is no {spec}{hint(spec, known) or '; there is ' + ' and '.join(known)}")
     if Path(spec).exists():
         raise DataError(f"{spec} is none of these: {forms()}; give the folder that holds the images")
@@ -66,10 +62,13 @@ def open_source(spec: str, channels: int = 3, size: int = 32, seed: int = 0, tic
 
 
 @contextmanager
-def _in_one_line(spec: str) -> Iterator[None]:
+def _translate_errors(spec: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as e:
-        raise DataError(f"no permission to read {printable(os.fsencode(e.filename or spec))}; change it, or leave that folder out") from e
+        raise DataError(
+            f"no permission to read {printable(os.fsencode(e.filename or spec))}; change it, or leave that "
+            "folder out"
+        ) from e
     except OSError as e:
         raise DataError(f"{printable(os.fsencode(e.filename or spec))} cannot be read: {e.strerror}") from e

@@ -1,4 +1,7 @@
-"""Crops as pure functions of a generator, and the generator as a pure function of (seed, epoch, index). Letters: ch cw, a crop's pixels."""
+"""Crops and flips as pure functions of a generator, which is a pure function of (seed, epoch, index).
+
+In shapes, ch and cw are the height and width of a crop.
+"""
 
 import math
 
@@ -13,7 +16,8 @@ Image = UInt8[np.ndarray, "h w c"]
 
 
 def rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator of sample `index` in `epoch`: counter-based, so that nothing needs to be drawn before it."""
+    """The generator for sample `index` in `epoch`. It is counter-based, so samples are independent of each
+    other."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, epoch]))
 
 
@@ -24,9 +28,9 @@ def random_resized_crop(
     rng: np.random.Generator,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> UInt8[Tensor, "c ch cw"]:
-    """A crop of a random share of the area and a random aspect, resized to `shape` (height, width): bicubic, antialiased.
+    """A crop of random area and aspect ratio, resized to `shape` (height, width), bicubic with antialiasing.
 
-    An image that already has the shape, with scale (1, 1), is taken as it is.
+    With scale (1, 1), an image that already has the shape is returned unchanged.
     """
     h, w = image.shape[:2]
     if scale == (1.0, 1.0) and (h, w) == tuple(shape):
@@ -35,9 +39,14 @@ def random_resized_crop(
     return _resize(image[top : top + height, left : left + width], shape)
 
 
-def crop_box(h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a crop inside h x w, at least one pixel; the whole width or height if no draw fits."""
-    for area, aspect in zip(rng.uniform(*scale, 10) * h * w, np.exp(rng.uniform(*np.log(ratio), 10)), strict=True):
+def crop_box(
+    h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop of an image of h x w. As in torchvision, a central crop if
+    none of ten draws fits."""
+    low, high = np.log(ratio)
+    areas, aspects = rng.uniform(*scale, 10) * h * w, np.exp(rng.uniform(low, high, 10))
+    for area, aspect in zip(areas, aspects, strict=True):
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < width <= w and 0 < height <= h:
             return int(rng.integers(h - height + 1)), int(rng.integers(w - width + 1)), height, width
@@ -47,17 +56,20 @@ def crop_box(h: int, w: int, scale: tuple[float, float], ratio: tuple[float, flo
 
 
 def flip(crop: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> UInt8[Tensor, "c h w"]:
-    """Left and right exchanged, every other time."""
+    """A horizontal flip with probability 0.5."""
     return crop.flip(2) if rng.random() < 0.5 else crop
 
 
 def center(image: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
-    """For evaluation: resized so that `shape` (height, width) is 224/256 of it, then its centre; untouched if it has the shape."""
+    """The evaluation crop: the center, of 224/256 of the shorter side, resized to `shape` (height, width). An
+    image that already has the shape is returned unchanged."""
     h, w = image.shape[:2]
     if (h, w) == tuple(shape):
         return torch.from_numpy(image).permute(2, 0, 1)
-    share = 224 / 256 * min(h / shape[0], w / shape[1])
-    height, width = (min(side, max(1, round(share * target))) for side, target in zip((h, w), shape, strict=True))
+    fraction = 224 / 256 * min(h / shape[0], w / shape[1])
+    height, width = (
+        min(side, max(1, round(fraction * target))) for side, target in zip((h, w), shape, strict=True)
+    )
     top, left = (h - height) // 2, (w - width) // 2
     return _resize(image[top : top + height, left : left + width], shape)
 

@@ -1,13 +1,15 @@
 """Checkpoints that survive a kill at any moment: tensors in safetensors, the rest in JSON, no pickle.
 
-A checkpoint is a folder `step_00001234` whose `manifest.json`, written last, holds the SHA-256 of every other file. It is
-made under a temporary name, flushed to the disk, and renamed; so under its own name it is whole, or it is not there.
+A checkpoint is a folder `step_00001234` whose `manifest.json`, written last, holds the SHA-256 of every other
+file. It is written under a temporary name, flushed to disk and then renamed, so a folder with the final name
+is always complete.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,20 @@ from ..errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
 ASIDE = ".old_"
-"Before the name of a checkpoint that is being replaced."
+"Prefix of a checkpoint that is being replaced."
 
 
-def save_checkpoint(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
     """Write `folder/step_N` for N = state["step"], then delete all but the newest `keep`.
 
-    Raises CheckpointError, writing nothing, when a weight is not finite; StorageError when the disk refuses.
+    Raises CheckpointError without writing anything if a weight is not finite; StorageError if writing fails.
     """
     weights = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
-    broken = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
-    if broken:
-        raise CheckpointError(f"{broken[0]} is not finite at step {state['step']}; nothing was saved")
+    nonfinite = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
+    if nonfinite:
+        raise CheckpointError(f"{nonfinite[0]} is not finite at step {state['step']}; nothing was saved")
     files = {
         "model.safetensors": save(weights),
         "optimizer.safetensors": save(optimizer_state(method, optimizer)),
@@ -46,7 +50,7 @@ def save_checkpoint(folder: Path, method: nn.Module, optimizer: torch.optim.Opti
 def write_folder(path: Path, files: dict[str, bytes]) -> None:
     """Write files and their manifest as the folder `path`, all or nothing. Raises StorageError."""
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    # A fixed temporary name: what a killed process left there is cleared by the next save of it, or by `recover`.
+    # The temporary name is fixed so that the next save, or `recover`, removes what a killed process left.
     temporary = path.parent / f".tmp_{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,59 +60,68 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
             _write(temporary / name, content)
         _sync(temporary)
         aside = path.parent / f"{ASIDE}{path.name}"
-        if path.exists():  # the same step again: until the new one has its place, `recover` finds the old one aside
-            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
+        if path.exists():  # the same step again: `recover` can restore the old one until the new one is there
+            shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed here
             path.rename(aside)
         temporary.rename(path)
         _sync(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(f"cannot write {path}: {e.strerror}; what was there is kept; free some space or choose another --out") from e
+        raise StorageError(
+            f"cannot write {path}: {e.strerror}; the previous checkpoint is kept; free some space or choose "
+            "another --out"
+        ) from e
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints by step, newest first; whole or not is not asked here."""
+    """Checkpoints by step, newest first, without verifying them."""
     return sorted(folder.glob("step_" + "[0-9]" * 8), key=lambda p: p.name, reverse=True)
 
 
 def recover(folder: Path) -> None:
-    """Put in order what a process left that was killed while it saved: for the one that holds the run, before `newest`."""
+    """Clean up after a process that was killed while saving. Call it with the run locked, before `newest`."""
     for aside in folder.glob(f"{ASIDE}step_*"):
-        place = folder / aside.name.removeprefix(ASIDE)
-        if place.exists():
+        path = folder / aside.name.removeprefix(ASIDE)
+        if path.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            aside.rename(place)
+            aside.rename(path)
     for temporary in folder.glob(".tmp_step_*"):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def newest(folder: Path, warn=print) -> Path | None:
-    """The newest checkpoint whose files match their hashes; None if there is none at all.
+def newest(folder: Path, warn: Callable[[str], object] = print) -> Path | None:
+    """The newest checkpoint whose files match their hashes; None if there are no checkpoints.
 
-    Damaged ones are named to `warn`. Raises CheckpointError when there are checkpoints and all are damaged: a run never
-    starts again from nothing by itself.
+    Calls `warn` for each damaged one. Raises CheckpointError if all are damaged: a run must not silently
+    restart from scratch.
     """
-    found = checkpoints(folder)
-    for path in found:
+    paths = checkpoints(folder)
+    for path in paths:
         problem = verify(path)
         if problem is None:
             return path
         warn(f"checkpoint {path.name} is damaged ({problem}); trying an older one")
-    if found:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged; delete the folder to start again from step 0")
+    if paths:
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged; delete the folder to start again from step 0"
+        )
     return None
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
+    """The problem with a checkpoint folder, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return "no readable manifest"
-    if not isinstance(manifest, dict) or not manifest.keys() >= {"model.safetensors", "optimizer.safetensors", "state.json"}:
-        return "its manifest is not whole"
+    if not isinstance(manifest, dict) or not manifest.keys() >= {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    }:
+        return "its manifest is incomplete"
     for name, expected in manifest.items():
         try:
             with (path / name).open("rb") as f:
@@ -121,14 +134,16 @@ def verify(path: Path) -> str | None:
 
 
 def load_checkpoint(path: Path, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fill method and optimizer from a verified checkpoint and return its state. Raises CheckpointError on a misfit."""
-    _fill(method, load_file(path / "model.safetensors"), path)
+    """Load a verified checkpoint into method and optimizer and return its state. Raises CheckpointError if
+    it belongs to another model."""
+    _load_weights(method, load_file(path / "model.safetensors"), path)
     saved = load_file(path / "optimizer.safetensors")
     kinds = ("step", "exp_avg", "exp_avg_sq")
-    moved = [(name, p) for name, p in _named(method, optimizer) if f"{name}/step" in saved]  # what is frozen at first has no state yet
-    if sorted(saved) != sorted(f"{name}/{key}" for name, _ in moved for key in kinds):
-        raise CheckpointError(f"the optimizer state in {path} is of another model")
-    for name, p in moved:
+    # Parameters that are frozen at first have no state yet.
+    trained = [(name, p) for name, p in _named(method, optimizer) if f"{name}/step" in saved]
+    if sorted(saved) != sorted(f"{name}/{key}" for name, _ in trained for key in kinds):
+        raise CheckpointError(f"the optimizer state in {path} belongs to another model")
+    for name, p in trained:
         state = {key: saved[f"{name}/{key}"] for key in kinds}
         optimizer.state[p] = {k: v.to(p.device).clone() for k, v in state.items()}
     return json.loads((path / "state.json").read_bytes())
@@ -144,26 +159,33 @@ def optimizer_state(method: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def _named(method: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [(name, p) for name, p in method.named_parameters() if id(p) in own]
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(name, p) for name, p in method.named_parameters() if id(p) in optimized]
 
 
-def _fill(method: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    own = method.state_dict()
-    odd = sorted(own.keys() ^ weights.keys()) or sorted(k for k in own if own[k].shape != weights[k].shape)
-    if odd:
-        raise CheckpointError(f"{path} is of another model: {odd[0]} does not fit ({len(odd)} such)")
+def _load_weights(method: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    expected = method.state_dict()
+    mismatched = sorted(expected.keys() ^ weights.keys()) or sorted(
+        k for k in expected if expected[k].shape != weights[k].shape
+    )
+    if mismatched:
+        raise CheckpointError(
+            f"{path} belongs to another model: {mismatched[0]} does not match ({len(mismatched)} such)"
+        )
     method.load_state_dict(weights)
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Replace a small file in one go: it is the old one or the new one, whenever one looks. Raises StorageError."""
-    temporary = path.with_name(f".tmp_{os.getpid()}_{path.name}")  # ranks and neighbours may write the same file
+    """Replace a small file atomically. Raises StorageError."""
+    # The process id keeps apart several processes that write the same file.
+    temporary = path.with_name(f".tmp_{os.getpid()}_{path.name}")
     try:
         _write(temporary, content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as e:
-        raise StorageError(f"cannot write {path}: {e.strerror}; free some space or choose another --out") from e
+        raise StorageError(
+            f"cannot write {path}: {e.strerror}; free some space or choose another --out"
+        ) from e
     finally:
         temporary.unlink(missing_ok=True)
 

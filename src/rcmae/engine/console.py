@@ -1,4 +1,4 @@
-"""What one sees of a run: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
 import threading
@@ -13,27 +13,27 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 LOSS = {"loss": "loss"}
-"What is shown of a log line where nothing else is asked for."
+"Default labels of the values shown from a log line."
 
 
 class Screen:
-    """Prints for rank 0 and is silent on the others; a context around the loop."""
+    """Prints on rank 0 only. A context manager around the training loop."""
 
     LINES = 30
-    "lines of progress a run, at least, where there is no terminal to hold a bar"
+    "minimum number of progress lines per run without a terminal"
 
     SECONDS = 60.0
-    "and the longest time between two of them, if there is anything to tell"
+    "longest time between two progress lines"
 
     QUIET = 5.0
-    "seconds after the last line from which on `progress` tells what is being done"
+    "seconds without output after which `progress` starts to print"
 
     last: ClassVar[float] = time.monotonic()
-    "when any screen said its last line; at first, when the process began"
+    "when the last line was printed by any screen; initially the start of the process"
 
-    def __init__(self, first: bool):
-        self.told = -1
-        self.console = Console(quiet=not first, soft_wrap=True, highlight=False)
+    def __init__(self, is_main: bool, stderr: bool = False):
+        self.lines_printed = -1
+        self.console = Console(quiet=not is_main, stderr=stderr, soft_wrap=True, highlight=False)
         self.bar: Progress | None = None
 
     def say(self, text: str) -> None:
@@ -41,16 +41,20 @@ class Screen:
         self.console.print(text, markup=False)
 
     def start(self, total: int, done: int) -> None:
-        """Show the bar, on a terminal; elsewhere `step` says how far it is before the first `report`, if that comes late."""
+        """Show the bar on a terminal. Elsewhere, `step` prints progress if the first `report` takes long."""
         self.total, self.already, self.began, self.wait = total, done, time.monotonic(), 2 * self.QUIET
         self._show_bar(total, done)
 
     def _show_bar(self, total: int, done: int) -> None:
         if self.console.is_terminal:
             columns = (
-                BarColumn(24), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), TextColumn("{task.description}"),
-            )  # fmt: skip
+                BarColumn(24),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
             self.bar = Progress(*columns, console=self.console)
             self.bar.start()
             self.task = self.bar.add_task("", total=total, completed=done)
@@ -64,13 +68,19 @@ class Screen:
             left = (now - self.began) / (done - self.already) * (self.total - done)
             self.say(f"step {done:>6,}/{self.total:,}  {clock(left)} left")
 
-    def report(self, done: int, total: int, line: dict[str, float], left: float, labels: Mapping[str, str] = LOSS) -> None:
-        """The numbers of one log step; `left` is the expected time to the end in seconds, `labels` as in `describe`."""
+    def report(
+        self, done: int, total: int, line: dict[str, float], left: float, labels: Mapping[str, str] = LOSS
+    ) -> None:
+        """Print one log line; `left` is the expected remaining time in seconds, `labels` as in `describe`."""
         text = describe(line, labels)
         if self.bar:
             self.bar.update(self.task, description=text)
-        elif done == total or done * self.LINES // total > self.told or time.monotonic() - Screen.last > self.SECONDS:
-            self.told = done * self.LINES // total
+        elif (
+            done == total
+            or done * self.LINES // total > self.lines_printed
+            or time.monotonic() - Screen.last > self.SECONDS
+        ):
+            self.lines_printed = done * self.LINES // total
             self.say(f"step {done:>6,}/{total:,}  {text}  {clock(left)} left")
 
     def stop(self) -> None:
@@ -80,13 +90,13 @@ class Screen:
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar for something that is no training; the body tells it how much is done. Without a terminal, a line now and then.
+        """A progress bar for anything but training; the body calls `tick` with the amount done.
 
-        Nothing is said of what ends within `QUIET` seconds after the last line, which may be one of another part that ended as soon. A line
-        also comes while the body is busy with a long part and tells nothing.
+        Without a terminal a thread prints a line from time to time, also while the body is busy and does not
+        call `tick`, but nothing before `QUIET` seconds without output have passed.
         """
         began, done, ended = time.monotonic(), 0, threading.Event()
-        inside = self.bar  # of training, which goes on afterwards
+        inside = self.bar  # the training bar, which continues afterwards
 
         def tick(so_far: int) -> None:
             nonlocal done
@@ -97,24 +107,24 @@ class Screen:
             if self.bar:
                 self.bar.update(self.task, completed=done)
 
-        def lines() -> None:
+        def print_lines() -> None:
             wait = max(0.5, Screen.last + self.QUIET - began)
             while not ended.wait(wait):
                 took = time.monotonic() - began
                 wait = min(30.0, 10 + took / 20)
                 self.say(
-                    f"{what}: {done:,} of {total:,}, "
+                    (f"{what}: {done:,} of {total:,}, " if total > 1 else f"{what}: ")
                     + (f"{clock(took * (total - done) / done)} left" if done else f"{clock(took)} so far")
                 )
 
-        teller = threading.Thread(target=lines, daemon=True)
+        printer = threading.Thread(target=print_lines, daemon=True)
 
         if not inside:
             self._show_bar(total, 0)
         if self.bar:
             self.bar.update(self.task, description=what)
         else:
-            teller.start()
+            printer.start()
         try:
             yield tick
         finally:
@@ -125,7 +135,9 @@ class Screen:
     def __enter__(self) -> "Screen":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
         sys.stdout.flush()
 
@@ -139,7 +151,7 @@ class Screen:
 
 
 def describe(line: dict[str, float], labels: Mapping[str, str] = LOSS) -> str:
-    """A metrics line in one short line of text; `labels` are the keys to show and their short names."""
+    """A metrics line as one short line of text; `labels` maps the keys to show to short names."""
     parts = [f"{short} {line[name]:.4f}" for name, short in labels.items() if line.get(name) is not None]
     parts.append(f"{line['images_per_s']:,.0f} img/s")
     parts.append(f"data wait {line['data_wait']:.0%}")

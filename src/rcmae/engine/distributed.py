@@ -1,12 +1,12 @@
-"""Ranks, and the few things they tell each other. Alone, everything here is the identity."""
+"""Communication between ranks. With a single process every function here is the identity."""
 
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,53 +15,56 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that `torchrun` started; `control` is a group on the CPU that never waits for a GPU."""
+    """This process among those that `torchrun` started; `control` is a CPU process group, which never
+    synchronizes with a GPU."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    control: object = None
+    control: Any = None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def agree(self, *flags: bool) -> list[bool]:
-        """Each flag, raised everywhere if it is raised anywhere."""
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank."""
         if self.size == 1:
             return list(flags)
-        told = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.control)
-        return [bool(f) for f in told]
+        reduced = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(f) for f in reduced]
 
-    def everywhere(self, fine: Tensor) -> Tensor:
-        """A 0 or 1 on the device, in place: 1 only if it is 1 on every rank."""
+    def all_ranks(self, flag: Tensor) -> Tensor:
+        """Reduces a 0 or 1 on the device in place: 1 only if it is 1 on every rank."""
         if self.size > 1:
-            dist.all_reduce(fine, op=dist.ReduceOp.MIN)
-        return fine
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return flag
 
-    def from_first(self, value: object) -> object:
-        """A plain value (numbers and text), as rank 0 has it."""
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0 (numbers and text)."""
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        objects = [value]
+        dist.broadcast_object_list(objects, src=0, group=self.control)
+        return objects[0]
 
-    def to_first(self, value: Any) -> list[Any]:
-        """What every rank has, by rank, on rank 0; elsewhere nothing."""
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in order on rank 0; an empty list on the others."""
         if self.size == 1:
             return [value]
-        box = [None] * self.size if self.first else None
-        dist.gather_object(value, box, group=self.control)
-        return box or []
+        objects: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, objects, group=self.control)
+        return objects or []
 
 
 def start(device: torch.device) -> World:
-    """Join the world that torchrun describes in the environment, or be alone."""
+    """Join the process group that torchrun describes in the environment, if it does."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     if not dist.is_initialized():
@@ -72,8 +75,8 @@ def start(device: torch.device) -> World:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
-    """The world, left in the end by whoever joined it first."""
+def process_group(device: torch.device) -> Iterator[World]:
+    """Join the process group, and leave it at the end unless it had been joined before."""
     before = dist.is_initialized()
     try:
         yield start(device)
@@ -83,13 +86,13 @@ def joined(device: torch.device) -> Iterator[World]:
 
 
 def stop() -> None:
-    """Leave the world."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def average(value: Tensor) -> Tensor:
-    """The mean over all ranks, value by value, on the device; alone, itself."""
+    """The elementwise mean over all ranks, on the device."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         value = value.clone()
         dist.all_reduce(value)
@@ -98,7 +101,7 @@ def average(value: Tensor) -> Tensor:
 
 
 class _Mean(torch.autograd.Function):
-    """A mean is its own adjoint: what flows back to a rank is the mean of what all ranks say."""
+    """The mean is self-adjoint: each rank receives the mean of the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:
@@ -110,12 +113,12 @@ class _Mean(torch.autograd.Function):
 
 
 def mean_with_gradient(value: Tensor) -> Tensor:
-    """The mean over all ranks, through which gradients flow back to each of them."""
+    """The differentiable mean over all ranks."""
     return _Mean.apply(value) if dist.is_initialized() and dist.get_world_size() > 1 else value
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows of all ranks, each of which has as many, without gradient; alone, the rows."""
+    """The rows of all ranks without gradient; every rank must have the same number."""
     rows = rows.detach()
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return rows
@@ -125,48 +128,52 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def rank() -> int:
-    """This process among the ranks; alone, 0."""
+    """The rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def wrap(method: nn.Module, world: World) -> nn.Module:
-    """The method, its gradients averaged over the ranks."""
+    """The method in DistributedDataParallel, if there are several ranks."""
     if world.size == 1:
         return method
-    # Of dimensions of size 1, as 1 x 1 kernels have, where strides mean nothing. It comes with the first gradient, so not only in here.
+    # Harmless: it concerns dimensions of size 1, as in 1 x 1 kernels. The filter stays, since the warning
+    # comes with the first gradient.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch renames this option; older ones know it by this name only
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch renames `broadcast_buffers`
         return DistributedDataParallel(method, broadcast_buffers=False)
 
 
-def sync_gradients_on_last(net: nn.Module, last: bool):
-    """A context in which gradients are exchanged for the last micro-batch only."""
+def sync_gradients_on_last(net: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """A context in which gradients are all-reduced only if this is the last micro-batch."""
     return nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync()
 
 
 def pick_device(name: str) -> torch.device:
-    """The device by name; `auto` takes CUDA, then MPS, then the CPU. Raises ConfigError when it is not there."""
+    """The device by name; `auto` prefers CUDA, then MPS, then the CPU. Raises ConfigError if it is not
+    available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as e:
-        raise ConfigError(f"{name!r} is no device; write auto, cpu, cuda, cuda:1 or mps") from e
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device.type, False):
-        raise ConfigError(f"device {name} is not available here; --device auto takes what is")
+        raise ConfigError(f"{name!r} is not a valid device; write auto, cpu, cuda, cuda:1 or mps") from e
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, False):
+        raise ConfigError(f"device {name} is not available here; --device auto picks one that is")
     if device.type == "cuda":
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
         if index >= torch.cuda.device_count():
-            raise ConfigError(f"device cuda:{index} is not here; this machine has {torch.cuda.device_count()}")
+            raise ConfigError(
+                f"device cuda:{index} does not exist; number of CUDA devices: {torch.cuda.device_count()}"
+            )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """`bf16` or `fp32`; `auto` takes bf16 where the device multiplies it faster."""
+    """`bf16` or `fp32`; `auto` picks bf16 if matrix products are faster with it on the device."""
     if name != "auto":
         return name
     if device.type == "cuda":

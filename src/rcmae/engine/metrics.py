@@ -1,4 +1,5 @@
-"""The record of a run: one JSON object a line in metrics.jsonl, and the optional sinks that show the same numbers."""
+"""The metrics of a run: one JSON object per line in metrics.jsonl, and optionally TensorBoard and Weights &
+Biases."""
 
 import contextlib
 import json
@@ -12,18 +13,25 @@ from .checkpoint import replace_file
 
 
 class Metrics:
-    """Appends to `metrics.jsonl`; on a resume, what lies beyond the checkpoint is cut off first."""
+    """Appends to `metrics.jsonl`. When a run resumes, lines later than the checkpoint are removed first."""
 
-    def __init__(self, run: Path, step: int | None, milestone: int = 0, tensorboard: bool = False, wandb: str | None = None):
-        """Open the record of `run` at optimizer step `step`, or begin a new one (None).
+    def __init__(
+        self,
+        run: Path,
+        step: int | None,
+        milestone: int = 0,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+    ):
+        """Open the metrics of `run` at optimizer step `step`, or begin a new file (None).
 
-        What was measured after the last saved `milestone` is cut off too, also at that step: it will be measured again.
-        Raises ConfigError when an optional sink is not installed, StorageError.
+        Measurements later than the last saved `milestone` are removed as well, since they will be repeated.
+        Raises ConfigError if TensorBoard or wandb is requested and not installed, StorageError.
         """
         self.path = run / "metrics.jsonl"
         lines = [] if step is None else read_metrics(run)
-        kept = [line for line in lines if line["step"] <= (milestone if _measured(line) else step)]
-        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in lines if line["step"] <= (milestone if _measured(line) else step)]
+        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self.file = self.path.open("a", encoding="utf-8")
         self.board = self.wandb = None
         if tensorboard:
@@ -31,21 +39,23 @@ class Metrics:
                 str(run / "tensorboard"), purge_step=None if step is None else step + 1
             )
         if wandb:
-            # The same id after a resume, so that it goes on there; it is the run directory's, which may be moved.
-            place = run / "wandb.id"
-            if not place.exists():
-                replace_file(place, secrets.token_hex(4))
-            options = {"id": place.read_text(), "resume": "allow", "name": run.name, "dir": str(run)}
+            # The id lies in the run directory, which may be moved, so that wandb resumes the same run.
+            id_file = run / "wandb.id"
+            if not id_file.exists():
+                replace_file(id_file, secrets.token_hex(4))
+            options = {"id": id_file.read_text(), "resume": "allow", "name": run.name, "dir": str(run)}
             self.wandb = optional("wandb", "wandb").init(project=wandb, **options)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line. JSON has no infinity and no NaN: they become null. Raises StorageError."""
+        """Append one line; infinity and NaN, which JSON lacks, become null. Raises StorageError."""
         line = {"kind": kind, "step": step} | {k: _plain(v) for k, v in values.items()}
         try:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
         except OSError as e:
-            raise StorageError(f"cannot write {self.path}: {e.strerror}; free some space and run the same command again") from e
+            raise StorageError(
+                f"cannot write {self.path}: {e.strerror}; free some space and run the same command again"
+            ) from e
         numbers = {f"{kind}/{k}": v for k, v in _flat(line).items() if isinstance(v, (int, float))}
         if self.board:
             for name, value in numbers.items():
@@ -54,7 +64,7 @@ class Metrics:
             self.wandb.log(numbers, step=step)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be flushed has been told
+        with contextlib.suppress(OSError):  # a failed write has already been reported
             self.file.close()
         if self.board:
             self.board.close()
@@ -63,9 +73,10 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics.jsonl, each with a kind and a step; a last line that a kill cut short is left out.
+    """All valid lines of a run's metrics.jsonl; a last line cut short by a kill is left out.
 
-    A milestone that was measured again, since it had been recorded and not saved, has its last record.
+    If a milestone was measured twice, because the first measurement was recorded but not saved, only the last
+    one is returned.
     """
     path = run / "metrics.jsonl"
     lines = []
@@ -75,18 +86,18 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if _whole(line):
+            if _valid(line):
                 lines.append(line)
-    last = {(what, line["step"]): line for line in lines if (what := _measured(line))}
-    return [line for line in lines if not (what := _measured(line)) or last[what, line["step"]] is line]
+    last = {(kind, line["step"]): line for line in lines if (kind := _measured(line))}
+    return [line for line in lines if not (kind := _measured(line)) or last[kind, line["step"]] is line]
 
 
-def _whole(line: Any) -> bool:
+def _valid(line: Any) -> bool:
     return isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int
 
 
 def _measured(line: dict[str, Any]) -> str:
-    """Which of a milestone's records a line is; empty for other lines."""
+    """The kind of measurement of a milestone that the line holds; empty for other lines."""
     return "lidar" if "lidar" in line else line["kind"] if line["kind"] in ("probe", "val") else ""
 
 

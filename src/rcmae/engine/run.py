@@ -1,4 +1,4 @@
-"""The run directory: who owns it, what it says of itself, and the context that every run is carried out in."""
+"""The run directory (locking, recipe and environment records) and the context in which every run executes."""
 
 import ctypes
 import fcntl
@@ -18,8 +18,17 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import __version__
-from ..config import Workplace, check, flat, to_toml
-from ..errors import ConfigError, DataError, OutOfMemoryError, Preempted, ProcessError, StorageError, first_line
+from ..config import BaseRuntimeConfig, check, flat, to_toml
+from ..errors import (
+    ConfigError,
+    DataError,
+    OutOfMemoryError,
+    Preempted,
+    ProcessError,
+    SettingsError,
+    StorageError,
+    first_line,
+)
 from . import distributed, signals
 from .checkpoint import checkpoints, replace_file
 from .console import Screen
@@ -27,103 +36,137 @@ from .distributed import World
 
 
 class RunContext(NamedTuple):
-    """Where a run happens."""
+    """What a run executes in."""
 
     out: Path
-    machine: Workplace
+    runtime: BaseRuntimeConfig
     device: torch.device
     world: World
     screen: Screen
 
 
 @contextmanager
-def run_context(machine: Workplace, out: Path | None, advice: str) -> Iterator[RunContext]:
-    """Everything that a run is carried out in: its device and threads, the other ranks, its directory `out`, locked, and the screen.
+def run_context(runtime: BaseRuntimeConfig, out: Path | None, advice: str) -> Iterator[RunContext]:
+    """Set up the device, threads and ranks, lock the directory `out` and open the screen.
 
-    Signals are answered within it, failures come out as errors of `rcmae.errors`, lacks of memory with `advice`, and torch's own
-    generators are left as they were. Raises ConfigError without `out`, and Preempted for Interrupted where there is a checkpoint.
+    Within it signals are handled and failures are translated to the errors of `rcmae.errors`; out-of-memory
+    errors end with `advice`. Torch's global generators are restored afterwards. Raises ConfigError without
+    `out`, and Preempted instead of Interrupted if there is a checkpoint.
     """
-    check(machine)
+    check(runtime)
     if out is None:
         raise ConfigError("a run needs a directory: give --out")
-    device = distributed.pick_device(machine.device)
-    if machine.threads:
-        torch.set_num_threads(machine.threads)
+    device = distributed.pick_device(runtime.device)
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    with signals.answered(), distributed.joined(device) as world, plain_failures(device, world, advice):
+    with (
+        signals.handled(),
+        distributed.process_group(device) as world,
+        translate_errors(device, world, advice),
+    ):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            with own_run(out) if world.first else nullcontext(), Screen(world.first) as screen:
+            with run_directory(out) if world.is_main else nullcontext(), Screen(world.is_main) as screen:
                 try:
-                    yield RunContext(out, machine, device, world, screen)
+                    yield RunContext(out, runtime, device, world, screen)
                 except signals.Interrupted as e:
-                    if not (kept := checkpoints(out / "checkpoints")):
+                    if not (saved := checkpoints(out / "checkpoints")):
                         raise
-                    raise preempted(str(e), int(kept[0].name.removeprefix("step_"))) from e
+                    raise preempted(str(e), int(saved[0].name.removeprefix("step_"))) from e
 
 
 def preempted(signal: str, step: int) -> Preempted:
-    """The error of a run that a signal ended and that can be resumed."""
+    """The error for a run that was stopped by a signal and can be resumed."""
     signals.end_with(Preempted.exit_code)
-    return Preempted(f"stopped by {signal}; saved at step {step}, run the same command again")
+    return Preempted(f"by {signal}; saved at step {step}, run the same command again")
 
 
 @contextmanager
-def owned(run: Path) -> Iterator[None]:
-    """Make the run directory and hold it alone; the system frees it when the process ends, however it ends.
+def run_lock(run: Path) -> Iterator[None]:
+    """Create the run directory and lock it; the operating system releases the lock when the process ends.
 
-    Raises ConfigError when another process works there, StorageError when it cannot be written.
+    Raises ConfigError if another process holds the lock, StorageError if the directory is not writable.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("a+")
     except OSError as e:
-        raise StorageError(f"cannot write the run directory {run}: {e.strerror}; choose another with --out") from e
+        raise StorageError(
+            f"cannot write the run directory {run}: {e.strerror}; choose another with --out"
+        ) from e
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             lock.seek(0)
-            raise ConfigError(f"{run} is in use by process {lock.read().strip() or '?'}; choose another --out") from e
+            raise ConfigError(
+                f"{run} is in use by process {lock.read().strip() or '?'}; choose another --out"
+            ) from e
+        if os.fstat(lock.fileno()).st_nlink == 0:
+            raise ConfigError(f"{run} has just been removed by another process; run the command again")
         try:
             os.ftruncate(lock.fileno(), 0)
             os.write(lock.fileno(), str(os.getpid()).encode())
         except OSError as e:
-            raise StorageError(f"cannot write the run directory {run}: {e.strerror}; choose another with --out") from e
+            raise StorageError(
+                f"cannot write the run directory {run}: {e.strerror}; choose another with --out"
+            ) from e
         try:
             yield
-        finally:  # said aloud: a loader process that is still ending holds a copy of the handle
+        finally:  # explicitly, since a loader process that is still ending has a copy of the handle
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-@contextmanager
-def own_run(run: Path) -> Iterator[None]:
-    """`owned`; and what is refused before the first checkpoint, by ConfigError or DataError, leaves the directory as it was, or absent.
+WRITTEN = (
+    "recipe.toml",
+    "machine.json",
+    "metrics.jsonl",
+    "report.html",
+    "wandb.id",
+    "snapshots",
+    "probes",
+    "tensorboard",
+    "wandb",
+)
+"What a run may write before its first checkpoint."
 
-    Only the names of unreadable images stay.
+
+@contextmanager
+def run_directory(run: Path) -> Iterator[None]:
+    """`run_lock`, and cleanup: a new run that fails with ConfigError or DataError removes what it wrote, and
+    the directories it created.
+
+    Other files stay, including the record of unreadable images.
     """
-    made = [path for path in (run, *run.parents) if not path.exists()]
-    there = set(run.iterdir()) if run.is_dir() else set()
-    replaced = {path: path.read_bytes() for path in there if path.name in ("recipe.toml", "metrics.jsonl")}
-    with owned(run):
+    # Path.exists raises if a parent is not accessible.
+    created = [path for path in (run, *run.parents) if not os.path.exists(path)]  # noqa: PTH110
+    lock_existed = os.path.exists(run / ".lock")  # noqa: PTH110
+    with run_lock(run):
+        paths = [] if checkpoints(run / "checkpoints") else [run / name for name in WRITTEN]
+        before = {path: path.read_bytes() for path in paths if path.is_file()}
+        new = [path for path in paths if not path.exists()]
         try:
             yield
         except (ConfigError, DataError):
             if not checkpoints(run / "checkpoints"):
-                for path in set(run.iterdir()) - there - set(run.glob("bad_*.jsonl")):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                for path, content in replaced.items():
+                for path in new:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                for path, content in before.items():
                     replace_file(path, content)
-                with suppress(OSError):  # not empty: the names stay
-                    for path in made:
+                if not lock_existed:
+                    (run / ".lock").unlink()
+                with suppress(OSError):  # not empty
+                    for path in created:
                         path.rmdir()
             raise
 
 
 def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
-    """Write recipe.toml at a fresh start; else compare with the one that is there, see `check_same_recipe`.
+    """Write recipe.toml for a new run; for a resumed one, compare with it (`check_same_recipe`).
 
-    A run without any checkpoint has not begun: what an attempt that ended before its first one left is of no meaning, and is replaced.
+    A run without a checkpoint counts as new: files left by an attempt that ended before its first checkpoint
+    are replaced.
     """
     path = run / "recipe.toml"
     if not checkpoints(run / "checkpoints"):
@@ -135,22 +178,33 @@ def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
 
 
 def check_same_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
-    """Raises ConfigError naming what differs from the recipe that a run was begun with, if it has begun. `load` reads the file back.
+    """Raises ConfigError that lists the differences from the recipe the run was started with, if any.
+    `load` reads the file.
 
-    Where the data lies may change: whether it is the same is told by its fingerprint in the checkpoint.
+    The path of the data may change, since checkpoints record a fingerprint of the data itself.
     """
     path = run / "recipe.toml"
-    if not checkpoints(run / "checkpoints") or not path.exists():  # lost: written again once the checkpoint has told that it is its own
+    # A lost recipe.toml is written again once the checkpoint has been verified.
+    if not checkpoints(run / "checkpoints") or not path.exists():
         return
     old, new = flat(load(str(path))), flat(recipe)
-    differ = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if k != "data" and old.get(k) != new.get(k)]
+    differ = [
+        f"{k} {old.get(k)} (now {new.get(k)})"
+        for k in {**old, **new}
+        if k != "data" and old.get(k) != new.get(k)
+    ]
     if differ:
-        raise ConfigError(f"{run} was begun with {', '.join(differ)}; use another --out, or the same recipe to go on")
+        raise SettingsError(
+            f"{run} was started with {', '.join(differ)}; use another --out, or the same recipe to resume"
+        )
 
 
 def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
-    """What a reader needs to know to compare numbers: versions, hardware, commit. No names of people or machines."""
-    cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.processor())
+    """Versions, hardware and commit, for comparing results. No names of users or hosts."""
+    cpu = next(
+        (x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")),
+        platform.processor(),
+    )
     return {
         "rcmae": __version__,
         "python": platform.python_version(),
@@ -175,26 +229,28 @@ def _lines(path: str) -> list[str]:
 
 
 def _commit() -> str | None:
-    """The commit of this package's own checkout, with + when it has changes; None outside one."""
+    """The commit of this package's git checkout, with + if it has changes; None outside a checkout."""
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]
         top = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5)
         if top.returncode:
             return None
-        head = subprocess.run([*git, "describe", "--always", "--dirty=+"], capture_output=True, text=True, timeout=5)
+        head = subprocess.run(
+            [*git, "describe", "--always", "--dirty=+"], capture_output=True, text=True, timeout=5
+        )
         return head.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a small JSON file in one go. Raises StorageError."""
+    """Replace a small JSON file atomically. Raises StorageError."""
     replace_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if it cannot be read or is none."""
+    """A JSON object; empty if the file cannot be read or holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -202,29 +258,40 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def describe_environment(machine: Workplace, device: torch.device, precision: str, world: World) -> dict[str, Any]:
-    """What must not change if a resumed run is to be equal to the bit."""
+def describe_environment(
+    runtime: BaseRuntimeConfig, device: torch.device, precision: str, world: World
+) -> dict[str, Any]:
+    """What must stay the same for a resumed run to be bitwise identical."""
     return {
-        "torch": torch.__version__, "device": device.type, "precision": precision, "ranks": world.size,
-        "accumulate": machine.accumulate, "threads": torch.get_num_threads(), "compile": machine.compile,
-    }  # fmt: skip
+        "torch": torch.__version__,
+        "device": device.type,
+        "precision": precision,
+        "ranks": world.size,
+        "accumulate": runtime.accumulate,
+        "threads": torch.get_num_threads(),
+        "compile": runtime.compile,
+    }
 
 
 def changed_environment(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each that did change."""
-    return [f"note: {k} was {v}, is {now[k]}: the run goes on, but not to the same bit" for k, v in then.items() if v != now[k]]
+    """A note for each changed value."""
+    return [
+        f"note: {k} was {v} and is now {now[k]}: the resumed run will not be bitwise identical"
+        for k, v in then.items()
+        if v != now[k]
+    ]
 
 
 ADVICE = "try --accumulate 2, --checkpointing or a smaller --batch-size"
-"What to do about a lack of memory."
+"What to do when memory runs out."
 
 CONNECTION = ("Connection", "connection", "gloo", "NCCL")
-"Words by which a plain RuntimeError tells that another rank is gone."
+"Words in a plain RuntimeError that indicate a lost rank."
 
 
 @contextmanager
-def plain_failures(device: torch.device, world: World, advice: str = ADVICE) -> Iterator[None]:
-    """Within it, lost processes and a lack of memory are ProcessError and OutOfMemoryError, in one line that ends with the advice."""
+def translate_errors(device: torch.device, world: World, advice: str = ADVICE) -> Iterator[None]:
+    """Raise one-line ProcessErrors for lost processes, and OutOfMemoryErrors that end with the advice."""
     try:
         yield
     except torch.OutOfMemoryError as e:
@@ -232,16 +299,22 @@ def plain_failures(device: torch.device, world: World, advice: str = ADVICE) -> 
     except RuntimeError as e:
         text = str(e)
         if "DataLoader worker" in text:
-            raise ProcessError(f"a loader process was lost ({first_line(e)}); run the same command again") from e
-        if isinstance(e, torch.distributed.DistError) or (world.size > 1 and any(word in text for word in CONNECTION)):
-            raise ProcessError(f"another process of the run was lost ({first_line(e)}); run the same command again") from e
-        if "can't allocate memory" in text:  # what torch says of the host's
+            raise ProcessError(
+                f"a loader process was lost ({first_line(e)}); run the same command again"
+            ) from e
+        if isinstance(e, torch.distributed.DistError) or (
+            world.size > 1 and any(word in text for word in CONNECTION)
+        ):
+            raise ProcessError(
+                f"another process of the run was lost ({first_line(e)}); run the same command again"
+            ) from e
+        if "can't allocate memory" in text:  # torch's message for host memory
             raise OutOfMemoryError(f"the host ran out of memory; {advice}, or fewer --workers") from e
         raise
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the device's allocator, or of the process on a CPU."""
+    """Peak memory so far: of the CUDA allocator, or else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -249,7 +322,8 @@ def memory_gib(device: torch.device) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep the big blocks that a step frees for the next one: on a CPU, page faults cost up to a tenth."""
+    """Make glibc keep the large blocks that a step frees for the next one; on a CPU, page faults otherwise
+    cost up to a tenth of the time."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):

@@ -1,8 +1,10 @@
-"""SIGINT, SIGTERM, SIGUSR1 and SIGHUP: each is answered on the screen at once and ends the command within seconds.
+"""SIGINT, SIGTERM, SIGUSR1 and SIGHUP: each is acknowledged on stderr at once and ends the command within
+seconds.
 
-Outside of any block below, a signal raises `Interrupted` where the program stands. Within `held()` it waits for the end of the block, so
-that what belongs together is done together; within `interruptible()`, inside of `held()`, it is raised at once again. A second signal
-ends the process without another word, and so does a watchdog, `GRACE` seconds after the first one, where nothing is held.
+By default a signal raises `Interrupted` in the main thread at once. `held()` defers it to the end of the
+block, to protect work that must not be interrupted; `interruptible()`, inside of `held()`, raises it at once
+again. A second signal ends the process immediately, and so does a watchdog, `GRACE` seconds after the first
+signal, unless it is held.
 """
 
 import contextlib
@@ -15,18 +17,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 GRACE = 4.0
-"Seconds from a signal to the end of a process that does not end by itself, as in a long call of a library. Held time does not count."
+"""Seconds after a signal at which a process is ended that has not ended by itself, for example during a long
+library call. Time within `held()` does not count."""
 
 SAME = 0.5
-"Seconds within which a second signal is the first one again, sent to a process and to its group."
+"Seconds within which a second signal is a duplicate, sent to both a process and its group."
 
 
 class Interrupted(BaseException):
-    """A signal asks the command to end. Not an Exception: nobody who handles errors should handle this."""
+    """A signal requests the end of the command. Not an Exception, so that no error handler catches it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -38,37 +42,42 @@ class Interrupted(BaseException):
         return 128 + self.number
 
 
-_asked: int | None = None
-"The first signal."
-_unsaid = threading.Lock()
-"Taken by whoever answers it on the screen."
+_received: int | None = None
+"The number of the first signal."
+_announcing = threading.Lock()
+"Acquired, and never released, by the thread that acknowledges the signal on stderr."
 _first = 0.0
-"When it came."
+"Time of the first signal."
 _code: int | None = None
-"What the watchdog ends with, if not with the signal's own code."
+"Exit code used by a second signal and the watchdog instead of the signal's."
 _raises = True
-"Whether a signal is raised where the main thread stands."
+"Whether a signal raises Interrupted in the main thread at once."
 _holds = False
-"Whether the main thread stands in a block of `held()`, where the watchdog waits."
+"Whether the main thread is within `held()`, during which the watchdog waits."
 _lost = False
-"Whether Python dropped what was raised, as it does in a destructor and in the callback of a weak reference."
-_repeats = False
-"Whether the next call of the handler is the watchdog's, which raises again what was lost."
+"Whether Python dropped the exception, as it does in a destructor and in the callback of a weak reference."
+_repeated = 0
+"Signals sent by the watchdog thread to raise a lost exception again, and not yet handled."
 
 
-def asked() -> str | None:
-    """The name of the signal that asked this process to end, if one did."""
-    return None if _asked is None else signal.Signals(_asked).name
+def received() -> str | None:
+    """The name of the first signal received, if any."""
+    return None if _received is None else signal.Signals(_received).name
 
 
 @contextlib.contextmanager
-def answered() -> Iterator[None]:
-    """Answer signals within this block, which must be the outermost one; inside another, or outside the main thread, it does nothing."""
-    global _asked, _unsaid, _code, _raises, _holds, _lost, _repeats
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is _handle:
+def handled() -> Iterator[None]:
+    """Handle signals within this block. Nested in another one, or outside the main thread, it does
+    nothing."""
+    global _received, _announcing, _code, _raises, _holds, _lost, _repeated
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is _handle
+    ):
         yield
         return
-    _asked, _unsaid, _code, _raises, _holds, _lost, _repeats = None, threading.Lock(), None, True, False, False, False
+    _received, _announcing, _code = None, threading.Lock(), None
+    _raises, _holds, _lost, _repeated = True, False, False, 0
     receive, send = os.pipe()
     os.set_blocking(send, False)
     before = {n: signal.getsignal(n) for n in NUMBERS}
@@ -79,33 +88,44 @@ def answered() -> Iterator[None]:
     sys.unraisablehook = functools.partial(_unraisable, unraisable)
     try:
         for number in NUMBERS:
-            if not (number == signal.SIGHUP and before[number] is signal.SIG_IGN):  # ignored under nohup
+            if not (number == signal.SIGHUP and before[number] is signal.SIG_IGN):  # nohup ignores SIGHUP
                 signal.signal(number, _handle)
         yield
     finally:
+        os.write(send, b"\0")
+        watcher.join()
         for number in NUMBERS:
             signal.signal(number, before[number] or signal.SIG_DFL)
         signal.set_wakeup_fd(fd)
         sys.unraisablehook = unraisable
-        os.write(send, b"\0")
-        watcher.join()
-        os.close(receive), os.close(send)
-        _asked = None
+        os.close(receive)
+        os.close(send)
+        _received = None
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """A signal waits for the end of this block and is raised there."""
+    """Defer signals to the end of this block."""
     with _mode(raises=False, holds=True):
         yield
-    raise_if_asked()
+    raise_if_received()
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """Like `held()`, but the watchdog does not wait. For C++ code that calls Python, where an exception would
+    abort the process."""
+    with _mode(raises=False, holds=_holds):
+        yield
+    raise_if_received()
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within `held()`: a signal is raised at once, also one that came before. What is done here must be safe to leave in the middle."""
+    """Within `held()`: raise a signal at once, also one received earlier. The body must be safe to
+    interrupt."""
     with _mode(raises=True, holds=_holds):
-        raise_if_asked()
+        raise_if_received()
         yield
 
 
@@ -120,22 +140,26 @@ def _mode(raises: bool, holds: bool) -> Iterator[None]:
         _raises, _holds = before
 
 
-def raise_if_asked() -> None:
-    """Raises Interrupted where a signal came and nothing holds it."""
-    if _asked is not None and _raises:
-        raise Interrupted(_asked)
+def raise_if_received() -> None:
+    """Raises Interrupted if a signal was received and is not held."""
+    global _lost
+    if _received is not None and _raises:
+        _lost = False
+        raise Interrupted(_received)
 
 
 def end_with(code: int) -> None:
-    """All is saved: whatever ends this process from now on, its exit code is `code`."""
+    """Set the exit code for a process that a second signal or the watchdog ends, once everything is saved."""
     global _code
     _code = code
 
 
-def end_at_once(code: int) -> None:
-    """End this process and its children without waiting for anything that they do."""
-    if threading.current_thread() is threading.main_thread():  # another one could wait for ever for what the main one is writing
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises in its handler when a loader process is gone
+def end_at_once(code: int) -> NoReturn:
+    """End this process and its children immediately."""
+    # Another thread could wait forever for a stream that the main thread is writing to.
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler raises when a loader process has died.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
@@ -145,14 +169,14 @@ def end_at_once(code: int) -> None:
 
 
 def ignore() -> None:
-    """For a child process that its parent ends: deaf to these signals."""
+    """Ignore these signals: for a child process that its parent ends, and for a process that is finishing."""
     signal.set_wakeup_fd(-1)
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _forked() -> None:
-    """A new child must not write to its parent's pipe."""
+    """Keep a forked child from writing to its parent's pipe."""
     if signal.getsignal(signal.SIGINT) is _handle:
         signal.set_wakeup_fd(-1)
 
@@ -160,7 +184,9 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-def _unraisable(otherwise: Callable[["sys.UnraisableHookArgs"], object], lost: "sys.UnraisableHookArgs") -> None:
+def _unraisable(
+    otherwise: Callable[["sys.UnraisableHookArgs"], object], lost: "sys.UnraisableHookArgs"
+) -> None:
     global _lost
     if lost.exc_type is Interrupted:
         _lost = True
@@ -169,44 +195,52 @@ def _unraisable(otherwise: Callable[["sys.UnraisableHookArgs"], object], lost: "
 
 
 def _handle(number: int, frame: object) -> None:
-    global _asked, _first, _repeats
-    if _repeats:
-        _repeats = False
-        raise_if_asked()
-    elif _asked is None:
-        _asked, _first = number, time.monotonic()
-        _answer(number)
-        raise_if_asked()
+    global _received, _first, _repeated
+    if _repeated:
+        _repeated -= 1
+        if _lost:
+            raise_if_received()
+    elif _received is None:
+        _received, _first = number, time.monotonic()
+        _announce(number)
+        raise_if_received()
     elif time.monotonic() - _first > SAME:
         end_at_once(128 + number if _code is None else _code)
 
 
-def _answer(number: int) -> None:
-    if _unsaid.acquire(blocking=False):
+def _announce(number: int) -> None:
+    if _announcing.acquire(blocking=False):
         with contextlib.suppress(OSError):
-            os.write(2, f"rcmae: {signal.Signals(number).name} received: stopping; a second one ends this at once\n".encode())
+            name = signal.Signals(number).name
+            os.write(2, f"rcmae: {name} received: stopping; a second one ends this at once\n".encode())
 
 
 def _watch(receive: int) -> None:
-    """In a thread of its own, since the main one may be inside of a long call: say that a signal came, then count to GRACE."""
-    global _lost, _repeats
-    number, came, seconds, tick = 0, 0.0, 0.0, 0.1
-    own = 0  # bytes to come from signals of this thread
+    """The watchdog, in its own thread since the main one may be inside a long call: acknowledge the signal,
+    then end the process after GRACE seconds."""
+    global _repeated
+    number, came, held, now, tick = 0, 0.0, 0.0, 0.0, 0.1
+    resent = 0  # bytes still to come from signals that this thread sent
     while True:
-        if select.select([receive], [], [], tick if number else None)[0]:
-            for byte in os.read(receive, 64):
-                if byte == 0:
-                    return
-                if own and byte == number:
-                    own -= 1
-                elif byte in NUMBERS and not number:
-                    number, came = byte, time.monotonic()
-                    _answer(number)
-                elif byte in NUMBERS and time.monotonic() - came > SAME:
-                    time.sleep(tick)  # the handler ends the process, unless the main thread is inside of a long call
-                    end_at_once(128 + byte if _code is None else _code)
-        elif _lost:
-            _lost, _repeats, own = False, True, own + 1
-            signal.pthread_kill(threading.main_thread().ident, number)
-        elif number and not _holds and (seconds := seconds + tick) > GRACE:
+        before, ready = now, select.select([receive], [], [], tick if number else None)[0]
+        now = time.monotonic()
+        for byte in os.read(receive, 64) if ready else b"":
+            if byte == 0:
+                return
+            if resent and byte == number:
+                resent -= 1
+            elif byte in NUMBERS and not number:
+                number, came, before = byte, now, now
+                _announce(number)
+            elif byte in NUMBERS and now - came > SAME:
+                time.sleep(tick)  # the handler ends the process, unless the main thread is inside a long call
+                end_at_once(128 + byte if _code is None else _code)
+        if _lost and _raises and not resent:
+            resent, _repeated = 1, 1
+            main_thread = threading.main_thread().ident
+            assert main_thread is not None  # it has started
+            signal.pthread_kill(main_thread, number)
+        if _holds:
+            held += now - before
+        elif number and now - came - held > GRACE:
             end_at_once(128 + number if _code is None else _code)

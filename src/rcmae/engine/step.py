@@ -1,4 +1,5 @@
-"""The parts of an optimizer step that all trainers share: a step moves everything or nothing, and nothing waits for the device."""
+"""The parts of an optimizer step that all trainers share. A step is applied completely or not at all, and the
+host never waits for the device."""
 
 import time
 from collections.abc import Iterator
@@ -18,20 +19,20 @@ PATIENCE = 5
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of every group: `lr`, times the group's own `lr_scale` where it has one."""
+    """Set the learning rate of every group to `lr`, times the group's `lr_scale` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-    """The weight decay of every group that has one."""
+    """Set the weight decay of every group whose weight decay is not 0."""
     for group in optimizer.param_groups:
         if group["weight_decay"]:
             group["weight_decay"] = weight_decay
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
-    """Scale the gradients so that their norm is at most `limit`, if there is one. Returns the norm before."""
+    """Clip the gradients to the norm `limit`, if given. Returns the norm before clipping."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if limit:
@@ -40,8 +41,9 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Ten
 
 
 def conditional_step(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
-    """The step of a fused optimizer where `applied`, on the device, is 1; nothing moves where it is 0. Gradients are dropped."""
-    optimizer.found_inf = 1 - applied  # the fused optimizer leaves everything alone where this is 1
+    """One step of a fused optimizer if `applied`, a tensor on the device, is 1; no change if it is 0. The
+    gradients are released."""
+    optimizer.found_inf = 1 - applied  # type: ignore[attr-defined]  # fused optimizers skip the step if 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -59,7 +61,7 @@ class Mean:
 
 
 class Skips:
-    """What the steps since the last look returned. Only looking waits for the device."""
+    """Which steps were skipped because they were not finite. Only `read` waits for the device."""
 
     def __init__(self, checkpoints: Path, divergence_advice: str):
         self.checkpoints, self.divergence_advice = checkpoints, divergence_advice
@@ -69,21 +71,24 @@ class Skips:
     def note(self, applied: Tensor) -> None:
         self.recent.append(applied)
 
-    def look(self, step: int) -> Iterator[int]:
-        """Those of the last steps, up to before `step`, that were skipped. Raises DivergedError after PATIENCE in a row."""
+    def read(self, step: int) -> Iterator[int]:
+        """The skipped steps since the last call, all before `step`. Raises DivergedError after PATIENCE in a
+        row."""
         recent, self.recent = self.recent, []
-        for i, fine in enumerate(torch.stack(recent).tolist() if recent else []):
-            self.in_a_row = 0 if fine else self.in_a_row + 1
-            if not fine:
+        for i, applied in enumerate(torch.stack(recent).tolist() if recent else []):
+            self.in_a_row = 0 if applied else self.in_a_row + 1
+            if not applied:
                 yield step - len(recent) + i
             if self.in_a_row >= PATIENCE:
                 last = newest(self.checkpoints)
                 advice = f"{self.divergence_advice}, or try --precision fp32"
-                raise DivergedError(f"{PATIENCE} steps in a row were not finite, up to step {step}; {last} is kept; {advice}")
+                raise DivergedError(
+                    f"{PATIENCE} steps in a row were not finite, up to step {step}; {last} is kept; {advice}"
+                )
 
 
 class LogWindow:
-    """Sums since the last log line, kept on the device; reading them is the only time the host waits for it."""
+    """Sums since the last log line, on the device. The host waits for the device only in `read`."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -95,7 +100,7 @@ class LogWindow:
         self.images, self.waited, self.since = 0, 0.0, time.monotonic()
 
     def next_of(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """The next batch; how long it took is counted."""
+        """The next batch; the time spent waiting for it is recorded."""
         start = time.monotonic()
         batch = next(batches)
         self.waited += time.monotonic() - start
@@ -103,7 +108,7 @@ class LogWindow:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is no training: probes, pictures, checkpoints."""
+        """Exclude the time of this block, such as probes and checkpoints, from the speed."""
         start = time.monotonic()
         yield
         self.since += time.monotonic() - start
@@ -115,10 +120,14 @@ class LogWindow:
         self.images += images
 
     def read(self) -> dict[str, float]:
-        """Means over the applied steps and all ranks, images a second and the share of time that waited; then start anew."""
+        """Means over the applied steps and all ranks, images/s and the fraction of time spent waiting for
+        data. Clears the sums."""
         applied = float(self.applied)
         sums = distributed.average(torch.stack(list(self.sums.values()))).tolist()
-        means = {name: value / applied if applied else float("nan") for name, value in zip(self.sums, sums, strict=True)}
+        means = {
+            name: value / applied if applied else float("nan")
+            for name, value in zip(self.sums, sums, strict=True)
+        }
         seconds = time.monotonic() - self.since
         line = means | {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
         self.clear()

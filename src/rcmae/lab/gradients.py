@@ -1,12 +1,15 @@
-"""`rcmae lab gradients RUN`: does the teacher of a real network take back the last step, and only where inputs are similar?
+"""`rcmae lab gradients RUN`: does the teacher of a real network revert the previous step, and only on similar
+inputs?
 
-After a step on batch B, the gradients of both losses are taken apart on four batches: B again, B under new masks, new crops of
-the same images, and other images. The linear theory (`linear_model.py`) expects the consistency gradient to point against the
-reconstruction gradient of that step, the more so the more alike the inputs: i < ii <= iii < iv, and iv near 0.
+After a step on batch B, the gradients of the two losses are computed separately on four batches: B again, B
+with new masks, new crops of the same images, and other images. In the linear theory (`linear_model.py`), the
+consistency gradient opposes the reconstruction gradient of that step, the more so the more similar the inputs
+are: the cosines satisfy i < ii <= iii < iv, with iv near 0.
 """
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from ..engine.console import Screen
 from ..engine.distributed import pick_device
 from ..engine.optim import adamw
 from ..engine.schedules import Progress
-from ..errors import CheckpointError, ConfigError, DataError, DivergedError
+from ..errors import CheckpointError, ConfigError, DataError, DivergedError, refuse
 from ..methods import METHODS, Method
 from ..methods.recipes import load_recipe, parse_recipe
 from ..models.backbone import usual_statistics
@@ -41,92 +44,121 @@ CONDITIONS = {
 }
 
 MEASURES = ("previous", "moment", "ratio")
-"Of the consistency gradient: cosine with the last step's reconstruction gradient, with AdamW's first moment; norm over the present one's."
+"""Of the consistency gradient: its cosine with the reconstruction gradient of the previous step and with
+AdamW's first moment, and its norm over that of the present reconstruction gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How the question is asked."""
+class GradientSettings:
+    """Settings of the study."""
 
     batches: int = 24
-    "steps that are looked at"
+    "number of measured steps"
     batch_size: int | None = None
-    "images a batch; default: the recipe's, at most 128"
+    "images per batch; default: the recipe's, at most 128"
     settle: int | None = None
-    "steps before, at the same learning rate; default: three half-lives of the teacher, from 10 to 100"
+    "steps before the measured ones; default: three half-lives of the teacher, from 10 to 100"
     lr: float | None = None
-    "learning rate of these steps; default: half the recipe's peak for this batch, its mean over a cosine"
+    "learning rate of all these steps; default: half the recipe's peak for this batch, the mean of a cosine"
     device: str = "auto"
     "auto, cpu, cuda, cuda:1 or mps"
 
 
-class Study:
-    """A method from the newest checkpoint of a run, or a new one of a recipe, ready to go on in float32."""
+class GradientStudy:
+    """A method from the newest checkpoint of a run, or randomly initialized from a recipe, trained further in
+    float32."""
 
-    def __init__(self, run: str, setting: Setting):
-        """Raises ConfigError for a method whose losses cannot be compared, CheckpointError for a run without a checkpoint."""
+    def __init__(self, run: str, setting: GradientSettings):
+        """Raises ConfigError for a method without `compare`, CheckpointError for a run without a
+        checkpoint."""
         rules = [
             (setting.batches >= 2, f"an interval needs 2 batches or more, not {setting.batches}"),
             (setting.lr is None or 0 < setting.lr < math.inf, f"lr must be above 0, not {setting.lr}"),
-            (setting.settle is None or setting.settle >= 0, f"settle must be 0 or more, not {setting.settle}"),
-            (setting.batch_size is None or setting.batch_size >= 2, f"a batch needs 2 images or more, not {setting.batch_size}"),
+            (
+                setting.settle is None or setting.settle >= 0,
+                f"settle must be 0 or more, not {setting.settle}",
+            ),
+            (
+                setting.batch_size is None or setting.batch_size >= 2,
+                f"a batch needs 2 images or more, not {setting.batch_size}",
+            ),
         ]
-        if problems := [text for fine, text in rules if not fine]:
-            raise ConfigError("; ".join(problems))
+        refuse(text for valid, text in rules if not valid)
         folder = Path(run)
-        begun = (folder / "recipe.toml").exists()
+        is_run = (folder / "recipe.toml").exists()
         if folder.is_dir() and (kind := kind_of(folder)) != "pre-training":
-            what = f"is a run of {kind}" if kind else "is no run directory: recipe.toml is missing"
-            raise ConfigError(f"{run} {what}; give a run of `rcmae pretrain`")
-        self.recipe = parse_recipe((folder / "recipe.toml").read_text(encoding="utf-8"), run) if begun else load_recipe(run)
+            problem = f"is a run of {kind}" if kind else "is no run directory: recipe.toml is missing"
+            raise ConfigError(f"{run} {problem}; give a run of `rcmae pretrain`")
+        self.recipe = (
+            parse_recipe((folder / "recipe.toml").read_text(encoding="utf-8"), run)
+            if is_run
+            else load_recipe(run)
+        )
         if not METHODS[self.recipe.method].compares():
             known = " or ".join(name for name, method in METHODS.items() if method.compares())
-            why = "has no reconstruction and consistency losses under a teacher, whose gradients are compared here"
-            raise ConfigError(f"{self.recipe.method} {why}; give a run of {known}")
+            raise ConfigError(
+                f"{self.recipe.method} has no reconstruction and consistency losses, whose gradients are "
+                f"compared here; give a run of {known}"
+            )
         self.device = pick_device(setting.device)
         self.source = open_source(self.recipe.data, self.recipe.images.channels, size=self.recipe.images.size)
         self.batch_size = setting.batch_size or min(self.recipe.optim.batch_size, 128)
         if len(self.source) < 2 * self.batch_size:
             raise DataError(
-                f"{self.recipe.data} holds {len(self.source)} images, fewer than two batches of {self.batch_size}; lower --batch-size"
+                f"{self.recipe.data} holds {len(self.source)} images, fewer than two batches of "
+                f"{self.batch_size}; lower --batch-size"
             )
         torch.manual_seed(self.recipe.seed)
-        self.method: Method = METHODS[self.recipe.method](self.recipe, *self._statistics(folder)).to(self.device)
+        self.method: Method = METHODS[self.recipe.method](self.recipe, *self._statistics(folder)).to(
+            self.device
+        )
         optim = self.recipe.optim
         self.lr = setting.lr or optim.base_lr * self.batch_size / 256 / 2
         self.optimizer = adamw(self.method.student, optim, self.lr)
         self.step, total = 0, self.recipe.total_steps(len(self.source)) or 1000
-        if begun:
+        if is_run:
             path = newest(folder / "checkpoints")
             if path is None:
-                raise CheckpointError(f"{run} holds no checkpoint; `rcmae pretrain --out {run}` makes one")
+                raise CheckpointError(f"{run} has no checkpoint; `rcmae pretrain --out {run}` makes one")
             state = load_checkpoint(path, self.method, self.optimizer)
             self.step, total = state["step"], state["total_steps"]
-        # The schedules stand still at the checkpoint's step; the momentum is as far as half the run at most, before it ends at 1.
+        # The schedules are fixed at the checkpoint's step, but not after half the run, since the momentum may
+        # approach 1.
         self.time = Progress(min(self.step, total // 2), total, max(1, len(self.source) // optim.batch_size))
-        kept = self.method.momentum_per_step(self.time)
-        half_life = math.inf if kept >= 1 else math.log(0.5) / math.log(max(kept, 1e-6))
+        momentum = self.method.momentum_per_step(self.time)
+        half_life = math.inf if momentum >= 1 else math.log(0.5) / math.log(max(momentum, 1e-6))
         self.settle = setting.settle if setting.settle is not None else int(min(max(3 * half_life, 10), 100))
         self.images = Images(self.source, self.method.views(), self.recipe.seed, self.recipe.images.channels)
         self.sampler = BatchSampler(len(self.source), self.batch_size, seed=self.recipe.seed + 1)
         self.per_epoch = len(self.source) // self.batch_size
         with torch.no_grad():
-            gamma = self.method.compare(self.batch([0, 1], 0)).gamma
+            comparison = self.method.compare(self.batch([0, 1], 0))
+        assert comparison is not None
         self.about = {
-            "run": folder.name, "recipe": self.recipe.method, "step": self.step, "batches": setting.batches, "batch_size": self.batch_size,
-            "settle": self.settle, "lr": self.lr, "half_life": half_life, "momentum": kept, "gamma": gamma,
+            "run": folder.name,
+            "recipe": self.recipe.method,
+            "step": self.step,
+            "batches": setting.batches,
+            "batch_size": self.batch_size,
+            "settle": self.settle,
+            "lr": self.lr,
+            "half_life": half_life,
+            "momentum": momentum,
+            "gamma": comparison.gamma,
             "images": len(self.source),
             "whole_images": self.recipe.images.crop_scale == (1.0, 1.0) and not self.recipe.images.flip,
-        }  # fmt: skip
+        }
 
     def _statistics(self, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if (folder / "machine.json").exists():
             about = json.loads((folder / "machine.json").read_text())
             return tuple(about["mean"]), tuple(about["std"])
-        return usual_statistics(self.recipe.images) or measure_statistics(self.source, self.recipe.images.channels)
+        return usual_statistics(self.recipe.images) or measure_statistics(
+            self.source, self.recipe.images.channels
+        )
 
     def batch(self, indices: list[int], draw: int) -> dict[str, Tensor]:
-        """Images by index, under the crops and masks of a draw."""
+        """Images by index; `draw` selects their random crops and masks."""
         batch = collate([self.images[(draw, i)] for i in indices])
         batch.pop("bad")
         return {k: v.to(self.device) for k, v in batch.items()}
@@ -145,65 +177,76 @@ class Study:
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(self.time, applied)
 
-    def look(self, k: int) -> list[dict[str, Any]]:
+    def measure(self, k: int) -> list[dict[str, Any]]:
         """One step on batch k, then a row for each condition."""
-        # Other images of the same epoch: those of the next one may be the same.
-        beside = k + 1 if (k + 1) % self.per_epoch else k - 1
-        here, other = ([i for _, i in self.sampler.keys(step)] for step in (k, beside))
-        first = self.batch(here, 2 * k)
+        # Other images of the same epoch, since the next epoch may start with the same ones.
+        neighbor = k + 1 if (k + 1) % self.per_epoch else k - 1
+        indices, others = ([i for _, i in self.sampler.keys(step)] for step in (k, neighbor))
+        first = self.batch(indices, 2 * k)
         self.method.train()
         before, _ = both_gradients(self.method, first)
         self.train(first)
         names = list(before)
         parameters = dict(self.method.student.named_parameters())
         moment = {name: self.optimizer.state[parameters[name]]["exp_avg"] for name in names}
-        again = self.batch(here, 2 * k + 1)
-        orders = {name: again[name] for name in first if name != "image"}
-        given = {"i": first, "ii": first | orders, "iii": again, "iv": self.batch(other, 2 * k)}
-        features = {name: self.features(batch) for name, batch in given.items()}
+        new_crops = self.batch(indices, 2 * k + 1)
+        new_masks = {name: new_crops[name] for name in first if name != "image"}
+        batches = {"i": first, "ii": first | new_masks, "iii": new_crops, "iv": self.batch(others, 2 * k)}
+        features = {name: self.features(batch) for name, batch in batches.items()}
         rows = []
-        for name, batch in given.items():
+        for name, batch in batches.items():
             r, c = both_gradients(self.method, batch)
-            rows.append({
-                "condition": name,
-                "similarity": _similarity(features["i"], features[name]),
-                **_compared(c, r, before, moment, names),
-                "by_block": {block: _compared(c, r, before, moment, inside) for block, inside in blocks(names).items()},
-            })  # fmt: skip
+            rows.append(
+                {
+                    "condition": name,
+                    "similarity": _similarity(features["i"], features[name]),
+                    **_relations(c, r, before, moment, names),
+                    "by_block": {
+                        block: _relations(c, r, before, moment, members)
+                        for block, members in blocks(names).items()
+                    },
+                }
+            )
         return rows
 
     @torch.no_grad()
     def features(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean over the student's tokens of what is visible, [b d]."""
+        """Mean over the student's tokens, [b d]."""
         return self.method.encode(batch).float().mean(1)
 
 
-def study(run: str, setting: Setting, say: Any = lambda text: None) -> dict[str, Any]:
-    """Settle, then look at `setting.batches` steps; all rows, their summary and the findings in words."""
-    s = Study(run, setting)
-    say(f"{s.about['recipe']} at step {s.step}: {s.settle} steps to settle, then {setting.batches} to look at, {s.batch_size} images each")
+def run_gradients(
+    run: str, setting: GradientSettings, report: Callable[[str], object] = lambda text: None
+) -> dict[str, Any]:
+    """Let the method settle, then measure `setting.batches` steps: all rows, their summary and the
+    findings."""
+    s = GradientStudy(run, setting)
+    report(
+        f"{s.about['recipe']} at step {s.step}: {s.settle} steps to settle, then {setting.batches} measured "
+        f"steps, {s.batch_size} images each"
+    )
     rows: list[dict[str, Any]] = []
-    with Screen(True).progress("settling, then looking at batches", s.settle + setting.batches) as tick:
+    with Screen(True).progress("settling, then measuring", s.settle + setting.batches) as tick:
         for k in range(s.settle + setting.batches):
             if k < s.settle:
                 s.train(s.batch([i for _, i in s.sampler.keys(k)], 2 * k))
             else:
-                rows += s.look(k)
+                rows += s.measure(k)
             tick(k + 1)
-    found = {"about": s.about, "rows": rows, "summary": summary(rows)}
-    return found | {"said": findings(rows, s.about)}
+    return {"about": s.about, "rows": rows, "summary": summary(rows), "findings": findings(rows, s.about)}
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and 95 % bootstrap interval over batches of every number, a row a condition."""
+    """Mean and 95 % bootstrap interval over batches of every value, one row per condition."""
     table = []
     for name in CONDITIONS:
-        own = [row for row in rows if row["condition"] == name]
+        selected = [row for row in rows if row["condition"] == name]
         line: dict[str, Any] = {"condition": name, "what": CONDITIONS[name]}
         for key in ("similarity", *MEASURES):
-            line[key] = bootstrap([row[key] for row in own])
+            line[key] = bootstrap([row[key] for row in selected])
         line["by_block"] = {
-            block: {key: bootstrap([row["by_block"][block][key] for row in own]) for key in MEASURES} for block in own[0]["by_block"]
+            block: {key: bootstrap([row["by_block"][block][key] for row in selected]) for key in MEASURES}
+            for block in selected[0]["by_block"]
         }
         table.append(line)
     return table
@@ -218,78 +261,92 @@ def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float, flo
 
 
 def nothing_to_judge(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Why no consistency takes anything back here; empty where one does."""
+    """Why the consistency loss has no effect in this run; empty if it has one."""
     if about["gamma"] == 0:
-        return "The consistency has weight 0 in this run"
+        return "The consistency loss has weight 0 in this run"
     if not any(row["ratio"] for row in rows):
         return "The consistency gradient is zero on every batch: teacher and student are the same"
     return ""
 
 
 def findings(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[tuple[str, str]]:
-    """Does the expected order hold? A (good | note, sentence) for each part of it, from paired differences over the batches."""
+    """Whether the expected order of the cosines holds: (good | note, sentence) for each part of it, from
+    paired differences over the batches."""
     if why := nothing_to_judge(rows, about):
         return [("note", f"{why}, so there is nothing to judge.")]
-    by = {name: [row["previous"] for row in rows if row["condition"] == name] for name in CONDITIONS}
-    said = []
-    for one, other in (("i", "ii"), ("ii", "iii"), ("iii", "iv")):
-        mean, low, high = bootstrap([b - a for a, b in zip(by[one], by[other], strict=True)])
-        word = "holds" if low > 0 else "does not hold: it is the other way round" if high < 0 else "cannot be told"
-        if (one, other) == ("ii", "iii") and low <= 0 <= high:
-            word = "they are alike"
-        text = f"{CONDITIONS[one]} below {CONDITIONS[other]}: {word} "
+    cosines = {name: [row["previous"] for row in rows if row["condition"] == name] for name in CONDITIONS}
+    sentences = []
+    for lower, upper in (("i", "ii"), ("ii", "iii"), ("iii", "iv")):
+        mean, low, high = bootstrap([b - a for a, b in zip(cosines[lower], cosines[upper], strict=True)])
+        if low > 0:
+            verdict = "holds"
+        elif high < 0:
+            verdict = "does not hold, the order is reversed"
+        else:
+            verdict = "no difference" if (lower, upper) == ("ii", "iii") else "inconclusive"
+        text = f"{CONDITIONS[lower]} below {CONDITIONS[upper]}: {verdict} "
         text += f"(difference {_signed(mean)}, 95 % interval {_signed(low)} to {_signed(high)})."
-        if (one, other) == ("ii", "iii") and about["whole_images"]:
-            text += " This recipe takes whole images, so new crops are the same crops."
-        said.append(("good" if low > 0 else "note", text))
-    mean, low, high = bootstrap(by["iv"])
-    word = "holds" if low <= 0 <= high else "does not hold: what the teacher takes back is shared by all images"
-    text = f"Nothing on other images: {word} ({_signed(mean)}, {_signed(low)} to {_signed(high)})."
-    said.append(("good" if low <= 0 <= high else "note", text))
-    return said
+        if (lower, upper) == ("ii", "iii") and about["whole_images"]:
+            text += " This recipe uses full images, so the new crops are the same crops."
+        sentences.append(("good" if low > 0 else "note", text))
+    mean, low, high = bootstrap(cosines["iv"])
+    zero = low <= 0 <= high
+    verdict = "holds" if zero else "does not hold, the teacher reverts what all images have in common"
+    text = f"no effect on other images: {verdict} ({_signed(mean)}, {_signed(low)} to {_signed(high)})."
+    sentences.append(("good" if zero else "note", text))
+    return sentences
 
 
 def _signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 
-def write_page(found: dict[str, Any], out: Path) -> Path:
-    """Write gradients.json, the figures as SVGs and gradients.html; returns the page."""
+def write_gradients_page(result: dict[str, Any], out: Path) -> Path:
+    """Write gradients.json, the figures as SVG files, and gradients.html, whose path is returned."""
     out.mkdir(parents=True, exist_ok=True)
-    # In order of likeness to batch B; grey is the control.
-    colours = dict(zip(CONDITIONS, ("memory3", "memory2", "memory1", "floor"), strict=True))
+    # Ordered by similarity to batch B; gray is the control.
+    colors = dict(zip(CONDITIONS, ("memory3", "memory2", "memory1", "baseline"), strict=True))
     points = []
-    for name, what in CONDITIONS.items():
-        own = [row for row in found["rows"] if row["condition"] == name]
-        x, y = ([row[key] for row in own] for key in ("similarity", "previous"))
-        points.append(Line(f"{name}: {what}", colours[name], x, y, "o"))
+    for name, description in CONDITIONS.items():
+        rows = [row for row in result["rows"] if row["condition"] == name]
+        x, y = ([row[key] for row in rows] for key in ("similarity", "previous"))
+        points.append(Line(f"{name}: {description}", colors[name], x, y, "o"))
     layers = {
         key: {
-            f"{line['condition']}: {line['what']}": (colours[line["condition"]], {k: v[key][0] for k, v in line["by_block"].items()})
-            for line in found["summary"]
+            f"{line['condition']}: {line['what']}": (
+                colors[line["condition"]],
+                {k: v[key][0] for k, v in line["by_block"].items()},
+            )
+            for line in result["summary"]
         }
         for key in MEASURES
     }
-    ylabel = "cosine with the step before"
-    drawn = {
-        "similarity": plot(points, {"nothing taken back": 0.0}, ylabel, xlabel="likeness of the features to those of batch B"),
+    ylabel = "cosine with the previous step"
+    svgs = {
+        "similarity": plot(
+            points, {"no effect": 0.0}, ylabel, xlabel="similarity of the features to those of batch B"
+        ),
         "layers": by_depth(layers["previous"], ylabel, {"": 0.0}),
         "moments": by_depth(layers["moment"], "cosine with AdamW's moment", {"": 0.0}),
         "ratios": by_depth(layers["ratio"], "|∇L_c| / |∇L_r|", {"equal": 1.0}),
     }
-    (out / "gradients.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name, svg in drawn.items():
+    (out / "gradients.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, svg in svgs.items():
         (out / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
-    title = f"What the teacher takes back: {found['about']['run']}"
-    page = template("gradients.html.j2", "rcmae.lab").render(title=title, figures=drawn, **found)
+    title = f"What the teacher reverts: {result['about']['run']}"
+    page = template("gradients.html.j2", "rcmae.lab").render(title=title, figures=svgs, **result)
     (out / "gradients.html").write_text(page, encoding="utf-8")
     return out / "gradients.html"
 
 
-def _compared(
-    c: dict[str, Tensor], r: dict[str, Tensor], before: dict[str, Tensor], moment: dict[str, Tensor], names: list[str]
+def _relations(
+    c: dict[str, Tensor],
+    r: dict[str, Tensor],
+    before: dict[str, Tensor],
+    moment: dict[str, Tensor],
+    names: list[str],
 ) -> dict[str, float]:
-    """The consistency gradient of some weights against those weights' other gradients."""
+    """The measures of the consistency gradient c, restricted to the weights `names`."""
     ratio = _norm(c, names) / max(_norm(r, names), 1e-30)
     return {"previous": _cosine(c, before, names), "moment": _cosine(c, moment, names), "ratio": ratio}
 
@@ -304,6 +361,6 @@ def _cosine(a: dict[str, Tensor], b: dict[str, Tensor], names: list[str]) -> flo
 
 
 def _similarity(a: Tensor, b: Tensor) -> float:
-    """Mean cosine of paired features, both centred on their common mean (without that, all features look alike)."""
-    centre = torch.cat([a, b]).mean(0)
-    return F.cosine_similarity(a - centre, b - centre, 1).mean().item()
+    """Mean cosine of paired features, centered on their common mean, without which all would be similar."""
+    center = torch.cat([a, b]).mean(0)
+    return F.cosine_similarity(a - center, b - center, 1).mean().item()

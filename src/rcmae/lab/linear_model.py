@@ -1,20 +1,23 @@
-"""The paper's linear model, where what the mean teacher does can be written down exactly.
+"""The paper's linear model, in which the effect of the mean teacher has a closed form.
 
-Student S and teacher T are [d d] matrices. A batch is x [b d], a row a sample; x~ is what is seen of it (hidden values are 0).
+Student S and teacher T are [d d] matrices. A batch is x [b d], one row per sample; x~ is its visible part
+(hidden values are 0). L_r and L_c are means over the batch.
 
-    L_r = 1/2 mean |S x~ - x|^2        L_c = 1/2 mean |S x~ - T x~|^2        L = L_r + gamma L_c        (means over the batch)
+    L_r = 1/2 mean |S x~ - x|^2        L_c = 1/2 mean |S x~ - T x~|^2        L = L_r + gamma L_c
     S_t = S_t-1 + u_t-1                T_t = a T_t-1 + (1 - a) S_t           T_0 = S_0
 
-u is whatever the optimizer does; for plain descent u_k = -lr g_k with g_k the gradient of L at S_k. The proposition of the
-paper (Lee et al., ICLR 2023, section 3, in our derivation) and its corollaries:
+u is the optimizer's update; for gradient descent u_k = -lr g_k with g_k the gradient of L at S_k. The
+proposition of the paper (Lee et al., ICLR 2023, section 3, in our derivation) and its corollaries:
 
-    S_t - T_t = sum_i a^i u_t-i                                        `lag`: any optimizer
-    grad L_c  = (S_t - T_t) x~ x~'  =  -lr sum_i a^i (x~_t-i . x~_t) r_t-i x~_t'        `gated_consistency`: plain descent
-    with momentum b, a^i becomes a (a^i - b^i) / (a - b)               `momentum_weights`
-    with AdamW, u_k is a ratio of averages of past gradients           `adamw_update`
+    S_t - T_t  = sum_i a^i u_t-i                                              `lag`: any optimizer
+    grad L_c   = (S_t - T_t) x~ x~'
+               = -lr sum_i a^i (x~_t-i . x~_t) r_t-i x~_t'                    `gated_consistency`: descent
+    with momentum b, a^i becomes a (a^i - b^i) / (a - b)                      `momentum_weights`
+    with AdamW, u_k is a ratio of averages of past gradients                  `adamw_update`
 
-So the consistency gradient takes back past gradients, each as far as its input was similar to the present one: a conditional
-momentum, with the sign reversed. `companion` and what follows it say what that does to speed, stability and noise, mode by mode.
+So the consistency gradient reverts past gradients in proportion to the similarity of their inputs to the
+present one: a conditional momentum with the sign reversed. `companion` and the functions after it derive the
+effect on speed, stability and noise for each mode.
 """
 
 import math
@@ -29,32 +32,34 @@ from torch import Tensor
 Matrix = Float[Tensor, "d d"]
 Batch = Float[Tensor, "b d"]
 History = Float[Tensor, "t d d"]
-OPTIMIZERS = ("sgd", "momentum", "adamw")
+Optimizer = Literal["sgd", "momentum", "adamw"]
+OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum", "adamw")
 
 
-# --- losses and gradients ---------------------------------------------------------------------------------------------
+# --- losses and gradients -----------------------------------------------------------------------------------
 
 
-def residual(s: Matrix, t: Matrix, x: Batch, seen: Batch, gamma: float) -> Batch:
-    """r = (S x~ - x) + gamma (S - T) x~: what the gradient of L multiplies with x~'."""
-    return seen @ s.T - x + gamma * (seen @ (s - t).T)
+def residual(s: Matrix, t: Matrix, x: Batch, visible: Batch, gamma: float) -> Batch:
+    """r = (S x~ - x) + gamma (S - T) x~; the gradient of L is mean r x~'."""
+    return visible @ s.T - x + gamma * (visible @ (s - t).T)
 
 
-def reconstruction_gradient(s: Matrix, x: Batch, seen: Batch) -> Matrix:
+def reconstruction_gradient(s: Matrix, x: Batch, visible: Batch) -> Matrix:
     """grad_S L_r = mean (S x~ - x) x~'."""
-    return (seen @ s.T - x).T @ seen / len(seen)
+    return (visible @ s.T - x).T @ visible / len(visible)
 
 
-def consistency_gradient(s: Matrix, t: Matrix, seen: Batch) -> Matrix:
+def consistency_gradient(s: Matrix, t: Matrix, visible: Batch) -> Matrix:
     """grad_S L_c = (S - T) mean x~ x~'."""
-    return (s - t) @ (seen.T @ seen) / len(seen)
+    return (s - t) @ (visible.T @ visible) / len(visible)
 
 
-# --- the proposition and its corollaries ------------------------------------------------------------------------------
+# --- the proposition and its corollaries --------------------------------------------------------------------
 
 
 def lag(updates: History, alpha: float) -> Matrix:
-    """S_t - T_t = sum_{i=1..t} alpha^i u_{t-i}, from all updates since S_0 = T_0, the oldest first. For every optimizer.
+    """S_t - T_t = sum_{i=1..t} alpha^i u_{t-i}, from all updates since S_0 = T_0, oldest first, of any
+    optimizer.
 
     By induction: S_t - T_t = alpha (S_t - T_t-1) = alpha ((S_t-1 - T_t-1) + u_t-1).
     """
@@ -63,22 +68,29 @@ def lag(updates: History, alpha: float) -> Matrix:
 
 
 def gated_consistency(
-    residuals: Float[Tensor, "t b d"], past: Float[Tensor, "t b d"], seen: Batch, lr: float, weights: Float[Tensor, " t"]
+    residuals: Float[Tensor, "t b d"],
+    past: Float[Tensor, "t b d"],
+    visible: Batch,
+    lr: float,
+    weights: Float[Tensor, " t"],
 ) -> Matrix:
-    """grad L_c under descent with momentum or without: every past residual, gated by how its input agrees with the present one.
+    """grad L_c for gradient descent, with or without momentum: the past residuals, gated by the dot products
+    of their inputs with the present ones.
 
-    -lr sum_i w_i mean_jk (x~_{i,j} . x~_k) r_{i,j} x~_k', for past steps i (the oldest first), their samples j and present samples
-    k. `weights` are alpha^(t-i) for plain descent, `momentum_weights` with momentum. An input without a visible value in common
-    contributes exactly nothing.
+    -lr sum_i w_i mean_jk (x~_{i,j} . x~_k) r_{i,j} x~_k', for past steps i (oldest first), their samples j
+    and present samples k. `weights` are alpha^(t-i) without momentum and `momentum_weights` with it. An input
+    without a visible value in common contributes exactly nothing.
     """
-    gates = torch.einsum("tbd,kd->tbk", past, seen)
-    return -lr * torch.einsum("t,tbk,tbd,ke->de", weights, gates, residuals, seen) / (residuals.shape[1] * len(seen))
+    gates = torch.einsum("tbd,kd->tbk", past, visible)
+    total = torch.einsum("t,tbk,tbd,ke->de", weights, gates, residuals, visible)
+    return -lr * total / (residuals.shape[1] * len(visible))
 
 
 def momentum_weights(t: int, alpha: float, beta: float) -> Float[Tensor, " t"]:
-    """Weights w_k of the past gradients, the oldest first: S_t - T_t = -lr sum_k w_k g_{t-k}, for v <- beta v + g, S <- S - lr v.
+    """Weights w_k of the past gradients, oldest first: S_t - T_t = -lr sum_k w_k g_{t-k}, for
+    v <- beta v + g, S <- S - lr v.
 
-    w_k = alpha (alpha^k - beta^k) / (alpha - beta), or k alpha^k where both are equal; beta = 0 gives alpha^k.
+    w_k = alpha (alpha^k - beta^k) / (alpha - beta), or k alpha^k if both are equal; alpha^k for beta = 0.
     """
     k = torch.arange(t, 0, -1, dtype=torch.float64)
     if math.isclose(alpha, beta, abs_tol=1e-9):
@@ -87,11 +99,17 @@ def momentum_weights(t: int, alpha: float, beta: float) -> Float[Tensor, " t"]:
 
 
 def adamw_update(
-    gradients: History, weight: Matrix, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, decay: float = 0.0
+    gradients: History,
+    weight: Matrix,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    decay: float = 0.0,
 ) -> Matrix:
-    """AdamW's update u_k from all gradients g_0 .. g_k (the oldest first) and S_k, in closed form.
+    """AdamW's update u_k from all gradients g_0 .. g_k (oldest first) and S_k, in closed form.
 
-    u = -lr (m / (sqrt(v) + eps) + decay S), m and v the normalised averages of g and g^2 (Loshchilov and Hutter, 2019).
+    u = -lr (m / (sqrt(v) + eps) + decay S), m and v the normalized averages of g and g^2 (Loshchilov and
+    Hutter, 2019).
     """
     means = []
     for beta, values in zip(betas, (gradients, gradients**2), strict=True):
@@ -100,12 +118,12 @@ def adamw_update(
     return -lr * (means[0] / (means[1].sqrt() + eps) + decay * weight)
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
+# --- a run --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step saw and did: S and T before it, the gradients of both losses there, and the update that followed."""
+    """S and T before a step, the gradients of both losses, and the update of S."""
 
     student: Matrix
     teacher: Matrix
@@ -115,78 +133,88 @@ class Step:
 
 
 def descend(
-    inputs: Iterator[tuple[Batch, Batch]], start: Matrix, alpha: float, gamma: float = 1.0, lr: float = 0.1,
-    optimizer: Literal["sgd", "momentum", "adamw"] = "sgd", beta: float = 0.9,
-) -> Iterator[Step]:  # fmt: skip
-    """Train on pairs (x, x~) with torch's own optimizer and yield every step. `beta` is the momentum of "momentum"."""
+    inputs: Iterator[tuple[Batch, Batch]],
+    start: Matrix,
+    alpha: float,
+    gamma: float = 1.0,
+    lr: float = 0.1,
+    optimizer: Optimizer = "sgd",
+    beta: float = 0.9,
+) -> Iterator[Step]:
+    """Train on pairs (x, x~) with PyTorch's optimizer and yield every step. `beta` is the momentum of
+    "momentum"."""
     s, t = start.clone().requires_grad_(), start.clone()
     if optimizer == "adamw":
-        made: torch.optim.Optimizer = torch.optim.AdamW([s], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        optim: torch.optim.Optimizer = torch.optim.AdamW([s], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     else:
-        made = torch.optim.SGD([s], lr=lr, momentum=beta if optimizer == "momentum" else 0.0)
-    for x, seen in inputs:
+        optim = torch.optim.SGD([s], lr=lr, momentum=beta if optimizer == "momentum" else 0.0)
+    for x, visible in inputs:
         before = s.detach().clone()
-        gradients = reconstruction_gradient(before, x, seen), consistency_gradient(before, t, seen)
+        gradients = reconstruction_gradient(before, x, visible), consistency_gradient(before, t, visible)
         s.grad = gradients[0] + gamma * gradients[1]
-        made.step()
+        optim.step()
         yield Step(before, t, *gradients, s.detach() - before)
         t = alpha * t + (1 - alpha) * s.detach()
 
 
-# --- mode by mode -----------------------------------------------------------------------------------------------------
-# For plain descent every eigen-direction of the inputs' covariance evolves alone. Below, `rate` is lr times its eigenvalue.
+# --- mode by mode -------------------------------------------------------------------------------------------
+# With gradient descent, every eigenvector of the inputs' covariance evolves independently. `rate` is lr times
+# its eigenvalue.
 
 
 def companion(rate: float, gamma: float, alpha: float) -> Float[Tensor, "2 2"]:
-    """The map of (student's error, teacher's error) over one step: e' = e - rate ((1 + gamma) e - gamma f), f' = a f + (1 - a) e'."""
-    own, other = 1 - rate * (1 + gamma), rate * gamma
-    return torch.tensor([[own, other], [(1 - alpha) * own, alpha + (1 - alpha) * other]], dtype=torch.float64)
+    """The linear map of the errors (e, f) of student and teacher over one step:
+    e' = e - rate ((1 + gamma) e - gamma f), f' = a f + (1 - a) e'."""
+    e, f = 1 - rate * (1 + gamma), rate * gamma
+    return torch.tensor([[e, f], [(1 - alpha) * e, alpha + (1 - alpha) * f]], dtype=torch.float64)
 
 
 def contraction(rate: float, gamma: float, alpha: float) -> float:
-    """By how much the error of a mode shrinks a step in the long run: the spectral radius; 1 - rate without a teacher."""
+    """The asymptotic factor of the error per step, the spectral radius; 1 - rate without a teacher."""
     return torch.linalg.eigvals(companion(rate, gamma, alpha)).abs().max().item()
 
 
 def stability_limit(gamma: float, alpha: float) -> float:
-    """The largest stable rate, 2 (1 + a) / (1 + a + 2 a gamma): 2 without a teacher, about 2 / (1 + gamma) with a slow one.
+    """The largest stable rate, 2 (1 + a) / (1 + a + 2 a gamma): 2 without a teacher, about 2 / (1 + gamma)
+    with a slow one.
 
-    There the companion matrix has the eigenvalue -1; Jury's other conditions hold below it.
+    At this rate the companion matrix has the eigenvalue -1; Jury's other conditions hold below it.
     """
     return 2 * (1 + alpha) / (1 + alpha + 2 * alpha * gamma)
 
 
 def effective_momentum(rate: float, gamma: float, alpha: float) -> float:
-    """b = a (1 - rate (1 + gamma)): a mode moves as under heavy-ball momentum b with a step of (1 - a) rate.
+    """b = a (1 - rate (1 + gamma)): a mode evolves as with heavy-ball momentum b and step size (1 - a) rate.
 
-    The determinant of the companion matrix. It falls with the rate: directions that the inputs agree on lose their momentum
-    first, which is the "conditional" in conditional momentum regulariser.
+    b is the determinant of the companion matrix. It falls with the rate: directions that the inputs share
+    lose their momentum first, which makes the momentum regularizer conditional.
     """
     return alpha * (1 - rate * (1 + gamma))
 
 
 def stationary_variance(rate: float, gamma: float, alpha: float, noise: float = 1.0) -> tuple[float, float]:
-    """Where the variances of student and teacher settle when each step is disturbed by independent noise of variance `noise`.
+    """The stationary variances of student and teacher under independent noise of variance `noise` in each
+    step.
 
-    The fixed point P = M P M' + Q of the companion matrix M; Q spreads the noise as the step does. Infinite above the
-    stability limit.
+    They are the fixed point P = M P M' + Q with the companion matrix M and the covariance Q of the noise in a
+    step; infinite above the stability limit.
     """
     if rate >= stability_limit(gamma, alpha):
         return math.inf, math.inf
     m = companion(rate, gamma, alpha)
-    enters = torch.tensor([1.0, 1 - alpha], dtype=torch.float64)
-    q = noise * torch.outer(enters, enters)
+    direction = torch.tensor([1.0, 1 - alpha], dtype=torch.float64)
+    q = noise * torch.outer(direction, direction)
     p = torch.linalg.solve(torch.eye(4, dtype=torch.float64) - torch.kron(m, m), q.flatten()).view(2, 2)
     return p[0, 0].item(), p[1, 1].item()
 
 
 def steps_to(target: float, rate: float, gamma: float, alpha: float) -> int:
-    """Steps until the student's error of a mode has fallen from 1 to `target` and stays there, without noise."""
-    shrinks = contraction(rate, gamma, alpha)
-    if shrinks >= 1:
+    """Steps until the student's error in a mode has fallen from 1 to `target` for good, without noise."""
+    factor = contraction(rate, gamma, alpha)
+    if factor >= 1:
         raise ValueError(f"a rate of {rate} is not stable at gamma {gamma}, alpha {alpha}")
     m, state, last = companion(rate, gamma, alpha), torch.ones(2, dtype=torch.float64), 0
-    bound = math.ceil(math.log(target / 10) / math.log(shrinks)) + 10
+    bound = math.ceil(math.log(target / 10) / math.log(factor)) + 10
     for step in range(1, bound + 1):
         state = m @ state
         if abs(state[0].item()) > target:

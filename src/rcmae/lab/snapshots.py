@@ -1,4 +1,4 @@
-"""Reconstructions of the same images, kept during a run."""
+"""Reconstructions of fixed images, saved several times during a run."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from ..engine.console import Screen
 from ..methods import Method
 
 SNAPSHOTS = 6
-"Times that they are kept."
+"Number of snapshots in a run."
 
 
 def first_batch(images: Images, device: torch.device, screen: Screen, most: int = 64) -> dict[str, Tensor]:
-    """The first images as the method sees them, with their masks: the same whenever one looks."""
+    """The method's views of the first images, always the same, with the same masks."""
     count, samples = min(most, len(images.source)), []
-    with screen.progress("reading the images whose reconstructions are kept", count) as tick:
+    with screen.progress("reading the images for reconstructions", count) as tick:
         for i in range(count):
             samples.append(images[(0, i)])
             tick(i + 1)
@@ -28,10 +28,12 @@ def first_batch(images: Images, device: torch.device, screen: Screen, most: int 
 
 
 @torch.no_grad()
-def save_reconstructions(method: Method, batch: dict[str, Tensor], step: int, folder: Path, count: int = 6) -> None:
-    """Write what the method makes of the first images, if it reconstructs, to a file of the step."""
-    tensors, facts = method.snapshot({k: v[:count] for k, v in batch.items()})
+def save_reconstructions(
+    method: Method, batch: dict[str, Tensor], step: int, folder: Path, count: int = 6
+) -> None:
+    """Save the method's snapshot of the first images, if it has one, to a file named after the step."""
+    tensors, metadata = method.snapshot({k: v[:count] for k, v in batch.items()})
     if tensors:
         folder.mkdir(exist_ok=True)
         tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
-        replace_file(folder / f"{step:08d}.safetensors", save(tensors, facts | {"step": str(step)}))
+        replace_file(folder / f"{step:08d}.safetensors", save(tensors, metadata | {"step": str(step)}))

@@ -1,4 +1,5 @@
-"""The methods by name. Adding one: a file here, a line here, a recipe, a page in docs/methods and its tests."""
+"""The methods by name. A new method needs a file and a line here, a recipe, a page in docs/methods, and
+tests."""
 
 from .base import Method
 from .data2vec import Data2Vec

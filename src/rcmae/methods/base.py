@@ -1,7 +1,7 @@
-"""The contract of a method: all that the trainer, the evaluation and the laboratory know of it."""
+"""The interface of a method to the trainer, the evaluation and the diagnostics."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -11,127 +11,146 @@ from torch import Tensor, nn
 from ..config import Recipe
 from ..engine.schedules import Progress
 from ..models.backbone import Backbone
+from ..models.encoder import WithEncoder
 from ..models.patches import patchify
 from ..models.teacher import Teacher
 from .diagnostics import Diagnostics
 
 Transform = Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]]
-"image uint8 [h, w, c] and a generator -> named tensors of one sample; must pickle, for loader workers."
+"An image, uint8 [h, w, c], and a generator to the named tensors of a sample. Picklable, for loader workers."
 
-WATCHED = 2**17
-"""Predicted values of a step that instruments look at: the images that hold so many, but at least 8. What is kept does not grow with the
-batch; at 224 px and batch 64, all that is watched cost 2.4 % of a ViT-Ti's time on a CPU."""
+RECORDED_VALUES = 2**17
+"""Predicted values of a step that the diagnostics use: those of the first images, at least 8. The memory for
+them does not grow with the batch; at 224 px and batch 64, the diagnostics that read them take 2.4 % of a
+ViT-Ti's time on a CPU."""
 
 
 class Comparison(NamedTuple):
-    """What a student that reconstructs is judged by, on its hidden patches."""
+    """The reconstructions of student and teacher, and their target, on the hidden patches."""
 
     prediction: Float[Tensor, "b m p"]
     target: Float[Tensor, "b m p"]
-    guess: Float[Tensor, "b m p"]
-    "the teacher's prediction"
+    teacher_prediction: Float[Tensor, "b m p"]
     weight: Float[Tensor, "b m"] | None = None
-    "1 where the guess counts, 0 where the teacher saw the patch; None: it counts everywhere"
+    "1 on patches with a consistency loss, 0 on patches visible to the teacher; None: all 1"
     gamma: float = 1.0
-    "weight of the consistency |prediction - guess|^2 in the loss"
+    "weight of the consistency |prediction - teacher_prediction|^2 in the loss"
 
-    def mean(self, difference: Float[Tensor, "b m p"]) -> Tensor:
-        """Mean square over the patches on which the guess counts: of each image, then over the images, however a batch is cut."""
+    def mean_square(self, difference: Float[Tensor, "b m p"]) -> Tensor:
+        """Weighted mean square: first over the patches of each image, then over the images, so that it does
+        not depend on the split into micro-batches."""
         if self.weight is None:
             return difference.square().mean()
-        return ((difference.square().mean(2) * self.weight).sum(1) / self.weight.sum(1).clamp_min(1)).mean()
+        errors = difference.square().mean(2)  # [b, m]
+        return ((errors * self.weight).sum(1) / self.weight.sum(1).clamp_min(1)).mean()
 
 
 class Method(Diagnostics, nn.Module):
-    """A way of learning without labels. One file a method; the first three functions and the first three attributes are what each has."""
+    """A method of self-supervised pre-training, one per file. Every method defines `recipe_type`, `recipe`,
+    `student` and `patch`, and the first three functions. Recipes and batches are `Any` here, since each
+    method narrows them to its own recipe class and to the TypedDict of its batch."""
 
     recipe_type: type[Recipe]
-    "what the method is told: the sections that every method has, and those it shares or has alone, each with its rules"
+    "class of the method's recipes"
     recipe: Recipe
     student: nn.Module
-    "every trained parameter lives here"
-    teacher: Teacher | None
-    "follows the student and gives it its targets; None without one"
+    "holds every trained parameter"
+    teacher: Teacher[Any] | None
+    "follows the student and makes its targets; None for a method without a teacher"
     patch: int
     "side of a patch in pixels"
     statistics: tuple[tuple[float, ...], tuple[float, ...]]
-    "mean and deviation of each channel that standardise the pixels, in units of 0 to 1"
+    "mean and standard deviation per channel that standardize the pixels, in units of 0 to 1"
+    mean: Tensor
+    std: Tensor
     networks: tuple[str, ...] = ("student",)
-    "what is probed and exported, the one to use last"
-    shorter, longer = "", ""
-    "what gives the teacher a shorter or a longer memory, for messages"
-    watched: list[Comparison] | None = None
-    "where `forward` leaves what it compared, if somebody looks"
+    "networks that are probed and exported, the recommended one last"
+    recorded: list[Comparison] | None = None
+    "a list into which `forward` writes its comparison, set by the diagnostics"
 
-    def __init__(self) -> None:
+    def __init__(self, recipe: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """`mean` and `std` standardize the pixels: a value per channel, in units of 0 to 1."""
         super().__init__()
-        self.teacher = None
+        self.recipe, self.teacher, self.statistics = recipe, None, (mean, std)
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    # --- what a method implements ----------------------------------------------------------------------------------------
+    # --- what every method implements -----------------------------------------------------------------------
 
     def views(self) -> Transform:
-        """The transform of one image: uint8 [h, w, c] and a generator to named tensors (crops, mask order)."""
+        """The transform of one image to named tensors (crops, order of the patches)."""
         raise NotImplementedError
 
-    def forward(self, batch: dict[str, Tensor], t: Progress) -> dict[str, Tensor]:
-        """Scalars on the device: "loss" is what is minimised, the rest is logged."""
+    def forward(self, batch: Any, t: Progress) -> dict[str, Tensor]:
+        """Scalars on the device: "loss" is minimized, the others are logged."""
         raise NotImplementedError
 
     def backbone(self, which: Literal["student", "teacher"] = "teacher") -> Backbone:
-        """What evaluation loads; a method without a teacher has only the student."""
+        """The network for evaluation; the student's for a method without a teacher."""
         raise NotImplementedError
 
-    # --- what it may add -------------------------------------------------------------------------------------------------
+    # --- what a method may override -------------------------------------------------------------------------
 
     @classmethod
-    def problems(cls, recipe: Recipe) -> list[str]:
-        """What of a recipe this method cannot work with, each in a few words; asked before any data is touched."""
+    def validate(cls, recipe: Any) -> list[str]:
+        """Problems of a recipe with this method, one message each; called before any data is read."""
         return []
 
     @classmethod
-    def accumulation_caveat(cls, recipe: Recipe) -> str:
-        """Why micro-batches are another step than the batch they make; empty where they are the same."""
+    def accumulation_caveat(cls, recipe: Any) -> str:
+        """Why accumulating micro-batches differs from one large batch; empty if it does not."""
         return ""
 
     @property
-    def ema_source(self) -> nn.Module:
+    def ema_source(self) -> WithEncoder:
         """The part of the student that the teacher averages and that evaluation loads."""
-        return self.student
+        return cast(WithEncoder, self.student)
+
+    @property
+    def shorter_memory(self) -> str:
+        """The setting that gives the teacher a shorter memory, for messages."""
+        return ""
+
+    @property
+    def longer_memory(self) -> str:
+        """The setting that gives the teacher a longer memory, for messages."""
+        return ""
 
     def before_step(self, t: Progress, applied: Tensor) -> None:
-        """Once an optimizer step, after the gradients are there and before the weights move.
+        """Called in every optimizer step between the backward pass and the update of the weights.
 
-        `applied` is a scalar on the device: 1, or 0 if the gradients are not finite and nothing may move.
+        `applied` is a scalar on the device: 1, or 0 if the gradients are not finite and no weight may change.
         """
 
     def after_step(self, t: Progress, applied: Tensor) -> None:
-        """Once an optimizer step, after the weights moved (`applied` 1) or were left alone (0)."""
+        """Called in every optimizer step after the update of the weights, which `applied` 0 skips."""
 
     def momentum_per_step(self, t: Progress) -> float:
-        """Share of itself that the teacher keeps in an applied optimizer step; 1 without a teacher."""
+        """Momentum of the teacher over an applied optimizer step; 1 without a teacher."""
         return 1.0
 
     def state(self, t: Progress) -> dict[str, float | Tensor]:
-        """More to log at `t`: numbers, or scalars on the device."""
+        """Further values to log at `t`: numbers, or scalars on the device."""
         return {}
 
-    def references(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """What simple guesses would score on this batch, to read the loss against."""
+    def references(self, batch: Any) -> dict[str, float]:
+        """The losses of trivial baselines on this batch, to compare the loss with."""
         return {}
 
-    def snapshot(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and text from which the report draws pictures of a fixed batch; nothing by default."""
+    def snapshot(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and text from which the report draws pictures of a fixed batch; empty by default."""
         return {}, {}
 
-    # --- what rcmae.lab and `compare cost` ask of the methods that can answer --------------------------------------------
+    # --- for rcmae.lab and `compare cost` -------------------------------------------------------------------
 
     @classmethod
     def compares(cls) -> bool:
-        """Whether there is a reconstruction and a teacher's, so that `compare` can be asked."""
+        """Whether the method implements `compare`."""
         return cls.compare is not Method.compare
 
-    def compare(self, batch: dict[str, Tensor]) -> Comparison | None:
-        """The student against the target and the teacher; None for a method that does not reconstruct under a teacher."""
+    def compare(self, batch: Any) -> Comparison | None:
+        """The student's reconstruction, its target and the teacher's reconstruction; None for other
+        methods."""
         return None
 
     @property
@@ -139,32 +158,31 @@ class Method(Diagnostics, nn.Module):
         """The student's layer that makes the predictions of `compare`."""
         return None
 
-    def encode(self, batch: dict[str, Tensor]) -> Tensor:
-        """The student's tokens [b t d] of what a batch shows, of a method that compares or masks anew."""
+    def encode(self, batch: Any) -> Tensor:
+        """The student's tokens [b t d] of the visible patches; for methods with `compare` or `remask`."""
         raise NotImplementedError
 
-    def masked_anew(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor] | None:
-        """The batch with other masks, drawn on the CPU, of what `encode` reads; None for a method that shows it everything."""
+    def remask(self, batch: Any, generator: torch.Generator) -> Any:
+        """The batch for `encode` with other masks, drawn on the CPU; None for a method without masks."""
         return None
 
-    def watch(self, comparison: Comparison) -> None:
-        """Leave a part of what a step compared to whoever asked for it by setting `watched` to a list."""
-        if self.watched is not None:
-            few = max(8, WATCHED // comparison.prediction[0].numel())
-            parts = {name: v[:few].detach().clone() for name, v in comparison._asdict().items() if isinstance(v, Tensor)}
-            self.watched[:] = [comparison._replace(**parts)]
+    def record_comparison(self, comparison: Comparison) -> None:
+        """Write the comparison of the first images into `recorded`, if the diagnostics have set it."""
+        if self.recorded is None:
+            return
+        c, count = comparison, max(8, RECORDED_VALUES // comparison.prediction[0].numel())
+        prediction, target, teacher = (
+            x[:count].detach().clone() for x in (c.prediction, c.target, c.teacher_prediction)
+        )
+        weight = None if c.weight is None else c.weight[:count].clone()
+        self.recorded[:] = [Comparison(prediction, target, teacher, weight, c.gamma)]
 
     def average_shapes(self, images: int) -> None:
-        """Make shapes that depend on what was drawn those of the average of so many images, for who counts and does not learn."""
+        """Replace shapes that depend on random draws by their average over so many images, for counting the
+        cost of a step."""
 
-    # --- what all methods share ------------------------------------------------------------------------------------------
-
-    def standardise_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Remember the statistics, a value a channel, in units of 0 to 1."""
-        self.statistics = mean, std
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+    # --- what all methods share -----------------------------------------------------------------------------
 
     def normalize_and_patchify(self, images: Num[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
-        """Pixels from 0 to 255 to standardised patches."""
+        """Pixels from 0 to 255 to standardized patches."""
         return patchify((images.float() - self.mean) / self.std, self.patch)

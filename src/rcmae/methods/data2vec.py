@@ -1,16 +1,19 @@
-"""data2vec 2.0 for images: masked latent prediction with contextualized targets (Baevski et al., ICML 2023, arXiv 2212.07525).
+"""data2vec 2.0 for images: masked latent prediction with contextualized targets (Baevski et al., ICML 2023,
+arXiv 2212.07525).
 
-    y = layer norm of the mean over the top K blocks of  instance norm (feed-forward output)      teacher, whole image, no gradient
+    y = layer norm (mean over the top K blocks of instance norm (feed-forward output))
     L = mean over masks and hidden patches of |s - y|^2 / sqrt(d)  +  w * |c - mean y|^2 / sqrt(d)
 
-s: what a small convolutional decoder predicts at a hidden patch from the student's tokens of the visible ones; c: the student's class
-token. All masks of an image share one pass of the teacher. Letters: b images, k masks, n patches, v visible, m hidden, d width.
+y: the target of a patch, from the teacher on the full image; s: the prediction of a small convolutional
+decoder at a hidden patch, from the student's tokens of the visible ones; c: the student's class token. All
+masks of an image share one forward pass of the teacher. Letters: b images, k masks, n patches, v visible,
+m hidden, d width.
 """
 
 import itertools
 import math
 from dataclasses import dataclass
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
@@ -24,9 +27,9 @@ from ..data.views import flip, random_resized_crop
 from ..engine.schedules import Progress
 from ..models.autoencoder import build_encoder
 from ..models.encoder import Encoder
-from ..models.patches import take
+from ..models.patches import gather_tokens
 from ..models.teacher import Teacher
-from .base import WATCHED
+from .base import RECORDED_VALUES
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .distillation import EncoderWithHead, StudentWithPredictor
 from .mean_teacher import MeanTeacher, MeanTeacherRecipe, TeacherSettings
@@ -37,37 +40,47 @@ class Data2VecSettings(Section):
     """Masked latent prediction."""
 
     masks: int = 16
-    "masks an image, which share one pass of the teacher"
-    hidden_share: float = 0.8
-    "share of the patches that a mask hides"
+    "masks per image, which share a forward pass of the teacher"
+    hidden_fraction: float = 0.8
+    "fraction of the patches that a mask hides"
     square: int = 3
-    "side, in patches, of the squares that stay visible"
+    "side, in patches, of the visible squares"
     top_blocks: int | None = None
-    "last blocks of the teacher whose feed-forward outputs are averaged to the target; default: all but the first sixth (10 of 12)"
+    """number of last teacher blocks whose feed-forward outputs are averaged as the target; default: all but
+    the first sixth (10 of 12)"""
     class_weight: float = 0.01
-    "weight of the class token's loss"
+    "weight of the loss of the class token"
     conv_depth: int = 6
     "convolutions of the decoder"
     conv_width: int | None = None
-    "their width; default: the encoder's"
+    "width of the convolutions; default: the encoder's"
     conv_kernel: int = 3
-    "side of their kernels, an odd number of patches"
+    "kernel size of the convolutions, an odd number of patches"
     conv_groups: int | None = None
-    "groups of their channels; default: 16, or the largest common divisor of 16 and both widths"
+    "groups of the convolutions; default: the greatest common divisor of 16 and both widths"
     noise: float = 0.01
-    "standard deviation of what the decoder sees at hidden places"
+    "standard deviation of the noise that the decoder reads at hidden patches"
     ema_end: float = 0.99999
-    "where the teacher's momentum rises to from `momentum`, with schedule linear"
+    "the teacher's final momentum, with schedule linear"
     ema_steps: int = 100_000
-    "optimizer steps in which it rises, in a straight line; then it stays"
+    "optimizer steps in which the momentum rises linearly to `ema_end`"
 
     def rules(self) -> Rules:
-        counts = {k: getattr(self, k) for k in ("masks", "square", "top_blocks", "conv_depth", "conv_width", "conv_groups", "ema_steps")}
+        counts = {
+            k: getattr(self, k)
+            for k in ("masks", "square", "top_blocks", "conv_depth", "conv_width", "conv_groups", "ema_steps")
+        }
         return [
             *((v is None or v >= 1, f"{k} must be 1 or more, not {v}") for k, v in counts.items()),
-            (0 < self.hidden_share < 1, f"hidden_share must lie between 0 and 1, not {self.hidden_share}"),
+            (
+                0 < self.hidden_fraction < 1,
+                f"hidden_fraction must lie between 0 and 1, not {self.hidden_fraction}",
+            ),
             (self.class_weight >= 0, f"class_weight must be 0 or more, not {self.class_weight}"),
-            (self.conv_kernel % 2 == 1 and self.conv_kernel > 0, f"conv_kernel must be an odd number, not {self.conv_kernel}"),
+            (
+                self.conv_kernel % 2 == 1 and self.conv_kernel > 0,
+                f"conv_kernel must be an odd number, not {self.conv_kernel}",
+            ),
             (self.noise >= 0, f"noise must be 0 or more, not {self.noise}"),
             (0 <= self.ema_end <= 1, f"ema_end must lie in 0 to 1, not {self.ema_end}"),
         ]
@@ -75,17 +88,19 @@ class Data2VecSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Data2VecRecipe(MeanTeacherRecipe):
-    """What `data2vec` is told."""
+    """The recipe of `data2vec`."""
 
     method: str = "data2vec"
     teacher: TeacherSettings = TeacherSettings(schedule="linear", momentum=0.9998)
     data2vec: Data2VecSettings = Data2VecSettings()
 
 
-def squares_mask(grid: tuple[int, int], count: int, side: int, rng: np.random.Generator) -> Bool[np.ndarray, "gh gw"]:
-    """Exactly `count` visible patches, laid in squares of `side` x `side` patches around random centers.
+def squares_mask(
+    grid: tuple[int, int], count: int, side: int, rng: np.random.Generator
+) -> Bool[np.ndarray, "gh gw"]:
+    """Exactly `count` visible patches in squares of `side` x `side` patches around random centers.
 
-    Squares may overlap, and are cut at the edge; of the last one, a random part is taken.
+    Squares may overlap, and are cropped at the edge; only a random part of the last one may be visible.
     """
     visible = np.zeros(grid, dtype=bool)
     while (missing := count - int(visible.sum())) > 0:
@@ -98,22 +113,25 @@ def squares_mask(grid: tuple[int, int], count: int, side: int, rng: np.random.Ge
 
 
 class Batch(TypedDict):
-    """What the views of b images make together."""
+    """The views of b images."""
 
     image: UInt8[Tensor, "b c h w"]
     orders: Int[Tensor, "b k n"]
-    "of the patches, one a mask; the first ones are visible"
+    "an order of the patches for each mask; the first ones are visible"
 
 
-def mask_order(grid: tuple[int, int], visible: int, side: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
-    """The patches of one mask, the `visible` ones first. Both parts are shuffled: the j-th hidden patch gets the decoder's j-th noise."""
+def mask_order(
+    grid: tuple[int, int], visible: int, side: int, rng: np.random.Generator
+) -> Int[np.ndarray, " n"]:
+    """An order of the patches with the `visible` ones first. Both parts are shuffled, since the decoder's
+    noise depends on the index of a hidden patch."""
     mask = squares_mask(grid, visible, side, rng).ravel()
     return np.concatenate([rng.permutation(np.flatnonzero(part)) for part in (mask, ~mask)])
 
 
 @dataclass(frozen=True)
 class CropAndMasks:
-    """One random crop under "image", and under "orders" an order of its patches for each of `masks` masks."""
+    """One random crop, and under "orders" an order of its patches for each of `masks` masks."""
 
     images: Images
     grid: tuple[int, int]
@@ -130,12 +148,25 @@ class CropAndMasks:
 
 
 class ConvDecoder(nn.Module):
-    """Convolutions on the grid of patches: the student's tokens at visible places, noise at hidden ones."""
+    """Convolutions on the grid of patches: the student's tokens at visible patches, noise at hidden ones."""
 
-    def __init__(self, *, grid: tuple[int, int], hidden: int, inputs: int, width: int, depth: int, kernel: int, groups: int, noise: float):
+    noise: Tensor
+
+    def __init__(
+        self,
+        *,
+        grid: tuple[int, int],
+        hidden: int,
+        inputs: int,
+        width: int,
+        depth: int,
+        kernel: int,
+        groups: int,
+        noise: float,
+    ):
         super().__init__()
         self.grid = grid
-        # A table, not draws: what a place is filled with is a function of the mask, however a batch is cut or a run resumed.
+        # A fixed table, so that the noise depends neither on micro-batches nor on a resume.
         self.register_buffer("noise", noise * torch.randn(hidden, inputs))
         widths = [inputs] + [width] * depth
         self.convolutions = nn.ModuleList(
@@ -144,71 +175,92 @@ class ConvDecoder(nn.Module):
         self.predict = nn.Linear(width, inputs)
 
     def forward(self, tokens: Float[Tensor, "b v d"], order: Int[Tensor, "b n"]) -> Float[Tensor, "b m d"]:
-        """Tokens of the visible patches, in the order's first places, to predictions for the hidden ones, its last places."""
+        """Tokens of the visible patches, the first ones of `order`, to predictions for the hidden ones."""
         b, n = order.shape
-        x = torch.cat([tokens.float(), self.noise.expand(b, -1, -1)], 1)
+        x = torch.cat([tokens.float(), self.noise.expand(b, -1, -1)], 1)  # [b, n, d], sorted by `order`
         rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=order.device).expand(b, n))
-        x = take(x, rank).transpose(1, 2).unflatten(2, self.grid)
+        x = gather_tokens(x, rank).transpose(1, 2).unflatten(2, self.grid)  # [b, d, gh, gw]
         for i, convolution in enumerate(self.convolutions):
-            y = convolution(x).permute(0, 2, 3, 1).float()
+            y = convolution(x).permute(0, 2, 3, 1).float()  # [b, gh, gw, width]
             y = F.gelu(F.layer_norm(y, y.shape[-1:])).permute(0, 3, 1, 2)
             x = x + y if i else y
-        return self.predict(take(x.flatten(2).transpose(1, 2), order[:, tokens.shape[1] :])).float()
+        patches = x.flatten(2).transpose(1, 2)  # [b, n, width]
+        return self.predict(gather_tokens(patches, order[:, tokens.shape[1] :])).float()
 
 
 class Data2Vec(MeanTeacher):
-    """Predicts, from the visible fifth of an image, what a mean teacher makes of all of it."""
+    """Predicts a mean teacher's features of an image from the visible fifth of its patches."""
 
     recipe_type = Data2VecRecipe
     recipe: Data2VecRecipe
+    student: StudentWithPredictor
+    teacher: Teacher[EncoderWithHead]
     losses: ClassVar[dict[str, str]] = {
-        "loss": "loss", "regression": "patches", "class": "class", "target_std": "target std", "prediction_std": "prediction std",
-    }  # fmt: skip
+        "loss": "loss",
+        "regression": "patches",
+        "class": "class",
+        "target_std": "target std",
+        "prediction_std": "prediction std",
+    }
 
     def __init__(self, recipe: Data2VecRecipe, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
+        super().__init__(recipe, mean, std)
         s = self.settings = recipe.data2vec
-        self.recipe = recipe
-        self.standardise_by(mean, std)
         encoder = build_encoder(recipe.images, recipe.network)
         self.patch, self.prefix = encoder.patch, encoder.prefix
         n = math.prod(encoder.grid)
-        self.seen = visible_count(n, s.hidden_share)
-        width, groups, self.top = sizes(s, encoder)
+        self.visible = visible_count(n, s.hidden_fraction)
+        width, groups, top_blocks = sizes(s, encoder)
         decoder = ConvDecoder(
-            grid=encoder.grid, hidden=n - self.seen, inputs=encoder.width, width=width, depth=s.conv_depth, kernel=s.conv_kernel,
-            groups=groups, noise=s.noise,
-        )  # fmt: skip
+            grid=encoder.grid,
+            hidden=n - self.visible,
+            inputs=encoder.width,
+            width=width,
+            depth=s.conv_depth,
+            kernel=s.conv_kernel,
+            groups=groups,
+            noise=s.noise,
+        )
         self.student = StudentWithPredictor(EncoderWithHead(encoder, nn.Identity()), decoder)
         self.teacher = Teacher(self.ema_source)
         self.feed_forward: list[Tensor] | None = None
-        for block in self.teacher.model.encoder.vit.blocks[-self.top :]:
-            block.mlp.register_forward_hook(self._collect)
+        for block in self.teacher.model.encoder.vit.blocks[-top_blocks:]:
+            block.get_submodule("mlp").register_forward_hook(self._collect)
 
     @property
     def ema_source(self) -> EncoderWithHead:
         return self.student.shared
 
     @classmethod
-    def problems(cls, recipe: Data2VecRecipe) -> list[str]:
+    def validate(cls, recipe: Data2VecRecipe) -> list[str]:
         with torch.device("meta"):
             encoder = build_encoder(recipe.images, recipe.network)
         s, depth = recipe.data2vec, len(encoder.vit.blocks)
-        width, groups, top = sizes(s, encoder)
+        width, groups, top_blocks = sizes(s, encoder)
         rules = [
-            (encoder.vit.has_class_token, f"data2vec reads the class token, which {recipe.network.model} has not"),
-            (1 <= top <= depth, f"top_blocks must lie in 1 to the encoder's {depth} blocks, not {top}"),
-            (recipe.teacher.memory[1] != "auto", "half_life auto is steered by a reconstruction: give a length"),
+            (
+                encoder.vit.has_class_token,
+                f"data2vec reads the class token, which {recipe.network.model} does not have",
+            ),
+            (
+                1 <= top_blocks <= depth,
+                f"top_blocks must lie in 1 to the encoder's {depth} blocks, not {top_blocks}",
+            ),
+            (
+                recipe.teacher.memory[1] != "adaptive",
+                "half_life adaptive needs a reconstruction loss: give a length",
+            ),
             (
                 encoder.width % groups == 0 == width % groups,
-                f"conv_groups {groups} must divide the encoder's width, {encoder.width}, and conv_width, {width}",
+                f"conv_groups {groups} must divide the encoder's width, {encoder.width}, and conv_width, "
+                f"{width}",
             ),
         ]
-        return [text for fine, text in rules if not fine]
+        return [text for valid, text in rules if not valid]
 
     def views(self) -> CropAndMasks:
         s = self.settings
-        return CropAndMasks(self.recipe.images, self.ema_source.encoder.grid, s.masks, self.seen, s.square)
+        return CropAndMasks(self.recipe.images, self.ema_source.encoder.grid, s.masks, self.visible, s.square)
 
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         patches, orders = self.normalize_and_patchify(batch["image"]), batch["orders"]
@@ -216,56 +268,62 @@ class Data2Vec(MeanTeacher):
         target = self.target(patches)
         classes, prediction = self.predict(patches, orders)
         with torch.autocast(prediction.device.type, enabled=False):
-            hidden = self.hidden(target, orders)
+            hidden = self.hidden(target, orders)  # [bk, m, d]
             regression = self.distance(prediction, hidden)
-            of_class = self.distance(classes.float(), target.mean(1).repeat_interleave(k, 0))
-        losses = {"loss": regression + self.settings.class_weight * of_class, "regression": regression.detach(), "class": of_class.detach()}
-        return losses | {"target_std": deviation(hidden), "prediction_std": deviation(prediction.detach())}
+            class_loss = self.distance(classes.float(), target.mean(1).repeat_interleave(k, 0))
+        return {
+            "loss": regression + self.settings.class_weight * class_loss,
+            "regression": regression.detach(),
+            "class": class_loss.detach(),
+            "target_std": mean_std(hidden),
+            "prediction_std": mean_std(prediction.detach()),
+        }
 
-    def hidden(self, rows: Float[Tensor, "b n d"], orders: Int[Tensor, "b k n"]) -> Float[Tensor, "bk m d"]:
-        """Rows of the patches that each mask hides."""
-        ids = orders[:, :, self.seen :]
-        return take(rows, ids.flatten(1)).unflatten(1, ids.shape[1:]).flatten(0, 1)
+    def hidden(self, tokens: Float[Tensor, "b n d"], orders: Int[Tensor, "b k n"]) -> Float[Tensor, "bk m d"]:
+        """The tokens of the patches that each mask hides."""
+        ids = orders[:, :, self.visible :]  # [b, k, m]
+        return gather_tokens(tokens, ids.flatten(1)).unflatten(1, ids.shape[1:]).flatten(0, 1)
 
     @staticmethod
     def distance(a: Float[Tensor, "*s d"], b: Float[Tensor, "*s d"]) -> Tensor:
-        """Mean over tokens of the squared distance over the square root of the width."""
+        """Mean over tokens of the squared distance, divided by the square root of the width."""
         return (a - b).square().sum(-1).mean() * a.shape[-1] ** -0.5
 
     @torch.no_grad()
     def target(self, patches: Float[Tensor, "b n p"]) -> Float[Tensor, "b n d"]:
-        """What the teacher makes of each patch of the whole image, in float32."""
-        self.feed_forward = []
-        self.teacher.model.encoder(patches)
-        outputs, self.feed_forward = self.feed_forward, None
+        """The teacher's features of each patch of the full image, in float32."""
+        outputs = self.feed_forward = []
+        self.teacher.model.encoder(patches)  # fills `outputs` through the hooks
+        self.feed_forward = None
         with torch.autocast(patches.device.type, enabled=False):
             # Instance norm: each channel over the patches of its image.
             normed = [F.instance_norm(y[:, self.prefix :].float().transpose(1, 2)) for y in outputs]
-            mean = torch.stack(normed).mean(0).transpose(1, 2)
+            mean = torch.stack(normed).mean(0).transpose(1, 2)  # [b, n, d]
             return F.layer_norm(mean, mean.shape[-1:])
 
-    def _collect(self, mlp: nn.Module, args: tuple, output: Tensor) -> None:
+    def _collect(self, mlp: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self.feed_forward is not None:  # not while the teacher is probed
             self.feed_forward.append(output)
 
     def predict(
         self, patches: Float[Tensor, "b n p"], orders: Int[Tensor, "b k n"]
     ) -> tuple[Float[Tensor, "bk d"], Float[Tensor, "bk m d"]]:
-        """The student's class token under each mask, and what is predicted for the hidden patches."""
+        """The student's class token under each mask, and its predictions for the hidden patches."""
         b, k, _ = orders.shape
-        seen = orders[:, :, : self.seen]
-        visible = take(patches, seen.flatten(1)).view(b * k, self.seen, -1)
-        tokens = self.ema_source.encoder(visible, seen.flatten(0, 1))
+        ids = orders[:, :, : self.visible]
+        visible = gather_tokens(patches, ids.flatten(1)).view(b * k, self.visible, -1)
+        tokens = self.ema_source.encoder(visible, ids.flatten(0, 1))  # [bk, t, d]
         return tokens[:, 0], self.student.predictor(tokens[:, self.prefix :], orders.flatten(0, 1))
 
     def encode(self, batch: Batch) -> Float[Tensor, "b t d"]:
-        seen = batch["orders"][:, 0, : self.seen]
-        return self.ema_source.encoder(take(self.normalize_and_patchify(batch["image"]), seen), seen)
+        ids = batch["orders"][:, 0, : self.visible]
+        return self.ema_source.encoder(gather_tokens(self.normalize_and_patchify(batch["image"]), ids), ids)
 
-    def masked_anew(self, batch: Batch, generator: torch.Generator) -> Batch:
+    def remask(self, batch: Batch, generator: torch.Generator) -> Batch:
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        drawn = [mask_order(self.ema_source.encoder.grid, self.seen, self.settings.square, rng) for _ in batch["orders"]]
-        return batch | {"orders": torch.from_numpy(np.stack(drawn)).unsqueeze(1).to(batch["orders"].device)}
+        grid, square = self.ema_source.encoder.grid, self.settings.square
+        orders = np.stack([mask_order(grid, self.visible, square, rng) for _ in batch["orders"]])  # [b, n]
+        return {**batch, "orders": torch.from_numpy(orders).unsqueeze(1).to(batch["orders"].device)}
 
     def momentum(self, t: Progress) -> float | Tensor:
         s, start = self.settings, self.recipe.teacher.momentum
@@ -274,17 +332,23 @@ class Data2Vec(MeanTeacher):
         return start + (s.ema_end - start) * min(1.0, t.step / s.ema_steps)
 
     def references(self, batch: Batch) -> dict[str, float]:
-        """The loss on hidden patches of predicting zero: targets are standardized, so it is the square root of the width."""
+        """The loss of predicting zero for standardized targets, the square root of the width."""
         return {"zero": self.ema_source.encoder.width**0.5}
 
     @classmethod
     def figures(cls) -> tuple[Figure, ...]:
-        text = "Squared distance of the predictions from the teacher's latents of hidden patches. The targets move with the teacher: the "
-        text += "loss may rise again while they become richer."
-        spread = "Standard deviation over patches of targets and of predictions, mean over channels. Both at zero mean collapse."
+        text = (
+            "Squared distance of the predictions from the teacher's features of hidden patches. The targets "
+            "change with the teacher, so the loss may rise again while they become richer."
+        )
+        spread = (
+            "Standard deviation over patches of targets and of predictions, mean over channels. If both are "
+            "zero, the run has collapsed."
+        )
+        loss, levels = Curve("regression", "", "student"), (("predicting zero", "zero"),)
         both = Curve("target_std", "targets", "teacher"), Curve("prediction_std", "predictions", "student")
         return (
-            Figure("figure-loss", "latent loss", (Curve("regression", "", "student"),), text, (("predicting zero", "zero"),), log=True),
+            Figure("figure-loss", "latent loss", (loss,), text, levels, log=True),
             Figure("figure-spread", "standard deviation", both, spread),
         )
 
@@ -294,21 +358,24 @@ class Data2Vec(MeanTeacher):
         text = f"The latent loss is {loss:.3f}"
         text += f"; predicting zero would score {reference['zero']:.3f}." if reference else "."
         learns = not reference or loss < 0.98 * reference["zero"]
-        spread = f"Over patches, targets deviate by {target:.2f} and predictions by {prediction:.2f}"
-        alive = min(target, prediction) > 0.1
-        return [
-            ("note", text) if learns else ("bad", text + " Nothing is learned yet: early in a run that is normal, later it is not."),
-            ("good", spread + ": they tell patches apart.") if alive else ("bad", spread + ": one answer for all patches is collapse."),
-        ]
+        if not learns:
+            text += " Nothing is learned yet: normal early in a run, but not later."
+        spread = f"Over patches, the standard deviation of targets is {target:.2f}, of predictions "
+        spread += f"{prediction:.2f}: "
+        if min(target, prediction) > 0.1:
+            judged = ("good", spread + "patches are distinguished.")
+        else:
+            judged = ("bad", spread + "the same output for all patches is collapse.")
+        return [("note" if learns else "bad", text), judged]
 
 
 def sizes(s: Data2VecSettings, encoder: Encoder) -> tuple[int, int, int]:
-    """Width and groups of the decoder, and how many of the teacher's blocks make the target."""
+    """Width and groups of the decoder, and the number of the teacher's blocks in the target."""
     width, depth = s.conv_width or encoder.width, len(encoder.vit.blocks)
     return width, s.conv_groups or math.gcd(16, width, encoder.width), s.top_blocks or depth - depth // 6
 
 
-def deviation(x: Float[Tensor, "b m d"]) -> Tensor:
-    """Mean over channels of the standard deviation over all patches: 0 where they all are alike."""
-    few = max(8, WATCHED // x[0].numel())
-    return x[:few].flatten(0, 1).var(0).add(1e-6).sqrt().mean()
+def mean_std(x: Float[Tensor, "b m d"]) -> Tensor:
+    """Mean over channels of the standard deviation over all patches of the first images."""
+    count = max(8, RECORDED_VALUES // x[0].numel())
+    return x[:count].flatten(0, 1).var(0).add(1e-6).sqrt().mean()

@@ -1,49 +1,51 @@
-"""What a method declares for those who look at its runs: report, monitor, alarms, cost and race ask it; none knows one by name."""
+"""What a method declares about itself for the report, the monitor, the alarms, `compare cost` and `compare
+race`, which do not know methods by name."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 Numbers = Mapping[str, Any]
-"A line of metrics.jsonl, or means over several."
+"A record of metrics.jsonl, or means over several."
 
 Sentence = tuple[str, str]
 "(good | note | bad, text): an item at the top of the report."
 
 
 class Curve(NamedTuple):
-    """A number over the steps."""
+    """A metric over the steps."""
 
     key: str | Callable[[Numbers], float | None]
-    'of the log lines ("gradient.cosine": inside of "gradient"), or a function of a line; lines that do not hold it are left out'
+    """key in the log lines ("gradient.cosine" is "cosine" in "gradient"), or a function of a line; lines
+    without the value are skipped"""
     label: str = ""
     color: str = "ink"
-    "student, teacher, both (what lies between them), ink, good, gold or floor"
+    "student, teacher, both (for the difference of the two), ink, good, gold or baseline"
     style: str = "-"
-    'as of matplotlib; "o" for points alone, "band" for a broad pale line that others should follow'
+    'matplotlib\'s line style; "o": points only, "band": a broad pale line that another one should follow'
     smooth: bool = False
-    "draw a running mean, the points themselves pale behind it"
+    "draw a running mean in front of pale points"
 
 
 class Figure(NamedTuple):
-    """A figure of the report. Without a single point it is left out."""
+    """A figure of the report, omitted if it has no points."""
 
     id: str
     ylabel: str
     curves: tuple[Curve, ...]
     caption: str
-    "how to read it, and which flag to change; flags that the method has"
+    "how to read the figure, and which of the method's flags to change"
     levels: tuple[tuple[str, float | str], ...] = ()
-    "dashed lines: name, and a number or a key of `Method.references`"
+    "dashed lines: a label, and a number or a key of `Method.references`"
     log: bool = False
     symlog: float | None = None
-    "both signs on a logarithmic axis that is straight up to this value"
+    "a symmetric logarithmic y axis, linear up to this value"
     span: float = 0.0
-    "the least that the y axis spans"
+    "minimum span of the y axis"
     markers: bool = False
     right: tuple[str, str, float] | None = None
-    "a second axis: its name, and a key and a factor that give the same quantity in its units"
+    "a second y axis: its label, and the key and the factor of the same quantity in its unit"
     changing: bool = False
-    "left out where it stays what it was"
+    "omit the figure if the value is constant"
 
 
 class BlockFigure(NamedTuple):
@@ -52,7 +54,7 @@ class BlockFigure(NamedTuple):
     id: str
     ylabel: str
     key: str | Callable[[Numbers], dict[str, float] | None]
-    "of lines that hold a number for every block"
+    "key or function of the lines that hold a value for every block"
     caption: str
     times: int = 1
     "1: the last such line; 3: the first, the middle and the last one"
@@ -61,58 +63,60 @@ class BlockFigure(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A part of the report with a heading of its own."""
+    """A section of the report with its own heading."""
 
     id: str
     title: str
     text: str
     rows: tuple[tuple[str, str, Callable[[float | None], str]], ...] = ()
-    "table: name, key of the log lines, and how the number is written; at the start, halfway and now, if it changes. Without: no panel"
+    """rows of a table: name, key in the log lines, and format function; columns: start, middle and end, if
+    the value changes. Without values, the panel is omitted"""
     figures: tuple[Figure | BlockFigure, ...] = ()
     more: tuple[Figure | BlockFigure, ...] = ()
-    "less important ones, folded away"
+    "less important figures, collapsed"
     more_title: str = ""
 
 
 class Variant(NamedTuple):
-    """A method with some settings replaced that is worth a row of its own beside it."""
+    """A method with some settings replaced, compared beside the method itself."""
 
     name: str
     settings: dict[str, Any]
     note: str
-    "why it stands there, in a sentence"
-    pays: str = ""
-    "the method whose cost it has, where its own is not needed to learn the same"
+    "why it is included, in a sentence"
+    cost_of: str = ""
+    "the method whose cost is charged, if that one learns the same for less"
 
 
 class Diagnostics:
-    """What may be asked of a method, with answers that fit one that declares nothing but `losses`."""
+    """The declarations of a method; the defaults fit one that declares only `losses`."""
 
     losses: ClassVar[dict[str, str]] = {"loss": "loss"}
-    "every value that `forward` returns, and its name on the line of progress"
+    "every key that `forward` returns, and its name in the progress line"
     collapse_advice: ClassVar[str] = "lower --base-lr or lengthen --warmup"
     "what helps against collapse"
     variants: ClassVar[tuple[Variant, ...]] = ()
-    "rows of their own in `compare cost`"
+    "additional rows of `compare cost`"
     controls: ClassVar[tuple[Variant, ...]] = ()
-    "arms of their own in `compare race`, before the method's own"
+    "additional arms of `compare race`, before the method"
 
     @classmethod
     def figures(cls) -> tuple[Figure, ...]:
-        """Figures of learning; the first one is the loss, and its `ylabel` the name of the loss."""
-        return (Figure("figure-loss", "loss", (Curve("loss", "", "student"),), "The loss, by step."),)
+        """Learning curves; the first one is the loss, and its `ylabel` the name of the loss."""
+        return (Figure("figure-loss", "loss", (Curve("loss", "", "student"),), "The loss by step."),)
 
     @classmethod
     def panels(cls) -> tuple[Panel, ...]:
-        """More parts of the report."""
+        """Further sections of the report."""
         return ()
 
     @classmethod
     def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
-        """Is the loss normal? `means` are those of the last log lines, `reference` what `references` gave, empty where it was not asked."""
+        """Sentences on whether the loss is normal, from the `means` of the last log lines and from
+        `Method.references`, which is empty if it was not computed."""
         return [("note", f"The {cls.figures()[0].ylabel} is {means['loss']:.4f}.")]
 
     @classmethod
     def derived(cls, means: Numbers) -> dict[str, float]:
-        """More for a log line, from the means of what `forward` returned since the one before."""
+        """Further values for a log line, from the `means` of the losses since the previous line."""
         return {}

@@ -18,21 +18,23 @@ from ..engine.schedules import Progress
 from ..models.heads import PrototypeHead
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .distillation import (
-    LOOKED_AT,
-    SPREAD,
+    SPREAD_METRICS,
+    SPREAD_ROWS,
     Batch,
     Center,
+    EncoderWithHead,
     SelfDistillation,
     SelfDistillationRecipe,
-    judge_answers,
+    judge_cross_entropy,
     judge_spread,
     spread_figures,
-    spread_of,
+    spread_metrics,
 )
-from .distillation_losses import across_views, balanced, centered
+from .distillation_losses import centered_softmax, cross_view_loss, sinkhorn_knopp
 
 LONGEST_FREEZE = 0.1
-"Share of the run in which the last layer may be frozen: an epoch of a large set can be longer than a run."
+"""Largest fraction of the run in which the last layer is frozen, since an epoch of a large data set can be
+longer than a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,38 +42,41 @@ class DINOSettings(Section):
     """Prototypes, temperatures and the center."""
 
     prototypes: int = 65536
-    "width of the head's output"
+    "number of prototypes"
     head_norm: bool = False
-    "BatchNorm between the head's layers, an option in the code of DINO and iBOT"
+    "BatchNorm between the layers of the head, an option in the code of DINO and iBOT"
     student_temperature: float = 0.1
-    "of the student's softmax"
+    "temperature of the student's softmax"
     teacher_temperature: float = 0.04
-    "of the teacher's softmax"
+    "temperature of the teacher's softmax"
     teacher_temperature_start: float = 0.04
-    "where the teacher's temperature starts"
+    "the teacher's temperature at the start of the run"
     teacher_temperature_warmup: float = 0.0
-    "share of the run in which it rises linearly"
-    centre_momentum: float = 0.9
-    "what a center keeps of itself in a step"
+    "fraction of the run in which the teacher's temperature rises linearly"
+    center_momentum: float = 0.9
+    "momentum of the center"
     sinkhorn: bool = False
-    "balance the targets over the prototypes in place of the center, as DINOv2 does"
+    "Sinkhorn-Knopp instead of centering, as in DINOv2"
     freeze_last: float = 1.0
-    "epochs in which the head's last layer does not move, within the first tenth of the run"
+    "epochs in which the head's last layer is frozen, at most a tenth of the run"
 
     def rules(self) -> Rules:
         temperatures = ("student_temperature", "teacher_temperature", "teacher_temperature_start")
         warmup = self.teacher_temperature_warmup
         return [
             (self.prototypes >= 2, f"prototypes must be 2 or more, not {self.prototypes}"),
-            (0 <= self.centre_momentum < 1, f"centre_momentum must lie in 0 to below 1, not {self.centre_momentum}"),
-            (0 <= warmup <= 1, f"teacher_temperature_warmup is a share of the run, not {warmup}"),
+            (
+                0 <= self.center_momentum < 1,
+                f"center_momentum must lie in 0 to below 1, not {self.center_momentum}",
+            ),
+            (0 <= warmup <= 1, f"teacher_temperature_warmup is a fraction of the run, not {warmup}"),
             *((getattr(self, k) > 0, f"{k} must be above 0, not {getattr(self, k)}") for k in temperatures),
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DINORecipe(SelfDistillationRecipe):
-    """What `dino` is told."""
+    """The recipe of `dino`."""
 
     method: str = "dino"
     dino: DINOSettings = DINOSettings()
@@ -82,21 +87,29 @@ class DINO(SelfDistillation):
 
     recipe_type = DINORecipe
     recipe: DINORecipe
-    losses: ClassVar[dict[str, str]] = {"loss": "loss"} | SPREAD
+    student: EncoderWithHead
+    losses: ClassVar[dict[str, str]] = {"loss": "loss"} | SPREAD_METRICS
 
     def __init__(self, recipe: DINORecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
-        self.center = Center(recipe.dino.prototypes, recipe.dino.centre_momentum)
+        self.center = Center(recipe.dino.prototypes, recipe.dino.center_momentum)
 
     @classmethod
     def accumulation_caveat(cls, recipe: DINORecipe) -> str:
-        own = {"the head's statistics": recipe.dino.head_norm, "the balance of the targets": recipe.dino.sinkhorn}
-        names = " and ".join(name for name, there in own.items() if there)
+        parts = {
+            "the head's statistics": recipe.dino.head_norm,
+            "the balance of the targets": recipe.dino.sinkhorn,
+        }
+        names = " and ".join(name for name, used in parts.items() if used)
         return f"{names} are those of a micro-batch" if names else ""
 
-    def head(self, inputs: int) -> PrototypeHead:
-        head, own = self.recipe.head, self.recipe.dino
-        return PrototypeHead(inputs, head.head_width, head.embedding, own.prototypes, own.head_norm)
+    @property
+    def ema_source(self) -> EncoderWithHead:
+        return self.student
+
+    def build_head(self, inputs: int) -> PrototypeHead:
+        head, s = self.recipe.head, self.recipe.dino
+        return PrototypeHead(inputs, head.head_width, head.embedding, s.prototypes, s.head_norm)
 
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         teacher, temperature = self.teacher.model, self.teacher_temperature(t)
@@ -104,29 +117,35 @@ class DINO(SelfDistillation):
             teacher_logits = teacher.head(self.tokens(teacher, batch["image"])[:, :, 0])
         self.center.accumulate(teacher_logits)
         target = self.target(teacher_logits, self.center, temperature)
-        loss = across_views(self.student.head(self.classes(batch)), target, self.recipe.dino.student_temperature)
+        logits = self.student.head(self.class_tokens(batch))  # [v, b, c]
+        loss = cross_view_loss(logits, target, self.recipe.dino.student_temperature)
         return {"loss": loss} | self.spread(teacher_logits, temperature)
 
-    def target(self, teacher_logits: Float[Tensor, "*s c"], center: Center, temperature: float) -> Float[Tensor, "*s c"]:
-        """The teacher's probabilities, centered or balanced so that they do not all fall to one prototype."""
+    def target(
+        self, teacher_logits: Float[Tensor, "*s c"], center: Center, temperature: float
+    ) -> Float[Tensor, "*s c"]:
+        """The teacher's probabilities, centered or balanced against a collapse to one prototype."""
         if self.recipe.dino.sinkhorn:
-            return balanced((teacher_logits.flatten(0, -2) / temperature).softmax(-1)).view_as(teacher_logits)
-        return centered(teacher_logits, center.value, temperature)
+            p = (teacher_logits.flatten(0, -2) / temperature).softmax(-1)
+            return sinkhorn_knopp(p).view_as(teacher_logits)
+        return centered_softmax(teacher_logits, center.value, temperature)
 
     def spread(self, teacher_logits: Float[Tensor, "*s c"], temperature: float) -> dict[str, Tensor]:
-        """Of the teacher's answers, see `spread_of`; what is balanced is looked at before."""
+        """`spread_metrics` of the teacher's centered probabilities (with Sinkhorn-Knopp, of those before
+        it)."""
         shift = 0.0 if self.recipe.dino.sinkhorn else self.center.value
-        return spread_of(((teacher_logits.flatten(0, -2)[:LOOKED_AT] - shift) / temperature).softmax(-1))
+        logits = teacher_logits.flatten(0, -2)[:SPREAD_ROWS]
+        return spread_metrics(((logits - shift) / temperature).softmax(-1))
 
-    def classes(self, batch: Batch) -> Tensor:
+    def class_tokens(self, batch: Batch) -> Tensor:
         """The student's class tokens of all views [v b d]."""
-        sizes = [batch[k] for k in ("image", "local") if k in batch]
-        return torch.cat([self.tokens(self.student, images)[:, :, 0] for images in sizes])
+        crops = [batch["image"], batch["local"]] if "local" in batch else [batch["image"]]
+        return torch.cat([self.tokens(self.student, images)[:, :, 0] for images in crops])
 
     def teacher_temperature(self, t: Progress) -> float:
-        d = self.recipe.dino
-        rise = min(1.0, t.fraction / d.teacher_temperature_warmup) if d.teacher_temperature_warmup else 1.0
-        return d.teacher_temperature_start + rise * (d.teacher_temperature - d.teacher_temperature_start)
+        s = self.recipe.dino
+        rise = min(1.0, t.fraction / s.teacher_temperature_warmup) if s.teacher_temperature_warmup else 1.0
+        return s.teacher_temperature_start + rise * (s.teacher_temperature - s.teacher_temperature_start)
 
     def before_step(self, t: Progress, applied: Tensor) -> None:
         super().before_step(t, applied)
@@ -138,18 +157,25 @@ class DINO(SelfDistillation):
         self.center.update(applied)
 
     def references(self, batch: Batch) -> dict[str, float]:
-        """The cross-entropy of a student whose answers are even, in nats."""
+        """The cross-entropy of a student with uniform probabilities, in nats."""
         return {"even": math.log(self.recipe.dino.prototypes)}
 
     @classmethod
     def figures(cls) -> tuple[Figure, ...]:
         text = (
-            "Cross-entropy of the student's answers on one view against the teacher's on another. It falls below even answers, and rises "
+            "Cross-entropy of the student's assignments on one view with the teacher's on another. It falls "
+            "below that of uniform assignments, and rises again as the teacher's targets become harder; only "
+            "zero, or uniform assignments until the end, mean collapse."
         )
-        text += "again where the teacher's answers become harder; only zero, or even answers to the end, mean collapse."
-        across = Curve("loss", "", "student")
-        return (Figure("figure-loss", "cross-entropy between views", (across,), text, (("even answers", "even"),)), *spread_figures())
+        loss, levels = Curve("loss", "", "student"), (("uniform assignments", "even"),)
+        return (
+            Figure("figure-loss", "cross-entropy between views", (loss,), text, levels),
+            *spread_figures(),
+        )
 
     @classmethod
     def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
-        return [judge_answers("cross-entropy between views", means["loss"], reference), judge_spread(means, reference)]
+        return [
+            judge_cross_entropy("cross-entropy between views", means["loss"], reference),
+            judge_spread(means, reference),
+        ]

@@ -1,5 +1,7 @@
-"""What the methods of self-distillation share: an encoder with a head, several crops of an image, and a mean teacher."""
+"""What the methods of self-distillation share: an encoder with a head, several crops of an image, and a mean
+teacher."""
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
@@ -11,33 +13,37 @@ from torch import Tensor, nn
 from ..data.augment import Crops, MultiCrop
 from ..engine.distributed import average
 from ..models.autoencoder import build_encoder
-from ..models.encoder import Encoder
+from ..models.encoder import Encoder, WithEncoder
 from ..models.heads import HeadSettings
-from ..models.patches import take
+from ..models.patches import gather_tokens
 from ..models.teacher import Teacher
+from .base import Transform
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .mean_teacher import MeanTeacher, MeanTeacherRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfDistillationRecipe(MeanTeacherRecipe):
-    """Of every method of self-distillation."""
+    """The recipe of every method of self-distillation."""
 
     crops: Crops = Crops()
     head: HeadSettings = HeadSettings()
 
 
 class Batch(TypedDict):
-    """What the crops of b images make together."""
+    """The crops of b images."""
 
     image: UInt8[Tensor, "b 2 c h w"]
-    "the two global crops"
+    "two global crops"
     local: NotRequired[UInt8[Tensor, "b k c s s"]]
-    "k small ones"
+    "k local crops"
 
 
-class EncoderWithHead(nn.Module):
-    """An encoder and a projection head, which student and teacher both have."""
+class EncoderWithHead(WithEncoder):
+    """An encoder and a projection head, which both student and teacher have."""
+
+    mask_token: nn.Parameter
+    "iBOT only: replaces masked patches in the student"
 
     def __init__(self, encoder: Encoder, head: nn.Module):
         super().__init__()
@@ -46,28 +52,38 @@ class EncoderWithHead(nn.Module):
 
 
 class SelfDistillation(MeanTeacher):
-    """Views of an image are told of each other by a teacher. Letters: v views, b images, t tokens, d width."""
+    """Matches the student's output on one view of an image to the teacher's on another. Letters: v views,
+    b images, t tokens, d width."""
 
     recipe: SelfDistillationRecipe
+    teacher: Teacher[EncoderWithHead]
 
     def __init__(self, recipe: SelfDistillationRecipe, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        self.recipe = recipe
-        self.standardise_by(mean, std)
+        super().__init__(recipe, mean, std)
         encoder = build_encoder(recipe.images, recipe.network)
         self.patch = encoder.patch
-        self.patches = encoder.grid[0] * encoder.grid[1]
-        self.student = self.build_student(EncoderWithHead(encoder, self.head(encoder.width)))
+        self.patches = math.prod(encoder.grid)
+        self.student = self.build_student(EncoderWithHead(encoder, self.build_head(encoder.width)))
         self.teacher = Teacher(self.ema_source)
 
+    @property
+    @abstractmethod
+    def ema_source(self) -> EncoderWithHead: ...
+
     @classmethod
-    def problems(cls, recipe: SelfDistillationRecipe) -> list[str]:
+    def validate(cls, recipe: SelfDistillationRecipe) -> list[str]:
         c, optim = recipe.crops, recipe.optim
         with torch.device("meta"):
             encoder = build_encoder(recipe.images, recipe.network)
         rules = [
-            (encoder.vit.has_class_token, f"{recipe.method} reads the class token, which {recipe.network.model} has not"),
-            (optim.batch_size >= 2, f"{recipe.method} compares images: give a batch_size of 2 or more, not {optim.batch_size}"),
+            (
+                encoder.vit.has_class_token,
+                f"{recipe.method} reads the class token, which {recipe.network.model} does not have",
+            ),
+            (
+                optim.batch_size >= 2,
+                f"{recipe.method} compares images: give a batch_size of 2 or more, not {optim.batch_size}",
+            ),
             (
                 not c.local_crops or c.local_size <= min(recipe.images.shape),
                 f"local_size {c.local_size} is larger than the image, {min(recipe.images.shape)}",
@@ -76,34 +92,41 @@ class SelfDistillation(MeanTeacher):
                 not c.local_crops or c.local_size % encoder.patch == 0,
                 f"local_size {c.local_size} is not a multiple of the patch, {encoder.patch}",
             ),
-            (recipe.teacher.memory[1] != "auto", "half_life auto is steered by a reconstruction: give a length"),
+            (
+                recipe.teacher.memory[1] != "adaptive",
+                "half_life adaptive needs a reconstruction loss: give a length",
+            ),
         ]
-        return [text for fine, text in rules if not fine]
+        return [text for valid, text in rules if not valid]
 
     @abstractmethod
-    def head(self, inputs: int) -> nn.Module:
-        """What is put on an encoder of that width."""
+    def build_head(self, inputs: int) -> nn.Module:
+        """The head for an encoder of this width."""
 
     def build_student(self, net: EncoderWithHead) -> nn.Module:
-        """The student, from the part that the teacher averages."""
+        """The student around `net`, the part that the teacher averages."""
         return net
 
-    def views(self) -> MultiCrop:
+    def views(self) -> Transform:
         return MultiCrop(self.recipe.images, self.recipe.crops)
 
     def tokens(
-        self, net: EncoderWithHead, images: UInt8[Tensor, "b v c h w"], ids: Int[Tensor, "vb k"] | None = None, masked=None
+        self,
+        net: EncoderWithHead,
+        images: UInt8[Tensor, "b v c h w"],
+        ids: Int[Tensor, "vb k"] | None = None,
+        masked: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "v b t d"]:
-        """Views of a batch through an encoder; see `Encoder.forward` for `ids` and `masked`."""
+        """The encoder's tokens for all views of a batch; see `Encoder.forward` for `ids` and `masked`."""
         b, v, _, h, w = images.shape
-        patches = self.normalize_and_patchify(images.transpose(0, 1).flatten(0, 1))
+        patches = self.normalize_and_patchify(images.transpose(0, 1).flatten(0, 1))  # [vb, n, p]
         if ids is not None:
-            patches = take(patches, ids)
+            patches = gather_tokens(patches, ids)  # [vb, k, p]
         return net.encoder(patches, ids, (h // self.patch, w // self.patch), masked).unflatten(0, (v, b))
 
 
 class StudentWithPredictor(nn.Module):
-    """A student with a part that the teacher has not: MoCo v3's predictor, MSN's prototypes."""
+    """A student with a part that the teacher does not have: a predictor, or MSN's prototypes."""
 
     def __init__(self, shared: EncoderWithHead, predictor: nn.Module):
         super().__init__()
@@ -112,7 +135,9 @@ class StudentWithPredictor(nn.Module):
 
 
 class Center(nn.Module):
-    """A running mean of the teacher's logits, over all ranks, updated once an applied optimizer step of any number of micro-batches."""
+    """A running mean of the teacher's logits over all ranks, updated once per optimizer step."""
+
+    value: Tensor
 
     def __init__(self, width: int, momentum: float):
         super().__init__()
@@ -121,35 +146,38 @@ class Center(nn.Module):
         self.accumulated: list[Tensor] = []
 
     def accumulate(self, logits: Float[Tensor, "*s c"], counted: Bool[Tensor, " m"] | None = None) -> None:
-        """Add the logits of a micro-batch to those of the step; `counted` says which rows count (default: all)."""
-        rows = logits.detach().float().flatten(0, -2)
+        """Add the logits of a micro-batch to the mean of this step; `counted` selects rows (default: all)."""
+        rows = logits.detach().float().flatten(0, -2)  # [m, c]
         weight = torch.ones(len(rows), device=rows.device) if counted is None else counted.float()
-        self.accumulated.append(torch.cat([weight @ rows, weight.sum(0, keepdim=True)]))
+        self.accumulated.append(torch.cat([weight @ rows, weight.sum(0, keepdim=True)]))  # [c + 1]
 
     @torch.no_grad()
     def update(self, applied: Tensor) -> None:
-        """Move to the mean over the step, and begin another step; `applied` as in `Method.after_step`."""
-        # Sums and counts, not means: the same however rows fall to micro-batches and ranks.
+        """Move towards the mean of this step, unless `applied` is 0 (see `Method.after_step`)."""
+        # Sums and counts instead of means: micro-batches and ranks may differ in their number of rows.
         sums = average(torch.stack(self.accumulated).sum(0))
         self.accumulated.clear()
-        total = sums[-1]
-        mean = sums[:-1] / total.clamp_min(1e-6)
-        self.value.copy_(torch.where((applied > 0) & (total > 0), torch.lerp(mean, self.value, self.momentum), self.value))
+        count = sums[-1]
+        mean = sums[:-1] / count.clamp_min(1e-6)
+        moved = torch.lerp(mean, self.value, self.momentum)
+        self.value.copy_(torch.where((applied > 0) & (count > 0), moved, self.value))
 
 
-SPREAD = {"entropy": "entropy", "prototypes_used": "prototypes"}
-"What `spread_of` finds, and its names on the line of progress."
+SPREAD_METRICS = {"entropy": "entropy", "prototypes_used": "prototypes"}
+"Keys of `spread_metrics` and their names in the progress line."
 
-LOOKED_AT = 256
-"Rows of a step that `spread_of` looks at: what it costs does not grow with the batch."
+SPREAD_ROWS = 256
+"Rows per step that `spread_metrics` uses, so that its cost does not grow with the batch."
 
 
-def spread_of(p: Float[Tensor, "*s c"]) -> dict[str, Tensor]:
-    """Of probabilities: their mean entropy in nats, and how many prototypes the mean of them uses (its perplexity).
+def spread_metrics(p: Float[Tensor, "*s c"]) -> dict[str, Tensor]:
+    """The mean entropy of assignments in nats, and the number of prototypes that a batch uses (the perplexity
+    of its mean assignment).
 
-    To be asked of what a teacher says before it is balanced: balancing uses all prototypes even if all images are alike.
+    `p` are the teacher's assignments before Sinkhorn-Knopp, which uses all prototypes even if all images
+    collapse to the same output.
     """
-    p = p.detach().flatten(0, -2)[:LOOKED_AT].float()
+    p = p.detach().flatten(0, -2)[:SPREAD_ROWS].float()  # [m, c]
     mean = p.mean(0)
     return {
         "entropy": -torch.special.xlogy(p, p).sum(1).mean(),
@@ -158,35 +186,58 @@ def spread_of(p: Float[Tensor, "*s c"]) -> dict[str, Tensor]:
 
 
 def spread_figures() -> tuple[Figure, ...]:
-    """The two numbers of `spread_of`."""
+    """Figures of `spread_metrics`."""
     used = (
-        "How many prototypes the teacher's answers to a batch use, before they are balanced. At 1 all images get the same answer: collapse."
+        "Number of prototypes that the teacher's assignments of a batch use, before balancing. At 1 all "
+        "images get the same assignment: collapse."
     )
-    sure = "Entropy of one answer of the teacher. At the dashed line an answer is even and tells nothing; far below it the teacher is sure."
+    confidence = (
+        "Entropy of the teacher's assignments. At the dashed line they are uniform and carry no information; "
+        "far below it the teacher is confident."
+    )
     return (
-        Figure("figure-prototypes", "prototypes in use", (Curve("prototypes_used", "", "teacher"),), used, (("collapse", 1.0),), log=True),
-        Figure("figure-entropy", "entropy, nats", (Curve("entropy", "", "teacher"),), sure, (("even", "even"),)),
+        Figure(
+            "figure-prototypes",
+            "prototypes in use",
+            (Curve("prototypes_used", "", "teacher"),),
+            used,
+            (("collapse", 1.0),),
+            log=True,
+        ),
+        Figure(
+            "figure-entropy",
+            "entropy, nats",
+            (Curve("entropy", "", "teacher"),),
+            confidence,
+            (("uniform", "even"),),
+        ),
     )
 
 
-def judge_answers(name: str, loss: float, reference: Numbers, what: str = "answers") -> Sentence:
-    """Of a cross-entropy in nats against the teacher's answers, called `name`."""
-    text, even = f"The {name} is {loss:.3f} nats", reference.get("even")
-    if even is None:
+def judge_cross_entropy(name: str, loss: float, reference: Numbers) -> Sentence:
+    """A sentence on the cross-entropy `name`, in nats, with the teacher's assignments."""
+    text, uniform = f"The {name} is {loss:.3f} nats", reference.get("even")
+    if uniform is None:
         return ("note", text + ".")
-    text += f"; even {what} would score {even:.3f}. "
-    if loss > even:
-        return ("note", text + "It is above: sure and wrong. Early in a run that is normal; if it stays, lower --base-lr.")
-    return ("note", text + "It falls slowly, and need not fall to the end: the teacher's answers become harder.")
+    text += f"; uniform assignments would score {uniform:.3f}. "
+    if loss > uniform:
+        text += "It is higher, since the student is confident and wrong: normal early in a run; if it stays, "
+        return ("note", text + "lower --base-lr.")
+    text += "It falls slowly, and may rise again as the teacher's targets become harder."
+    return ("note", text)
 
 
 def judge_spread(means: Numbers, reference: Numbers) -> Sentence:
-    """Whether the teacher's answers tell images apart."""
-    used, entropy, even = means["prototypes_used"], means["entropy"], reference.get("even")
-    text = f"The teacher's answers to a batch use {used:,.1f} prototypes, with an entropy of {entropy:.2f} nats each"
-    text += f" ({even:.2f} where an answer is even). " if even else ". "
+    """A sentence on whether the teacher's assignments distinguish images."""
+    used, entropy, uniform = means["prototypes_used"], means["entropy"], reference.get("even")
+    text = (
+        f"The teacher's assignments of a batch use {used:,.1f} prototypes and have a mean entropy of "
+        f"{entropy:.2f} nats"
+    )
+    text += f" ({uniform:.2f} if uniform). " if uniform else ". "
     if used < 1.5:
-        return ("bad", text + "All images get the same answer: collapsed.")
-    if even and entropy > 0.98 * even:
-        return ("note", text + "Nearly even answers tell little apart: early in a run that is normal, later it is not.")
-    return ("good", text + "Images are told apart.")
+        return ("bad", text + "All images get the same assignment: collapse.")
+    if uniform and entropy > 0.98 * uniform:
+        text += "Nearly uniform assignments hardly distinguish images: normal early in a run, but not later."
+        return ("note", text)
+    return ("good", text + "Images are distinguished.")

@@ -2,8 +2,8 @@
 
     L = DINO's loss + mean over masked patches of  - softmax((t - center') / tt) . log softmax(s / ts)
 
-The student sees the global crops with patches replaced by a token, and is asked what the teacher says of those patches. One head
-for class tokens and patches, a center for each.
+In the student's global crops, patches are replaced by a mask token, and the student predicts the teacher's
+output on those patches. One head serves class tokens and patches, with a center for each.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor, nn
 
 from ..config import Rules, Section
-from ..data.augment import MultiCrop
 from ..data.masking import block_mask, random_order
 from ..engine.schedules import Progress
+from .base import Transform
 from .diagnostics import Curve, Figure, Numbers, Sentence, Variant
 from .dino import DINO, DINORecipe
-from .distillation import SPREAD, Center, EncoderWithHead, judge_answers, judge_spread
+from .distillation import SPREAD_METRICS, Center, EncoderWithHead, judge_cross_entropy, judge_spread
 from .distillation import Batch as Crops
-from .distillation_losses import across_views, masked_patches
+from .distillation_losses import cross_view_loss, masked_patch_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,42 +30,49 @@ class IBOTSettings(Section):
     """What iBOT adds to DINO: masked patches."""
 
     masked_images: float = 0.5
-    "share of the global crops of which patches are masked"
-    masked_share: tuple[float, float] = (0.1, 0.5)
-    "share of the patches of such a crop that is masked"
+    "fraction of the global crops with masked patches"
+    masked_fraction: tuple[float, float] = (0.1, 0.5)
+    "range of the fraction of masked patches in such a crop"
     mask_shape: Literal["block", "random"] = "block"
-    "how masked patches lie"
+    "mask blocks of patches, or random patches"
     patch_head: Literal["all", "masked"] = "all"
-    "patches that the head is put on: all, as the reference code does, or the masked ones, on which alone the loss is"
+    """patches to which the head is applied: all, as in the reference code, or only the masked ones, which the
+    loss needs"""
 
     def rules(self) -> Rules:
-        low, high = self.masked_share
+        low, high = self.masked_fraction
         return [
-            (0 <= low <= high <= 1, f"masked_share must satisfy 0 <= low <= high <= 1, not {self.masked_share}"),
-            (0 <= self.masked_images <= 1, f"masked_images is a share, from 0 to 1, not {self.masked_images}"),
+            (
+                0 <= low <= high <= 1,
+                f"masked_fraction must satisfy 0 <= low <= high <= 1, not {self.masked_fraction}",
+            ),
+            (
+                0 <= self.masked_images <= 1,
+                f"masked_images is a fraction, from 0 to 1, not {self.masked_images}",
+            ),
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class IBOTRecipe(DINORecipe):
-    """What `ibot` is told."""
+    """The recipe of `ibot`."""
 
     method: str = "ibot"
     ibot: IBOTSettings = IBOTSettings()
 
 
 class Batch(Crops):
-    """Crops, and what is masked."""
+    """Crops and masks."""
 
     masked: Bool[Tensor, "b 2 n"]
-    "patches of the global crops that the student does not see"
+    "patches of the global crops that are masked for the student"
 
 
 @dataclass(frozen=True)
 class MaskedCrops:
-    """Crops, and under "masked" which patches of the two global ones the student does not see."""
+    """Crops, and under "masked" the mask of each of the two global crops."""
 
-    crops: MultiCrop
+    crops: Transform
     grid: tuple[int, int]
     settings: IBOTSettings
 
@@ -73,9 +80,9 @@ class MaskedCrops:
         return self.crops(image, rng) | {"masked": torch.stack([self._mask(rng) for _ in range(2)])}
 
     def _mask(self, rng: np.random.Generator) -> Tensor:
-        n = self.grid[0] * self.grid[1]
-        count = round(n * rng.uniform(*self.settings.masked_share)) if rng.random() < self.settings.masked_images else 0
-        if self.settings.mask_shape == "block":
+        n, s = self.grid[0] * self.grid[1], self.settings
+        count = round(n * rng.uniform(*s.masked_fraction)) if rng.random() < s.masked_images else 0
+        if s.mask_shape == "block":
             return torch.from_numpy(block_mask(self.grid, count, rng)).flatten()
         mask = torch.zeros(n, dtype=torch.bool)
         mask[torch.from_numpy(random_order(n, rng))[:count]] = True
@@ -83,62 +90,74 @@ class MaskedCrops:
 
 
 class IBOT(DINO):
-    """DINO that also foretells masked patches."""
+    """DINO that also predicts masked patches."""
 
     recipe_type = IBOTRecipe
     recipe: IBOTRecipe
-    losses: ClassVar[dict[str, str]] = {"loss": "loss", "across": "views", "within": "patches"} | SPREAD
+    losses: ClassVar[dict[str, str]] = {
+        "loss": "loss",
+        "across": "views",
+        "within": "patches",
+    } | SPREAD_METRICS
     variants: ClassVar[tuple[Variant, ...]] = (
         Variant(
-            "ibot, head on masked", {"patch_head": "masked"},
-            "iBOT stands here twice: with its head on all patches, as in its code, and on the masked ones, which its loss reads.",
+            "ibot, head on masked",
+            {"patch_head": "masked"},
+            "iBOT is listed twice: with its head on all patches, as in its code, and on the masked ones that "
+            "its loss uses.",
         ),
-    )  # fmt: skip
+    )
+    average_count: int | None = None
+    "see `average_shapes`"
 
     def __init__(self, recipe: IBOTRecipe, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(recipe, mean, std)
-        self.patch_center = Center(recipe.dino.prototypes, recipe.dino.centre_momentum)
+        self.patch_center = Center(recipe.dino.prototypes, recipe.dino.center_momentum)
 
     def build_student(self, net: EncoderWithHead) -> EncoderWithHead:
         net.mask_token = nn.Parameter(torch.zeros(net.encoder.width))
         return net
 
-    def views(self) -> MaskedCrops:
+    def views(self) -> Transform:
         return MaskedCrops(super().views(), self.student.encoder.grid, self.recipe.ibot)
 
-    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
-        teacher, temperature, prefix = self.teacher.model, self.teacher_temperature(t), self.student.encoder.prefix
-        masked = batch["masked"].transpose(0, 1)  # v b n
-        chosen = self.chosen(masked)
+    # The batch of iBOT has masks.
+    def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:  # type: ignore[override]
+        student, teacher, temperature = self.student, self.teacher.model, self.teacher_temperature(t)
+        prefix, student_temperature = student.encoder.prefix, self.recipe.dino.student_temperature
+        masked = batch["masked"].transpose(0, 1)  # [v, b, n]
+        ids = self.head_ids(masked)
         with torch.no_grad():
-            seen = self.tokens(teacher, batch["image"])
-            teacher_logits, patch_logits = teacher.head(seen[:, :, 0]), teacher.head(_at(seen[:, :, prefix:], chosen))
+            tokens = self.tokens(teacher, batch["image"])  # [v, b, t, d]
+            teacher_logits = teacher.head(tokens[:, :, 0])
+            patch_logits = teacher.head(_select(tokens[:, :, prefix:], ids))
         self.center.accumulate(teacher_logits)
-        self.patch_center.accumulate(patch_logits, None if chosen is None else masked.flatten()[chosen])
+        self.patch_center.accumulate(patch_logits, None if ids is None else masked.flatten()[ids])
         target = self.target(teacher_logits, self.center, temperature)
-        tokens = self.tokens(self.student, batch["image"], masked=(masked.flatten(0, 1), self.student.mask_token))
+        tokens = self.tokens(student, batch["image"], masked=(masked.flatten(0, 1), student.mask_token))
         classes = tokens[:, :, 0]
         if "local" in batch:
-            classes = torch.cat([classes, self.tokens(self.student, batch["local"])[:, :, 0]])
-        ts = self.recipe.dino.student_temperature
-        across = across_views(self.student.head(classes), target, ts)
-        foretold = self.student.head(_at(tokens[:, :, prefix:], chosen))
-        within = masked_patches(foretold, self.target(patch_logits, self.patch_center, temperature), masked, ts, chosen)
-        return {"loss": across + within, "across": across.detach(), "within": within.detach()} | self.spread(teacher_logits, temperature)
+            classes = torch.cat([classes, self.tokens(student, batch["local"])[:, :, 0]])
+        across = cross_view_loss(student.head(classes), target, student_temperature)
+        predictions = student.head(_select(tokens[:, :, prefix:], ids))
+        patch_target = self.target(patch_logits, self.patch_center, temperature)
+        within = masked_patch_loss(predictions, patch_target, masked, student_temperature, ids)
+        losses = {"loss": across + within, "across": across.detach(), "within": within.detach()}
+        return losses | self.spread(teacher_logits, temperature)
 
-    def chosen(self, masked: Bool[Tensor, "v b n"]) -> Int[Tensor, " k"] | None:
-        """Places, among all patches of all views, on which the head is put; None: on every one."""
+    def head_ids(self, masked: Bool[Tensor, "v b n"]) -> Int[Tensor, " k"] | None:
+        """Indices, among all patches of all views, to which the head is applied; None: to all of them."""
         if self.recipe.ibot.patch_head == "all":
             return None
-        places = masked.flatten().nonzero().squeeze(1)
-        return places if len(places) else places.new_zeros(1)  # nobody masked anything: one patch, of no weight
+        if self.average_count is not None:
+            return torch.zeros(self.average_count, dtype=torch.long, device=masked.device)
+        ids = masked.flatten().nonzero().squeeze(1)
+        return ids if len(ids) else ids.new_zeros(1)  # without masked patches: one patch of weight 0
 
     def average_shapes(self, images: int) -> None:
-        d = self.recipe.ibot
-        if d.patch_head == "masked":
-            low, high = d.masked_share
-            count = round(2 * images * self.patches * d.masked_images * (low + high) / 2)
-            self.chosen = lambda masked: torch.zeros(count, dtype=torch.long)
+        s = self.recipe.ibot
+        low, high = s.masked_fraction
+        self.average_count = round(2 * images * self.patches * s.masked_images * (low + high) / 2)
 
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)
@@ -146,8 +165,11 @@ class IBOT(DINO):
 
     @classmethod
     def figures(cls) -> tuple[Figure, ...]:
-        text = "Cross-entropy of the student's answers against the teacher's: on whole views against other views, and on masked patches of "
-        text += "the same view. Both fall below even answers; only zero, or even answers to the end, mean collapse."
+        text = (
+            "Cross-entropy of the student's assignments with the teacher's: between views of an image, and "
+            "on masked patches of the same view. Both fall below that of uniform assignments; only zero, or "
+            "uniform assignments until the end, mean collapse."
+        )
         loss, *others = super().figures()
         both = Curve("across", "views", "student"), Curve("within", "masked patches", "both")
         return (loss._replace(ylabel="cross-entropy", curves=both, caption=text), *others)
@@ -155,8 +177,11 @@ class IBOT(DINO):
     @classmethod
     def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
         terms = {"across": "cross-entropy between views", "within": "cross-entropy on masked patches"}
-        return [*(judge_answers(name, means[key], reference) for key, name in terms.items()), judge_spread(means, reference)]
+        return [
+            *(judge_cross_entropy(name, means[key], reference) for key, name in terms.items()),
+            judge_spread(means, reference),
+        ]
 
 
-def _at(patches: Tensor, places: Tensor | None) -> Tensor:
-    return patches if places is None else patches.flatten(0, 2)[places]
+def _select(patches: Tensor, ids: Tensor | None) -> Tensor:
+    return patches if ids is None else patches.flatten(0, 2)[ids]

@@ -2,13 +2,13 @@
 
     L = mean over anchor views of  - target . log p  +  lambda (log c - entropy of the mean p)
 
-p: softmax of an anchor's cosines with the prototypes; the target is the same of another crop through the teacher, sharpened. Of the
-large anchor, part of the patches is left out; the others are small.
+p: softmax of an anchor's cosines with the prototypes; target: the teacher's softmax for another crop,
+sharpened. The anchors are a global crop, part of whose patches is dropped, and local crops.
 """
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -16,24 +16,24 @@ from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
 from ..config import Rules, Section
-from ..data.augment import MultiCrop
 from ..data.masking import random_order
 from ..engine.schedules import Progress
 from ..models.heads import mlp
+from .base import Transform
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .distillation import (
-    SPREAD,
+    SPREAD_METRICS,
     EncoderWithHead,
     SelfDistillation,
     SelfDistillationRecipe,
     StudentWithPredictor,
-    judge_answers,
+    judge_cross_entropy,
     judge_spread,
     spread_figures,
-    spread_of,
+    spread_metrics,
 )
 from .distillation import Batch as Crops
-from .distillation_losses import assignments, balanced, entropy_gap, sharpened
+from .distillation_losses import assignments, me_max, sharpen, sinkhorn_knopp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +43,23 @@ class MSNSettings(Section):
     prototypes: int = 65536
     "number of prototypes"
     student_temperature: float = 0.1
-    "of the softmax over the prototypes"
+    "temperature of the softmax over the prototypes"
     sharpen: float = 0.25
     "temperature that sharpens the targets"
     sinkhorn: bool = False
-    "balance the targets over the prototypes"
+    "balance the targets over the prototypes with Sinkhorn-Knopp"
     anchor_drop: float = 0.15
-    "share of the patches that a large anchor view loses"
+    "fraction of the patches of the global anchor that is dropped"
     entropy: float = 1.0
-    "weight of the mean entropy that is maximised"
+    "weight of mean entropy maximization (me-max)"
 
     def rules(self) -> Rules:
         return [
             (self.prototypes >= 2, f"prototypes must be 2 or more, not {self.prototypes}"),
-            (self.student_temperature > 0, f"student_temperature must be above 0, not {self.student_temperature}"),
+            (
+                self.student_temperature > 0,
+                f"student_temperature must be above 0, not {self.student_temperature}",
+            ),
             (self.sharpen > 0, f"sharpen must be above 0, not {self.sharpen}"),
             (0 <= self.anchor_drop < 1, f"anchor_drop must lie in 0 to below 1, not {self.anchor_drop}"),
             (self.entropy >= 0, f"entropy must be 0 or more, not {self.entropy}"),
@@ -65,24 +68,25 @@ class MSNSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class MSNRecipe(SelfDistillationRecipe):
-    """What `msn` is told."""
+    """The recipe of `msn`."""
 
     method: str = "msn"
     msn: MSNSettings = MSNSettings()
 
 
 class Batch(Crops):
-    """Crops, and which patches of the anchor stay."""
+    """Crops and the order of the anchor's patches."""
 
     anchor_order: Int[Tensor, "b n"]
-    "of the patches of the second global crop; the last ones are left out"
+    "order of the patches of the second global crop; the last ones are dropped"
 
 
 @dataclass(frozen=True)
 class AnchoredCrops:
-    """Crops, and under "anchor_order" an order of the patches of the second one, of which the last are left out."""
+    """Crops, and under "anchor_order" an order of the patches of the second one, the last of which are
+    dropped."""
 
-    crops: MultiCrop
+    crops: Transform
     patches: int
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
@@ -90,26 +94,31 @@ class AnchoredCrops:
 
 
 class Prototypes(nn.Module):
-    """Directions that are trained with the student, without weight decay, and have no teacher."""
+    """Prototypes, trained with the student and without weight decay; the teacher uses the student's."""
 
     def __init__(self, count: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, width).uniform_(-1, 1) * width**-0.5)
-        self.weight.no_decay = True
+        self.weight.no_decay = True  # type: ignore[attr-defined]  # read by engine.optim
 
 
 class MSN(SelfDistillation):
-    """Assigns masked and small views to the prototypes that the teacher chooses for the whole one."""
+    """Matches the assignments of masked and local views to the teacher's assignment of the full view."""
 
     recipe_type = MSNRecipe
     recipe: MSNRecipe
-    losses: ClassVar[dict[str, str]] = {"loss": "loss", "agreement": "agreement", "entropy_gap": "gap"} | SPREAD
+    student: StudentWithPredictor
+    losses: ClassVar[dict[str, str]] = {
+        "loss": "loss",
+        "agreement": "agreement",
+        "me_max": "me-max",
+    } | SPREAD_METRICS
 
     @classmethod
     def accumulation_caveat(cls, recipe: MSNRecipe) -> str:
         return "the mean entropy and the head's statistics are those of a micro-batch"
 
-    def head(self, inputs: int) -> nn.Module:
+    def build_head(self, inputs: int) -> nn.Module:
         h = self.recipe.head
         return mlp([inputs, h.head_width, h.head_width, h.embedding], norm=True)
 
@@ -120,45 +129,58 @@ class MSN(SelfDistillation):
     def ema_source(self) -> EncoderWithHead:
         return self.student.shared
 
-    def views(self) -> AnchoredCrops:
+    def views(self) -> Transform:
         return AnchoredCrops(super().views(), self.patches)
 
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
-        own, teacher, shared = self.recipe.msn, self.teacher.model, self.student.shared
-        kept = batch["anchor_order"][:, : max(1, int((1 - own.anchor_drop) * self.patches))]
-        classes = [self.tokens(shared, batch["image"][:, 1:], ids=kept)]
-        classes += [self.tokens(shared, batch["local"])] if "local" in batch else []
+        s, teacher, shared = self.recipe.msn, self.teacher.model, self.student.shared
+        ids = batch["anchor_order"][:, : max(1, int((1 - s.anchor_drop) * self.patches))]
+        anchors = [self.tokens(shared, batch["image"][:, 1:], ids=ids)]
+        anchors += [self.tokens(shared, batch["local"])] if "local" in batch else []
         with torch.no_grad():
-            z = teacher.head(self.tokens(teacher, batch["image"][:, :1])[0, :, 0])
-        z_anchor = torch.cat([shared.head(tokens[:, :, 0].flatten(0, 1)) for tokens in classes])  # statistics are those of one size
+            z = teacher.head(self.tokens(teacher, batch["image"][:, :1])[0, :, 0])  # [b, d]
+        # Apart for each crop size, since the head's BatchNorm uses the statistics of its input.
+        z_anchor = torch.cat([shared.head(tokens[:, :, 0].flatten(0, 1)) for tokens in anchors])  # [vb, d]
         with torch.autocast(z.device.type, enabled=False):
-            prototypes = self.student.predictor.weight
+            prototypes = cast(Prototypes, self.student.predictor).weight
             with torch.no_grad():
-                assigned = sharpened(assignments(z.float(), prototypes, own.student_temperature), own.sharpen)
-                target = balanced(assigned) if own.sinkhorn else assigned
-            p = assignments(z_anchor.float(), prototypes, own.student_temperature)
+                assigned = sharpen(assignments(z.float(), prototypes, s.student_temperature), s.sharpen)
+                target = sinkhorn_knopp(assigned) if s.sinkhorn else assigned  # [b, c]
+            p = assignments(z_anchor.float(), prototypes, s.student_temperature)  # [vb, c]
             agreement = -torch.special.xlogy(target.repeat(len(z_anchor) // len(target), 1), p).sum(1).mean()
-            gap = entropy_gap(p)
-        return {"loss": agreement + own.entropy * gap, "agreement": agreement.detach(), "entropy_gap": gap.detach()} | spread_of(assigned)
+            gap = me_max(p)
+        return {
+            "loss": agreement + s.entropy * gap,
+            "agreement": agreement.detach(),
+            "me_max": gap.detach(),
+        } | spread_metrics(assigned)
 
     def references(self, batch: Batch) -> dict[str, float]:
-        """The cross-entropy of anchors whose assignments are even, in nats; also the largest entropy gap."""
+        """The cross-entropy of uniform assignments in nats, which is also the maximum of me-max."""
         return {"even": math.log(self.recipe.msn.prototypes)}
 
     @classmethod
     def figures(cls) -> tuple[Figure, ...]:
-        text = "Cross-entropy of the anchors' assignments against the targets. It falls below even assignments; only zero, or even "
-        text += "assignments to the end, mean collapse."
-        gap = "Entropy gap: 0 where all prototypes are used alike on average, at the dashed line where one is used for everything."
-        agreement = Curve("agreement", "", "student")
+        text = (
+            "Cross-entropy of the anchors' assignments with the targets. It falls below that of uniform "
+            "assignments; only zero, or uniform assignments until the end, mean collapse."
+        )
+        gap = (
+            "Mean entropy maximization (me-max): 0 if all prototypes are used equally on average; at the "
+            "dashed line, one prototype is used for all images."
+        )
+        agreement, me_max_curve = Curve("agreement", "", "student"), Curve("me_max", "", "student")
+        uniform, single = (("uniform assignments", "even"),), (("one prototype", "even"),)
         return (
-            Figure("figure-loss", "cross-entropy of the anchors", (agreement,), text, (("even assignments", "even"),)),
-            Figure("figure-gap", "entropy gap, nats", (Curve("entropy_gap", "", "student"),), gap, (("one prototype", "even"),)),
+            Figure("figure-loss", "cross-entropy of the anchors", (agreement,), text, uniform),
+            Figure("figure-gap", "me-max, nats", (me_max_curve,), gap, single),
             *spread_figures(),
         )
 
     @classmethod
     def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
-        agreement = judge_answers("cross-entropy of the anchors", means["agreement"], reference, "assignments")
-        gap = f"The entropy gap is {means['entropy_gap']:.3f} nats: 0 where all prototypes are used alike on average."
+        agreement = judge_cross_entropy("cross-entropy of the anchors", means["agreement"], reference)
+        gap = (
+            f"The me-max term is {means['me_max']:.3f} nats: 0 if all prototypes are used equally on average."
+        )
         return [agreement, ("note", gap), judge_spread(means, reference)]

@@ -1,4 +1,4 @@
-"""The squared errors of masked auto-encoding, with or without a teacher, in few passes over memory."""
+"""The squared errors of masked auto-encoding, with or without a teacher, fused to save memory bandwidth."""
 
 from typing import Any
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 class _Blend(torch.autograd.Function):
-    """|s - x|^2 + gamma |s - t|^2 is, as a function of s, one squared error against (x + gamma t) / (1 + gamma).
+    """|s - x|^2 + gamma |s - t|^2.
 
-    So one error buffer, e + gamma d with e = s - x and d = s - t, is all that the backward pass needs.
+    With e = s - x and d = s - t, its gradient is proportional to e + gamma d, the only buffer that is saved
+    for the backward pass.
     """
 
     @staticmethod
@@ -22,7 +23,8 @@ class _Blend(torch.autograd.Function):
             return reconstruction, reconstruction.clone()
         d = s - t
         consistency = _mean_product(d, d)
-        teacher_reconstruction = reconstruction + consistency - 2 * _mean_product(e, d)  # |t - x|^2, since t - x = e - d
+        # |t - x|^2, since t - x = e - d
+        teacher_reconstruction = reconstruction + consistency - 2 * _mean_product(e, d)
         ctx.save_for_backward(e.add_(d, alpha=gamma))
         return reconstruction + gamma * consistency, reconstruction, consistency, teacher_reconstruction
 
@@ -33,18 +35,23 @@ class _Blend(torch.autograd.Function):
 
 
 def _mean_product(a: Float[Tensor, "b m p"], b: Float[Tensor, "b m p"]) -> Tensor:
-    """Mean of a * b. One inner product a sample, then their mean: no temporary, and short enough sums for float32."""
+    """Mean of a * b without a temporary. Each sample is summed separately, since longer sums lose precision
+    in float32."""
     return torch.bmm(a.view(len(a), 1, -1), b.view(len(b), -1, 1)).mean() / a[0].numel()
 
 
 def squared_errors(
-    s: Float[Tensor, "b m p"], x: Float[Tensor, "b m p"], t: Float[Tensor, "b m p"] | None = None, gamma: float = 0.0
+    s: Float[Tensor, "b m p"],
+    x: Float[Tensor, "b m p"],
+    t: Float[Tensor, "b m p"] | None = None,
+    gamma: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Means over all values: |s - x|^2 (reconstruction), |s - t|^2 (consistency), |t - x|^2 (the teacher's reconstruction).
-
-    The gradient of "loss", reconstruction + gamma * consistency, reaches s only. Without t, the loss is the reconstruction.
+    """Means over all values: |s - x|^2 (reconstruction), |s - t|^2 (consistency) and |t - x|^2 (the teacher's
+    reconstruction). "loss" is reconstruction + gamma * consistency, or the reconstruction without t; only s
+    gets its gradient.
     """
-    with torch.autocast(s.device.type, enabled=False):  # or the inner products, and so every loss one sees, are rounded to bf16
+    # With autocast, the inner products and with them the logged losses would be rounded to bf16.
+    with torch.autocast(s.device.type, enabled=False):
         values = _Blend.apply(s, x, t, gamma)
-    names = ("loss", "reconstruction") if t is None else ("loss", "reconstruction", "consistency", "teacher_reconstruction")
+    names = ("loss", "reconstruction", "consistency", "teacher_reconstruction")
     return {name: v if name == "loss" else v.detach() for name, v in zip(names, values, strict=False)}

@@ -1,27 +1,27 @@
-"""Encoder and decoder together, and the named sizes."""
+"""The auto-encoder, and the named model sizes."""
 
 from dataclasses import dataclass
 
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import Images, Network
-from ..errors import ConfigError
+from ..errors import ConfigError, refuse
 from .decoder import Decoder
-from .encoder import Encoder, build_vit, timm_vit
-from .patches import take
+from .encoder import Encoder, WithEncoder, build_vit, timm_vit
+from .patches import gather_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderNetwork(Network):
-    """The encoder, a plain timm Vision Transformer, and the decoder that pre-training needs."""
+    """The encoder, a plain timm Vision Transformer, and the decoder for pre-training."""
 
     decoder_width: int | None = None
-    "decoder width; default: the named size's own"
+    "decoder width; default: that of the named size"
     decoder_depth: int | None = None
-    "decoder blocks; default: the named size's own"
+    "decoder blocks; default: those of the named size"
     decoder_heads: int | None = None
-    "decoder attention heads; default: the named size's own"
+    "decoder attention heads; default: those of the named size"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Size:
     decoder: tuple[int, int, int]
 
 
-# Encoder and decoder sizes as the RC-MAE reference code pairs them; `tiny` is ours, for 32 to 64 px.
+# Encoder and decoder sizes as paired in the RC-MAE reference code; `vit_tiny_small_images` is ours, for 32 to
+# 64 px.
 SIZES = {
     "vit_tiny_small_images": Size(4, (128, 6, 4), (64, 2, 2)),
     "vit_tiny_patch16": Size(16, (192, 12, 3), (128, 2, 4)),
@@ -44,50 +45,73 @@ SIZES = {
 }
 
 
-class Autoencoder(nn.Module):
-    """What is trained: `encoder` and `decoder`."""
+class Autoencoder(WithEncoder):
+    """The network that masked auto-encoding trains."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
 
-    def forward(self, patches: Float[Tensor, "b n p"], order: Int[Tensor, "b n"], visible: int) -> Float[Tensor, "b m p"]:
-        """All patches and their order, of which the first `visible` may be seen, to predictions of the m others."""
-        seen = order[:, :visible]
-        return self.decoder(self.encoder(take(patches, seen), seen), order)
+    def forward(
+        self, patches: Float[Tensor, "b n p"], order: Int[Tensor, "b n"], visible: int
+    ) -> Float[Tensor, "b m p"]:
+        """Predictions for the m hidden patches; the first `visible` patches in `order` are encoded."""
+        ids = order[:, :visible]
+        return self.decoder(self.encoder(gather_tokens(patches, ids), ids), order)
 
 
 def build_encoder(images: Images, network: Network) -> Encoder:
-    """The encoder of a recipe. Raises ConfigError when sizes do not fit together, all problems in one message."""
+    """The encoder of a recipe. Raises ConfigError with all sizes that do not fit together."""
     name = network.model
     if name.startswith("timm:"):
-        own = [k for k in ("patch", "width", "depth", "heads") if getattr(network, k) is not None]
-        if own or network.registers:
-            raise ConfigError(f"{name} brings its own {', '.join(own or ['registers'])}: leave that out")
+        fixed = [k for k in ("patch", "width", "depth", "heads") if getattr(network, k) is not None]
+        if fixed or network.registers:
+            raise ConfigError(
+                f"{name} already determines {', '.join(fixed or ['registers'])}: leave that out"
+            )
         return Encoder(timm_vit(name.removeprefix("timm:"), size=images.shape, channels=images.channels))
     if name not in SIZES:
-        raise ConfigError(f"there is no model {name!r}; known are {', '.join(SIZES)} and timm:NAME (`rcmae list`)")
+        raise ConfigError(
+            f"unknown model {name!r}; known are {', '.join(SIZES)} and timm:NAME (`rcmae list`)"
+        )
     size = SIZES[name]
     patch = network.patch or size.patch
-    width, depth, heads = (getattr(network, k) or default for k, default in zip(("width", "depth", "heads"), size.encoder, strict=True))
+    width, depth, heads = (
+        getattr(network, k) or default
+        for k, default in zip(("width", "depth", "heads"), size.encoder, strict=True)
+    )
     _check(images.shape, patch, "", width, heads)
     vit = build_vit(
-        size=images.shape, channels=images.channels, patch=patch, width=width, depth=depth, heads=heads, registers=network.registers
+        size=images.shape,
+        channels=images.channels,
+        patch=patch,
+        width=width,
+        depth=depth,
+        heads=heads,
+        registers=network.registers,
     )
     return Encoder(vit)
 
 
 def build(images: Images, network: AutoencoderNetwork) -> Autoencoder:
-    """The auto-encoder of a recipe. Raises ConfigError likewise."""
+    """The auto-encoder of a recipe. Raises ConfigError as `build_encoder` does."""
     encoder = build_encoder(images, network)
-    usual = SIZES[network.model].decoder if network.model in SIZES else (256, 4, 8)
-    width, depth, heads = (getattr(network, f"decoder_{k}") or d for k, d in zip(("width", "depth", "heads"), usual, strict=True))
+    defaults = SIZES[network.model].decoder if network.model in SIZES else (256, 4, 8)
+    width, depth, heads = (
+        getattr(network, f"decoder_{k}") or default
+        for k, default in zip(("width", "depth", "heads"), defaults, strict=True)
+    )
     _check(images.shape, encoder.patch, "decoder_", width, heads)
     decoder = Decoder(
-        inputs=encoder.width, prefix=encoder.prefix, grid=encoder.grid, values=encoder.patch**2 * images.channels,
-        width=width, depth=depth, heads=heads,
-    )  # fmt: skip
+        inputs=encoder.width,
+        prefix=encoder.prefix,
+        grid=encoder.grid,
+        values=encoder.patch**2 * images.channels,
+        width=width,
+        depth=depth,
+        heads=heads,
+    )
     return Autoencoder(encoder, decoder)
 
 
@@ -95,10 +119,8 @@ def _check(shape: tuple[int, int], patch: int, part: str, width: int, heads: int
     h, w = shape
     rules = [
         (h % patch == 0 == w % patch, f"size {h} x {w} is not a multiple of the patch, {patch}"),
-        ((h // patch) * (w // patch) > 1, f"size {h} x {w} holds no two patches of {patch}"),
+        ((h // patch) * (w // patch) > 1, f"size {h} x {w} holds fewer than two patches of {patch}"),
         (width % heads == 0, f"{part}width {width} is not a multiple of {part}heads, {heads}"),
         (width % 4 == 0, f"{part}width {width} is not a multiple of 4"),
     ]
-    problems = [message for fine, message in rules if not fine]
-    if problems:
-        raise ConfigError("; ".join(problems))
+    refuse(message for valid, message in rules if not valid)

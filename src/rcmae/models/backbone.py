@@ -1,4 +1,4 @@
-"""What evaluation sees of any encoder."""
+"""The interface of every encoder to evaluation."""
 
 from typing import NamedTuple
 
@@ -11,25 +11,29 @@ from torch import Tensor, nn
 from ..config import Images
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"Channel means and deviations of ImageNet, in units of 0 to 1 (torchvision's documentation)."
+"Channel means and standard deviations of ImageNet for pixels in 0 to 1 (torchvision's documentation)."
 
 
 def usual_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """ImageNet's, where a recipe takes them: for grey images their means over the channels. None: the data's own are to be measured."""
+    """ImageNet's statistics if the recipe uses them, averaged over the channels for gray images; None if they
+    are to be measured on the data."""
     if images.normalize != "imagenet" or images.channels not in (1, 3):
         return None
-    return IMAGENET if images.channels == 3 else tuple((sum(s) / 3,) for s in IMAGENET)
+    if images.channels == 3:
+        return IMAGENET
+    mean, std = IMAGENET
+    return (sum(mean) / 3,), (sum(std) / 3,)
 
 
 class Features(NamedTuple):
-    """A class token "b d" (the mean of the patches for a ViT without one) and patch tokens "b d gh gw"."""
+    """The class token (the mean of the patches for a ViT without one) and the patch tokens."""
 
     cls: Float[Tensor, "b d"]
     patches: Float[Tensor, "b d gh gw"]
 
     @property
     def mean(self) -> Float[Tensor, "b d"]:
-        """Mean over the patch tokens, the feature that masked image models are read by."""
+        """Mean over the patch tokens, the usual feature of masked image models."""
         return self.patches.mean((2, 3))
 
     @property
@@ -39,17 +43,27 @@ class Features(NamedTuple):
 
 
 def check_images(images: Tensor, channels: int, shape: tuple[int, int] | None) -> None:
-    """Raises ValueError, by type and shape alone, for what is no float "b c h w" of these channels and, if given, height and width."""
+    """Raises ValueError unless the images are floats [b, c, h, w] of these channels and, if given, of this
+    height and width. Values are not checked."""
     if not images.is_floating_point():
-        raise ValueError(f"images are floats with values in 0 to 1, not {images.dtype}; give images.float() / 255 of 8-bit ones")
-    wanted = (channels, *(shape or images.shape[-2:]))
-    if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
-        named = f"[b, {channels}, {shape[0]}, {shape[1]}]" if shape else f"[b, {channels}, h, w]"
-        raise ValueError(f"this network takes images {named}, not {list(images.shape)}; resize or crop them, or add the missing axis")
+        raise ValueError(
+            f"images are floats with values in 0 to 1, not {images.dtype}; give images.float() / 255 for "
+            "8-bit images"
+        )
+    expected = (channels, *(shape or images.shape[-2:]))
+    if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        h, w = shape or ("h", "w")
+        raise ValueError(
+            f"this network takes images [b, {channels}, {h}, {w}], not {list(images.shape)}; resize or crop "
+            "them, or add the missing axis"
+        )
 
 
 class Backbone(nn.Module):
-    """A timm Vision Transformer with the statistics its images are standardised by. It takes pixels in 0 to 1."""
+    """A timm Vision Transformer and the statistics that standardize its input, which is pixels in 0 to 1."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, vit: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -59,7 +73,7 @@ class Backbone(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of the images it takes."""
+        """Height and width of its input."""
         return self.vit.patch_embed.img_size
 
     @property
@@ -67,15 +81,17 @@ class Backbone(nn.Module):
         return self.vit.in_chans
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
-        """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of channels or size."""
+        """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of
+        channels or size."""
         check_images(images, self.channels, self.shape if self.vit.patch_embed.strict_img_size else None)
-        tokens = self.vit.forward_features((images - self.mean) / self.std).float()
-        grid = tokens[:, self.vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
-        return Features(tokens[:, 0] if self.vit.has_class_token else grid.mean((2, 3)), grid)
+        vit = self.vit
+        tokens = vit.forward_features((images - self.mean) / self.std).float()  # [b, t, d]
+        patches = tokens[:, vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, vit.patch_embed.grid_size)
+        return Features(tokens[:, 0] if vit.has_class_token else patches.mean((2, 3)), patches)
 
 
 class RawFeatures(Features):
-    """Pixels: all of them stand for the image, patches of them are its tokens."""
+    """All pixels as the feature of an image, and patches of pixels as its tokens."""
 
     __slots__ = ()
 
@@ -89,14 +105,15 @@ class RawFeatures(Features):
 
 
 class Pixels(nn.Module):
-    """The floor below every backbone: an image's own pixels as its features, its patches as tokens."""
+    """The baseline for every backbone: an image's pixels as its features, its patches as tokens."""
 
     def __init__(self, shape: tuple[int, int] = (32, 32), channels: int = 3, patch: int = 4):
         super().__init__()
         self.shape, self.channels, self.patch = shape, channels, patch
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
-        """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of channels or size."""
+        """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of
+        channels or size."""
         check_images(images, self.channels, self.shape)
         h, w = (side // self.patch for side in self.shape)
         patches = F.unfold(images, self.patch, stride=self.patch).unflatten(2, (h, w))

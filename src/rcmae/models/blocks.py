@@ -1,4 +1,5 @@
-"""timm's attention and block, with the kernel chosen by device, dtype and gradient, and queries for part of the tokens."""
+"""timm's attention and block, with the attention kernel chosen by device and dtype, and with queries for only
+the last tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +10,12 @@ from torch import Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over [b, heads, tokens, width of a head].
+    """Attention over [b, heads, tokens, head width].
 
-    On a CPU the bf16 backward of the fused kernel is 3 to 9 times slower than plain matrix products (torch 2.15, AMX), so
-    bf16 on a CPU gets those. The teacher too, although it needs no backward: where both nets round alike, the gap between
-    them is free of rounding (with two kernels it was 3e-3 at equal weights). All else gets the fused kernel.
+    On a CPU, the bf16 backward of the fused kernel is 3 to 9 times slower than plain matrix products (torch
+    2.15, AMX), so bf16 on a CPU uses those; everything else uses the fused kernel. The teacher, which needs
+    no backward, uses the student's kernel: both then round alike, while with two kernels they differed by
+    3e-3 at equal weights.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
@@ -21,30 +23,49 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(TimmAttention):
-    """timm's `Attention` (same parameters and names) through `attend`; masks and gates are not used in pre-training."""
+    """timm's `Attention` (same parameters and names) through `attend`."""
 
-    def forward(self, x: Float[Tensor, "b n d"], attn_mask: Tensor | None = None, is_causal: bool = False, *, last: int = 0) -> Tensor:
-        """Tokens attend to all tokens; with `last`, only the last `last` tokens ask and are returned."""
-        if attn_mask is not None or is_causal:
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        last: int = 0,
+    ) -> Tensor:
+        """Every token attends to all tokens; with `last`, only the last `last` tokens are queries and are
+        returned."""
+        if attn_mask is not None or is_causal:  # not used in pre-training
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         b, n, _ = x.shape
         if last:
             weight, bias, d = self.qkv.weight, self.qkv.bias, self.attn_dim
             q = F.linear(x[:, -last:], weight[:d], None if bias is None else bias[:d])
-            kv = F.linear(x, weight[d:], None if bias is None else bias[d:]).view(b, n, 2, self.num_heads, self.head_dim)
+            kv = F.linear(x, weight[d:], None if bias is None else bias[d:]).view(
+                b, n, 2, self.num_heads, self.head_dim
+            )
             q = q.view(b, last, self.num_heads, self.head_dim).transpose(1, 2)
             k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = (
+                self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            )
         with torch.autocast(x.device.type, enabled=False):
             x = attend(self.q_norm(q), self.k_norm(k), v)
         return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).flatten(2))))
 
 
 class Block(TimmBlock):
-    """timm's pre-norm block; with `last`, only the last `last` tokens go on (they still attend to all)."""
+    """timm's pre-norm block; with `last`, only the last `last` tokens are returned (they attend to all)."""
 
-    def forward(self, x: Float[Tensor, "b n d"], attn_mask: Tensor | None = None, is_causal: bool = False, *, last: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        last: int = 0,
+    ) -> Tensor:
         if not last:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x = x[:, -last:] + self.drop_path1(self.ls1(self.attn(self.norm1(x), last=last)))

@@ -1,4 +1,6 @@
-"""The encoder: a plain timm Vision Transformer that is given only the patches it may see."""
+"""The encoder: a plain timm Vision Transformer that reads only the visible patches."""
+
+from typing import Any
 
 import timm
 import torch
@@ -11,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, first_line
 from .blocks import Attention
-from .patches import sincos_positions, take
+from .patches import gather_tokens, sincos_positions
 
 
 class Encoder(nn.Module):
-    """Composes a timm `VisionTransformer` (`self.vit`); any plain one will do.
+    """A plain timm `VisionTransformer` (`self.vit`) applied to patches.
 
-    Hidden patches are left out before the patch embedding's matrix product, so they can neither cost nor leak anything.
+    Hidden patches are removed before the patch embedding, so they cost nothing and cannot leak.
     """
 
     def __init__(self, vit: VisionTransformer):
@@ -39,7 +41,7 @@ class Encoder(nn.Module):
 
     @property
     def prefix(self) -> int:
-        """Class and register tokens in front of the patches."""
+        """Number of class and register tokens in front of the patches."""
         return self.vit.num_prefix_tokens
 
     def forward(
@@ -49,40 +51,73 @@ class Encoder(nn.Module):
         grid: tuple[int, int] | None = None,
         masked: tuple[Bool[Tensor, "b v"], Float[Tensor, " d"]] | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """Patches at the places `ids` to tokens [class, registers, patches], t = prefix + v.
+        """The patches at the positions `ids` to tokens [class, registers, patches], t = prefix + v.
 
-        Without `ids`, they are all patches of an image of `grid` (rows, columns; default: the encoder's own), to which positions are
-        resampled. `masked` says which of them are replaced by a token.
+        Without `ids`, `patches` are all patches of an image of `grid` (rows, columns; default: the encoder's
+        grid), to which the position embedding is resampled. `masked` is a mask and the token that replaces
+        the masked patches.
         """
         vit = self.vit
-        weight = vit.patch_embed.proj.weight  # a convolution [d c row column]; patches run (row, column, channel)
-        x = F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), vit.patch_embed.proj.bias)
-        x = vit.patch_embed.norm(x)
+        # The convolution's kernel is [d, c, row, column]; a patch's values run (row, column, channel).
+        weight = vit.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [d, p]
+        x = vit.patch_embed.norm(F.linear(patches, weight, vit.patch_embed.proj.bias))  # [b, v, d]
         if masked is not None:
-            x = torch.where(masked[0].unsqueeze(2), masked[1].to(x.dtype), x)
-        front = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+            mask, mask_token = masked
+            x = torch.where(mask.unsqueeze(2), mask_token.to(x.dtype), x)
+        prefix = [
+            token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None
+        ]
         if vit.pos_embed is not None:
-            own = 0 if vit.no_embed_class else self.prefix
-            places = vit.pos_embed[:, own:]
-            if grid not in (None, self.grid):
-                places = resample_abs_pos_embed(places, list(grid), list(self.grid), num_prefix_tokens=0)
-            x = x + (places if ids is None else take(places[0], ids))
-            if own:
-                front = [torch.cat(front, 1) + vit.pos_embed[:, :own]]
-        x = vit.norm_pre(torch.cat([*front, x.float()], 1))
+            embedded = 0 if vit.no_embed_class else self.prefix  # prefix tokens that have a position
+            positions = vit.pos_embed[:, embedded:]  # [1, n, d]
+            if grid is not None and grid != self.grid:
+                positions = resample_abs_pos_embed(
+                    positions, list(grid), list(self.grid), num_prefix_tokens=0
+                )
+            x = x + (positions if ids is None else gather_tokens(positions[0], ids))
+            if embedded:
+                prefix = [torch.cat(prefix, 1) + vit.pos_embed[:, :embedded]]
+        x = vit.norm_pre(torch.cat([*prefix, x.float()], 1))  # [b, t, d]
         for block in vit.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and x.requires_grad else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.checkpointing and x.requires_grad
+                else block(x)
+            )
         return vit.norm(x)
 
 
+class WithEncoder(nn.Module):
+    """A network with an encoder, which evaluation loads."""
+
+    encoder: Encoder
+
+
 def build_vit(
-    *, size: int | tuple[int, int], channels: int, patch: int, width: int, depth: int, heads: int, registers: int
+    *,
+    size: int | tuple[int, int],
+    channels: int,
+    patch: int,
+    width: int,
+    depth: int,
+    heads: int,
+    registers: int,
 ) -> VisionTransformer:
-    """A timm ViT with MAE's fixed sine-cosine positions and MAE's initial weights; `img_size` is (h, w) or a side."""
+    """A timm ViT with MAE's fixed sine-cosine positions and MAE's initialization; `size` is (h, w) or the
+    side of a square."""
     vit = VisionTransformer(
-        img_size=size, patch_size=patch, in_chans=channels, embed_dim=width, depth=depth, num_heads=heads, reg_tokens=registers,
-        num_classes=0, global_pool="", attn_layer=Attention,
-    )  # fmt: skip
+        img_size=size,
+        patch_size=patch,
+        in_chans=channels,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        reg_tokens=registers,
+        num_classes=0,
+        global_pool="",
+        attn_layer=Attention,
+    )
+    assert vit.pos_embed is not None
     with torch.no_grad():
         vit.pos_embed.zero_()
         vit.pos_embed[0, vit.num_prefix_tokens :] = sincos_positions(vit.patch_embed.grid_size, width)
@@ -99,17 +134,21 @@ def build_vit(
 
 
 def timm_vit(name: str, *, size: int | tuple[int, int], channels: int) -> VisionTransformer:
-    """Any plain timm Vision Transformer by name, untrained, with its own positions and initial weights.
+    """Any plain timm Vision Transformer by name, with timm's positions and initialization.
 
     Raises ConfigError when timm does not know the name or the model is of another kind.
     """
+    options: dict[str, Any] = {"img_size": size, "in_chans": channels, "num_classes": 0, "global_pool": ""}
     try:
-        options = {"img_size": size, "in_chans": channels, "num_classes": 0, "global_pool": "", "attn_layer": Attention}
-        vit = timm.create_model(name, pretrained=False, **options)
+        vit = timm.create_model(name, pretrained=False, attn_layer=Attention, **options)
     except (RuntimeError, TypeError, AssertionError) as e:
         if "attn_layer" in str(e):
-            raise ConfigError(f"timm:{name} is no plain VisionTransformer, which pre-training needs") from e
+            raise ConfigError(
+                f"timm:{name} is not a plain VisionTransformer, which pre-training needs"
+            ) from e
         raise ConfigError(f"timm cannot build {name!r} as a Vision Transformer: {first_line(e)}") from e
     if type(vit) is not VisionTransformer or type(vit.patch_embed).__name__ != "PatchEmbed":
-        raise ConfigError(f"timm:{name} is a {type(vit).__name__}; pre-training needs a plain VisionTransformer")
+        raise ConfigError(
+            f"timm:{name} is a {type(vit).__name__}; pre-training needs a plain VisionTransformer"
+        )
     return vit

@@ -1,4 +1,4 @@
-"""What self-distillation puts on an encoder. Weights are drawn anew for each head; nothing here is evaluated."""
+"""The projection and prototype heads of self-distillation; evaluation does not use them."""
 
 import itertools
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from ..engine.distributed import average, mean_with_gradient
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSettings(Section):
-    """The head on the encoder."""
+    """The head on top of the encoder."""
 
     head_width: int = 2048
     "hidden width of the head"
     embedding: int = 256
-    "width in which similarity is measured: before the prototypes, or (MoCo v3) of queries and keys"
+    "width of the vectors that are compared: with the prototypes, or (MoCo v3) queries with keys"
 
     def rules(self) -> Rules:
         return [
@@ -29,28 +29,40 @@ class HeadSettings(Section):
 
 
 class BatchNorm(nn.Module):
-    """Standardises by the batch over all ranks, in training and in a teacher alike: there is nothing to remember, so nothing to miss."""
+    """Batch normalization over all ranks. Student and teacher always use the statistics of the batch, so
+    there are no running statistics that the teacher could miss."""
 
     def __init__(self, width: int, affine: bool = True):
         super().__init__()
-        self.weight, self.bias = (nn.Parameter(v(width)) if affine else None for v in (torch.ones, torch.zeros))
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def forward(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            share = len(x) / average(x.new_full((), len(x)))  # a rank may have more rows than another, as of masked patches
-            x = x - mean_with_gradient(share * x.mean(0))
-            x = x * (mean_with_gradient(share * x.square().mean(0)) + 1e-5).rsqrt()
-            return x if self.weight is None else x * self.weight + self.bias
+            # Ranks may hold different numbers of rows, for example of masked patches.
+            weight = len(x) / average(x.new_full((), len(x)))
+            x = x - mean_with_gradient(weight * x.mean(0))
+            x = x * (mean_with_gradient(weight * x.square().mean(0)) + 1e-5).rsqrt()
+            return x if self.weight is None or self.bias is None else x * self.weight + self.bias
 
 
-def mlp(widths: list[int], *, norm: bool = False, activation: type[nn.Module] = nn.GELU, bias: bool = True, last_norm: bool = False):
-    """Linear layers, with BatchNorm (`norm`) and an activation between them; `last_norm` standardises the output, without affine."""
+def mlp(
+    widths: list[int],
+    *,
+    norm: bool = False,
+    activation: type[nn.Module] = nn.GELU,
+    bias: bool = True,
+    last_norm: bool = False,
+) -> nn.Sequential:
+    """Linear layers with BatchNorm (`norm`) and an activation between them. `last_norm` normalizes the output
+    too, without an affine map."""
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(itertools.pairwise(widths)):
         last = i == len(widths) - 2
         normed = last_norm if last else norm
-        layers.append(linear := nn.Linear(a, b, bias=bias and not normed))  # a bias before BatchNorm does nothing
+        linear = nn.Linear(a, b, bias=bias and not normed)  # a bias before BatchNorm has no effect
+        layers.append(linear)
         nn.init.normal_(linear.weight, std=0.02)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
@@ -62,7 +74,8 @@ def mlp(widths: list[int], *, norm: bool = False, activation: type[nn.Module] = 
 
 
 class PrototypeHead(nn.Module):
-    """DINO's: three layers (`norm`: with BatchNorm between them), a unit vector, and its cosines with `prototypes` directions."""
+    """DINO's head: an MLP of three layers (with BatchNorm if `norm`), and the cosines of its output with the
+    prototypes."""
 
     def __init__(self, inputs: int, width: int, embedding: int, prototypes: int, norm: bool = False):
         super().__init__()
@@ -71,7 +84,7 @@ class PrototypeHead(nn.Module):
         nn.init.kaiming_uniform_(self.last, a=5**0.5)
 
     def forward(self, x: Float[Tensor, "*s d"]) -> Float[Tensor, "*s c"]:
-        x = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        # In float32: the teacher's softmax multiplies the rounding of a cosine by 25.
+        x = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])  # BatchNorm sees all rows of all views
+        # In float32, since the teacher's temperature multiplies the rounding of a cosine by 25.
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.last, dim=1))

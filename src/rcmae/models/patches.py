@@ -1,5 +1,5 @@
-"""Images as rows of patches. Letters: b batch, c channels, h w pixels, gh gw grid, n patches, k chosen patches,
-p values a patch in the order (row, column, channel), d width."""
+"""Images as sequences of patches. Letters: b batch, c channels, h w pixels, gh gw grid, n patches, k gathered
+patches, p values per patch in the order (row, column, channel), d width."""
 
 import torch
 from jaxtyping import Float, Int
@@ -10,31 +10,33 @@ def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n
     """Cut images into square patches, row by row."""
     b, c, h, w = images.shape
     gh, gw = h // patch, w // patch
-    return images.reshape(b, c, gh, patch, gw, patch).permute(0, 2, 4, 3, 5, 1).reshape(b, gh * gw, patch * patch * c)
+    return (
+        images.reshape(b, c, gh, patch, gw, patch)
+        .permute(0, 2, 4, 3, 5, 1)
+        .reshape(b, gh * gw, patch * patch * c)
+    )
 
 
-def take(rows: Tensor, ids: Int[Tensor, "b k"]) -> Tensor:
-    """Rows [b, n, d] (or one table [n, d] for all) at `ids`: [b, k, d]."""
-    if rows.dim() == 2:
-        return rows[ids]
-    b, n, d = rows.shape
-    start = torch.arange(0, b * n, n, device=ids.device).unsqueeze(1)
-    return rows.reshape(b * n, d).index_select(0, (ids + start).flatten()).view(b, -1, d)
+def gather_tokens(tokens: Tensor, ids: Int[Tensor, "b k"]) -> Tensor:
+    """The tokens [b, n, d], or the rows of a table [n, d] shared by the batch, at `ids`: [b, k, d]."""
+    if tokens.dim() == 2:
+        return tokens[ids]
+    b, n, d = tokens.shape
+    start = torch.arange(0, b * n, n, device=ids.device).unsqueeze(1)  # [b, 1]
+    return tokens.reshape(b * n, d).index_select(0, (ids + start).flatten()).view(b, -1, d)
 
 
-def standardise(patches: Float[Tensor, "b n p"], eps: float) -> Float[Tensor, "b n p"]:
-    """Each patch by its own mean and unbiased variance: (x - mean) / sqrt(var + eps)."""
-    # Centred first, then one norm a row: on a CPU 1.6 times faster than torch.var_mean.
-    centred = patches - patches.mean(-1, keepdim=True)
-    var = torch.linalg.vector_norm(centred, dim=-1, keepdim=True).square() / (patches.shape[-1] - 1)
-    return centred.mul_((var + eps).rsqrt()) if not patches.requires_grad else centred * (var + eps).rsqrt()
+def standardize(patches: Float[Tensor, "b n p"], eps: float) -> Float[Tensor, "b n p"]:
+    """Standardize each patch by its own mean and unbiased variance: (x - mean) / sqrt(var + eps)."""
+    # Centering, then one norm per row: 1.6 times faster than torch.var_mean on a CPU.
+    centered = patches - patches.mean(-1, keepdim=True)
+    var = torch.linalg.vector_norm(centered, dim=-1, keepdim=True).square() / (patches.shape[-1] - 1)
+    return centered.mul_((var + eps).rsqrt()) if not patches.requires_grad else centered * (var + eps).rsqrt()
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n d"]:
-    """The fixed 2-D sine-cosine table of MAE: the first half of the width encodes the column, the second the row.
-
-    Raises ValueError unless the width is a multiple of 4.
-    """
+    """MAE's fixed 2-D sine-cosine positions; the first half of the width encodes the column, the second the
+    row. Raises ValueError unless the width is a multiple of 4."""
     if width % 4:
         raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, not {width}")
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))

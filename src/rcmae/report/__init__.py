@@ -1,4 +1,4 @@
-"""One self-contained page a run."""
+"""One self-contained page for each run."""
 
 from pathlib import Path
 
@@ -9,16 +9,22 @@ from .files import kind_of
 
 
 def write_report(run: Path) -> Path:
-    """Read a run directory, of pre-training or of a detector, and write its report.html; what is missing is left out.
+    """Write report.html of a run of pre-training or detection, without the parts whose files are missing.
 
-    Raises ConfigError where there is no such run, and StorageError.
+    Raises ConfigError if there is no such run, and StorageError.
     """
     if not (run / "recipe.toml").exists():
-        raise ConfigError(f"{run} is no run directory: recipe.toml is missing; give a run of `rcmae pretrain` or `rcmae detect train`")
+        raise ConfigError(
+            f"{run} is no run directory: recipe.toml is missing; give a run of `rcmae pretrain` or `rcmae "
+            "detect train`"
+        )
     kind, render = kind_of(run), build.render
     if kind == "fine-tuning":
-        raise ConfigError(f"{run} is a run of fine-tuning, which has no page: its accuracy is in the report of the run that it began from")
+        raise ConfigError(
+            f"{run} is a run of fine-tuning, which has no page: its accuracy is in the report of the run "
+            "that it started from"
+        )
     if kind == "detection":
-        from .detect import render  # what it imports takes a second
+        from .detection_page import render  # slow to import
     replace_file(run / "report.html", render(run))
     return run / "report.html"

@@ -1,8 +1,8 @@
-"""Curves as inline SVG that takes its colours from the page, so that it is readable in light and dark."""
+"""Curves as inline SVG with the colors of the page, readable in light and dark mode."""
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,59 +13,89 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# The page's colours on white, and placeholders that matplotlib can draw with; in the SVG they become the page's own colours.
-# "both" is what lies between student and teacher; "memory1" to "memory3" are teachers of shorter to longer memory, or anything
-# else that has an order.
+# The page's colors in light mode. "both" is for quantities between student and teacher, "memory1" to
+# "memory3" for teachers from shorter to longer half-life, or anything else with an order.
 LIGHT = {
-    "student": "#c2410c", "teacher": "#1d62b8", "both": "#7e3f98", "floor": "#7b858f", "ink": "#1c2126", "faint": "#e3e6e9",
-    "memory1": "#7fb0ea", "memory2": "#1d62b8", "memory3": "#0a2a5c", "good": "#1a7f4b", "gold": "#b38600",
-}  # fmt: skip
-COLOURS = {name: f"#{i:02x}{i:02x}{i:02x}" for i, name in enumerate(LIGHT, 1)}
+    "student": "#c2410c",
+    "teacher": "#1d62b8",
+    "both": "#7e3f98",
+    "baseline": "#7b858f",
+    "ink": "#1c2126",
+    "faint": "#e3e6e9",
+    "memory1": "#7fb0ea",
+    "memory2": "#1d62b8",
+    "memory3": "#0a2a5c",
+    "good": "#1a7f4b",
+    "gold": "#b38600",
+}
+# Placeholders for matplotlib, replaced in the SVG by variables of the page.
+COLORS = {name: f"#{i:02x}{i:02x}{i:02x}" for i, name in enumerate(LIGHT, 1)}
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: its name ("" keeps it out of the legend), its colour (a key of COLOURS), and its points; those without a value are left out.
+    """A curve: its name ("" keeps it out of the legend), its color (a key of COLORS), and its points; those
+    without a value are left out.
 
-    `style`: matplotlib's, "o" for points alone, or "band" for a broad pale line that others should follow. `smooth` draws a running
-    mean, and the points themselves pale behind it.
+    `style`: a line style of matplotlib, "o" for points only, or "band" for a broad pale line that others
+    should follow. `smooth` draws a running mean over the pale original curve.
     """
 
     name: str
-    colour: str
+    color: str
     x: Sequence[float]
     y: Sequence[float | None]
     style: str = "-"
     smooth: bool = False
     spread: tuple[Sequence[float], Sequence[float]] | None = None
-    "lower and upper edge of a pale area around it"
+    "lower and upper bound of a pale area around the curve"
 
 
 def plot(
-    lines: list[Line], levels: dict[str, float] | None = None, ylabel: str = "", log: bool = False, markers: bool = False,
-    xlabel: str = "step", xlog: bool = False, symlog: float | None = None, ticks: dict[int, str] | None = None,
-    right: tuple[str, float] | None = None, span: float = 0.0,
-) -> str:  # fmt: skip
-    """An SVG of some curves, over steps unless said otherwise, with dashed grey reference `levels` named at the right edge.
+    lines: list[Line],
+    levels: dict[str, float] | None = None,
+    ylabel: str = "",
+    log: bool = False,
+    markers: bool = False,
+    xlabel: str = "step",
+    xlog: bool = False,
+    symlog: float | None = None,
+    ticks: dict[int, str] | None = None,
+    right: tuple[str, float] | None = None,
+    span: float = 0.0,
+) -> str:
+    """An SVG of curves, over steps by default, with dashed gray reference `levels` labeled at the right edge.
 
-    `symlog`: both signs on a logarithmic axis that is straight up to this value. `ticks`: words along the x axis, by place.
-    `right`: name of a second y axis, and its units in one of the first. `span`: the least that the y axis spans.
+    `symlog`: a logarithmic axis for both signs, linear up to this value. `ticks`: labels by position on the x
+    axis. `right`: name of a second y axis, and its units per unit of the first. `span`: the least range of
+    the y axis.
     """
-    settings = {
-        "font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "rcmae",
-        "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 6),
-    }  # fmt: skip
+    settings: Any = {
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "rcmae",
+        "axes.formatter.useoffset": False,
+        "axes.formatter.limits": (-4, 6),
+    }
     with rc_context(settings):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         drawn = [line for line in lines if _draw(axes, line, markers, log)]
         for name, value in (levels or {}).items():
-            axes.axhline(value, color=COLOURS["floor"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            axes.axhline(value, color=COLORS["baseline"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
-                name, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-                ha="right", va="bottom", color=COLOURS["floor"], fontsize=8,
-            )  # fmt: skip
+                name,
+                (1, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(-2, 2),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+                color=COLORS["baseline"],
+                fontsize=8,
+            )
         if log and drawn:
             axes.set_yscale("log")
             _number_log(axes.yaxis)
@@ -82,67 +112,88 @@ def plot(
             axes.set_xlim(left=0)
         if ticks:
             small = len("".join(ticks.values())) > 30
-            axes.set_xticks(list(ticks), list(ticks.values()), rotation=90 if small else 0, fontsize=7 if small else 8)
-        sides = [axes]
+            axes.set_xticks(
+                list(ticks), list(ticks.values()), rotation=90 if small else 0, fontsize=7 if small else 8
+            )
+        sides: list[Any] = [axes]
         if right:
             label, factor = right
-            sides.append(axes.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor)))
-            sides[1].set_ylabel(label, color=COLOURS["ink"])
-        axes.set_xlabel(xlabel, color=COLOURS["ink"])
-        axes.set_ylabel(ylabel, color=COLOURS["ink"])
-        axes.grid(color=COLOURS["faint"], linewidth=0.6)
+            scale: Any = (lambda y: y * factor, lambda y: y / factor)
+            sides.append(axes.secondary_yaxis("right", functions=scale))
+            sides[1].set_ylabel(label, color=COLORS["ink"])
+        axes.set_xlabel(xlabel, color=COLORS["ink"])
+        axes.set_ylabel(ylabel, color=COLORS["ink"])
+        axes.grid(color=COLORS["faint"], linewidth=0.6)
         for side in sides:
-            side.tick_params(colors=COLOURS["ink"], which="both", length=3)
-            side.spines[:].set_color(COLOURS["faint"])
+            side.tick_params(colors=COLORS["ink"], which="both", length=3)
+            side.spines[:].set_color(COLORS["faint"])
         axes.spines[["top", "right"]].set_visible(False)
         names = [line.name for line in drawn if line.name]
         if len(names) > 1:
-            # Above the axes: no curve runs through it. Many short names need less height in four columns.
-            look = {"frameon": False, "labelcolor": COLOURS["ink"], "fontsize": 8, "handlelength": 1.6, "borderpad": 0.2}
+            # Above the axes, where it hides no curve; many short names need less height in four columns.
             short = len(names) > 4 and max(map(len, names)) < 15
-            axes.legend(**look, loc="lower left", bbox_to_anchor=(0, 1), ncols=4 if short else 2)
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=4 if short else 2,
+                frameon=False,
+                labelcolor=COLORS["ink"],
+                fontsize=8,
+                handlelength=1.6,
+                borderpad=0.2,
+            )
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            file,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    for name, colour in COLOURS.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return _own_names(svg)
+    for name, color in COLORS.items():
+        svg = svg.replace(color, f"var(--{name})")
+    return _unique_ids(svg)
 
 
-def column(lines: list[dict[str, Any]], key: str) -> list[Any]:
-    """One number of every line; None where it is missing."""
+def column(lines: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    """A value of every line; None if it is missing."""
     return [line.get(key) for line in lines]
 
 
 def by_depth(
-    groups: dict[str, tuple[str, dict[str, float]]], ylabel: str, levels: dict[str, float] | None = None, log: bool = False
+    groups: dict[str, tuple[str, dict[str, float]]],
+    ylabel: str,
+    levels: dict[str, float] | None = None,
+    log: bool = False,
 ) -> str:
-    """An SVG over the blocks of a network, from the input to the output. `groups`: name to (colour, value by block); blocks are
-    named "encoder 3", and between encoder and decoder the curve has a gap."""
+    """An SVG over the blocks of a network, from the input to the output, with a gap between encoder and
+    decoder. `groups`: name -> (color, value by block); blocks have names such as "encoder 3"."""
     blocks = list(next(iter(groups.values()))[1])
     parts = list(dict.fromkeys(block.split()[0] for block in blocks))
-    places = {block: i + parts.index(block.split()[0]) for i, block in enumerate(blocks)}
+    positions = {block: i + parts.index(block.split()[0]) for i, block in enumerate(blocks)}
     lines = []
-    for name, (colour, values) in groups.items():
+    for name, (color, values) in groups.items():
         for part in parts:
-            own = [block for block in values if block.split()[0] == part]
-            lines.append(Line(name if part == parts[0] else "", colour, [places[b] for b in own], [values[b] for b in own]))
-    ticks = {place: block.partition(" ")[2].replace("_", " ") for block, place in places.items()}
+            chosen = [block for block in values if block.split()[0] == part]
+            label = name if part == parts[0] else ""
+            x, y = [positions[block] for block in chosen], [values[block] for block in chosen]
+            lines.append(Line(label, color, x, y))
+    ticks = {x: block.partition(" ")[2].replace("_", " ") for block, x in positions.items()}
     return plot(lines, levels, ylabel, log, markers=True, xlabel=", then ".join(parts), ticks=ticks)
 
 
 def _draw(axes: Axes, line: Line, markers: bool, log: bool) -> bool:
-    """Draw a line; says whether it had points."""
+    """Draw a line; returns whether it has points."""
     points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and (y > 0 or not log)]
     if not points:
         return False
     x, y = zip(*points, strict=True)
     style = {"o": "", "band": "-"}.get(line.style, line.style)
-    look = {"color": COLOURS[line.colour], "linestyle": style}
+    look: dict[str, Any] = {"color": COLORS[line.color], "linestyle": style}
     window = len(y) // 20
     if line.smooth and window > 1:
         axes.plot(x, y, **look, linewidth=0.8, alpha=0.3)
@@ -150,38 +201,38 @@ def _draw(axes: Axes, line: Line, markers: bool, log: bool) -> bool:
         first, last = (np.clip(np.arange(len(y)) + k, 0, len(y)) for k in (-window, window + 1))
         y = (sums[last] - sums[first]) / (last - first)
     if line.spread:
-        axes.fill_between(line.x, *line.spread, color=COLOURS[line.colour], alpha=0.12, linewidth=0)
+        axes.fill_between(line.x, *line.spread, color=COLORS[line.color], alpha=0.12, linewidth=0)
     marker = "o" if markers or line.style == "o" else None
-    weight = {"linewidth": 5, "alpha": 0.45} if line.style == "band" else {"linewidth": 1.6}
+    weight: dict[str, Any] = {"linewidth": 5, "alpha": 0.45} if line.style == "band" else {"linewidth": 1.6}
     axes.plot(x, y, **look, **weight, label=line.name or "_", marker=marker, markersize=3.5)
     return True
 
 
 def _plain(value: float, _: object = None) -> str:
-    """A number in few signs."""
+    """A number, written briefly."""
     return f"{value:g}".replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
 
 
 def _number_log(axis: Axis) -> None:
-    """Numbers at powers of ten, and at 2 and 5 between them where few powers of ten are in sight."""
+    """Label powers of ten, and also 2 and 5 times them if the axis spans less than three decades."""
     low, high = axis.get_view_interval()
-    few = high / low < 1e3
+    short = high / low < 1e3
     axis.set_major_formatter(_plain)
-    axis.set_minor_formatter(lambda value, _: _plain(value) if few and f"{value:e}"[0] in "25" else "")
+    axis.set_minor_formatter(lambda value, _: _plain(value) if short and f"{value:e}"[0] in "25" else "")
 
 
 def standalone(svg: str) -> str:
-    """An inline SVG as a file of its own, dark on white."""
-    for name, colour in LIGHT.items():
-        svg = svg.replace(f"var(--{name})", colour)
+    """An inline SVG as the content of a file, in the colors of light mode."""
+    for name, color in LIGHT.items():
+        svg = svg.replace(f"var(--{name})", color)
     return svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff"', 1)
 
 
 _count = 0
 
 
-def _own_names(svg: str) -> str:
-    """Ids that do not clash with those of the other figures on the page."""
+def _unique_ids(svg: str) -> str:
+    """Make the ids differ from those of the other figures on the page."""
     global _count
     _count += 1
     svg = re.sub(r'id="([^"]+)"', rf'id="f{_count}-\1"', svg)

@@ -1,4 +1,4 @@
-"""What pages read of a run directory; what is missing or only half written is left out."""
+"""Files of a run directory that may be missing or incomplete."""
 
 import json
 import re
@@ -6,18 +6,20 @@ import tomllib
 from pathlib import Path
 from typing import Literal
 
+Kind = Literal["pre-training", "fine-tuning", "detection"]
 
-def kind_of(run: Path) -> Literal["pre-training", "fine-tuning", "detection"] | None:
-    """What the run in a directory trains, by the settings in its recipe.toml; None where that is missing or no recipe."""
-    settings = {"method": "pre-training", "mixup": "fine-tuning", "preset": "detection"}
+
+def kind_of(run: Path) -> Kind | None:
+    """What a run trains, by the settings in its recipe.toml; None if that is missing or invalid."""
+    kinds: dict[str, Kind] = {"method": "pre-training", "mixup": "fine-tuning", "preset": "detection"}
     try:
         recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return next((kind for setting, kind in settings.items() if setting in recipe), None)
+    return next((kind for setting, kind in kinds.items() if setting in recipe), None)
 
 
 def bad_files(path: Path) -> list[dict[str, str]]:
-    """Images that could not be read: "where" and "reason". The last line may be cut."""
-    whole = re.findall(r"^\{.*\}$", path.read_text(encoding="utf-8"), re.MULTILINE) if path.exists() else []
-    return [json.loads(line) for line in whole]
+    """Images that could not be read: "where" and "reason". The last line may be incomplete."""
+    lines = re.findall(r"^\{.*\}$", path.read_text(encoding="utf-8"), re.MULTILINE) if path.exists() else []
+    return [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""Pictures of reconstructions that show what the model said, and nothing that it could not know."""
+"""Pictures of reconstructions, which contain nothing that the model did not predict or see."""
 
 import base64
 import io
@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Reconstructions of k fixed images at one step: predictions "k m p" in the space of the target, places of the patches."""
+    """Reconstructions of k fixed images at one step. Predictions are in the space of the target; `visible`
+    and `hidden` are indices of patches."""
 
     step: int
     patch: int
@@ -29,61 +30,74 @@ class Snapshot:
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """A file that the loop wrote under snapshots/."""
+    """Read a file of a run's snapshots/."""
     with safe_open(path, "np") as f:
         meta, data = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - not a dict
     return Snapshot(
-        step=int(meta["step"]), patch=int(meta["patch"]), target=meta["target"], eps=float(meta["target_eps"]),
-        mean=np.array(json.loads(meta["mean"])), std=np.array(json.loads(meta["std"])),
-        image=data["image"], visible=data["visible"], hidden=data["hidden"],
+        step=int(meta["step"]),
+        patch=int(meta["patch"]),
+        target=meta["target"],
+        eps=float(meta["target_eps"]),
+        mean=np.array(json.loads(meta["mean"])),
+        std=np.array(json.loads(meta["std"])),
+        image=data["image"],
+        visible=data["visible"],
+        hidden=data["hidden"],
         predictions={k: data[k] for k in ("student", "teacher") if k in data},
-    )  # fmt: skip
+    )
 
 
 def cut(pixels: np.ndarray, patch: int) -> np.ndarray:
     """An image [h, w, c] as patches [n, p], values in the order (row, column, channel)."""
     h, w, c = pixels.shape
-    return pixels.reshape(h // patch, patch, w // patch, patch, c).transpose(0, 2, 1, 3, 4).reshape(-1, patch * patch * c)
+    return (
+        pixels.reshape(h // patch, patch, w // patch, patch, c)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(-1, patch * patch * c)
+    )
 
 
 def join(patches: np.ndarray, h: int, w: int, patch: int) -> np.ndarray:
     """The inverse of `cut`."""
-    return patches.reshape(h // patch, w // patch, patch, patch, -1).transpose(0, 2, 1, 3, 4).reshape(h, w, -1)
+    return (
+        patches.reshape(h // patch, w // patch, patch, patch, -1).transpose(0, 2, 1, 3, 4).reshape(h, w, -1)
+    )
 
 
-def seen(s: Snapshot, i: int) -> UInt8[np.ndarray, "h w c"]:
-    """What the model saw of image i: visible patches on grey."""
+def visible(s: Snapshot, i: int) -> UInt8[np.ndarray, "h w c"]:
+    """The visible patches of image i on gray."""
     pixels = s.image[i].transpose(1, 2, 0)
     patches = np.full_like(cut(pixels, s.patch), 128)
     patches[s.visible[i]] = cut(pixels, s.patch)[s.visible[i]]
-    return join(patches, *pixels.shape[:2], s.patch)
+    return join(patches, pixels.shape[0], pixels.shape[1], s.patch)
 
 
-def picture(s: Snapshot, i: int, who: str, true_statistics: bool = False) -> UInt8[np.ndarray, "h w c"]:
-    """Image i with its hidden patches as `who` ("student" or "teacher") reconstructs them.
+def picture(s: Snapshot, i: int, network: str, true_statistics: bool = False) -> UInt8[np.ndarray, "h w c"]:
+    """Image i with its hidden patches as the `network` ("student" or "teacher") reconstructs them.
 
-    A normalised target has no mean and no contrast. They are taken from the visible patches, nearer ones counting more; with
-    `true_statistics` from the hidden patches themselves, which the model did not predict: such a picture must say so.
+    A normalized target has no mean and no contrast. They are interpolated from the visible patches, with more
+    weight on nearer ones; with `true_statistics` they are those of the hidden patches, which the model did
+    not predict. The caption of such a picture must say so.
     """
     pixels = s.image[i].transpose(1, 2, 0)
     h, w, c = pixels.shape
     patches = cut((pixels / 255 - s.mean) / s.std, s.patch)
-    guess = s.predictions[who][i].astype(np.float64)
-    if s.target == "normalised":
+    prediction = s.predictions[network][i].astype(np.float64)
+    if s.target == "normalized":
         if true_statistics:
             mean, var = _statistics(patches[s.hidden[i]])
         else:
             columns = w // s.patch
-            places = [np.stack(np.divmod(ids, columns), 1) for ids in (s.hidden[i], s.visible[i])]
-            near = 1 / ((places[0][:, None] - places[1][None]) ** 2).sum(2) ** 2
-            near /= near.sum(1, keepdims=True)
-            mean, var = (near @ x for x in _statistics(patches[s.visible[i]]))
-        guess = guess * np.sqrt(var + s.eps) + mean
-    patches[s.hidden[i]] = guess
+            a, b = (np.stack(np.divmod(ids, columns), 1) for ids in (s.hidden[i], s.visible[i]))  # positions
+            weight = 1 / ((a[:, None] - b[None]) ** 2).sum(2) ** 2  # [m, v]
+            weight /= weight.sum(1, keepdims=True)
+            mean, var = (weight @ x for x in _statistics(patches[s.visible[i]]))  # [m, 1]
+        prediction = prediction * np.sqrt(var + s.eps) + mean
+    patches[s.hidden[i]] = prediction
     out = join(patches, h, w, s.patch) * s.std + s.mean
-    result = (255 * out.clip(0, 1) + 0.5).astype(np.uint8)
-    shown = join(np.isin(np.arange(len(patches)), s.visible[i])[:, None].repeat(s.patch**2 * c, 1), h, w, s.patch)
-    return np.where(shown, pixels, result)
+    reconstruction = (255 * out.clip(0, 1) + 0.5).astype(np.uint8)
+    shown = np.isin(np.arange(len(patches)), s.visible[i])[:, None].repeat(s.patch**2 * c, 1)  # [n, p]
+    return np.where(join(shown, h, w, s.patch), pixels, reconstruction)
 
 
 def _statistics(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -91,13 +105,14 @@ def _statistics(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """|a - b| over the channels, four times enlarged, as grey on black [h, w, 1]."""
+    """Mean of |a - b| over the channels, times 4, as gray on black [h, w, 1]."""
     gap = np.abs(a.astype(int) - b.astype(int)).mean(2, keepdims=True)
     return (4 * gap).clip(0, 255).astype(np.uint8)
 
 
 def data_uri(pixels: np.ndarray, side: int = 128) -> str:
-    """Pixels as a PNG inside a URI, small images enlarged to about `side` without smoothing; other than 1 or 3 bands: the first."""
+    """Pixels as a PNG in a data URI. Small images are enlarged to about `side` without smoothing; of other
+    than 1 or 3 channels the first is shown."""
     if pixels.shape[2] not in (1, 3):
         pixels = pixels[..., :1]
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)

@@ -1,4 +1,5 @@
-"""A backbone, a labeled data set and the evaluation options, with cached feature extraction: what a task gets, and what it returns."""
+"""The input of an evaluation task (a backbone, a labeled data set and the options, with cached feature
+extraction), and its result."""
 
 import functools
 import os
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..data.dataset import Bad, Images
-from ..data.labelled import Labelled
+from ..data.labeled import Labeled
 from ..data.loader import batches_of
 from ..data.sampler import BatchSampler
 from ..data.sources import Subset
@@ -24,7 +25,7 @@ from ..engine.console import Screen
 from ..engine.distributed import World
 from ..models.backbone import Backbone, Features, Pixels
 from ..models.classifier import Classifier
-from .evaluation.base import Evaluation
+from .evaluation.base import EvaluationOptions
 from .features import ExtractedFeatures, extract
 from .score import Scored, score
 from .splits import PERCENTS, read_split, write_splits
@@ -33,20 +34,22 @@ T = TypeVar("T")
 
 
 class TaskResult(NamedTuple):
-    """Metrics, which test images were right, the model (pixels in 0 to 1 to logits), and the settings it was given or chose."""
+    """Metrics, which test images were classified correctly, the model (pixels in 0 to 1 to logits), and the
+    settings, given or selected."""
 
     metrics: dict[str, float]
-    right: Bool[np.ndarray, " m"]
+    correct: Bool[np.ndarray, " m"]
     model: nn.Module
     settings: dict[str, Any]
     details: dict[str, Any] | None = None
-    more: dict[str, Bool[np.ndarray, "..."]] | None = None
+    correct_by_condition: dict[str, Bool[np.ndarray, "..."]] | None = None
+    "the same for each corruption, attack or shifted set"
     seconds: float | None = None
-    "where the work was done before, or in parts"
+    "duration, if the work was done earlier or in parts"
 
 
 class ProbedModel(nn.Module):
-    """A frozen backbone with a layer on what it makes of pixels in 0 to 1: logits "b c"."""
+    """A frozen backbone followed by a probe on one of its features: pixels in 0 to 1 to logits "b c"."""
 
     def __init__(self, backbone: nn.Module, feature: Literal["mean", "cls", "tokens"], layer: nn.Module):
         super().__init__()
@@ -63,33 +66,37 @@ class EvaluationContext:
     name: str
     which: str
     backbone: Backbone | Pixels
-    set: Labelled
-    options: Evaluation
+    set: Labeled
+    options: EvaluationOptions
     device: torch.device
     world: World
     screen: Screen
     precision: str
     classifier: tuple[Classifier, list[str]] | None = None
-    "where the backbone came with a head: the whole, and its classes"
+    "if the backbone came with a head: the complete model, and its classes"
     extracted: dict[tuple[str, bool], ExtractedFeatures] = field(default_factory=dict)
 
     @property
     def cache(self) -> Path:
-        return self.options.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rcmae"
+        return (
+            self.options.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rcmae"
+        )
 
     def part(self, part: Literal["train", "test"]) -> Subset:
-        """The test part, or of the training part the images whose labels are used."""
+        """The test part, or the images of the training part whose labels are used."""
         if part == "test":
             return self.set.test
         return self.set.train if self.options.labels == 100 else Subset(self.set.train, self.split())
 
     def split(self) -> Int[np.ndarray, " k"]:
-        """The images whose labels are used, from a file that all backbones share."""
-        train, folder = self.set.train, self.cache / "splits" / f"{self.set.train.fingerprint()[:16]}-{self.options.seed}"
+        """The training images whose labels are used, from a file that all backbones share."""
+        train, seed = self.set.train, self.options.seed
+        assert train.labels is not None  # open_labeled refuses images without labels
+        folder = self.cache / "splits" / f"{train.fingerprint()[:16]}-{seed}"
         file = folder / f"labels-{self.options.labels:g}.json"
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_splits(folder, train.labels, self.options.seed, sorted({*PERCENTS, self.options.labels}))
+            write_splits(folder, train.labels, seed, sorted({*PERCENTS, self.options.labels}))
         return read_split(file, train.labels)
 
     def features(self, part: Literal["train", "test"], tokens: bool = False) -> ExtractedFeatures:
@@ -98,52 +105,69 @@ class EvaluationContext:
             images = self.part(part)
             with self.screen.progress(f"features of {images.name}", len(images)) as tick:
                 self.extracted[part, tokens] = extract(
-                    self.backbone, images, cache=self.cache / "features", tokens=tokens, device=self.device, precision=self.precision,
-                    world=self.world, workers=self.options.workers, tick=tick, note=self.note,
-                )  # fmt: skip
+                    self.backbone,
+                    images,
+                    cache=self.cache / "features",
+                    tokens=tokens,
+                    device=self.device,
+                    precision=self.precision,
+                    world=self.world,
+                    workers=self.options.workers,
+                    tick=tick,
+                    note=self.note,
+                )
         return self.extracted[part, tokens]
 
     def note(self, bad: list[Bad]) -> None:
-        """Name images that cannot be read."""
-        for _, where, reason in bad:
-            self.screen.say(f"note: {where} cannot be read ({reason})")
+        """Report images that cannot be read."""
+        for _, path, reason in bad:
+            self.screen.say(f"note: {path} cannot be read ({reason})")
 
-    def fitted_on(self, tokens: bool = False) -> tuple[ExtractedFeatures, Int[np.ndarray, " n"]]:
-        """Features of the readable training images, and their labels."""
-        seen = self.features("train", tokens)
-        if not seen.readable.all():
-            seen = ExtractedFeatures(*(x[seen.readable] if x is not None else None for x in seen))
-        return seen, seen.labels
+    def training_features(self, tokens: bool = False) -> ExtractedFeatures:
+        """Features and labels of the readable training images."""
+        features = self.features("train", tokens)
+        return features if features.readable.all() else features.select(features.readable)
 
-    def hits(self, predicted: Int[np.ndarray, " m"], seen: ExtractedFeatures) -> Bool[np.ndarray, " m"]:
-        """Which test images are right; one that cannot be read is wrong."""
-        return (predicted == seen.labels) & seen.readable
+    def correct(self, predictions: Int[np.ndarray, " m"], test: ExtractedFeatures) -> Bool[np.ndarray, " m"]:
+        """Which test images are classified correctly; an unreadable image counts as wrong."""
+        return (predictions == test.labels) & test.readable
 
     def score(self, model: nn.Module) -> Scored:
-        """What a model of pixels makes of the test images."""
+        """Score a model that takes pixels on the test images."""
         test = self.set.test
         with self.screen.progress(f"scoring on {test.name}", len(test)) as tick:
             return score(
-                model, test, shape=tuple(self.backbone.shape), channels=self.backbone.channels, device=self.device,
-                precision=self.precision, workers=self.options.workers, note=self.note, tick=tick,
-            )  # fmt: skip
+                model,
+                test,
+                shape=self.backbone.shape,
+                channels=self.backbone.channels,
+                device=self.device,
+                precision=self.precision,
+                workers=self.options.workers,
+                note=self.note,
+                tick=tick,
+            )
 
     def crops(self, steps: int, batch: int, augment: bool) -> Iterator[tuple[Features, Int[Tensor, " b"]]]:
-        """Batches of `steps`: what the backbone makes of new crops and flips in every pass (or of the same views), and labels."""
+        """Features and labels for `steps` batches of training images: new crops and flips in every epoch, or
+        without `augment` the evaluation view."""
         part = self.part("train")
         sampler = BatchSampler(len(part), batch, start=0, stop=steps, seed=self.options.seed)
-        view = functools.partial(_crop, shape=tuple(self.backbone.shape), augment=augment)
-        crops = Images(part, view, self.options.seed, self.backbone.channels, labelled=True)
+        view = functools.partial(_crop, shape=self.backbone.shape, augment=augment)
+        crops = Images(part, view, self.options.seed, self.backbone.channels, labeled=True)
         backbone = self.backbone.to(self.device).eval()
         batches = batches_of(crops, sampler, part, self.options.workers, self.device, self.note)
         for images in self.counted("fitting on new crops", steps, batches):
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                seen = backbone(images["image"].float() / 255)
-            yield seen, images["label"]
+            with (
+                torch.no_grad(),
+                torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
+            ):
+                features = backbone(images["image"].float() / 255)
+            yield features, images["label"]
 
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[], None]]:
-        """Progress of `total` steps: the body calls what it gets after each."""
+        """A progress bar over `total` steps; call the yielded function after each step."""
         done = 0
         with self.screen.progress(what, total) as tick:
 
@@ -155,7 +179,7 @@ class EvaluationContext:
             yield step
 
     def counted(self, what: str, total: int, steps: Iterable[T]) -> Iterator[T]:
-        """The same `steps`, with progress."""
+        """The same `steps`, with a progress bar."""
         with self.counting(what, total) as tick:
             for step in steps:
                 yield step
@@ -163,19 +187,23 @@ class EvaluationContext:
 
     @torch.no_grad()
     def token_bytes(self) -> int:
-        """What all tokens of both parts take in half precision."""
-        grey = torch.full((1, self.backbone.channels, *self.backbone.shape), 0.5, device=self.device)
-        return 2 * self.backbone.to(self.device).eval()(grey).tokens.numel() * (len(self.part("train")) + len(self.set.test))
+        """The size of all tokens of both parts in half precision."""
+        gray = torch.full((1, self.backbone.channels, *self.backbone.shape), 0.5, device=self.device)
+        values_per_image = self.backbone.to(self.device).eval()(gray).tokens.numel()
+        return 2 * values_per_image * (len(self.part("train")) + len(self.set.test))
 
 
-def _crop(image: Image, draws: np.random.Generator, shape: tuple[int, int], augment: bool) -> dict[str, Tensor]:
-    """A random crop (0.2 to 1 of the area) and flip, as MAE's linear probe is trained on, or the view of evaluation."""
-    view = flip(random_resized_crop(image, shape, (0.2, 1.0), draws), draws) if augment else center(image, shape)
-    return {"image": view.contiguous()}
+def _crop(
+    image: Image, draws: np.random.Generator, shape: tuple[int, int], augment: bool
+) -> dict[str, Tensor]:
+    """A random crop (0.2 to 1 of the area) and flip, as in MAE's linear probing, or the evaluation view."""
+    if not augment:
+        return {"image": center(image, shape).contiguous()}
+    return {"image": flip(random_resized_crop(image, shape, (0.2, 1.0), draws), draws).contiguous()}
 
 
-def place(name: str, options: Evaluation) -> Path:
-    """The folder that results of a backbone go to."""
+def results_folder(name: str, options: EvaluationOptions) -> Path:
+    """The folder for the results of a backbone."""
     if options.out:
         return options.out
     path = Path(name)
@@ -184,7 +212,8 @@ def place(name: str, options: Evaluation) -> Path:
     return Path("runs") / "evaluate" / (re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "backbone")
 
 
-def stem(kind: str, which: str, options: Evaluation) -> str:
-    """What a result's files are called: the task, the network, and what is unusual: the share of the labels, the seed."""
-    share = "" if options.labels == 100 else f"-{options.labels:g}-percent"
-    return f"{kind}-{which}{share}{f'-seed-{options.seed}' if options.seed else ''}"
+def stem(kind: str, which: str, options: EvaluationOptions) -> str:
+    """The name of the result files: task and network, then the percentage of the labels and the seed unless
+    they are the defaults."""
+    labels = "" if options.labels == 100 else f"-{options.labels:g}-percent"
+    return f"{kind}-{which}{labels}{f'-seed-{options.seed}' if options.seed else ''}"

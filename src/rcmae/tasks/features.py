@@ -1,4 +1,4 @@
-"""Frozen features of a labelled set, in memory or kept on disk for whoever asks next."""
+"""Frozen features of a labeled set, in memory or cached on disk."""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ from ..engine.checkpoint import replace_file
 from ..engine.distributed import World
 from ..errors import CheckpointError, DataError
 from ..models.backbone import Backbone, Features, Pixels
-from .score import Centers, in_parts, joined
+from .score import Centers, in_parts, rebatched
 
 PART = 8192
-"Images whose features are one file of the cache: what an interruption can cost."
+"Images per cache file, which is the most work that an interruption can lose."
 
 
 @torch.no_grad()
@@ -37,47 +37,70 @@ def features(
     tokens: bool = False,
     tick: Callable[[int], None] = lambda done: None,
 ) -> tuple[Float[np.ndarray, "n d"], Float[Tensor, "n t d"] | None]:
-    """The mean over the patch tokens of each image, and if asked all tokens in half precision; `precision` is that of the products.
+    """The mean over the patch tokens of each image, and with `tokens` all tokens in half precision.
+    `precision` is that of the matrix products.
 
-    `tick` is told how many images are done.
+    `tick` receives the number of images done.
     """
-    backbone, means, kept = backbone.to(device).eval(), [], []
+    backbone, means, all_tokens = backbone.to(device).eval(), [], []
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for part in images.split(batch):
-            seen = backbone(part.to(device).float() / 255)
-            means.append(seen.mean.cpu().numpy())
+            output = backbone(part.to(device).float() / 255)
+            means.append(output.mean.cpu().numpy())
             if tokens:
-                kept.append(seen.tokens.half())
+                all_tokens.append(output.tokens.half())
             tick(sum(map(len, means)))
-    return np.concatenate(means), torch.cat(kept) if tokens else None
+    return np.concatenate(means), torch.cat(all_tokens) if tokens else None
 
 
 class ExtractedFeatures(NamedTuple):
-    """What a backbone makes of a set: of each image the class token, the mean over the patches, and if asked all tokens (float16)."""
+    """Features of a set: for each image the class token, the mean over the patches, and optionally all tokens
+    (float16)."""
 
     cls: Float[Tensor, "n d"]
     mean: Float[Tensor, "n d"]
     labels: Int[np.ndarray, " n"]
     readable: Bool[np.ndarray, " n"]
-    "whether the image could be read; what cannot is a black image here, and counts as wrong where it is scored on"
+    """whether the image could be read; an unreadable one has the features of a black image, and counts as
+    wrong in a test set"""
     tokens: Float[Tensor, "n t d"] | None
 
+    @property
+    def all_tokens(self) -> Float[Tensor, "n t d"]:
+        """The tokens of features that were extracted with them."""
+        assert self.tokens is not None
+        return self.tokens
+
     def pooled(self, pool: str) -> Float[Tensor, "n d"]:
-        """By name: "mean" or "cls"."""
+        """The pooled feature by name: "mean" or "cls"."""
         return self.mean if pool == "mean" else self.cls
+
+    def select(self, mask: Bool[np.ndarray, " n"]) -> "ExtractedFeatures":
+        """The images for which `mask` is true."""
+        tokens = None if self.tokens is None else self.tokens[mask]
+        return ExtractedFeatures(
+            self.cls[mask], self.mean[mask], self.labels[mask], self.readable[mask], tokens
+        )
 
 
 def identity(backbone: Backbone | Pixels) -> str:
-    """Sixteen hex digits that name a backbone: its weights, its statistics and how it computes."""
-    heads = [block.attn.num_heads for block in backbone.vit.blocks] if isinstance(backbone, Backbone) else backbone.patch
-    digest = hashlib.sha256(f"{backbone!r} {tuple(backbone.shape)} {heads}".encode())
-    for name, value in sorted([*backbone.state_dict().items(), *backbone.named_buffers()], key=lambda pair: pair[0]):
+    """Sixteen hex digits that identify a backbone: its weights, image statistics and architecture."""
+    heads = (
+        [block.get_submodule("attn").num_heads for block in backbone.vit.blocks]
+        if isinstance(backbone, Backbone)
+        else backbone.patch
+    )
+    digest = hashlib.sha256(f"{backbone!r} {backbone.shape} {heads}".encode())
+    for name, value in sorted(
+        [*backbone.state_dict().items(), *backbone.named_buffers()], key=lambda pair: pair[0]
+    ):
         digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _whole(file: Path) -> bool:
-    """Whether a file is there, undamaged, and of images that could all be read: what could not may have been mended since."""
+def _is_complete(file: Path) -> bool:
+    """Whether a file exists and is undamaged, and all of its images could be read: unreadable ones may have
+    been fixed since."""
     try:
         with safe_open(file, "pt") as f:
             return bool(f.get_tensor("readable").all())
@@ -87,44 +110,70 @@ def _whole(file: Path) -> bool:
 
 @torch.no_grad()
 def extract(
-    backbone: Backbone | Pixels, part: Subset, *, cache: Path, tokens: bool, device: torch.device, precision: str, world: World,
-    workers: int | None = 0, batch: int = 256, tick: Callable[[int], None] = lambda done: None,
+    backbone: Backbone | Pixels,
+    part: Subset,
+    *,
+    cache: Path,
+    tokens: bool,
+    device: torch.device,
+    precision: str,
+    world: World,
+    workers: int | None = 0,
+    batch: int = 256,
+    tick: Callable[[int], None] = lambda done: None,
     note: Callable[[list[Bad]], None] = lambda bad: None,
-) -> ExtractedFeatures:  # fmt: skip
-    """Features of a set, from the cache as far as it has them.
+) -> ExtractedFeatures:
+    """Features of a set, from the cache as far as possible.
 
-    A file holds `PART` images; ranks make files in turn, and an interrupted extraction goes on at the first file that is missing.
-    `tick` is told how many images were read, `note` which cannot be read. Raises DataError when none can, and
-    CheckpointError when features are not finite.
+    A file holds `PART` images. Ranks take turns at the files, and an interrupted extraction resumes at the
+    first missing one. `tick` receives the number of images read, `note` the unreadable ones. Raises DataError
+    if no image can be read, and CheckpointError if features are not finite.
     """
-    shape = tuple(backbone.shape)
-    key = hashlib.sha256(json.dumps([identity(backbone), part.fingerprint(), shape, precision, 1]).encode()).hexdigest()[:16]
+    shape = backbone.shape
+    assert part.labels is not None  # open_labeled refuses images without labels
+    key = hashlib.sha256(
+        json.dumps([identity(backbone), part.fingerprint(), shape, precision, 1]).encode()
+    ).hexdigest()[:16]
     folder = cache / key
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{'tokens' if tokens else 'pooled'}-{i:06d}.safetensors" for i in range(-(-len(part) // PART))]
+    files = [
+        folder / f"{'tokens' if tokens else 'pooled'}-{i:06d}.safetensors"
+        for i in range(-(-len(part) // PART))
+    ]
     backbone, centers = backbone.to(device).eval(), Centers(part, shape, backbone.channels)
     for number, file in enumerate(files):
         rows = range(number * PART, min((number + 1) * PART, len(part)))
-        if number % world.size == world.rank and not _whole(file):
-            found: dict[str, list[Tensor]] = {"cls": [], "mean": []} | ({"tokens": []} if tokens else {})
-            readable = []
+        if number % world.size == world.rank and not _is_complete(file):
+            batches: dict[str, list[Tensor]] = {
+                name: [] for name in ("cls", "mean", *(["tokens"] if tokens else []), "readable")
+            }
             parts = batches_of(centers, in_parts(rows, batch), part, workers, device, note)
-            for images in joined(parts, batch, lambda done, before=rows.start: tick(before + done)):
+            for images in rebatched(parts, batch, lambda done: tick(rows.start + done)):  # noqa: B023
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    seen: Features = backbone(images["image"].float() / 255)
-                for name, values in found.items():
-                    values.append(getattr(seen, name).to(torch.float16 if name == "tokens" else torch.float32).cpu())
-                readable.append(images["fine"].cpu())
-            whole = {name: torch.cat(values) for name, values in found.items()}
-            if odd := [name for name, values in whole.items() if not values.isfinite().all()]:
-                why = "tokens above 65,504 do not fit half precision; take knn or linear" if odd == ["tokens"] else "look at its weights"
-                raise CheckpointError(f"what this backbone makes of {part.name} is not finite ({', '.join(odd)}): {why}")
-            replace_file(file, save(whole | {"readable": torch.cat(readable).to(torch.uint8)}))
+                    output: Features = backbone(images["image"].float() / 255)
+                batches["cls"].append(output.cls.float().cpu())
+                batches["mean"].append(output.mean.float().cpu())
+                if tokens:
+                    batches["tokens"].append(output.tokens.half().cpu())
+                batches["readable"].append(images["readable"].to(torch.uint8).cpu())
+            tensors = {name: torch.cat(values) for name, values in batches.items()}
+            if infinite := [name for name, values in tensors.items() if not values.isfinite().all()]:
+                hint = (
+                    "tokens above 65,504 do not fit half precision; use knn or linear"
+                    if infinite == ["tokens"]
+                    else "check its weights"
+                )
+                raise CheckpointError(
+                    f"this backbone's features of {part.name} are not finite ({', '.join(infinite)}): {hint}"
+                )
+            replace_file(file, save(tensors))
         tick(rows.stop)
-    world.agree(True)  # all files are there
-    parts = [load_file(file) for file in files]
-    whole = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-    readable = whole["readable"].bool().numpy()
+    world.any_rank(True)  # wait until all files are written
+    loaded = [load_file(file) for file in files]
+    features = {name: torch.cat([tensors[name] for tensors in loaded]) for name in loaded[0]}
+    readable = features["readable"].bool().numpy()
     if not readable.any():
-        raise DataError(f"none of {how_many(len(part), 'image')} of {part.name} can be read; look with `rcmae check`")
-    return ExtractedFeatures(whole["cls"], whole["mean"], part.labels, readable, whole.get("tokens"))
+        raise DataError(
+            f"none of {how_many(len(part), 'image')} of {part.name} can be read; look with `rcmae check`"
+        )
+    return ExtractedFeatures(features["cls"], features["mean"], part.labels, readable, features.get("tokens"))

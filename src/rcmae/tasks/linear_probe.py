@@ -1,6 +1,7 @@
-"""Linear classification of frozen features: MAE's protocol, many learning rates at once, and the logistic regression of online probes.
+"""Linear probes of frozen features: MAE's protocol, SGD at many learning rates at once, and the logistic
+regression of online probes.
 
-None of them chooses anything on the test set.
+None of them selects anything on the test set.
 """
 
 import warnings
@@ -25,29 +26,39 @@ RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 "Learning rates for a batch of 256 (DINOv2's)."
 
 SCORED = 4096
-"Features that are scored at a time."
+"Batch size of predictions and scores."
 
 
-def linear_right(
-    train: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"],
-    test: Float[np.ndarray, "m d"], truth: Int[np.ndarray, " m"], strength: float = 0.1,
-) -> Bool[np.ndarray, " m"]:  # fmt: skip
-    """Which of the second set multinomial logistic regression on standardised features gets right; `strength` is sklearn's C."""
+def linear_correct(
+    train: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    test: Float[np.ndarray, "m d"],
+    truth: Int[np.ndarray, " m"],
+    strength: float = 0.1,
+) -> Bool[np.ndarray, " m"]:
+    """Which test features multinomial logistic regression on standardized features classifies correctly;
+    `strength` is sklearn's C."""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=200))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 200 steps are far past where the accuracy still moves
+        # The accuracy stops changing long before 200 iterations.
+        warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(train, labels)
     return model.predict(test) == truth
 
 
 @torch.no_grad()
 def predict(layer: nn.Module, x: Float[Tensor, "m ..."]) -> Int[np.ndarray, " m"]:
-    """The class that a layer names for each feature."""
+    """The class that a layer predicts for each feature."""
     return torch.cat([layer(part.float()).argmax(1) for part in x.split(SCORED)]).cpu().numpy()
 
 
-def folded(mean: Float[Tensor, " d"], std: Float[Tensor, " d"], weight: Float[Tensor, "c d"], bias: Float[Tensor, " c"]) -> nn.Linear:
-    """A linear layer on standardised features, as one on the features themselves."""
+def folded(
+    mean: Float[Tensor, " d"],
+    std: Float[Tensor, " d"],
+    weight: Float[Tensor, "c d"],
+    bias: Float[Tensor, " c"],
+) -> nn.Linear:
+    """Fold the standardization of the features into a linear layer."""
     layer = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), device=weight.device)
     with torch.no_grad():
         layer.weight.copy_(weight / std)
@@ -56,14 +67,25 @@ def folded(mean: Float[Tensor, " d"], std: Float[Tensor, " d"], weight: Float[Te
 
 
 def fit_mae(
-    batches: Iterable[tuple[Float[Tensor, "b d"], Int[Tensor, " b"]]], width: int, classes: int, *,
-    steps: int, warmup: float, batch: int, base_lr: float = 0.1, seed: int = 0, device: torch.device | None = None,
-) -> nn.Linear:  # fmt: skip
-    """A layer fitted as MAE and RC-MAE do: BatchNorm without weights, eps 1e-6, and a linear layer; LARS, no weight decay.
+    batches: Iterable[tuple[Float[Tensor, "b d"], Int[Tensor, " b"]]],
+    width: int,
+    classes: int,
+    *,
+    steps: int,
+    warmup: float,
+    batch: int,
+    base_lr: float = 0.1,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> nn.Linear:
+    """Fit a linear layer with the protocol of MAE and RC-MAE: BatchNorm without affine parameters (eps 1e-6)
+    and a linear layer; LARS without weight decay.
 
-    The learning rate is base_lr * batch / 256, up from 0 in the share `warmup` of the steps, then a cosine to 0. Made for a million images
-    and batches of 16,384: LARS moves weights by a share of their size a step, which in the few steps of a small set leaves them near their
-    first values; take `fit_rates` there. What differs: the statistics are of the whole batch, not of each GPU's part.
+    The learning rate is base_lr * batch / 256: it rises from 0 in the fraction `warmup` of the steps, then
+    follows a cosine to 0. The protocol is made for a million images and batches of 16,384: LARS changes the
+    weights by a fraction of their norm per step, so that the few steps of a small set leave them near their
+    initial values; use `fit_rates` there. One difference from MAE: the BatchNorm statistics are those of the
+    full batch, not of each GPU's part.
     """
     head = nn.utils.skip_init(nn.Linear, width, classes)
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
@@ -72,58 +94,81 @@ def fit_mae(
     probe = nn.Sequential(norm, head).to(device)
     peak = base_lr * batch / 256
     optimizer = lars(probe, peak)
-    for step, (x, answers) in enumerate(batches):
+    for step, (x, labels) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(peak, 0.0, warmup, Progress(step, steps, 1))
-        loss = F.cross_entropy(probe(x.float()), answers)
+        loss = F.cross_entropy(probe(x.float()), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return folded(norm.running_mean, (norm.running_var + norm.eps).sqrt(), head.weight, head.bias)
+    assert norm.running_mean is not None and norm.running_var is not None
+    std = torch.sqrt(norm.running_var + norm.eps)
+    return folded(norm.running_mean, std, head.weight, head.bias)
 
 
-class Rated(NamedTuple):
-    """What `fit_rates` found."""
+class FittedLinear(NamedTuple):
+    """The result of `fit_rates`."""
 
     layer: nn.Linear
     rate: float
-    "the learning rate it was fitted with, for a batch of 256; at an end of the list, a better one may lie beyond"
+    """the selected learning rate, for a batch of 256; if it is the lowest or highest of the list, a rate
+    outside it may be better"""
     held_out: dict[float, float]
-    "by rate, percent right of the training images that were held out to choose it; empty where there was one rate only"
+    """by rate, accuracy in percent on the held-out training images; empty if there was only one rate"""
 
 
 def fit_rates(
-    train: Float[Tensor, "n d"], labels: Int[np.ndarray, " n"], classes: int, *,
-    rates: Sequence[float] = RATES, steps: int = 12_500, batch: int = 1024, seed: int = 0, tick: Callable[[], object] = lambda: None,
-) -> Rated:  # fmt: skip
-    """A linear layer by SGD, its learning rate the one that does best on a fifth of the training set that the others did not see.
+    train: Float[Tensor, "n d"],
+    labels: Int[np.ndarray, " n"],
+    classes: int,
+    *,
+    rates: Sequence[float] = RATES,
+    steps: int = 12_500,
+    batch: int = 1024,
+    seed: int = 0,
+    tick: Callable[[], object] = lambda: None,
+) -> FittedLinear:
+    """Fit a linear layer by SGD at the learning rate with the best accuracy on a held-out fifth of the
+    training set.
 
-    Layers of all rates are fitted together on four fifths; then one of the chosen rate on the whole set. Equally many right: the lower
-    loss decides, then the lower rate. Steps, batch and rates are DINOv2's. Where every class has one image, the middle rate is taken.
-    `tick` is called after each step, of which there are at most twice as many.
+    One layer per rate is fitted on the other four fifths, then one with the selected rate on the full set.
+    Ties are broken by the lower loss, then by the lower rate. Steps, batch and rates are DINOv2's. If every
+    class has only one image, the middle rate is used. `tick` is called after each step, at most 2 * `steps`
+    times.
     """
     scores: dict[float, float] = {}
     rate = rates[0]
     if len(rates) > 1:
         held = held_out(labels, seed)
         if not held.any():
-            return fit_rates(train, labels, classes, rates=[rates[len(rates) // 2]], steps=steps, batch=batch, seed=seed, tick=tick)
+            return fit_rates(
+                train,
+                labels,
+                classes,
+                rates=[rates[len(rates) // 2]],
+                steps=steps,
+                batch=batch,
+                seed=seed,
+                tick=tick,
+            )
         inside, outside = (torch.from_numpy(np.flatnonzero(part)).to(train.device) for part in (~held, held))
         heads = fit(train[inside], labels[~held], classes, rates, steps, batch, seed, tick)
-        found = heads.score(train[outside], labels[held])
-        best = max(range(len(rates)), key=lambda i: (found[i][0], -found[i][1], -rates[i]))
-        rate, scores = rates[best], {r: 100 * share for r, (share, _) in zip(rates, found, strict=True)}
-    only = fit(train, labels, classes, [rate], steps, batch, seed, tick)
-    return Rated(folded(only.mean, only.std, only.weight[..., 0].T, only.bias[:, 0]), rate, scores)
+        results = heads.score(train[outside], labels[held])
+        best = max(range(len(rates)), key=lambda i: (results[i][0], -results[i][1], -rates[i]))
+        rate = rates[best]
+        scores = {r: 100 * accuracy for r, (accuracy, _) in zip(rates, results, strict=True)}
+    head = fit(train, labels, classes, [rate], steps, batch, seed, tick)
+    return FittedLinear(folded(head.mean, head.std, head.weight[..., 0].T, head.bias[:, 0]), rate, scores)
 
 
 class Heads(nn.Module):
-    """`r` linear layers that start alike, on features standardised by the statistics of `examples`."""
+    """`r` linear layers with the same initial weights, on features standardized by the statistics of
+    `examples`."""
 
     def __init__(self, examples: Float[Tensor, "n d"], classes: int, count: int, draws: torch.Generator):
         super().__init__()
         std, self.mean = torch.std_mean(examples.float(), 0)
-        self.std = torch.where(std > 1e-6, std, 1.0)  # what never changes is left as it is
+        self.std = torch.where(std > 1e-6, std, 1.0)  # constant features are not scaled
         start = 0.01 * torch.randn(examples.shape[1], classes, 1, generator=draws)
         self.weight = nn.Parameter(start.expand(-1, -1, count).clone())
         self.bias = nn.Parameter(torch.zeros(classes, count))
@@ -134,28 +179,38 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def score(self, x: Float[Tensor, "m d"], truth: Int[np.ndarray, " m"]) -> list[tuple[float, float]]:
-        """Of each layer, the share it gets right and its loss; a loss that is not finite counts as infinite."""
-        answers = torch.from_numpy(truth).to(x.device)
-        losses = [_losses(self(a), b) * len(b) for a, b in zip(x.split(SCORED), answers.split(SCORED), strict=True)]
+        """The accuracy (0 to 1) and the loss of each layer; NaN counts as infinite."""
+        labels = torch.from_numpy(truth).to(x.device)
+        losses = [
+            _losses(self(a), b) * len(b) for a, b in zip(x.split(SCORED), labels.split(SCORED), strict=True)
+        ]
         loss = (torch.stack(losses).sum(0) / len(x)).nan_to_num(nan=float("inf"))
         return list(zip((predict(self, x) == truth[:, None]).mean(0).tolist(), loss.tolist(), strict=True))
 
 
 def fit(
-    train: Float[Tensor, "n d"], labels: Int[np.ndarray, " n"], classes: int, rates: Sequence[float], steps: int, batch: int, seed: int,
+    train: Float[Tensor, "n d"],
+    labels: Int[np.ndarray, " n"],
+    classes: int,
+    rates: Sequence[float],
+    steps: int,
+    batch: int,
+    seed: int,
     tick: Callable[[], object] = lambda: None,
-) -> Heads:  # fmt: skip
-    """One layer a rate (for a batch of 256) by SGD with momentum 0.9 and a cosine to 0, all on the same batches of at most n images."""
+) -> Heads:
+    """Fit one layer per rate (for a batch of 256) by SGD with momentum 0.9 and a cosine to 0, all on the same
+    batches of at most n images."""
     draws = torch.Generator().manual_seed(seed)
     heads = Heads(train, classes, len(rates), draws).to(train.device)
-    batch, answers = min(batch, len(train)), torch.from_numpy(labels).to(train.device)
-    # SGD is linear in the gradient, and a layer's gradient is of its own loss only: a loss weighed by a rate is learned at that rate.
+    batch, targets = min(batch, len(train)), torch.from_numpy(labels).to(train.device)
+    # SGD is linear in the gradient, and each layer gets the gradient of its own loss only. So weighting a
+    # loss by a rate is the same as training that layer at that rate.
     weights = torch.tensor(rates, device=train.device) * batch / 256
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     for step, chosen in enumerate(batches(len(train), batch, steps, draws)):
         optimizer.param_groups[0]["lr"] = cosine(1.0, 0.0, step / steps)
         chosen = chosen.to(train.device)
-        loss = (_losses(heads(train[chosen]), answers[chosen]) * weights).sum()
+        loss = (_losses(heads(train[chosen]), targets[chosen]) * weights).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -163,15 +218,15 @@ def fit(
     return heads
 
 
-def _losses(logits: Float[Tensor, "b c r"], answers: Int[Tensor, " b"]) -> Float[Tensor, " r"]:
+def _losses(logits: Float[Tensor, "b c r"], labels: Int[Tensor, " b"]) -> Float[Tensor, " r"]:
     """Cross-entropy of each layer."""
-    return F.cross_entropy(logits, answers[:, None].expand(-1, logits.shape[2]), reduction="none").mean(0)
+    return F.cross_entropy(logits, labels[:, None].expand(-1, logits.shape[2]), reduction="none").mean(0)
 
 
 def batches(n: int, batch: int, steps: int, draws: torch.Generator) -> Iterator[Int[Tensor, " b"]]:
-    """Indices of each step's images: pass after pass in a new order, what is left over of a pass dropped."""
-    a_pass = n // batch
+    """Indices of each step's images: every epoch in a new order, without its incomplete last batch."""
+    steps_per_epoch = n // batch
     for step in range(steps):
-        if step % a_pass == 0:
+        if step % steps_per_epoch == 0:
             order = torch.randperm(n, generator=draws)
-        yield order[step % a_pass * batch :][:batch]
+        yield order[step % steps_per_epoch * batch :][:batch]

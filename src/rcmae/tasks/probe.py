@@ -1,4 +1,5 @@
-"""Online probes: is the backbone learning anything? Linear, k-NN and attentive accuracy on a small labelled subset."""
+"""Online probes: linear, k-NN and attentive accuracy of the backbone on a small labeled subset, measured
+during pre-training."""
 
 import time
 from collections.abc import Callable
@@ -22,27 +23,27 @@ from ..engine.checkpoint import replace_file
 from ..engine.console import Screen
 from ..engine.metrics import read_metrics
 from ..models.backbone import Backbone
-from .attentive_probe import attentive_right
+from .attentive_probe import attentive_correct
 from .features import features
-from .knn import Knn
-from .linear_probe import linear_right, predict
+from .linear_probe import linear_correct, predict
+from .nearest_neighbors import NearestNeighbors
 
 Scores = dict[str, float]
-Right = dict[str, Bool[np.ndarray, " m"]]
-"By probe, which test images it got right."
+Correct = dict[str, Bool[np.ndarray, " m"]]
+"By probe, which test images it classifies correctly."
 
 ShowProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """`with progress(what, total) as tick: tick(done)`, as `Screen.progress`."""
 
 
-def percent(right: Right) -> Scores:
-    """Accuracy by probe."""
-    return {name: 100 * float(hits.mean()) for name, hits in right.items()}
+def accuracies(correct: Correct) -> Scores:
+    """Accuracy in percent by probe."""
+    return {probe: 100 * float(c.mean()) for probe, c in correct.items()}
 
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Labelled images for fitting and for scoring."""
+    """Labeled images for fitting and for scoring."""
 
     train: UInt8[Tensor, "n c h w"]
     labels: Int[np.ndarray, " n"]
@@ -50,78 +51,126 @@ class ProbeSet:
     truth: Int[np.ndarray, " m"]
     attentive: bool = False
 
-    def right(self, train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "m d"]) -> Right:
-        """What linear and k-NN probe make of given features."""
-        near = Knn(torch.from_numpy(train), torch.from_numpy(self.labels), int(self.labels.max()) + 1, min(20, len(train)))
+    def probe_features(self, train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "m d"]) -> Correct:
+        """The results of the linear and the k-NN probe on features."""
+        knn = NearestNeighbors(
+            torch.from_numpy(train),
+            torch.from_numpy(self.labels),
+            int(self.labels.max()) + 1,
+            min(20, len(train)),
+        )
         return {
-            "linear": linear_right(train, self.labels, test, self.truth),
-            "knn": predict(near, torch.from_numpy(test)) == self.truth,
+            "linear": linear_correct(train, self.labels, test, self.truth),
+            "knn": predict(knn, torch.from_numpy(test)) == self.truth,
         }
 
-    def pixels(self) -> Right:
-        """The floor that needs no network: raw pixels, of at most 32 a side."""
-        side = [min(s, 32) for s in self.train.shape[2:]]
-        return self.right(*(F.adaptive_avg_pool2d(x.float() / 255, side).flatten(1).numpy() for x in (self.train, self.test)))
+    def pixels(self) -> Correct:
+        """The baseline without a network: raw pixels, downsampled to at most 32 x 32."""
+        h, w = (min(side, 32) for side in self.train.shape[2:])
+        train, test = (
+            F.adaptive_avg_pool2d(x.float() / 255, (h, w)).flatten(1).numpy() for x in (self.train, self.test)
+        )  # [n, c * h * w]
+        return self.probe_features(train, test)
 
     def backbone(
-        self, backbone: Backbone, device: torch.device, precision: str, progress: ShowProgress | None = None, name: str = ""
-    ) -> Right:
-        """Of a backbone, linear and k-NN probe see the mean over the patches, the attentive one all tokens."""
-        with progress(f"probing {name}", len(self.train) + len(self.test)) if progress else nullcontext(lambda done: None) as tick:
-            train, tokens = features(backbone, self.train, device, precision, tokens=self.attentive, tick=tick)
-            test, test_tokens = features(
-                backbone, self.test, device, precision, tokens=self.attentive, tick=lambda done: tick(len(self.train) + done)
+        self,
+        backbone: Backbone,
+        device: torch.device,
+        precision: str,
+        progress: ShowProgress | None = None,
+        name: str = "",
+    ) -> Correct:
+        """The results on a backbone: the linear and the k-NN probe use the mean over the patches, the
+        attentive one all tokens."""
+        with (
+            progress(f"probing {name}", len(self.train) + len(self.test))
+            if progress
+            else nullcontext(lambda done: None) as tick
+        ):
+            train, tokens = features(
+                backbone, self.train, device, precision, tokens=self.attentive, tick=tick
             )
-        right = self.right(train, test)
+            test, test_tokens = features(
+                backbone,
+                self.test,
+                device,
+                precision,
+                tokens=self.attentive,
+                tick=lambda done: tick(len(self.train) + done),
+            )
+        correct = self.probe_features(train, test)
         if tokens is not None and test_tokens is not None:
-            right["attentive"] = attentive_right(tokens, self.labels, test_tokens, self.truth)
-        return right
+            correct["attentive"] = attentive_correct(tokens, self.labels, test_tokens, self.truth)
+        return correct
 
 
-def fewer(chosen: ProbeSet, source: Source, recipe: Recipe) -> str:
-    """How many images the probes use, in words, where these are fewer than the recipe asks for or some have no label; else empty."""
-    p, unlabelled = recipe.probe, int((source.labels < 0).sum())
-    if len(chosen.train) >= p.probe_train and len(chosen.test) >= p.probe_test and not unlabelled:
+def size_note(probe_images: ProbeSet, source: Source, recipe: Recipe) -> str:
+    """A note on the number of images of the probes if it is lower than the recipe requests or some images
+    have no label; otherwise empty."""
+    assert source.labels is not None  # without labels there is no ProbeSet
+    p, unlabeled = recipe.probe, int(np.count_nonzero(source.labels < 0))
+    train, test = len(probe_images.train), len(probe_images.test)
+    if train >= p.probe_train and test >= p.probe_test and not unlabeled:
         return ""
-    text = f"the probes are fitted on {how_many(len(chosen.train), 'labelled image')} and scored on {len(chosen.test):,}"
-    text += f" ({p.probe_train:,} and {p.probe_test:,} were asked for)"
-    return text + (f"; {unlabelled:,} of {how_many(len(source), 'image')} without a label" if unlabelled else "")
+    text = (
+        f"the probes are fitted on {how_many(train, 'labeled image')} and scored on {test:,} "
+        f"({p.probe_train:,} and {p.probe_test:,} were requested)"
+    )
+    if unlabeled:
+        text += f"; {unlabeled:,} of {how_many(len(source), 'image')} without a label"
+    return text
 
 
 class Probes:
-    """The probes of one run: scores in percent by network; which test images were right is kept in probes/, for paired comparisons."""
+    """The probes of a run: accuracy in percent by network. The results for each test image are written to
+    probes/, for paired comparisons."""
 
-    def __init__(self, chosen: ProbeSet, run: Path, device: torch.device, precision: str, progress: ShowProgress | None = None):
-        self.set, self.folder, self.device, self.precision, self.progress = chosen, run / "probes", device, precision, progress
+    def __init__(
+        self,
+        probe_set: ProbeSet,
+        run: Path,
+        device: torch.device,
+        precision: str,
+        progress: ShowProgress | None = None,
+    ):
+        self.set, self.folder = probe_set, run / "probes"
+        self.device, self.precision, self.progress = device, precision, progress
 
-    def baselines(self, untrained: Backbone) -> tuple[dict[str, Scores], float]:
-        """Scores that need no training, of raw pixels and of the encoder as it is drawn, and the seconds that probing a network takes."""
+    def baselines(self, random_init: Backbone) -> tuple[dict[str, Scores], float]:
+        """The baselines: scores of raw pixels and of the randomly initialized encoder; and the seconds that
+        probing a network takes."""
         started = time.monotonic()
-        right = self._right("the untrained encoder", untrained)
+        correct = self._correct("the randomly initialized encoder", random_init)
         seconds = time.monotonic() - started
-        return self._keep({"raw_pixels": self.set.pixels(), "untrained": right}, 0), seconds
+        return self._keep({"raw_pixels": self.set.pixels(), "random_init": correct}, 0), seconds
 
     def score(self, backbones: dict[str, Backbone], step: int) -> dict[str, Scores]:
-        """Scores of networks as they are at an optimizer step."""
-        return self._keep({name: self._right(f"the {name}", backbone) for name, backbone in backbones.items()}, step)
+        """Scores of the networks after an optimizer step."""
+        return self._keep(
+            {name: self._correct(f"the {name}", backbone) for name, backbone in backbones.items()}, step
+        )
 
-    def _right(self, name: str, backbone: Backbone) -> Right:
+    def _correct(self, name: str, backbone: Backbone) -> Correct:
         return self.set.backbone(backbone, self.device, self.precision, self.progress, name)
 
-    def _keep(self, right: dict[str, Right], step: int) -> dict[str, Scores]:
+    def _keep(self, correct: dict[str, Correct], step: int) -> dict[str, Scores]:
         self.folder.mkdir(exist_ok=True)
-        tensors = {f"{who}/{probe}": torch.from_numpy(hits) for who, of in right.items() for probe, hits in of.items()}
+        tensors = {
+            f"{network}/{probe}": torch.from_numpy(c)
+            for network, by_probe in correct.items()
+            for probe, c in by_probe.items()
+        }
         replace_file(self.folder / f"{step:08d}.safetensors", save(tensors))
-        return {who: percent(of) for who, of in right.items()}
+        return {network: accuracies(by_probe) for network, by_probe in correct.items()}
 
 
 def probe_set(source: Source, recipe: Recipe, progress: ShowProgress | None = None) -> ProbeSet | None:
-    """The probe's images: what the source has for probes, else two parts of it; None without labels.
+    """The images of the probes: those that the source reserves for probes, or two parts of it; None without
+    labels.
 
-    Pre-training has seen the images of both parts (not the labels); what is in the first part is left out of the second.
-
-    A labelled source gives at most one class in twenty training images, so that each has enough of them. `progress` is told how far
-    reading is.
+    Pre-training uses the images of two such parts (not the labels). Images of the first part are removed from
+    the second. There is at most one class per twenty training images, so that each class has enough of them.
+    `progress` shows the reading.
     """
     p = recipe.probe
     if p.probes == 0 or source.labels is None:
@@ -131,41 +180,58 @@ def probe_set(source: Source, recipe: Recipe, progress: ShowProgress | None = No
     else:
         rng = np.random.Generator(np.random.Philox(key=recipe.seed))
         classes = np.unique(source.labels[source.labels >= 0])
-        classes = classes[np.linspace(0, len(classes) - 1, min(len(classes), max(2, p.probe_train // 20))).astype(int)]
-        chosen = rng.permutation(np.flatnonzero(np.isin(source.labels, classes)))[: p.probe_train + p.probe_test]
+        classes = classes[
+            np.linspace(0, len(classes) - 1, min(len(classes), max(2, p.probe_train // 20))).astype(int)
+        ]
+        chosen = rng.permutation(np.flatnonzero(np.isin(source.labels, classes)))[
+            : p.probe_train + p.probe_test
+        ]
         cut = len(chosen) * p.probe_train // (p.probe_train + p.probe_test)
         read = [_read(source, part, recipe, progress) for part in (chosen[:cut], chosen[cut:])]
     (train, labels), (test, truth) = read
-    known = {image.numpy().tobytes() for image in train}
-    new = np.array([image.numpy().tobytes() not in known for image in test], dtype=bool)
+    train_images = {image.numpy().tobytes() for image in train}
+    new = np.array([image.numpy().tobytes() not in train_images for image in test], dtype=bool)
     test, truth = test[torch.from_numpy(new)], truth[new]
     if len(np.unique(labels)) < 2 or not len(truth):
         return None
     return ProbeSet(train, labels, test, truth, p.attentive)
 
 
-def _read(source: Source, indices: np.ndarray, recipe: Recipe, progress: ShowProgress | None) -> tuple[Tensor, np.ndarray]:
+def _read(
+    source: Source, indices: np.ndarray, recipe: Recipe, progress: ShowProgress | None
+) -> tuple[Tensor, np.ndarray]:
+    assert source.labels is not None  # probe_set returns None without labels
     images, labels = [], []
-    with progress("reading labelled images for the probes", len(indices)) if progress else nullcontext(lambda done: None) as tick:
+    with (
+        progress("reading labeled images for the probes", len(indices))
+        if progress
+        else nullcontext(lambda done: None) as tick
+    ):
         for done, i in enumerate(indices, 1):
             tick(done)
             try:
                 image = read_image(source, int(i), recipe.images.channels)
             except BadImage:
-                continue  # training counts and names it
+                continue  # pre-training counts and reports it
             images.append(center(image, recipe.images.shape))
             labels.append(source.labels[i])
     shape = (0, recipe.images.channels, *recipe.images.shape)
-    return torch.stack(images) if images else torch.zeros(shape, dtype=torch.uint8), np.array(labels, dtype=np.int64)
+    return torch.stack(images) if images else torch.zeros(shape, dtype=torch.uint8), np.array(
+        labels, dtype=np.int64
+    )
 
 
 def show_table(run: Path, screen: Screen) -> None:
-    """The last table: the baselines, then every network."""
+    """The final table: the baselines, then every network."""
     lines = read_metrics(run)
-    floor = next((line for line in lines if line["kind"] == "floor"), None)
+    baseline = next((line for line in lines if line["kind"] == "baseline"), None)
     probe = next((line for line in reversed(lines) if line["kind"] == "probe"), None)
-    if floor and probe:
-        rows = {"raw pixels": floor["raw_pixels"], "untrained encoder": floor["untrained"]}
+    if baseline and probe:
+        rows = {"raw pixels": baseline["raw_pixels"], "randomly initialized encoder": baseline["random_init"]}
         rows |= {name: scores for name, scores in probe.items() if isinstance(scores, dict)}
         table = [[name, f"{s['linear']:.1f}", f"{s['knn']:.1f}"] for name, s in rows.items()]
-        screen.table(f"Percent right at step {probe['step']:,}, on mean-pooled patches", ["", "linear probe", "k-NN"], table)
+        screen.table(
+            f"Accuracy (%) at step {probe['step']:,}, on mean-pooled patches",
+            ["", "linear probe", "k-NN"],
+            table,
+        )

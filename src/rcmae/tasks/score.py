@@ -1,4 +1,4 @@
-"""Test images as evaluation sees them, and what a model makes of them."""
+"""Center views of test images, and the scores of a classifier on them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,49 +18,62 @@ from ..engine import distributed
 from ..engine.distributed import World
 
 READ = 8
-"Images that are read between two reports of progress."
+"Images that are read between two progress updates."
 
 
 class Scored(NamedTuple):
-    """Of each test image: was it right, and how probable did the network hold its answer (0 to 1; 0 for an unreadable image)?"""
+    """For each test image: whether it was classified correctly, and the probability of the predicted class (0
+    for an unreadable image)."""
 
-    right: Bool[np.ndarray, " m"]
+    correct: Bool[np.ndarray, " m"]
     confidence: Float[np.ndarray, " m"]
 
 
 class Centers(Dataset):
-    """Image `i` as evaluation sees it. One that cannot be read has no substitute: it is black, and "fine" is false."""
+    """The center view of image `i`. An unreadable image is not substituted: it is black, and "readable" is
+    false."""
 
     def __init__(self, source: Source, shape: tuple[int, int], channels: int):
         self.source, self.shape, self.channels = source, shape, channels
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         try:
-            return {"image": center(read_image(self.source, i, self.channels), self.shape), "index": i, "fine": True, "bad": []}
+            return {
+                "image": center(read_image(self.source, i, self.channels), self.shape),
+                "index": i,
+                "readable": True,
+                "bad": [],
+            }
         except BadImage as e:
             black = torch.zeros(self.channels, *self.shape, dtype=torch.uint8)
-            return {"image": black, "index": i, "fine": False, "bad": [(i, self.source.where(i), str(e))]}
+            return {"image": black, "index": i, "readable": False, "bad": [(i, self.source.where(i), str(e))]}
 
 
 def in_parts(rows: Sequence[int], batch: int) -> list[list[int]]:
-    """What a loader reads at a time of batches of `batch` images: parts of at most `READ`, none of two batches."""
+    """Split batches of `batch` images into parts of at most `READ`, so that progress moves within a batch."""
     batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     return [list(b[i : i + READ]) for b in batches for i in range(0, len(b), READ)]
 
 
-def joined(parts: Iterable[dict[str, Any]], batch: int, tick: Callable[[int], None]) -> Iterator[dict[str, Tensor]]:
-    """The batches, put together again; `tick` is told how many images were read. A photograph takes a tenth of a second and more."""
-    waiting: list[dict[str, Any]] = []
+def rebatched(
+    parts: Iterable[dict[str, Any]], batch: int, tick: Callable[[int], None]
+) -> Iterator[dict[str, Tensor]]:
+    """The reverse of `in_parts`: join the parts of each batch. `tick` receives the number of images read."""
+
+    def joined() -> dict[str, Tensor]:
+        return {k: torch.cat([p[k] for p in pending]) for k in ("image", "index", "readable")}
+
+    pending: list[dict[str, Any]] = []
     done = count = 0
     for part in parts:
-        waiting.append(part)
-        done, count = done + len(part["fine"]), count + len(part["fine"])
+        pending.append(part)
+        done, count = done + len(part["readable"]), count + len(part["readable"])
         tick(done)
         if count == batch:
-            yield {k: torch.cat([p[k] for p in waiting]) for k in ("image", "index", "fine")}
-            waiting, count = [], 0
-    if waiting:
-        yield {k: torch.cat([p[k] for p in waiting]) for k in ("image", "index", "fine")}
+            yield joined()
+            pending, count = [], 0
+    if pending:
+        yield joined()
 
 
 @torch.no_grad()
@@ -78,24 +91,27 @@ def score(
     note: Callable[[list[Bad]], None] = lambda bad: None,
     tick: Callable[[int], None] = lambda done: None,
 ) -> Scored:
-    """What a model of pixels in 0 to 1 makes of labelled images, each rank of a part of them.
+    """Score a model, which takes pixels in 0 to 1, on labeled images. Each rank scores a part of them.
 
-    Unreadable images are wrong and told to `note`; `tick` is told how many images of this rank were read.
+    Unreadable images count as wrong and are passed to `note`; `tick` receives the number of images that this
+    rank has read.
     """
     training = model.training
     model.to(device).eval()
     n = len(test)
     labels = torch.from_numpy(test.labels).to(device)
-    found = torch.zeros(2, n, device=device)
-    own = range(world.rank, n, world.size)
+    scores = torch.zeros(2, n, device=device)  # correct, confidence
+    rows = range(world.rank, n, world.size)
     dataset = Centers(test, shape, channels)
-    for part in joined(batches_of(dataset, in_parts(own, batch), test, workers, device, note), batch, tick):
+    parts = batches_of(dataset, in_parts(rows, batch), test, workers, device, note)
+    for part in rebatched(parts, batch, tick):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             best = model(part["image"].float() / 255).softmax(1).max(1)
-        fine = part["fine"].float()
-        found[0, part["index"]] = (best.indices == labels[part["index"]]).float() * fine
-        found[1, part["index"]] = best.values * fine
+        readable = part["readable"].float()
+        scores[0, part["index"]] = (best.indices == labels[part["index"]]).float() * readable
+        scores[1, part["index"]] = best.values * readable
     model.train(training)
-    found = distributed.average(found) * world.size if world.size > 1 else found  # the first rank may be on its own
-    right, confidence = found.cpu().numpy()
-    return Scored(right > 0.5, confidence)
+    if world.size > 1:  # not in a world of one: rank 0 may call this without the others
+        scores = distributed.average(scores) * world.size
+    correct, confidence = scores.cpu().numpy()
+    return Scored(correct > 0.5, confidence)

@@ -1,4 +1,5 @@
-"""`rcmae evaluate worth-it`: did pre-training pay? Fine-tuning from it and from scratch, at several shares of the labels and seeds."""
+"""`rcmae evaluate worth-it`: did pre-training pay off? Fine-tuning from the pre-trained weights and from
+scratch, at several percentages of the labels and with several seeds."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +15,10 @@ from ..engine import distributed
 from ..engine.console import clock
 from ..engine.run import write_json
 from ..errors import ConfigError
-from .context import place, stem
+from .context import results_folder, stem
 from .evaluate import backbones, evaluate, networks
-from .evaluation.base import Evaluation
-from .evaluation.finetune import Finetune
+from .evaluation.base import EvaluationOptions
+from .evaluation.finetune import FineTune
 from .evaluation.worth import Worth
 from .interval import interval
 
@@ -25,82 +26,118 @@ SCRATCH = "from scratch"
 
 
 def arms(name: str, against: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    """What is fine-tuned, by its name in the table: (backbone, which network of it). Scratch comes first, all are compared with it."""
-    own = {which: (name, which) for which in networks(name, "both")}
+    """The arms by name: (backbone, network). Scratch comes first; all others are compared with it."""
+    pretrained = {which: (name, which) for which in networks(name, "both")}
     others = {other: (other, "teacher") for other in against}
-    if twice := own.keys() & others.keys() | ({SCRATCH} & others.keys()):
+    if twice := pretrained.keys() & others.keys() | ({SCRATCH} & others.keys()):
         raise ConfigError(f"{twice.pop()!r} is compared twice")
-    return {SCRATCH: (f"scratch:{name}", "teacher")} | own | others
+    return {SCRATCH: (f"scratch:{name}", "teacher")} | pretrained | others
 
 
-def worth_it(name: str, task: Worth, tuning: Finetune, options: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
-    """Make the runs that are missing; the same command goes on where it stopped. Returns rows, and in words whether it paid.
+def worth_it(
+    name: str, task: Worth, tuning: FineTune, options: EvaluationOptions, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run the missing trainings; the same command resumes an interrupted comparison. Returns rows, and the
+    verdict in sentences.
 
-    Every arm has the same labels, order and augmentation within a seed. Raises the errors of `rcmae.errors`.
+    Within a seed, every arm has the same labels, order and augmentation. Raises the errors of `rcmae.errors`.
     """
     task.check_settings(name, tuning, options)
-    with distributed.joined(distributed.pick_device(options.device)) as world:
-        return _worth_it(name, task, tuning, options, say if world.first else lambda text: None)
+    with distributed.process_group(distributed.pick_device(options.device)) as world:
+        return _worth_it(name, task, tuning, options, say if world.is_main else lambda text: None)
 
 
-def _worth_it(name: str, task: Worth, tuning: Finetune, options: Evaluation, say: Callable[[str], None]) -> dict[str, Any]:
-    out = (options.out or place(name, options)) / "worth-it"
-    chosen, rows = arms(name, task.against), []
-    for backbone, which in chosen.values():
-        backbones(backbone, replace(options, which=which))  # type: ignore[arg-type]  # one that cannot be loaded is told before hours of training
-    trainings, shares = len(task.percents) * task.seeds * len(chosen), ", ".join(f"{percent:g}" for percent in task.percents)
-    say(f"{trainings} trainings: {', '.join(chosen)}, on {shares} % of the labels, {task.seeds} seeds each")
-    begun, took = 0, {percent: [] for percent in task.percents}
+def _worth_it(
+    name: str, task: Worth, tuning: FineTune, options: EvaluationOptions, say: Callable[[str], None]
+) -> dict[str, Any]:
+    out = (options.out or results_folder(name, options)) / "worth-it"
+    compared, rows = arms(name, task.against), []
+    for backbone, which in compared.values():
+        # A backbone that cannot be loaded must raise its error before hours of training.
+        backbones(backbone, _with_network(options, which))
+    total = len(task.percents) * task.seeds * len(compared)
+    percents = ", ".join(f"{percent:g}" for percent in task.percents)
+    say(f"{total} trainings: {', '.join(compared)}, on {percents} % of the labels, {task.seeds} seeds each")
+    number = 0
+    seconds: dict[float, list[float]] = {percent: [] for percent in task.percents}
     for percent in task.percents:
-        hits: dict[str, list[Bool[np.ndarray, " m"]]] = {arm: [] for arm in chosen}
+        correct: dict[str, list[Bool[np.ndarray, " m"]]] = {arm: [] for arm in compared}
         images = 0
         for seed in range(1, task.seeds + 1):
-            for number, (arm, (backbone, which)) in enumerate(chosen.items()):
-                own = replace(options, labels=percent, seed=seed, which=which, out=out / f"{number}-{_plain(arm)}")  # type: ignore[arg-type]
-                begun += 1
-                left = _left(took, task.seeds * len(chosen))
-                say(f"training {begun} of {trainings}{left}: {arm}, {percent:g} % of the labels, seed {seed}")
-                for found in evaluate(backbone, tuning, own):
-                    images = found["train_images"]
-                    took[percent].append(found["seconds"])
-                    file = place(backbone, own) / f"{stem('finetune', found['network'], own)}.safetensors"
-                    hits[arm].append(load_file(file)["right"].astype(bool))
-        if not images:  # not the first rank
+            for index, (arm, (backbone, which)) in enumerate(compared.items()):
+                folder = out / f"{index}-{_plain(arm)}"
+                arm_options = replace(_with_network(options, which), labels=percent, seed=seed, out=folder)
+                number += 1
+                left = _left(seconds, task.seeds * len(compared))
+                say(f"training {number} of {total}{left}: {arm}, {percent:g} % of the labels, seed {seed}")
+                for record in evaluate(backbone, tuning, arm_options):
+                    images = record["train_images"]
+                    seconds[percent].append(record["seconds"])
+                    name_of_files = stem("finetune", record["network"], arm_options)
+                    tensors = load_file(folder / f"{name_of_files}.safetensors")
+                    correct[arm].append(tensors["correct"].astype(bool))
+        if not images:  # not rank 0
             continue
-        for arm, of in hits.items():
-            row = {"arm": arm, "percent": percent, "images": images, "seeds": [100 * float(h.mean()) for h in of]}
-            rows.append(row | ({} if arm == SCRATCH else {"gain": interval(of, hits[SCRATCH])}))
-    content = {"backbone": name, "data": options.data, "seeds": task.seeds, "rows": rows, "said": verdict(rows)}
+        for arm, by_seed in correct.items():
+            row = {
+                "arm": arm,
+                "percent": percent,
+                "images": images,
+                "seeds": [100 * float(c.mean()) for c in by_seed],
+            }
+            rows.append(row | ({} if arm == SCRATCH else {"gain": interval(by_seed, correct[SCRATCH])}))
+    content = {
+        "backbone": name,
+        "data": options.data,
+        "seeds": task.seeds,
+        "rows": rows,
+        "verdict": verdict(rows),
+    }
     if rows:
         write_json(out / "worth-it.json", content)
     return content
 
 
+def _with_network(options: EvaluationOptions, which: str) -> EvaluationOptions:
+    """The options for a name returned by `networks`."""
+    return replace(options, which=which)  # type: ignore[arg-type]  # also "backbone", which is no option
+
+
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence for each arm and share of the labels: paid, did not pay, or can't tell."""
-    said = []
+    """A sentence for each arm and percentage of the labels: paid off, did not pay off, or inconclusive."""
+    sentences = []
     for row in rows:
         if "gain" in row:
             gain, low, high = row["gain"]
-            word = "pre-training paid" if low > 0 else "pre-training did not pay: it is worse" if high < 0 else "can't tell"
-            start = next(r for r in rows if r["arm"] == SCRATCH and r["percent"] == row["percent"])
-            text = f"With {row['percent']:g} % of the labels ({how_many(row['images'], 'image')}), {row['arm']}: {word}"
-            numbers = f"{np.mean(row['seeds']):.1f} % right, {np.mean(start['seeds']):.1f} % from scratch"
-            said.append(f"{text} ({numbers}; {gain:+.1f} points, {low:+.1f} to {high:+.1f}).")
-    return said
+            conclusion = "inconclusive"
+            if low > 0:
+                conclusion = "pre-training paid off"
+            elif high < 0:
+                conclusion = "pre-training did not pay off: it is worse"
+            scratch = next(r for r in rows if r["arm"] == SCRATCH and r["percent"] == row["percent"])
+            text = (
+                f"With {row['percent']:g} % of the labels ({how_many(row['images'], 'image')}), "
+                f"{row['arm']}: {conclusion}"
+            )
+            numbers = (
+                f"{np.mean(row['seeds']):.1f} % accuracy, {np.mean(scratch['seeds']):.1f} % from scratch"
+            )
+            sentences.append(f"{text} ({numbers}; {gain:+.1f} points, {low:+.1f} to {high:+.1f}).")
+    return sentences
 
 
-def _left(took: dict[float, list[float]], each: int) -> str:
-    """In words, the time that is left: of `each` trainings at every share of the labels, some took so many seconds.
+def _left(seconds: dict[float, list[float]], runs: int) -> str:
+    """An estimate of the remaining time, in words. `seconds` are the durations of the finished trainings, of
+    which there will be `runs` at each percentage.
 
-    A share that none was made of is guessed from the last one, in proportion.
+    A percentage without a finished training is extrapolated in proportion from the last one with one.
     """
     left, known = 0.0, None
-    for percent, seconds in took.items():
-        if seconds:
-            known = percent, sum(seconds) / len(seconds)
+    for percent, durations in seconds.items():
+        if durations:
+            known = percent, sum(durations) / len(durations)
         if known:
-            left += (each - len(seconds)) * known[1] * percent / known[0]
+            left += (runs - len(durations)) * known[1] * percent / known[0]
     return f", about {clock(left)} left" if known else ""
 
 

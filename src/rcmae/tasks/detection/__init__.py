@@ -1,1 +1,1 @@
-"""Mask R-CNN on a Vision Transformer: boxes and masks of objects, in COCO's layout."""
+"""Object detection and instance segmentation with Mask R-CNN on a Vision Transformer, in COCO's format."""

@@ -1,4 +1,4 @@
-"""What `rcmae detect` does with names and files."""
+"""The commands of `rcmae detect`."""
 
 import json
 import re
@@ -6,46 +6,48 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...config import Workplace, check, recipe_hash, replaced, shipped_recipes
+from ...config import BaseRuntimeConfig, check, recipe_hash, replaced, shipped_recipes
 from ...data.dataset import Bad
 from ...data.sources import recipe_for
 from ...engine import distributed
 from ...engine.checkpoint import replace_file
 from ...engine.console import Screen
-from ...engine.run import describe_machine, plain_failures, write_json
+from ...engine.run import describe_machine, translate_errors, write_json
 from ...errors import ConfigError, DataError
 from ...interop.load import load
 from .average_precision import evaluate, kinds_of, library, load_results
-from .coco import CocoSet, few, open_coco, open_test
+from .coco import CocoSet, open_coco, open_test, sample_images
 from .files import Loaded, load_detector
 from .model import export_pyramid
 from .predict import predict
-from .settings import Detect, Detection, Scoring, check_detect, check_detection, check_scoring, load_detect
+from .settings import DetectionOptions, DetectionRecipe, ScoringOptions, load_detect
 from .train import train
 from .windows import check_backbone
 
 PARTS = {"box": "bbox", "mask": "segm"}
 
 
-def train_detector(name: str, options: Detection, machine: Workplace) -> Path | None:
-    """Train on the data that `options` names, from the backbone of that name; the same call goes on.
+def train_detector(name: str, options: DetectionOptions, runtime: BaseRuntimeConfig) -> Path | None:
+    """Train a detector on a backbone; the same call resumes an interrupted run.
 
-    Returns the run directory, or None on ranks but the first. Raises the errors of `rcmae.errors`.
+    Returns the run directory on rank 0, None on other ranks. Raises the errors of `rcmae.errors`.
     """
-    check(machine)
-    check_detection(options)
-    device = distributed.pick_device(machine.device)
-    recipe = options.recipe or (suited if (suited := recipe_for(options.data)) in shipped_recipes("detection") else "vitdet-base")
+    check(runtime)
+    check(options)
+    device = distributed.pick_device(runtime.device)
+    recipe = options.recipe or recipe_for(options.data)
+    if not options.recipe and recipe not in shipped_recipes("detection"):
+        recipe = "vitdet-base"
     settings = settings_of(recipe, options.settings)
     backbone = load(name, options.which, options.heads, settings.seed)
     if options.recipe is None and recipe == "vitdet-base" and backbone.vit.embed_dim >= 1024:
         recipe = "vitdet-large"
         settings = settings_of(recipe, options.settings)
     library()
-    check_backbone(backbone.vit, settings)  # before annotations are read, which takes minutes of a large set
+    check_backbone(backbone.vit, settings)  # before reading annotations, which takes minutes for a large set
     images, test = open_coco(options.data, options.val, channels=backbone.channels)
     if options.images is not None:
-        images = few(images, options.images)
+        images = sample_images(images, options.images)
     about = {
         "backbone_name": name,
         "network": options.which,
@@ -54,48 +56,59 @@ def train_detector(name: str, options: Detection, machine: Workplace) -> Path | 
         "images": options.images,
         "recipe": recipe,
     }
-    out = machine.out or place(name, options.which)
-    with distributed.joined(device) as world:
+    out = runtime.out or run_folder(name, options.which)
+    with distributed.process_group(device) as world:
         for line in (f"recipe {recipe}", *(f"note: {note}" for note in (*images.notes, *test.notes))):
-            Screen(world.first).say(line)
-        train(backbone, images, test, settings, replace(machine, out=out), about)
-        return out if world.first else None
+            Screen(world.is_main).say(line)
+        train(backbone, images, test, settings, replace(runtime, out=out), about)
+        return out if world.is_main else None
 
 
-def settings_of(recipe: str, given: tuple[str, ...]) -> Detect:
-    """A recipe with the settings that are `given` as KEY=VALUE; of steps and epochs either replaces the other. Raises ConfigError."""
+def settings_of(recipe: str, given: tuple[str, ...]) -> DetectionRecipe:
+    """A recipe with changes as KEY=VALUE; steps and epochs replace each other. Raises ConfigError."""
     settings = load_detect(recipe)
     if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in given):
         settings = replace(settings, steps=None, epochs=None)
-    return check_detect(replaced(settings, given, recipe))
+    return check(replaced(settings, given, recipe))
 
 
-def place(name: str, which: str = "teacher") -> Path:
-    """The run directory of a detector that is made from a backbone: beside the run the backbone is from, or by its name."""
-    path, own = Path(name), "detect" if which == "teacher" else f"detect-{which}"
+def run_folder(name: str, which: str = "teacher") -> Path:
+    """The default run directory of a detector: inside the run of its backbone, or in runs/ by the name of the
+    backbone."""
+    path, folder = Path(name), "detect" if which == "teacher" else f"detect-{which}"
     if (path / "recipe.toml").exists():
-        return path / own
-    return Path("runs") / own / (re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "backbone")
+        return path / folder
+    return Path("runs") / folder / (re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "backbone")
 
 
-def score_detector(checkpoint: Path, options: Scoring) -> dict[str, Any] | None:
-    """COCO's twelve numbers of boxes and masks on the test part of the data, written as scores.json beside coco_results.json.
+def score_detector(checkpoint: Path, options: ScoringOptions) -> dict[str, Any] | None:
+    """Compute COCO's twelve metrics of boxes and masks on the test part of the data, and write scores.json
+    and coco_results.json.
 
-    Of a file of results (`options.results`) what it holds is scored, and scores-FILE.json written alone. Returns what was written, or None
-    on ranks but the first. Raises the errors of `rcmae.errors`.
+    With a file of results (`options.results`), score these and write only scores-FILE.json. Returns the
+    content of the scores on rank 0, None on other ranks. Raises the errors of `rcmae.errors`.
     """
-    check_scoring(options)
+    check(options)
     device = distributed.pick_device(options.device)
     loaded = load_detector(checkpoint)
-    data = options.data or loaded.about.get("val_name") or loaded.about.get("data_name") or Detection.data
+    data = (
+        options.data or loaded.about.get("val_name") or loaded.about.get("data_name") or DetectionOptions.data
+    )
     precision = distributed.pick_precision(options.precision, device)
     channels = loaded.model.mean.shape[1]
     test = open_test(data, channels=channels)
     if differ := [f"{k} {v}" for k, v in _classes(test).items() ^ _classes(loaded).items()]:
         some = ", ".join(sorted(differ)[:4])
-        raise DataError(f"{test.name} has other categories than {checkpoint} was trained on, as {some}; give --data with the same ones")
+        raise DataError(
+            f"{test.name} has other categories than {checkpoint} was trained on, for example {some}; give "
+            "--data with the same categories"
+        )
     out, advice = options.out or checkpoint / "eval", "try a smaller --batch"
-    with distributed.joined(device) as world, plain_failures(device, world, advice), Screen(world.first) as screen:
+    with (
+        distributed.process_group(device) as world,
+        translate_errors(device, world, advice),
+        Screen(world.is_main) as screen,
+    ):
         for line in test.notes:
             screen.say(f"note: {line}")
         unreadable: list[Bad] = []
@@ -105,21 +118,42 @@ def score_detector(checkpoint: Path, options: Scoring) -> dict[str, Any] | None:
         else:
             with screen.progress(f"detecting in {test.name}", len(range(0, len(test), world.size))) as tick:
                 results = predict(
-                    loaded.model, test, size=loaded.settings.size, channels=channels, device=device, precision=precision,
-                    batch=options.batch, workers=options.workers, world=world, note=unreadable.extend, tick=tick,
-                )  # fmt: skip
-        unreadable = [bad for part in world.to_first(unreadable) for bad in part]
-        if not world.first:
+                    loaded.model,
+                    test,
+                    size=loaded.settings.size,
+                    channels=channels,
+                    device=device,
+                    precision=precision,
+                    batch=options.batch,
+                    workers=options.workers,
+                    world=world,
+                    note=unreadable.extend,
+                    tick=tick,
+                )
+        unreadable = [bad for part in world.gather(unreadable) for bad in part]
+        if not world.is_main:
             return None
-        for _, where, reason in unreadable:
-            screen.say(f"note: {where} cannot be read ({reason}); nothing was found there")
+        for _, path, reason in unreadable:
+            screen.say(f"note: {path} cannot be read ({reason}); it has no detections")
         kinds = kinds_of(results)
-        found = {name: evaluate(truth, results, kind, areas=options.areas)._asdict() for name, kind in PARTS.items() if kind in kinds}
+        scores = {
+            name: evaluate(truth, results, kind, areas=options.areas)._asdict()
+            for name, kind in PARTS.items()
+            if kind in kinds
+        }
         content = {
-            "checkpoint": str(checkpoint), "results": options.results and str(options.results), "data": data, "test": test.fingerprint(),
-            "test_images": len(test), "unreadable": [where for _, where, _ in unreadable], "preset": loaded.settings.preset,
-            "recipe_hash": recipe_hash(loaded.settings), "detector": loaded.about, "machine": describe_machine(device, precision), **found,
-        }  # fmt: skip
+            "checkpoint": str(checkpoint),
+            "results": options.results and str(options.results),
+            "data": data,
+            "test": test.fingerprint(),
+            "test_images": len(test),
+            "unreadable": [path for _, path, _ in unreadable],
+            "preset": loaded.settings.preset,
+            "recipe_hash": recipe_hash(loaded.settings),
+            "detector": loaded.about,
+            "machine": describe_machine(device, precision),
+            **scores,
+        }
         out.mkdir(parents=True, exist_ok=True)
         if options.results:
             write_json(out / f"scores-{options.results.stem}.json", content)
@@ -129,12 +163,12 @@ def score_detector(checkpoint: Path, options: Scoring) -> dict[str, Any] | None:
         return content
 
 
-def _classes(of: CocoSet | Loaded) -> dict[int, str]:
-    return dict(zip(of.category_ids, of.classes, strict=True))
+def _classes(data: CocoSet | Loaded) -> dict[int, str]:
+    return dict(zip(data.category_ids, data.classes, strict=True))
 
 
 def write_program(checkpoint: Path, out: Path) -> Path:
-    """Backbone and pyramid of a detector through torch.export."""
+    """Export backbone and pyramid of a detector with torch.export."""
     if out.suffix != ".pt2":
         raise ConfigError(f"--out {out}: the name of an exported program ends in .pt2")
     export_pyramid(load_detector(checkpoint).model, out)
@@ -142,5 +176,5 @@ def write_program(checkpoint: Path, out: Path) -> Path:
 
 
 def percent(stats: dict[str, float | None]) -> dict[str, str]:
-    """Numbers as papers print them; empty where there is no such object."""
+    """Metrics in percent as papers print them; empty if there are no such objects."""
     return {name: "" if value is None else f"{100 * value:.1f}" for name, value in stats.items()}

@@ -1,4 +1,5 @@
-"""What a run leaves for the pictures of its report: some test images and the worst, with what is there and what was found."""
+"""Example images for the report of a run: the first test images and the worst ones, with ground truth and
+predictions."""
 
 import json
 from collections.abc import Sequence
@@ -19,29 +20,33 @@ from .masks import Masks
 from .views import fit, nearest
 
 FIRST, WORST = 6, 6
-"Test images that are kept: the first of the set, and those with most errors in their masks."
+"Numbers of example images: the first of the set, and those with most errors in their masks."
 
 SIDE = 768
-"Pixels of the longer side of a kept image, at most."
+"Maximum length in pixels of the longer side of an example."
 
 
 class Example(NamedTuple):
-    """An image, what is there (boxes, labels, `Masks`), and what was found (scores too), in its pixels."""
+    """An image with its ground truth (boxes, labels, `Masks`) and predictions (also scores), in its
+    pixels."""
 
     pixels: UInt8[np.ndarray, "h w c"]
     truth: dict[str, Any]
-    found: dict[str, Any]
+    predictions: dict[str, Any]
 
 
 def write_examples(file: Path, data: CocoSet, results: Sequence[dict[str, Any]], channels: int) -> None:
-    """Keep images of `data` with their annotations and results. Raises StorageError."""
-    truth, places = data.truth, {data.image_id(i): i for i in range(len(data))}
-    kept = {"first": list(range(min(FIRST, len(data)))), "worst": [places[m.image_id] for m in misses(truth, results, "segm")[:WORST]]}
+    """Write images of `data` with their annotations and results. Raises StorageError."""
+    truth, index = data.truth, {data.image_id(i): i for i in range(len(data))}
+    selected = {
+        "first": list(range(min(FIRST, len(data)))),
+        "worst": [index[m.image_id] for m in misses(truth, results, "segm")[:WORST]],
+    }
     pixels: dict[str, np.ndarray] = {}
     about: dict[str, Any] = {"classes": data.classes, "category_ids": data.category_ids}
-    for name, chosen in kept.items():
+    for name, indices in selected.items():
         about[name] = []
-        for i in chosen:
+        for i in indices:
             try:
                 image = data.pixels(i, channels)
             except BadImage:
@@ -49,26 +54,35 @@ def write_examples(file: Path, data: CocoSet, results: Sequence[dict[str, Any]],
             image = fit(image, SIDE).permute(1, 2, 0).numpy() if max(image.shape) > SIDE else image
             pixels[f"{name}/{len(about[name])}"] = np.array(image, order="C")
             key, (h, w) = data.image_id(i), data.size(i)
-            truth_here, found = ([e for e in entries if e["image_id"] == key] for entries in (truth["annotations"], results))
-            about[name].append({"image": {"id": key, "height": h, "width": w}, "truth": truth_here, "found": found})
+            entry: dict[str, Any] = {"image": {"id": key, "height": h, "width": w}}
+            for kind, objects in (("truth", truth["annotations"]), ("predictions", results)):
+                entry[kind] = [o for o in objects if o["image_id"] == key]
+            about[name].append(entry)
     replace_file(file, save(pixels, {"about": json.dumps(about)}))
 
 
 def read_examples(file: Path) -> tuple[list[str], dict[str, list[Example]]]:
-    """Names of the classes, and the examples that `write_examples` kept: "first" and "worst"."""
+    """The class names and the examples from `write_examples`: "first" and "worst"."""
     with safe_open(file, "np") as f:
         about = json.loads(f.metadata()["about"])
-        found: dict[str, list[Example]] = {"first": [], "worst": []}
-        for name, examples in found.items():
-            for k, kept in enumerate(about[name]):
+        by_kind: dict[str, list[Example]] = {"first": [], "worst": []}
+        for name, examples in by_kind.items():
+            for k, entry in enumerate(about[name]):
                 pixels = f.get_tensor(f"{name}/{k}")
-                parts = (objects_of(kept[part], kept["image"], about["category_ids"]) for part in ("truth", "found"))
-                examples.append(Example(pixels, *(_as_large_as(pixels, objects, kept["image"]) for objects in parts)))
-    return about["classes"], found
+                truth, predictions = (
+                    _resized_to(
+                        pixels, objects_of(entry[kind], entry["image"], about["category_ids"]), entry["image"]
+                    )
+                    for kind in ("truth", "predictions")
+                )
+                examples.append(Example(pixels, truth, predictions))
+    return about["classes"], by_kind
 
 
-def _as_large_as(pixels: UInt8[np.ndarray, "h w c"], objects: dict[str, Any], image: dict[str, int]) -> dict[str, Any]:
-    """Objects of an image that was kept smaller than it is."""
+def _resized_to(
+    pixels: UInt8[np.ndarray, "h w c"], objects: dict[str, Any], image: dict[str, int]
+) -> dict[str, Any]:
+    """The objects of `image`, resized to the stored pixels."""
     (h, w), (height, width) = pixels.shape[:2], (image["height"], image["width"])
     rows, columns = nearest(height, h), nearest(width, w)
     boxes = objects["boxes"] * torch.tensor([w / width, h / height] * 2)

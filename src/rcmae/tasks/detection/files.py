@@ -1,4 +1,4 @@
-"""A detector as a folder: `model.safetensors`, and `config.json` with what it takes to build it again."""
+"""A detector as a folder: `model.safetensors`, and `config.json` with all that is needed to rebuild it."""
 
 import json
 from dataclasses import asdict, fields
@@ -12,7 +12,7 @@ from ...engine.checkpoint import write_folder
 from ...errors import CheckpointError, RcmaeError, first_line
 from .coco import CocoSet
 from .model import Detector, rebuild
-from .settings import Detect
+from .settings import DetectionRecipe
 
 
 class Loaded(NamedTuple):
@@ -21,36 +21,57 @@ class Loaded(NamedTuple):
     model: Detector
     classes: list[str]
     category_ids: list[int]
-    settings: Detect
+    settings: DetectionRecipe
     about: dict[str, Any]
-    "what it was made from, on what, and how long"
+    "facts about the training: backbone, data, length"
 
 
-def export(model: Detector, folder: Path, data: CocoSet, settings: Detect, architecture: dict[str, Any], about: dict[str, Any]) -> None:
-    """Write a detector of the classes of `data`; `architecture` is the `blueprint` of the ViT it was made from."""
+def export(
+    model: Detector,
+    folder: Path,
+    data: CocoSet,
+    settings: DetectionRecipe,
+    architecture: dict[str, Any],
+    about: dict[str, Any],
+) -> None:
+    """Write a detector with the classes of `data`; `architecture` is the `blueprint` of the ViT of its
+    backbone."""
     config = {
-        "detector": architecture, "classes": data.classes, "category_ids": data.category_ids, "settings": asdict(settings),
-        "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(), "rcmae": about,
-    }  # fmt: skip
+        "detector": architecture,
+        "classes": data.classes,
+        "category_ids": data.category_ids,
+        "settings": asdict(settings),
+        "mean": model.mean.flatten().tolist(),
+        "std": model.std.flatten().tolist(),
+        "rcmae": about,
+    }
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_folder(folder, {"model.safetensors": save(weights), "config.json": json.dumps(config, indent=1).encode()})
+    write_folder(
+        folder, {"model.safetensors": save(weights), "config.json": json.dumps(config, indent=1).encode()}
+    )
 
 
 def load_detector(path: Path) -> Loaded:
-    """Read what `export` wrote: the folder, or the run that it lies in. Raises CheckpointError when it is missing, damaged or other."""
+    """Load an exported detector from its folder or from its run. Raises CheckpointError."""
     folder = next((f for f in (path / "export" / "detector", path) if (f / "config.json").exists()), None)
     if folder is None:
-        raise CheckpointError(f"{path} holds no detector; give a run of `rcmae detect train` that has ended, or its export/detector")
+        raise CheckpointError(
+            f"{path} contains no detector; give a finished run of `rcmae detect train`, or its "
+            "export/detector"
+        )
     try:
         config = json.loads((folder / "config.json").read_bytes())
         if "detector" not in config:
-            raise CheckpointError(f"{folder} is no detector; `rcmae detect train {path}` makes one of a backbone")
-        told = {f.name: config["settings"][f.name] for f in fields(Detect)}
-        settings = Detect(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+            raise CheckpointError(
+                f"{folder} is no detector; `rcmae detect train {path}` trains one on a backbone"
+            )
+        values = {f.name: config["settings"][f.name] for f in fields(DetectionRecipe)}
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        settings = DetectionRecipe(**arguments)
         model = rebuild(config["detector"], len(config["classes"]), settings, config["mean"], config["std"])
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return Loaded(model.eval(), config["classes"], config["category_ids"], settings, config["rcmae"])
     except RcmaeError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, OSError) as e:
-        raise CheckpointError(f"{folder} is damaged or not ours: {first_line(e)}") from e
+        raise CheckpointError(f"{folder} is damaged or no export of rcmae: {first_line(e)}") from e

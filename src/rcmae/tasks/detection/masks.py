@@ -1,18 +1,18 @@
-"""Masks that are made one at a time."""
+"""A sequence of masks that are decoded on access."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 
-class Masks(Sequence):
-    """The masks of an image, each made anew when it is asked for: all of them at full size may be more than memory holds."""
+class Masks(Sequence[Any]):
+    """The masks of an image, decoded on each access: all of them at full size may not fit into memory."""
 
-    def __init__(self, items: Sequence[Any], make: Callable[[Any], Any]):
-        """`make` gives the mask of an item."""
-        self.items, self.make = items, make
+    def __init__(self, items: Sequence[Any], decode: Callable[[Any], Any]):
+        """`decode` returns the mask of an item."""
+        self.items, self.decode = items, decode
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, k: int) -> Any:
-        return self.make(self.items[k])
+    def __getitem__(self, k: int) -> Any:  # type: ignore[override]  # slices are not supported
+        return self.decode(self.items[k])

@@ -1,4 +1,4 @@
-"""What a detector finds on the images of a set, as COCO results."""
+"""Detections on the images of a set, as COCO results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ from .model import Detector
 from .views import fit
 
 
-class Whole(Dataset):
-    """Image `i` as a detector sees it after training. One that cannot be read has no substitute: "image" is None."""
+class EvaluationImages(Dataset):
+    """Image `i` in the evaluation view. An unreadable image is not substituted: "image" is None."""
 
     def __init__(self, images: CocoSet, size: int, channels: int):
         self.images, self.size, self.channels = images, size, channels
@@ -31,9 +31,11 @@ class Whole(Dataset):
 
 
 def listed(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Samples of different shapes side by side; of those that cannot be read only "bad" is left."""
+    """Collate samples of different shapes as lists; unreadable ones appear only under "bad"."""
     readable = [s for s in samples if s["image"] is not None]
-    return {key: [s[key] for s in readable] for key in ("index", "image", "original")} | {"bad": [b for s in samples for b in s["bad"]]}
+    return {key: [s[key] for s in readable] for key in ("index", "image", "original")} | {
+        "bad": [b for s in samples for b in s["bad"]]
+    }
 
 
 @torch.no_grad()
@@ -51,22 +53,25 @@ def predict(
     note: Callable[[list[Bad]], None] = lambda bad: None,
     tick: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """COCO results of all images, in their order, on the first rank, and elsewhere none; each rank looks at a part of them.
+    """COCO results of all images in their order on rank 0, an empty list on other ranks. Each rank processes
+    a part of the images.
 
-    Nothing is found on images that cannot be read: they are told to `note`. `tick` is told how many images of this rank are done.
+    Unreadable images have no results and are passed to `note`. `tick` receives the number of images that this
+    rank has processed.
     """
     training = model.training
     model.to(device).eval()
-    own = range(world.rank, len(images), world.size)
-    keys = [list(own[i : i + batch]) for i in range(0, len(own), batch)]
-    found: dict[int, list[dict[str, Any]]] = {}
-    for number, part in enumerate(batches_of(Whole(images, size, channels), keys, images, workers, device, note, listed), 1):
+    rows = range(world.rank, len(images), world.size)
+    keys = [list(rows[i : i + batch]) for i in range(0, len(rows), batch)]
+    results: dict[int, list[dict[str, Any]]] = {}
+    dataset = EvaluationImages(images, size, channels)
+    for number, part in enumerate(batches_of(dataset, keys, images, workers, device, note, listed), 1):
         if part["image"]:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 detections = model.detect([image.to(device) for image in part["image"]], part["original"])
-            for i, one in zip(part["index"], detections, strict=True):
-                found[i] = results_of(one, images.image_id(i), images.category_ids)
-        tick(min(number * batch, len(own)))
+            for i, detection in zip(part["index"], detections, strict=True):
+                results[i] = results_of(detection, images.image_id(i), images.category_ids)
+        tick(min(number * batch, len(rows)))
     model.train(training)
-    everywhere = {i: results for part in world.to_first(found) for i, results in part.items()}
-    return [result for i in sorted(everywhere) for result in everywhere[i]]
+    all_ranks = {i: by_image for part in world.gather(results) for i, by_image in part.items()}
+    return [result for i in sorted(all_ranks) for result in all_ranks[i]]

@@ -1,166 +1,170 @@
-"""What changes a detector, and what changes only how it is made. Without torch, so that --help is quick."""
+"""Recipes and options of object detection. This module does not import torch, so that --help is quick."""
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from ...config import load_settings, parse_settings, shipped_recipes
-from ...errors import ConfigError
+from ...config import Rules, Section, check, load_settings, parse_settings, shipped_recipes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detect:
-    """All that changes the result of training a detector on a backbone and given images."""
+class DetectionRecipe(Section):
+    """All settings that affect the result of training a detector on a given backbone and images."""
 
     preset: Literal["vitdet", "benchmarking"] = "vitdet"
-    "vitdet: pyramid from the last map, LayerNorm (Li et al. 2022); benchmarking: maps of four depths, FPN, BatchNorm (Li et al. 2021)"
+    """vitdet: pyramid from the last feature map, LayerNorm (Li et al. 2022); benchmarking: feature maps of
+    four depths, FPN, BatchNorm (Li et al. 2021)"""
     seed: int = 0
-    "every crop, proposal, dropped path and new weight is a function of it"
+    "seed of all random choices: crops, proposals, dropped paths and initial weights"
     epochs: float | None = None
-    "length of the run in passes over the training images"
+    "length of the run in epochs"
     steps: int | None = None
     "length of the run in optimizer steps"
     size: int = 1024
-    "height and width of the square that images are cut or padded to, in pixels"
+    "height and width of the square that images are cropped or padded to, in pixels"
     jitter: tuple[float, float] = (0.1, 2.0)
-    "large-scale jitter: an image is resized to this share of the square (lowest, highest) before it is cut"
+    """large-scale jitter: an image is resized to this multiple of the square (lowest, highest) before it
+    is cropped"""
     flip: bool = True
-    "flip left and right at random"
+    "flip horizontally at random"
     max_instances: int = 100
-    "objects of a view that are marked; of more, a random choice, the others pass for background: each costs a mask of the whole square"
+    """maximum number of annotated objects in a view; of more, a random subset is used and the others count
+    as background (each object needs a mask of the size of the view)"""
     window: int = 14
-    "side of the attention windows in tokens; 0: every block attends everywhere"
+    "side of the attention windows in tokens; 0: global attention in all blocks"
     rel_pos: bool = True
-    "learn relative positions in attention (they start at zero)"
+    "learn relative position embeddings in attention (initialized to zero)"
     scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
-    "maps of the pyramid, as multiples of the patch grid; one more is pooled for the proposals"
+    "levels of the pyramid, as multiples of the patch grid; one more is pooled for the proposals"
     width: int = 256
     "channels of the pyramid and the heads"
     box_width: int = 1024
-    "of the box head's linear layer"
+    "width of the box head's linear layer"
     box_convs: int = 4
     "3 x 3 convolutions of the box head"
     mask_convs: int = 4
     "3 x 3 convolutions of the mask head"
     proposals: int = 1000
-    "proposals an image that the heads see, in training and after"
+    "proposals per image that are passed to the heads, in training and in evaluation"
     drop_path: float = 0.1
-    "share of the last block's paths that are dropped; it grows linearly over the blocks, from 0"
+    "drop path rate of the last block, which increases linearly over the blocks from 0"
     layer_decay: float = 0.7
-    "factor of the backbone's learning rate from a block to the one before it; 1 for none"
+    "factor of the backbone's learning rate from each block to the previous one; 1: none"
     batch_size: int = 64
-    "images an optimizer step, over all devices and micro-batches"
+    "images per optimizer step, over all devices and micro-batches"
     lr: float = 1e-4
-    "learning rate after the warm-up, of pyramid and heads"
+    "learning rate of pyramid and heads after the warm-up"
     schedule: Literal["steps", "cosine"] = "steps"
-    "steps: a tenth of it from 8/9, a hundredth from 26/27 of the run; cosine: to 0"
+    "steps: a tenth of lr from 8/9 of the run on, a hundredth from 26/27 on; cosine: to 0"
     warmup_steps: int = 250
-    "steps in which the learning rate rises linearly"
+    "steps of linear warm-up"
     weight_decay: float = 0.1
-    "decoupled weight decay, on matrices only (not on positions and tokens)"
+    "weight decay, on matrices only (not on positions and tokens)"
     betas: tuple[float, float] = (0.9, 0.999)
-    "AdamW's decay rates"
+    "betas of AdamW"
     clip: float | None = None
-    "largest norm of the gradient; default: no clipping"
+    "maximum norm of the gradient; default: no clipping"
 
     def total_steps(self, images: int) -> int:
-        """Optimizer steps on so many training images."""
+        """Number of optimizer steps on this number of training images."""
         return self.steps or max(1, round((self.epochs or 0) * (images // self.batch_size)))
 
+    def rules(self) -> Rules:
+        lo, hi = self.jitter
+        positive = ("size", "max_instances", "width", "box_width", "proposals", "batch_size", "lr")
+        not_negative = ("window", "box_convs", "mask_convs", "warmup_steps", "weight_decay")
+        return [
+            ((self.epochs is None) != (self.steps is None), "give one of epochs and steps"),
+            (self.epochs is None or self.epochs > 0, f"epochs must be above 0, not {self.epochs}"),
+            (self.steps is None or self.steps > 0, f"steps must be above 0, not {self.steps}"),
+            (0 <= self.seed < 2**63, f"seed must be 0 or more and below 2**63, not {self.seed}"),
+            (0 < lo <= hi <= 16, f"jitter must satisfy 0 < low <= high <= 16, not {lo} {hi}"),
+            (
+                bool(self.scales) and all(x in (4, 2, 1, 0.5) for x in self.scales),
+                f"scales are some of 4, 2, 1 and 0.5, not {self.scales}",
+            ),
+            (
+                sorted(set(self.scales), reverse=True) == list(self.scales),
+                f"scales go from fine to coarse, each once, unlike {self.scales}",
+            ),
+            (0 <= self.drop_path < 1, f"drop_path must lie in 0 to below 1, not {self.drop_path}"),
+            (0 < self.layer_decay <= 1, f"layer_decay must be above 0 and at most 1, not {self.layer_decay}"),
+            (
+                not self.steps or self.steps < 0 or self.warmup_steps < self.steps,
+                f"warmup_steps {self.warmup_steps} is not below the run's {self.steps} steps; give "
+                "--settings warmup_steps=N",
+            ),
+            (all(0 <= b < 1 for b in self.betas), f"betas must lie in 0 to below 1, not {self.betas}"),
+            (self.clip is None or self.clip > 0, f"clip must be above 0, not {self.clip}"),
+            *((getattr(self, k) > 0, f"{k} must be above 0, not {getattr(self, k)}") for k in positive),
+            *(
+                (getattr(self, k) >= 0, f"{k} must be 0 or more, not {getattr(self, k)}")
+                for k in not_negative
+            ),
+        ]
 
-def load_detect(name: str) -> Detect:
-    """Settings by the name of a shipped recipe or by the path of a TOML file. Raises ConfigError in one line."""
-    return load_settings(name, shipped_recipes("detection"), lambda text, source: check_detect(parse_settings(Detect, text, source)))
 
-
-def check_detect(s: Detect) -> Detect:
-    """Refuse impossible values, all problems in one message. Returns the settings."""
-    lo, hi = s.jitter
-    above = ("size", "max_instances", "width", "box_width", "proposals", "batch_size", "lr")
-    whole = ("window", "box_convs", "mask_convs", "warmup_steps", "weight_decay")
-    rules = [
-        ((s.epochs is None) != (s.steps is None), "give one of epochs and steps"),
-        (s.epochs is None or s.epochs > 0, f"epochs must be above 0, not {s.epochs}"),
-        (s.steps is None or s.steps > 0, f"steps must be above 0, not {s.steps}"),
-        (0 <= s.seed < 2**63, f"seed must be 0 or more and below 2**63, not {s.seed}"),
-        (0 < lo <= hi <= 16, f"jitter must satisfy 0 < low <= high <= 16, not {lo} {hi}"),
-        (bool(s.scales) and all(x in (4, 2, 1, 0.5) for x in s.scales), f"scales are some of 4, 2, 1 and 0.5, not {s.scales}"),
-        (sorted(set(s.scales), reverse=True) == list(s.scales), f"scales go from fine to coarse, each once, unlike {s.scales}"),
-        (0 <= s.drop_path < 1, f"drop_path must lie in 0 to below 1, not {s.drop_path}"),
-        (0 < s.layer_decay <= 1, f"layer_decay must be above 0 and at most 1, not {s.layer_decay}"),
-        (
-            not s.steps or s.steps < 0 or s.warmup_steps < s.steps,
-            f"warmup_steps {s.warmup_steps} is not below the run's {s.steps} steps; give --settings warmup_steps=N",
-        ),
-        (all(0 <= b < 1 for b in s.betas), f"betas must lie in 0 to below 1, not {s.betas}"),
-        (s.clip is None or s.clip > 0, f"clip must be above 0, not {s.clip}"),
-    ]
-    rules += [(getattr(s, k) > 0, f"{k} must be above 0, not {getattr(s, k)}") for k in above]
-    rules += [(getattr(s, k) >= 0, f"{k} must be 0 or more, not {getattr(s, k)}") for k in whole]
-    values = [(f.name, x) for f in fields(s) for x in np.ravel(getattr(s, f.name)) if isinstance(x, float)]
-    rules += [(math.isfinite(v), f"{k} must be a finite number, not {v}") for k, v in values]
-    if problems := [message for fine, message in rules if not fine]:
-        raise ConfigError("; ".join(problems))
-    return s
+def load_detect(name: str) -> DetectionRecipe:
+    """Load a shipped recipe by its name, or a TOML file by its path. Raises ConfigError."""
+    return load_settings(
+        name,
+        shipped_recipes("detection"),
+        lambda text, source: check(parse_settings(DetectionRecipe, text, source)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detection:
-    """What `rcmae detect train` is told beside the machine."""
+class DetectionOptions(Section):
+    """Options of `rcmae detect train`, in addition to those of the runtime."""
 
-    data: str = "embedded:scenes"
+    data: str = "bundled:scenes"
     "a folder with annotations/*.json and images, a JSON file, or a source with objects (`rcmae list`)"
     val: str | None = None
-    "the folder or JSON file to score on, where data does not hold it"
+    "the folder or JSON file to score on, if data does not contain it"
     which: Literal["teacher", "student"] = "teacher"
-    "network of a run or an official checkpoint"
+    "which network of a run or an official checkpoint"
     images: int | None = None
-    "train on so many images only; fewer are among more, the same for every backbone"
+    "train on this number of images only; larger subsets contain smaller ones, equal for all backbones"
     heads: int | None = None
-    "attention heads, for weights that come without a configuration"
+    "number of attention heads, for weights that come without a configuration"
     recipe: str | None = None
-    "a detection recipe (`rcmae list`) or TOML file; default: what suits the data, else vitdet-base (a width of 1,024 or more: -large)"
+    """a detection recipe (`rcmae list`) or TOML file; default: the recipe for the data, else vitdet-base
+    (vitdet-large for a width of 1,024 or more)"""
     settings: tuple[str, ...] = ()
-    "settings of the recipe that are replaced: --settings epochs=25 size=512"
+    "changes to the recipe: --settings epochs=25 size=512"
+
+    def rules(self) -> Rules:
+        values = {"images": self.images, "heads": self.heads}
+        return [
+            (value is None or value >= 1, f"{name} must be 1 or more, not {value}")
+            for name, value in values.items()
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """What `rcmae detect eval` is told."""
+class ScoringOptions(Section):
+    """Options of `rcmae detect eval`."""
 
     data: str | None = None
-    "as `rcmae detect train` takes it; its test part is scored; default: what the detector was trained on"
+    "data as for `rcmae detect train`, of which the test part is scored; default: that of the training"
     results: Path | None = None
-    "score this file of COCO results instead of running the detector"
+    "evaluate this file of COCO results instead of running the detector"
     areas: Literal["auto", "coco", "relative"] = "auto"
-    "bounds between small, medium and large objects: COCO's, or scaled by the area of the images; auto: scaled below 320 x 240 px"
+    """bounds between small, medium and large objects: coco; relative: scaled by the area of the images;
+    auto: relative for images below 320 x 240 px"""
     batch: int = 8
-    "images at a time"
+    "images per batch"
     device: str = "auto"
     "auto, cpu, cuda, cuda:1 or mps"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    "of the matrix products"
+    "precision of the matrix products"
     workers: int | None = None
-    "loader processes; default: by the data and the cores"
+    "loader processes; default: chosen by the data and the number of cores"
     out: Path | None = None
-    "where results go; default: CHECKPOINT/eval"
+    "where to write the results; default: CHECKPOINT/eval"
 
-
-def check_detection(d: Detection) -> None:
-    """Refuse impossible values. Raises ConfigError."""
-    above = {"images": d.images, "heads": d.heads}
-    if problems := [f"{name} must be 1 or more, not {value}" for name, value in above.items() if value is not None and value < 1]:
-        raise ConfigError("; ".join(problems))
-
-
-def check_scoring(s: Scoring) -> None:
-    """Refuse impossible values. Raises ConfigError."""
-    rules = [
-        (s.batch >= 1, f"batch must be 1 or more, not {s.batch}"),
-        (s.workers is None or s.workers >= 0, f"workers must be 0 or more, not {s.workers}"),
-    ]
-    if problems := [message for fine, message in rules if not fine]:
-        raise ConfigError("; ".join(problems))
+    def rules(self) -> Rules:
+        return [
+            (self.batch >= 1, f"batch must be 1 or more, not {self.batch}"),
+            (self.workers is None or self.workers >= 0, f"workers must be 0 or more, not {self.workers}"),
+        ]

@@ -2,9 +2,9 @@
 
 from .attentive import Attentive
 from .base import Task
-from .finetune import Finetune
+from .finetune import FineTune
 from .knn import KNN
 from .linear import Linear
 from .robustness import Robustness
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (KNN, Linear, Attentive, Finetune, Robustness)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (KNN, Linear, Attentive, FineTune, Robustness)}

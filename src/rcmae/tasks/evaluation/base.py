@@ -1,10 +1,12 @@
-"""What an evaluation task is, and what every one is told. This folder imports torch where a task runs only: --help is quick."""
+"""The base class of evaluation tasks, and the options that all of them share. This package imports torch only
+inside the methods that need it, so that --help is quick."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ...errors import ConfigError
+from ...config import Rules, Section, check
+from ...errors import refuse
 
 if TYPE_CHECKING:
     from ..context import EvaluationContext, TaskResult
@@ -14,86 +16,89 @@ Pool = Literal["mean", "cls"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What every task is told."""
+class EvaluationOptions(Section):
+    """Options of every task."""
 
-    data: str = "embedded:digits"
-    "labelled images: a folder with train/ and val/, a folder of classes, or another source that `rcmae list` shows"
+    data: str = "bundled:digits"
+    """labeled images: a folder with train/ and val/, a folder of classes, or another source listed by `rcmae
+    list`"""
     val: str | None = None
-    "the part to score on, where it is not in data"
+    "the images to score on, if data does not contain them"
     which: Which = "teacher"
-    "network of a run or an official checkpoint; both evaluates both"
+    "which network of a run or an official checkpoint; both evaluates both"
     labels: float = 100.0
-    "percent of the training labels that are used; the same images for every backbone"
+    "percentage of the training labels that are used; the same images for every backbone"
     seed: int = 0
-    "of the split, the order and the new weights"
+    "seed of the split, the order of the images and the random initialization"
     heads: int | None = None
-    "attention heads, for weights that come without a configuration"
+    "number of attention heads, for weights that come without a configuration"
     device: str = "auto"
     "auto, cpu, cuda, cuda:1 or mps"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    "of the backbone's matrix products"
+    "precision of the backbone's matrix products"
     workers: int | None = None
-    "loader processes; default: by the data and the cores"
+    "loader processes; default: chosen by the data and the number of cores"
     out: Path | None = None
-    "where results go; default: RUN/evaluate, or runs/evaluate/NAME"
+    "where to write the results; default: RUN/evaluate, or runs/evaluate/NAME"
     cache: Path | None = None
-    "where features and label splits are kept; default: ~/.cache/rcmae"
+    "where to keep features and label splits; default: ~/.cache/rcmae"
 
-
-def check_evaluation(options: Evaluation) -> None:
-    """Refuse impossible values, all problems in one ConfigError."""
-    rules = [
-        (0 < options.labels <= 100, f"labels is a percentage above 0 and up to 100, not {options.labels:g}"),
-        (0 <= options.seed < 2**63, f"seed must be 0 or more and below 2**63, not {options.seed}"),
-        (options.heads is None or options.heads >= 1, f"heads must be 1 or more, not {options.heads}"),
-        (options.workers is None or options.workers >= 0, f"workers must be 0 or more, not {options.workers}"),
-    ]
-    if wrong := [message for fine, message in rules if not fine]:
-        raise ConfigError("; ".join(wrong))
+    def rules(self) -> Rules:
+        return [
+            (0 < self.labels <= 100, f"labels is a percentage above 0 and up to 100, not {self.labels:g}"),
+            (0 <= self.seed < 2**63, f"seed must be 0 or more and below 2**63, not {self.seed}"),
+            (self.heads is None or self.heads >= 1, f"heads must be 1 or more, not {self.heads}"),
+            (self.workers is None or self.workers >= 0, f"workers must be 0 or more, not {self.workers}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Something a backbone is asked on a labelled set. A task is a frozen dataclass in a file of its own and a line in `TASKS`.
+    """One way to evaluate a backbone on a labeled set. A task is a frozen dataclass in its own file and an
+    entry in `TASKS`.
 
-    Its fields, with their help below them, are the options of `rcmae evaluate NAME`; its docstring is that command's help. What needs torch
-    is imported where it runs.
+    Its fields, with the help strings below them, are the options of `rcmae evaluate NAME`; its docstring is
+    the help of that command.
     """
 
     name: ClassVar[str]
-    "of the command and of the files of results"
+    "name of the command and of the result files"
     takes: ClassVar[str] = (
-        "A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE has new weights."
+        "A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF "
+        "THESE is the same network, randomly initialized."
     )
     "what can be evaluated, for --help"
     takes_classifiers: ClassVar[bool] = False
-    "whether a classifier that comes with its head is taken as it is"
+    "whether a classifier is evaluated with its own head"
     all_ranks: ClassVar[bool] = False
-    "whether all ranks run it; else they share the making of its `required_features`, and the first one runs it"
+    """whether all ranks run it; otherwise they share the extraction of its `required_features`, and rank 0
+    runs it"""
     resumes: ClassVar[bool] = False
-    "whether its results lie in a run that the same command goes on with: one place, whatever the settings; else each question has its own"
+    """whether its results belong to a run that the same command resumes: one result file, whatever the
+    settings; otherwise other settings, images or weights get a file of their own"""
 
-    def problems(self) -> list[str]:
-        """What is impossible about its settings, a phrase each. By default numbers must be above 0."""
+    def validate(self) -> list[str]:
+        """One phrase for each invalid setting. By default, numbers must be above 0."""
         return [f"{name} must be above 0, not {x:g}" for name, x in self.numbers() if not x > 0]
 
-    def check_settings(self, backbone: str, options: Evaluation) -> None:
-        """Refuse, by ConfigError and before anything is loaded, what is impossible whatever the images are."""
-        if wrong := self.problems():
-            raise ConfigError("; ".join(wrong))
-        check_evaluation(options)
+    def check_settings(self, backbone: str, options: EvaluationOptions) -> None:
+        """Raise ConfigError, before anything is loaded, for settings that are invalid for any images."""
+        refuse(self.validate())
+        check(options)
 
     def numbers(self) -> list[tuple[str, float]]:
-        """The numbers among its settings, by name."""
+        """The numeric settings, by name."""
         values = [(f.name, getattr(self, f.name)) for f in fields(self)]
-        return [(k, x) for k, v in values for x in (v if isinstance(v, tuple) else [v]) if type(x) in (int, float)]
+        return [
+            (k, x) for k, v in values for x in (v if isinstance(v, tuple) else [v]) if type(x) in (int, float)
+        ]
 
     def check(self, context: "EvaluationContext") -> None:
-        """Refuse, by ConfigError or DataError and before any work, what cannot be asked of this backbone on these images."""
+        """Raise ConfigError or DataError, before any work, if the task cannot run for this backbone on these
+        images."""
 
     def required_features(self, context: "EvaluationContext") -> Literal["pooled", "tokens"] | None:
-        """The features that `run` will ask for first; None where it takes images."""
+        """The features that `run` needs first; None if it reads the images itself."""
         return "pooled"
 
     def run(self, context: "EvaluationContext") -> "TaskResult":
@@ -101,8 +106,8 @@ class Task:
         raise NotImplementedError
 
     def variant(self) -> str:
-        """What its choices add to the name of its files: "-mae", "-cls", "-latent"."""
+        """Suffix of the file names for text settings other than the default: "-mae", "-cls", "-latent"."""
         if self.resumes:
             return ""
         values = [(getattr(self, f.name), getattr(type(self)(), f.name)) for f in fields(self)]
-        return "".join(f"-{value}" for value, usual in values if isinstance(value, str) and value != usual)
+        return "".join(f"-{v}" for v, default in values if isinstance(v, str) and v != default)

@@ -4,48 +4,52 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
-from .base import Evaluation, Task
+from .base import EvaluationOptions, Task
 
 if TYPE_CHECKING:
     from ..context import EvaluationContext, TaskResult
-    from ..finetune import FineTune
+    from ..finetune import FineTuneRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Task):
-    """Train all of a backbone with a new head; the same command goes on where it stopped."""
+class FineTune(Task):
+    """Train all weights of a backbone with a new head; the same command resumes an interrupted run."""
 
     name = "finetune"
     all_ranks = True
     resumes = True
 
     recipe: str | None = None
-    "a fine-tuning recipe (`rcmae list`) or TOML file; default: the one that suits the data"
+    "a fine-tuning recipe (`rcmae list`) or TOML file; default: the recipe for the data"
     settings: tuple[str, ...] = ()
-    "settings of the recipe that are replaced: --settings epochs=20 batch_size=256"
+    "changes to the recipe: --settings epochs=20 batch_size=256"
     accumulate: int = 1
-    "micro-batches an optimizer step and device"
+    "micro-batches per optimizer step and device"
     compile: bool = False
-    "compile the blocks"
+    "compile the transformer blocks with torch.compile"
     checkpointing: bool = False
-    "recompute activations in the backward pass: less memory, about a third more time"
-    bad_share: float = 0.01
-    "end when more than this share of the images (and more than ten files) is unreadable"
+    "activation checkpointing: less memory, about a third more time"
+    max_corrupt_fraction: float = 0.01
+    "stop if more than this fraction of the images (and more than ten files) is unreadable"
 
     def numbers(self) -> list[tuple[str, float]]:
-        return [(name, x) for name, x in super().numbers() if name != "bad_share"]  # which may be 0
+        # max_corrupt_fraction may be 0.
+        return [(name, x) for name, x in super().numbers() if name != "max_corrupt_fraction"]
 
-    def check_settings(self, backbone: str, options: Evaluation) -> None:
+    def check_settings(self, backbone: str, options: EvaluationOptions) -> None:
         super().check_settings(backbone, options)
         if backbone == "pixels":
-            raise ConfigError("pixels have no weights to fine-tune; give a backbone, or scratch:BACKBONE for new weights")
-        self.chosen(options)
+            raise ConfigError(
+                "pixels have no weights to fine-tune; give a backbone, or scratch:BACKBONE for a randomly "
+                "initialized one"
+            )
+        self.resolve_recipe(options)
 
-    def chosen(self, options: Evaluation) -> tuple[str, "FineTune"]:
-        """The recipe's name, and what it is with the settings that replace some of it. Raises ConfigError."""
-        from ...config import replaced
+    def resolve_recipe(self, options: EvaluationOptions) -> tuple[str, "FineTuneRecipe"]:
+        """The recipe's name, and the recipe with `settings` applied. Raises ConfigError."""
+        from ...config import check, replaced
         from ...data.sources import recipe_for
-        from ..finetune import check_finetune, load_finetune
+        from ..finetune_recipe import load_finetune
 
         name = self.recipe or recipe_for(options.data)
         recipe = load_finetune(name)
@@ -53,31 +57,53 @@ class Finetune(Task):
             recipe = replace(recipe, steps=None, epochs=None)
         recipe = replaced(recipe, self.settings, name)
         if recipe.seed:
-            raise ConfigError(f"{name} and its settings say seed {recipe.seed}; leave it out there, --seed gives it")
-        return name, check_finetune(replace(recipe, seed=options.seed))
+            raise ConfigError(
+                f"{name} and its settings set seed {recipe.seed}; leave it out there and give --seed instead"
+            )
+        return name, check(replace(recipe, seed=options.seed))
 
     def required_features(self, context: "EvaluationContext") -> None:
         return None
 
     def run(self, context: "EvaluationContext") -> "TaskResult":
-        """The run lies beside the results; the last step is the result."""
-        from ...config import Workplace
-        from ..context import TaskResult, place, stem
+        """Train in a run directory beside the result files, and score the weights of the last step."""
+        from ...config import BaseRuntimeConfig
+        from ...models.backbone import Backbone
+        from ..context import TaskResult, results_folder, stem
         from ..finetune import finetune
         from ..robustness.metrics import ece
 
         options = context.options
-        name, recipe = self.chosen(options)
-        out = place(context.name, options) / stem(self.name, context.which, options)
-        machine = Workplace(
-            out=out, device=options.device, precision=options.precision, workers=options.workers, accumulate=self.accumulate,
-            compile=self.compile, checkpointing=self.checkpointing, bad_share=self.bad_share,
-        )  # fmt: skip
-        about = {"backbone": context.name, "network": context.which, "test": context.set.test.fingerprint()[:16]}
-        tuned = finetune(context.backbone, context.part("train"), context.set.test, context.set.classes, recipe, machine, about)
-        best = max(line["accuracy"] for line in tuned.history)
-        metrics = {"top1": 100 * float(tuned.right.mean()), "ECE": ece(tuned.confidence, tuned.right)}
-        if context.world.first and best > metrics["top1"]:
+        name, recipe = self.resolve_recipe(options)
+        out = results_folder(context.name, options) / stem(self.name, context.which, options)
+        runtime = BaseRuntimeConfig(
+            out=out,
+            device=options.device,
+            precision=options.precision,
+            workers=options.workers,
+            accumulate=self.accumulate,
+            compile=self.compile,
+            checkpointing=self.checkpointing,
+            max_corrupt_fraction=self.max_corrupt_fraction,
+        )
+        about = {
+            "backbone": context.name,
+            "network": context.which,
+            "test": context.set.test.fingerprint()[:16],
+        }
+        assert isinstance(context.backbone, Backbone)  # check_settings refuses "pixels"
+        tuned = finetune(
+            context.backbone,
+            context.part("train"),
+            context.set.test,
+            context.set.classes,
+            recipe,
+            runtime,
+            about,
+        )
+        best = max(entry["accuracy"] for entry in tuned.history)
+        metrics = {"top1": 100 * float(tuned.correct.mean()), "ECE": ece(tuned.confidence, tuned.correct)}
+        if context.world.is_main and best > metrics["top1"]:
             metrics |= {"best epoch, chosen on the test images": best}
         settings = asdict(self) | asdict(recipe) | {"recipe": name, "run": str(out)}
-        return TaskResult(metrics, tuned.right, tuned.model, settings, seconds=tuned.seconds)
+        return TaskResult(metrics, tuned.correct, tuned.model, settings, seconds=tuned.seconds)

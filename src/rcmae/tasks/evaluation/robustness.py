@@ -1,4 +1,4 @@
-"""Shifted, corrupted and attacked images."""
+"""Robustness to distribution shift, corruptions and adversarial attacks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,32 +21,33 @@ PROBES: dict[str, Task] = {"linear": Linear(), "knn": KNN(), "attentive": Attent
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness(Task):
-    """Accuracy on corrupted, shifted and attacked images, and whether confidence is right."""
+    """Accuracy on corrupted, shifted and adversarial images, and calibration."""
 
     name = "robustness"
     takes = (
-        "A classifier (a fine-tuning run, its export, timm:NAME, a fine-tuned official .pth), or a backbone, on which a probe is fitted."
+        "A classifier (a fine-tuning run, its export, timm:NAME, a fine-tuned official .pth), or a backbone "
+        "to fit a probe on."
     )
     takes_classifiers = True
 
     probe: Literal["linear", "knn", "attentive"] = "linear"
-    "what is fitted on a backbone that has no head; a classifier is taken as it is"
+    "the probe to fit on a backbone without a head; a classifier is evaluated as it is"
     corruptions: bool = True
-    "corrupt the test images on the fly: C-style, not ImageNet-C"
+    "corrupt the test images on the fly: in the style of ImageNet-C, but not the published set"
     corrupted_images: int | None = 5000
-    "test images that are corrupted, each 75 times"
+    "number of test images to corrupt, each 75 times"
     attacks: bool = True
-    "attack the test images by FGSM and PGD"
+    "attack the test images with FGSM and PGD"
     eps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
-    "sizes of the attacks in 1/255"
+    "perturbation sizes in units of 1/255"
     pgd_steps: int = 20
     "gradient steps of PGD"
     restarts: int = 1
-    "random starts of PGD"
+    "random restarts of PGD"
     attacked_images: int | None = 1000
-    "test images that are attacked"
+    "number of test images to attack"
     imagenet_c: Path | None = None
-    "the published set: a folder with CORRUPTION/SEVERITY/WNID"
+    "the published set: a folder with subfolders CORRUPTION/SEVERITY/WNID"
     imagenet_a: Path | None = None
     "a folder with 200 wnid folders"
     imagenet_r: Path | None = None
@@ -54,50 +55,80 @@ class Robustness(Task):
     imagenet_sketch: Path | None = None
     "a folder with 1,000 wnid folders"
     real: Path | None = None
-    "ImageNet's validation images, to be scored by their reassessed labels (ReaL)"
+    "ImageNet's validation images, to score on the reassessed labels (ReaL)"
 
-    def problems(self) -> list[str]:
-        sizes = [f"{eps:g}" for eps in self.eps]
-        return super().problems() + [f"eps has a size twice: {', '.join(sizes)}"] * (len(set(sizes)) < len(sizes))
+    def validate(self) -> list[str]:
+        problems, sizes = super().validate(), [f"{eps:g}" for eps in self.eps]
+        if len(set(sizes)) < len(sizes):
+            problems.append(f"eps has a size twice: {', '.join(sizes)}")
+        return problems
 
     def check(self, context: "EvaluationContext") -> None:
         from ..robustness.study import check
 
-        check(self, self._classes(context), tuple(context.backbone.shape))
+        check(self, self._classes(context), context.backbone.shape)
 
     def required_features(self, context: "EvaluationContext") -> Literal["pooled", "tokens"] | None:
         return PROBES[self.probe].required_features(context) if context.classifier is None else None
 
     def run(self, context: "EvaluationContext") -> "TaskResult":
-        """A classifier as it is, or a probe that is fitted first."""
+        """Evaluate the classifier as it is, or fit a probe first."""
         from ...data.loader import processes
         from ..context import TaskResult
         from ..robustness.sets import Loading
-        from ..robustness.study import settings, study
+        from ..robustness.study import measure_robustness, settings
 
-        model, fitted = (context.classifier[0], {}) if context.classifier else self._fitted(context)
+        model: nn.Module
+        model, probe_settings = (
+            (context.classifier[0], {}) if context.classifier else self._fit_probe(context)
+        )
         workers = processes(context.set.test, context.options.workers)
-        loading = Loading(tuple(context.backbone.shape), context.device, workers=workers)
-        context.precision = "fp32"  # of what is recorded: images are judged, and attacked, without autocast
-        of = study(model, self._classes(context), context.set.test, self, loading, context.options.seed, context.screen)
-        more = {k: v for k, v in of.right.items() if k != "clean"}
-        return TaskResult(of.metrics, of.right["clean"], model, settings(self) | fitted, of.details, more)
+        loading = Loading(context.backbone.shape, context.device, workers=workers)
+        context.precision = "fp32"  # for the record: classification and attacks run without autocast
+        result = measure_robustness(
+            model,
+            self._classes(context),
+            context.set.test,
+            self,
+            loading,
+            context.options.seed,
+            context.screen,
+        )
+        by_condition = {k: v for k, v in result.correct.items() if k != "clean"}
+        return TaskResult(
+            result.metrics,
+            result.correct["clean"],
+            model,
+            settings(self) | probe_settings,
+            result.details,
+            by_condition,
+        )
 
     def _classes(self, context: "EvaluationContext") -> list[str]:
-        """The classes of the logits. Raises ConfigError for a backbone that cannot be asked."""
+        """The class of each logit. Raises ConfigError for a backbone that cannot be evaluated."""
         if context.backbone.channels != 3:
-            raise ConfigError(f"corruptions and published sets are of 3 channels; {context.name} takes {context.backbone.channels}")
+            raise ConfigError(
+                f"corruptions and published sets have 3 channels; {context.name} takes "
+                f"{context.backbone.channels}"
+            )
         if context.classifier is None:
             return context.set.classes
         model, names = context.classifier
         if not names and model.vit.num_classes != len(context.set.classes):
-            raise ConfigError(f"{context.name} has {model.vit.num_classes} classes without names, and the data {len(context.set.classes)}")
+            raise ConfigError(
+                f"{context.name} has {model.vit.num_classes} classes without names, but the data has "
+                f"{len(context.set.classes)}"
+            )
         return names or context.set.classes
 
-    def _fitted(self, context: "EvaluationContext") -> tuple["nn.Module", dict[str, Any]]:
-        """A probe on the backbone, and what is recorded of it."""
-        task = KNN(k=(min(20, len(context.fitted_on()[1])),)) if self.probe == "knn" else PROBES[self.probe]
-        found = task.run(context)
+    def _fit_probe(self, context: "EvaluationContext") -> tuple["nn.Module", dict[str, Any]]:
+        """A probe on the backbone, and the settings of its fit for the record."""
+        task = PROBES[self.probe]
+        if self.probe == "knn":
+            task = KNN(k=(min(20, len(context.training_features().labels)),))
+        result = task.run(context)
         images = how_many(len(context.part("train")), "image")
-        context.screen.say(f"fitted: {self.probe} probe, on {images}: {found.metrics['top1']:.1f} % right")
-        return found.model, {"probe_settings": found.settings | {"precision": context.precision}}
+        context.screen.say(
+            f"fitted the {self.probe} probe on {images}: {result.metrics['top1']:.1f} % accuracy"
+        )
+        return result.model, {"probe_settings": result.settings | {"precision": context.precision}}

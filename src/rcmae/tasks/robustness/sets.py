@@ -1,6 +1,8 @@
-"""Classifiers under shift: corrupted images, ImageNet-C, -A, -R, -Sketch and ReaL from their folders, and attacks, image by image.
+"""Classifiers on corrupted images, on ImageNet-C, -A, -R, -Sketch and ReaL from their folders, and under
+attacks.
 
-Every function returns which images each model got right, in a fixed order, so that models can be compared in pairs.
+Every function returns which images each model classifies correctly, in a fixed order, for paired comparisons
+of models.
 """
 
 import functools
@@ -28,46 +30,48 @@ from ...data.files import Files
 from ...data.sources import Source, open_source
 from ...data.views import center
 from ...errors import ConfigError, DataError
+from ..score import Scored
 from .adversarial import Attack, Check, Model, attacked, sanity
 from .corruptions import STANDARD, corrupt
 from .metrics import Errors, columns, imagenet_classes, mean_corruption_error, mean_error
 
 Labels = Int[np.ndarray, " n"]
-"The right column of a model's logits for each image of a source; -1: not known, the image is left out."
-Right = Bool[np.ndarray, " n"]
+"The index of the correct logit for each image of a source; -1 if unknown: the image is left out."
+Correct = Bool[np.ndarray, " n"]
 Say = Callable[[str], object]
 View = Callable[[UInt8[np.ndarray, "h w c"], int], UInt8[Tensor, "s c ch cw"]]
-"An image and its number to what models see of it: s forms of one picture."
+"An image and its index to the input of the models: s variants of the image."
 
 SEVERITIES = (1, 2, 3, 4, 5)
 C_STYLE, IMAGENET_C = "C-style, not ImageNet-C", "ImageNet-C"
 CHECKED = 100
-"Images that an attack's sanity checks look at: each costs some six attacks."
+"Number of images for the sanity checks of an attack: each costs about six attacks."
 
 
 @contextmanager
-def unshown(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress that nobody sees."""
+def no_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar that is not shown."""
     yield lambda done: None
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How images reach the models: `shape` (height, width), `device`, `batch` images at a time, by `workers` processes (0: by this one).
+    """How images are loaded: resized to `shape` (height, width), onto `device`, in batches of `batch` images,
+    by `workers` processes (0: by this process).
 
-    Only the shape can change a result, but for the rounding of sums that another batch or device may bring.
+    Only the shape affects results, apart from rounding, which depends on batch and device.
     """
 
     shape: tuple[int, int]
     device: torch.device
     batch: int = 64
     workers: int = 0
-    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = unshown
-    "like `Screen.progress`: around each pass over images, of what and how many; what it gives is told how many are done"
+    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = no_progress
+    """context manager for each pass over images, like `Screen.progress`"""
 
     @contextmanager
     def passes(self, what: str, total: int) -> Iterator["Loading"]:
-        """Loading for several passes, over `total` images together, that are one progress."""
+        """Loading for several passes over `total` images that share a progress bar."""
         before = 0
         with self.progress(what, total) as tick:
 
@@ -80,11 +84,12 @@ class Loading:
             yield replace(self, progress=part)
 
 
-# What all have in common.
+# Loading and prediction.
 
 
 class _Views(Dataset):
-    """The views of chosen images. An unreadable one is a DataError: a score over the others would pass for one over all."""
+    """Views of selected images. An unreadable image raises DataError: a score over the others would not be
+    the score of the set."""
 
     def __init__(self, source: Source, indices: Int[np.ndarray, " n"], view: View):
         self.source, self.indices, self.view = source, indices, view
@@ -92,27 +97,34 @@ class _Views(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> Tensor:
-        index = int(self.indices[place])
+    def __getitem__(self, i: int) -> Tensor:
+        index = int(self.indices[i])
         try:
             source, origin = self.source, index
-            while isinstance(source, sources.Subset):  # of a subset too: draws are by the number in the whole
-                source, origin = source.source, int(source.chosen[origin])
+            while isinstance(source, sources.Subset):  # random draws depend on the index in the full set
+                origin = int(source.chosen[origin])
+                source = source.source
             return self.view(read_image(self.source, index, 3), origin)
         except BadImage as e:
-            raise DataError(f"{self.source.where(index)} cannot be read ({e}); mend it, or remove it and say so beside the score") from e
+            raise DataError(
+                f"{self.source.where(index)} cannot be read ({e}); fix it, or remove it and mention that "
+                "with the score"
+            ) from e
 
 
 def _images(
-    source: Source, indices: Int[np.ndarray, " n"], view: View, loading: Loading, forms: int = 1
+    source: Source, indices: Int[np.ndarray, " n"], view: View, loading: Loading, variants: int = 1
 ) -> Iterator[Float[Tensor, "b s c h w"]]:
     """Batches of pixels in 0 to 1, on the device, in the order of the indices."""
     if not len(indices):
         raise DataError(f"{source.name} has no image with a known label")
     loader = DataLoader(
-        _Views(source, indices, view), math.ceil(loading.batch / forms), num_workers=loading.workers, worker_init_fn=quiet_worker,
+        _Views(source, indices, view),
+        math.ceil(loading.batch / variants),
+        num_workers=loading.workers,
+        worker_init_fn=quiet_worker,
         pin_memory=loading.device.type == "cuda",
-    )  # fmt: skip
+    )
     done = 0
     with loading.progress(source.name, len(indices)) as tick:
         for pixels in plain_errors(loader):
@@ -122,13 +134,22 @@ def _images(
 
 @torch.no_grad()
 def predictions(
-    models: dict[str, Model], source: Source, indices: Int[np.ndarray, " n"], view: View, loading: Loading, forms: int = 1
+    models: dict[str, Model],
+    source: Source,
+    indices: Int[np.ndarray, " n"],
+    view: View,
+    loading: Loading,
+    variants: int = 1,
 ) -> Iterator[tuple[slice, dict[str, Float[Tensor, "b s k"]]]]:
-    """Which of the `indices` a batch is, and each model's logits of their views, of which `view` makes `forms` an image."""
+    """For each batch, its slice of `indices` and each model's logits. `view` makes `variants` views of an
+    image."""
     first = 0
-    for pixels in _images(source, indices, view, loading, forms):
-        flat, part = pixels.flatten(0, 1), slice(first, first + len(pixels))
-        yield part, {name: model(flat).float().unflatten(0, pixels.shape[:2]) for name, model in models.items()}
+    for pixels in _images(source, indices, view, loading, variants):
+        flat, part = pixels.flatten(0, 1), slice(first, first + len(pixels))  # [b * s, c, h, w]
+        yield (
+            part,
+            {name: model(flat).float().unflatten(0, pixels.shape[:2]) for name, model in models.items()},
+        )
         first = part.stop
 
 
@@ -139,33 +160,32 @@ def _known(source: Source, labels: Labels) -> Int[np.ndarray, " n"]:
 
 
 def labels_for(source: Source, classes: Sequence[str]) -> Labels:
-    """A source's labels as columns of a model with these classes, by name. DataError if it has none, or a class that is not the model's."""
+    """A source's labels as indices of the logits of a model with these classes, matched by name. Raises
+    DataError for a source without labels, and for a class that the model does not have."""
     if source.labels is None:
         raise DataError(f"{source.name} has no labels; give a folder with a folder for each class")
-    place = np.append(columns(classes, source.classes), -1)  # the last for labels of -1
-    return place[source.labels]
+    index = np.append(columns(classes, source.classes), -1)  # index[-1] is for labels of -1
+    return index[source.labels]
 
 
-def _plain(image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int]) -> UInt8[Tensor, "1 c ch cw"]:
+def _plain(
+    image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int]
+) -> UInt8[Tensor, "1 c ch cw"]:
     return center(image, shape)[None]
 
 
-class Said(NamedTuple):
-    """Of one model and every image: whether it is right, and how sure it is (its largest softmax probability). For `metrics.ece`."""
-
-    right: Right
-    confidence: Float[np.ndarray, " n"]
-
-
-def clean(models: dict[str, Model], source: Source, labels: Labels, loading: Loading) -> dict[str, Said]:
-    """The images as they are, in the evaluation view; those with a label of -1 are left out, here as everywhere."""
+def clean(models: dict[str, Model], source: Source, labels: Labels, loading: Loading) -> dict[str, Scored]:
+    """Scores on the unchanged images, in the evaluation view. Images with a label of -1 are left out, as in
+    all functions of this module."""
     indices = _known(source, labels)
-    said = {name: Said(np.zeros(len(indices), bool), np.zeros(len(indices))) for name in models}
-    for part, logits in predictions(models, source, indices, functools.partial(_plain, shape=loading.shape), loading):
+    scored = {name: Scored(np.zeros(len(indices), bool), np.zeros(len(indices))) for name in models}
+    view = functools.partial(_plain, shape=loading.shape)
+    for part, logits in predictions(models, source, indices, view, loading):
         for name, values in logits.items():
-            confidence, answer = (x[:, 0].cpu().numpy() for x in values.softmax(2).max(2))
-            said[name].right[part], said[name].confidence[part] = answer == labels[indices[part]], confidence
-    return said
+            confidence, predicted = (x[:, 0].cpu().numpy() for x in values.softmax(2).max(2))
+            scored[name].correct[part] = predicted == labels[indices[part]]
+            scored[name].confidence[part] = confidence
+    return scored
 
 
 # Corruptions.
@@ -173,18 +193,19 @@ def clean(models: dict[str, Model], source: Source, labels: Labels, loading: Loa
 
 @dataclass(frozen=True)
 class Corrupted:
-    """One model on corrupted images. `kind` says of which set: C-style numbers and ImageNet-C's do not compare."""
+    """The results of a model on corrupted images. `kind` is the set: C-style numbers are not comparable with
+    ImageNet-C's."""
 
     kind: str
-    right: dict[str, Bool[np.ndarray, "s n"]]
+    correct: dict[str, Bool[np.ndarray, "s n"]]
     "by corruption, then severity and image"
     published: bool
-    "whether it is all of ImageNet-C, with its 15 corruptions, 5 severities and 1,000 classes"
+    "whether the set is the complete ImageNet-C, with its 15 corruptions, 5 severities and 1,000 classes"
 
     @property
     def errors(self) -> Errors:
-        """By corruption, percent by severity."""
-        return {name: (100 * (1 - right.mean(1))).tolist() for name, right in self.right.items()}
+        """By corruption, the errors in percent by severity."""
+        return {name: (100 * (1 - correct.mean(1))).tolist() for name, correct in self.correct.items()}
 
     @property
     def mean_error(self) -> float:
@@ -193,131 +214,181 @@ class Corrupted:
 
     @property
     def mce(self) -> float | None:
-        """AlexNet has 100. Of the published set alone: AlexNet's errors are of it."""
+        """Mean corruption error relative to AlexNet (100). Only for the published set, on which AlexNet's
+        errors were measured."""
         return mean_corruption_error(self.errors) if self.published else None
 
 
 def _severities(
-    image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int], corruption: str, severities: tuple[int, ...], seed: int
+    image: UInt8[np.ndarray, "h w c"],
+    index: int,
+    shape: tuple[int, int],
+    corruption: str,
+    severities: tuple[int, ...],
+    seed: int,
 ) -> UInt8[Tensor, "s c ch cw"]:
     picture = center(image, shape).permute(1, 2, 0).numpy()
-    return torch.from_numpy(np.stack([corrupt(picture, corruption, s, seed, index) for s in severities])).permute(0, 3, 1, 2)
+    return torch.from_numpy(
+        np.stack([corrupt(picture, corruption, s, seed, index) for s in severities])
+    ).permute(0, 3, 1, 2)
 
 
 def corrupted(
-    models: dict[str, Model], source: Source, labels: Labels, loading: Loading, seed: int = 0,
-    corruptions: Sequence[str] = STANDARD, severities: tuple[int, ...] = SEVERITIES, say: Say = lambda text: None,
-) -> dict[str, Corrupted]:  # fmt: skip
-    """C-style: the evaluation view of each image is corrupted, once for all models. `say` gets a line after each corruption."""
+    models: dict[str, Model],
+    source: Source,
+    labels: Labels,
+    loading: Loading,
+    seed: int = 0,
+    corruptions: Sequence[str] = STANDARD,
+    severities: tuple[int, ...] = SEVERITIES,
+    say: Say = lambda text: None,
+) -> dict[str, Corrupted]:
+    """C-style: the evaluation view of each image is corrupted, once for all models. `say` receives a line
+    after each corruption."""
     indices = _known(source, labels)
-    right = {name: {} for name in models}
+    correct: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
     with loading.passes("corruptions", len(corruptions) * len(indices)) as loading:
         for corruption in corruptions:
-            view = functools.partial(_severities, shape=loading.shape, corruption=corruption, severities=severities, seed=seed)
+            view = functools.partial(
+                _severities, shape=loading.shape, corruption=corruption, severities=severities, seed=seed
+            )
             for name in models:
-                right[name][corruption] = np.zeros((len(severities), len(indices)), bool)
+                correct[name][corruption] = np.zeros((len(severities), len(indices)), bool)
             for part, logits in predictions(models, source, indices, view, loading, len(severities)):
                 for name, values in logits.items():
-                    right[name][corruption][:, part] = (values.argmax(2).cpu().numpy() == labels[indices[part], None]).T
-            say(_line(corruption, {name: right[name][corruption] for name in models}))
-    return {name: Corrupted(C_STYLE, right[name], published=False) for name in models}
+                    correct[name][corruption][:, part] = (
+                        values.argmax(2).cpu().numpy() == labels[indices[part], None]
+                    ).T
+            say(_line(corruption, {name: correct[name][corruption] for name in models}))
+    return {name: Corrupted(C_STYLE, correct[name], published=False) for name in models}
 
 
-def _line(corruption: str, right: dict[str, Bool[np.ndarray, "s n"]]) -> str:
-    cells = [f"{name} {' '.join(f'{100 * (1 - share):.1f}' for share in hits.mean(1))}" for name, hits in right.items()]
+def _line(corruption: str, correct: dict[str, Bool[np.ndarray, "s n"]]) -> str:
+    cells = [
+        f"{name} {' '.join(f'{100 * (1 - accuracy):.1f}' for accuracy in by_severity.mean(1))}"
+        for name, by_severity in correct.items()
+    ]
     return f"{corruption}, error by severity in percent: {'; '.join(cells)}"
 
 
-def _stored(image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int]) -> UInt8[Tensor, "1 c h w"]:
+def _stored(
+    image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int]
+) -> UInt8[Tensor, "1 c h w"]:
     if image.shape[:2] != shape:
-        raise BadImage(f"{image.shape[0]} x {image.shape[1]}, and the model takes {shape[0]} x {shape[1]}: ImageNet-C is read as stored")
+        raise BadImage(
+            f"{image.shape[0]} x {image.shape[1]}, but the model takes {shape[0]} x {shape[1]}: ImageNet-C "
+            "is used as stored"
+        )
     return torch.from_numpy(image).permute(2, 0, 1)[None]
 
 
-def _places(root: Path) -> dict[tuple[str, int], Path]:
+def _c_folders(root: Path) -> dict[tuple[str, int], Path]:
     """The folder of each corruption and severity."""
     return {(c, s): root / c / str(s) for c in STANDARD for s in SEVERITIES}
 
 
 def check_imagenet_c(root: Path, classes: Sequence[str], shape: tuple[int, int]) -> None:
-    """Before any work. DataError names folders of all ImageNet-C that are missing, classes, or the first image's size."""
-    places = _places(root)
-    if missing := [f"{c}/{s}" for (c, s), place in places.items() if not place.is_dir()]:
-        raise DataError(f"{root} is not all of ImageNet-C: {_some(missing)} of corruption/severity missing; unpack all of its archives")
-    for place in places.values():
-        _folders(place, classes)
-    source, _ = published(next(iter(places.values())), classes, classes)
+    """Check ImageNet-C before any work. Raises DataError for missing folders, for wrong class folders, and if
+    the first image has the wrong size."""
+    folders = _c_folders(root)
+    if missing := [f"{c}/{s}" for (c, s), folder in folders.items() if not folder.is_dir()]:
+        raise DataError(
+            f"{root} is not the complete ImageNet-C: {_first(missing)} of corruption/severity missing; "
+            "unpack all of its archives"
+        )
+    for folder in folders.values():
+        _folders(folder, classes)
+    source, _ = published(next(iter(folders.values())), classes, classes)
     _Views(source, np.arange(1), functools.partial(_stored, shape=shape))[0]
 
 
 def imagenet_c(
-    models: dict[str, Model], root: Path, classes: Sequence[str], loading: Loading, say: Say = lambda text: None
+    models: dict[str, Model],
+    root: Path,
+    classes: Sequence[str],
+    loading: Loading,
+    say: Say = lambda text: None,
 ) -> dict[str, Corrupted]:
-    """The published set, `root/corruption/severity/wnid/*.JPEG`, pixels as stored. DataError names what is missing, when its turn comes."""
-    right = {name: {c: [] for c in STANDARD} for name in models}
-    places = _places(root)
-    first, _ = published(next(iter(places.values())), classes, classes)
-    with loading.passes(IMAGENET_C, len(places) * len(first)) as loading:
-        for (corruption, severity), place in places.items():
-            source, labels = published(place, classes, classes)
+    """The published set, `root/corruption/severity/wnid/*.JPEG`, with the pixels as stored. Raises DataError
+    on reaching a folder with missing images (see `check_imagenet_c`)."""
+    correct: dict[str, dict[str, list[Correct]]] = {name: {c: [] for c in STANDARD} for name in models}
+    folders = _c_folders(root)
+    first, _ = published(next(iter(folders.values())), classes, classes)
+    with loading.passes(IMAGENET_C, len(folders) * len(first)) as loading:
+        for (corruption, severity), folder in folders.items():
+            source, labels = published(folder, classes, classes)
             if not np.array_equal(source.names.data, first.names.data):
                 raise DataError(
-                    f"{place} holds {len(source)} images, and {first.name} {len(first)}, not of the same names; unpack both again"
+                    f"{folder} holds {len(source)} images, and {first.name} {len(first)}, with different "
+                    "names; unpack both again"
                 )
-            hits = _hits(models, source, labels, functools.partial(_stored, shape=loading.shape), loading)
-            for name in models:
-                right[name][corruption].append(hits[name])
+            view = functools.partial(_stored, shape=loading.shape)
+            for name, c in _correct(models, source, labels, view, loading).items():
+                correct[name][corruption].append(c)
             if severity == SEVERITIES[-1]:
-                say(_line(corruption, {name: np.stack(right[name][corruption]) for name in models}))
-    whole = set(classes) == set(imagenet_classes())
-    return {name: Corrupted(IMAGENET_C, {c: np.stack(parts) for c, parts in right[name].items()}, whole) for name in models}
+                say(_line(corruption, {name: np.stack(correct[name][corruption]) for name in models}))
+    complete = set(classes) == set(imagenet_classes())
+    return {
+        name: Corrupted(IMAGENET_C, {c: np.stack(parts) for c, parts in correct[name].items()}, complete)
+        for name in models
+    }
 
 
-# Sets in folders.
+# Published sets in folders.
 
 
-def _some(names: Sequence[str]) -> str:
+def _first(names: Sequence[str]) -> str:
+    """The first three names in words, and how many more there are."""
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 def _folders(root: Path, wanted: Sequence[str]) -> list[str]:
-    """The class folders, which must be the `wanted` ones. DataError names what is missing or extra."""
+    """The class folders. Raises DataError unless they are the `wanted` ones."""
     if not root.is_dir():
-        raise DataError(f"{root} is no folder; give the one that holds the class folders")
+        raise DataError(f"{root} is not a folder; give the folder that contains the class folders")
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if lacking := sorted(set(wanted) - set(folders)):
-        raise DataError(f"{root} has {len(folders)} class folders; {_some(lacking)} of {len(wanted)} missing")
+    if missing := sorted(set(wanted) - set(folders)):
+        raise DataError(
+            f"{root} has {len(folders)} class folders; {_first(missing)} of {len(wanted)} missing"
+        )
     if extra := sorted(set(folders) - set(wanted)):
-        raise DataError(f"{root} has {len(folders)} class folders; {_some(extra)} not among the {len(wanted)} of this set")
+        raise DataError(
+            f"{root} has {len(folders)} class folders; {_first(extra)} not among the {len(wanted)} of this "
+            "set"
+        )
     return folders
 
 
 def published(root: Path, classes: Sequence[str], wanted: Sequence[str]) -> tuple[Files, Labels]:
-    """The images of a set with a folder for each of the `wanted` classes, and their columns. DataError names what is missing or extra."""
+    """The images of a set with a folder for each of the `wanted` classes, and their labels. Raises DataError
+    for missing or additional folders."""
     folders = _folders(root, wanted)
     source = open_source(str(root))
     if not isinstance(source, Files) or source.labels is None or (source.labels < 0).any():
-        raise DataError(f"{root} must hold images in class folders, and nothing beside them")
+        raise DataError(f"{root} must contain images in class folders, and nothing else")
     if empty := sorted(set(folders) - set(source.classes)):
-        raise DataError(f"{root} has empty class folders: {_some(empty)}")
+        raise DataError(f"{root} has empty class folders: {_first(empty)}")
     return source, labels_for(source, classes)
 
 
-def _hits(models: dict[str, Model], source: Source, labels: Labels, view: View, loading: Loading) -> dict[str, Right]:
-    """Argmax over all logits."""
+def _correct(
+    models: dict[str, Model], source: Source, labels: Labels, view: View, loading: Loading
+) -> dict[str, Correct]:
+    """Which images are correct by the largest of all logits."""
     indices = _known(source, labels)
-    right = {name: np.zeros(len(indices), bool) for name in models}
+    correct = {name: np.zeros(len(indices), bool) for name in models}
     for part, logits in predictions(models, source, indices, view, loading):
         for name, values in logits.items():
-            right[name][part] = values[:, 0].argmax(1).cpu().numpy() == labels[indices[part]]
-    return right
+            correct[name][part] = values[:, 0].argmax(1).cpu().numpy() == labels[indices[part]]
+    return correct
 
 
-class Subset(NamedTuple):
-    """Which images are right by the largest logit among the set's own 200 classes (as published), and among all of the model's."""
+class SubsetCorrect(NamedTuple):
+    """Which images are correct by the largest logit among the 200 classes of the set (as published), and
+    among all classes of the model."""
 
-    among_own: Right
-    among_all: Right
+    among_200: Correct
+    among_all: Correct
 
 
 def synsets(which: str) -> list[str]:
@@ -325,63 +396,78 @@ def synsets(which: str) -> list[str]:
     return sorted(_timm(f"imagenet_{which}_synsets.txt").split())
 
 
-def subset(models: dict[str, Model], root: Path, classes: Sequence[str], which: str, loading: Loading) -> dict[str, Subset]:
-    """ImageNet-A (`which` "a") or -R ("r"): 200 wnid folders. Its accuracy is that among its own classes.
+def subset(
+    models: dict[str, Model], root: Path, classes: Sequence[str], which: str, loading: Loading
+) -> dict[str, SubsetCorrect]:
+    """ImageNet-A (`which` "a") or -R ("r"): 200 wnid folders. The reported accuracy is that among these 200
+    classes.
 
-    So the authors evaluate (natural-adv-examples' eval.py; ImageNet-R: pytorch-image-models/issues/176). Among all classes it is lower.
+    This is how the authors evaluate (natural-adv-examples' eval.py; ImageNet-R:
+    pytorch-image-models/issues/176). Among all classes it is lower.
     """
-    own = synsets(which)
-    source, labels = published(root, classes, own)
-    place = torch.from_numpy(columns(classes, own)).to(loading.device)
-    right = {name: Subset(np.zeros(len(labels), bool), np.zeros(len(labels), bool)) for name in models}
-    everything, view = np.arange(len(labels)), functools.partial(_plain, shape=loading.shape)
-    for part, logits in predictions(models, source, everything, view, loading):
+    wnids = synsets(which)
+    source, labels = published(root, classes, wnids)
+    index = torch.from_numpy(columns(classes, wnids)).to(loading.device)
+    n = len(labels)
+    correct = {name: SubsetCorrect(np.zeros(n, bool), np.zeros(n, bool)) for name in models}
+    view = functools.partial(_plain, shape=loading.shape)
+    for part, logits in predictions(models, source, np.arange(n), view, loading):
         for name, values in logits.items():
-            answers = place[values[:, 0, place].argmax(1)], values[:, 0].argmax(1)
-            for hits, answer in zip(right[name], answers, strict=True):
-                hits[part] = answer.cpu().numpy() == labels[part]
-    return right
+            among_200, among_all = index[values[:, 0, index].argmax(1)], values[:, 0].argmax(1)
+            correct[name].among_200[part] = among_200.cpu().numpy() == labels[part]
+            correct[name].among_all[part] = among_all.cpu().numpy() == labels[part]
+    return correct
 
 
-def sketch(models: dict[str, Model], root: Path, classes: Sequence[str], loading: Loading) -> dict[str, Right]:
+def sketch(
+    models: dict[str, Model], root: Path, classes: Sequence[str], loading: Loading
+) -> dict[str, Correct]:
     """ImageNet-Sketch: 1,000 wnid folders, all classes."""
     source, labels = published(root, classes, imagenet_classes())
-    return _hits(models, source, labels, functools.partial(_plain, shape=loading.shape), loading)
+    return _correct(models, source, labels, functools.partial(_plain, shape=loading.shape), loading)
 
 
 def validation_images(root: Path, classes: Sequence[str]) -> tuple[Files, list[Int[np.ndarray, " k"]]]:
-    """ImageNet's validation images, and of each the columns of all labels that people found right. DataError names what is none."""
+    """ImageNet's validation images, and for each the indices of all ReaL labels. Raises DataError for other
+    files."""
     if not root.is_dir():
-        raise DataError(f"{root} is no folder; give the one of ImageNet's validation images")
+        raise DataError(f"{root} is not a folder; give the folder of ImageNet's validation images")
     source = open_source(str(root))
     if not isinstance(source, Files):
         raise DataError(f"{root} holds archives; unpack them")
-    numbers = [re.search(rb"(?:^|/)ILSVRC2012_val_(\d{8})\.JPEG$", source.names[i]) for i in range(len(source))]
+    numbers = [
+        re.search(rb"(?:^|/)ILSVRC2012_val_(\d{8})\.JPEG$", source.names[i]) for i in range(len(source))
+    ]
     real = json.loads(_timm("imagenet_real_labels.json"))
-    if (other := next((i for i, n in enumerate(numbers) if n is None or not 1 <= int(n[1]) <= len(real)), None)) is not None:
-        raise DataError(f"{source.where(other)} is no image of ImageNet's validation set, by its name")
-    place = columns(classes, imagenet_classes())
-    return source, [place[real[int(n[1]) - 1]] for n in numbers if n]
+    for i, n in enumerate(numbers):
+        if n is None or not 1 <= int(n[1]) <= len(real):
+            raise DataError(f"{source.where(i)} is no image of ImageNet's validation set, by its name")
+    index = columns(classes, imagenet_classes())
+    return source, [index[real[int(n[1]) - 1]] for n in numbers if n]
 
 
-def real_labels(models: dict[str, Model], root: Path, classes: Sequence[str], loading: Loading) -> dict[str, Right]:
-    """ReaL (Beyer et al. 2020): ImageNet's validation images against all labels that people found right, by file name.
+def real_labels(
+    models: dict[str, Model], root: Path, classes: Sequence[str], loading: Loading
+) -> dict[str, Correct]:
+    """ReaL (Beyer et al. 2020): ImageNet's validation images, scored on the set of reassessed labels of each
+    image.
 
-    `root` holds ILSVRC2012_val_00000001.JPEG and so on, flat or in folders. Images for which no label was found right are left out:
-    3,163 of the 50,000.
+    `root` contains ILSVRC2012_val_00000001.JPEG and so on, flat or in folders. Images without a label in ReaL
+    are left out: 3,163 of the 50,000.
     """
-    source, right_ones = validation_images(root, classes)
-    indices = np.array([i for i, ones in enumerate(right_ones) if len(ones)], dtype=np.int64)
-    right = {name: np.zeros(len(indices), bool) for name in models}
-    for part, logits in predictions(models, source, indices, functools.partial(_plain, shape=loading.shape), loading):
+    source, real = validation_images(root, classes)
+    indices = np.array([i for i, labels in enumerate(real) if len(labels)], dtype=np.int64)
+    correct = {name: np.zeros(len(indices), bool) for name in models}
+    view = functools.partial(_plain, shape=loading.shape)
+    for part, logits in predictions(models, source, indices, view, loading):
         for name, values in logits.items():
-            answers = values[:, 0].argmax(1).cpu().numpy()
-            right[name][part] = [answer in right_ones[i] for answer, i in zip(answers, indices[part], strict=True)]
-    return right
+            predicted = values[:, 0].argmax(1).cpu().numpy()
+            correct[name][part] = [p in real[i] for p, i in zip(predicted, indices[part], strict=True)]
+    return correct
 
 
 def _timm(name: str) -> str:
-    """A list that comes with timm."""
+    """A data file of the timm package."""
     return files("timm.data").joinpath("_info", name).read_text(encoding="utf-8")
 
 
@@ -390,20 +476,29 @@ def _timm(name: str) -> str:
 
 @dataclass(frozen=True)
 class Attacked:
-    """One model, the same images under every attack, by its name; "clean" is none. `checks`: the sanity checks of each PGD attack."""
+    """The results of a model on the same images under each attack, by the attack's name, and without one
+    ("clean"). `checks` are the sanity checks of each PGD attack."""
 
-    right: dict[str, Right]
+    correct: dict[str, Correct]
     checks: dict[str, dict[str, Check]]
 
 
 def adversarial(
-    models: dict[str, Model], source: Source, labels: Labels, attacks: Sequence[Attack], loading: Loading, limit: int | None = None,
-    seed: int = 0, say: Say = lambda text: None, checked: int = CHECKED,
-) -> dict[str, Attacked]:  # fmt: skip
-    """Accuracy under attacks, on `limit` images drawn by the seed from all (the same for all models), or on all.
+    models: dict[str, Model],
+    source: Source,
+    labels: Labels,
+    attacks: Sequence[Attack],
+    loading: Loading,
+    limit: int | None = None,
+    seed: int = 0,
+    say: Say = lambda text: None,
+    checked: int = CHECKED,
+) -> dict[str, Attacked]:
+    """Accuracy under attacks, on all images or on `limit` of them, drawn with the seed (the same for all
+    models).
 
-    `say` gets a line for each sanity check, on the first `checked` images, and each attack. Models are attacked each by itself, in
-    evaluation mode and without autocast.
+    `say` receives a line for each sanity check, on the first `checked` images, and a summary for each model.
+    Models are attacked separately, in evaluation mode and without autocast.
     """
     if len({attack.name for attack in attacks}) < len(attacks):
         raise ConfigError("two attacks have the same name; leave one out")
@@ -412,26 +507,34 @@ def adversarial(
         draws = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"limit")]))
         indices = np.sort(draws.choice(indices, limit, replace=False))
     view = functools.partial(_plain, shape=loading.shape)
-    found = {name: Attacked({a: np.zeros(len(indices), bool) for a in ("clean", *(a.name for a in attacks))}, {}) for name in models}
+    conditions = ("clean", *(attack.name for attack in attacks))
+    results = {name: Attacked({c: np.zeros(len(indices), bool) for c in conditions}, {}) for name in models}
     first, done = 0, 0
     with loading.progress("attacks", len(indices) * len(attacks) * len(models)) as tick:
-        for pixels in _images(source, indices, view, replace(loading, progress=unshown)):
-            images, part = pixels[:, 0], slice(first, first + len(pixels))
+        for pixels in _images(source, indices, view, replace(loading, progress=no_progress)):
+            images, part = pixels[:, 0], slice(first, first + len(pixels))  # [b, c, h, w]
             truth = torch.from_numpy(labels[indices[part]]).to(loading.device)
             for name, model in models.items():
+                result = results[name]
                 if first == 0 and checked:
-                    some = [x[: min(checked, loading.batch)] for x in (images, truth)]
-                    found[name].checks.update({a.name: sanity(model, *some, a, seed) for a in attacks if a.steps > 1})
-                    for attack, checks in found[name].checks.items():
-                        for what, check in checks.items():
-                            say(f"{name}, {attack}: {what}: {'yes' if check.holds else 'NO'} ({check.saw}, {len(some[0])} images)")
+                    count = min(checked, loading.batch, len(images))
+                    for attack in attacks:
+                        if attack.steps > 1:
+                            checks = sanity(model, images[:count], truth[:count], attack, seed)
+                            result.checks[attack.name] = checks
+                            for what, check in checks.items():
+                                say(
+                                    f"{name}, {attack.name}: {what}: {'yes' if check.holds else 'NO'} "
+                                    f"({check.numbers}, {count} images)"
+                                )
                 with torch.no_grad():
-                    found[name].right["clean"][part] = (model(images).argmax(1) == truth).cpu().numpy()
+                    result.correct["clean"][part] = (model(images).argmax(1) == truth).cpu().numpy()
                 for attack in attacks:
-                    hits = attacked(model, images, truth, attack, seed, indices[part].tolist())[1]
-                    found[name].right[attack.name][part] = hits.cpu().numpy()
+                    _, survived = attacked(model, images, truth, attack, seed, indices[part].tolist())
+                    result.correct[attack.name][part] = survived.cpu().numpy()
                     tick(done := done + len(images))
             first = part.stop
-    for name, one in found.items():
-        say(f"{name}, percent right: " + ", ".join(f"{attack} {100 * hits.mean():.1f}" for attack, hits in one.right.items()))
-    return found
+    for name, result in results.items():
+        accuracies = ", ".join(f"{c} {100 * correct.mean():.1f}" for c, correct in result.correct.items())
+        say(f"{name}, accuracy in percent: {accuracies}")
+    return results

@@ -1,4 +1,4 @@
-"""The house itself: layers, tables, commands and dependencies are what the documents say."""
+"""The package: layers, tables, commands and dependencies agree with the documents."""
 
 import ast
 import inspect
@@ -12,22 +12,35 @@ from pathlib import Path
 import pytest
 
 import rcmae
-from benchmarks import tables
-from rcmae.config import Machine, flags
+from benchmarks import api, tables
+from rcmae.config import RuntimeConfig, flags
 from rcmae.data.sources import SOURCES
 from rcmae.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "rcmae"
-# Imports point down: a room may use rooms that stand further to the right, and its own.
-ROOMS = [
-    "cli", "compare", "pretraining", "lab", "report", "tasks", "step_time", "trainer", "interop", "methods", "data", "models", "engine",
-    "config", "errors",
-]  # fmt: skip
+# Imports point down: a package may use packages that stand further to the right.
+LAYERS = [
+    "cli",
+    "compare",
+    "pretraining",
+    "lab",
+    "report",
+    "tasks",
+    "step_time",
+    "trainer",
+    "interop",
+    "methods",
+    "data",
+    "models",
+    "engine",
+    "config",
+    "errors",
+]
 
 
 def imports(path: Path) -> set[str]:
-    """The rooms of this package that a file imports when it is loaded."""
+    """The modules of this package that a file imports at import time."""
     package = ["rcmae", *path.relative_to(SOURCE).with_suffix("").parts[:-1]]
     found = set()
     for node in ast.parse(path.read_text()).body:
@@ -40,14 +53,17 @@ def imports(path: Path) -> set[str]:
 
 def test_imports_point_down():
     for path in SOURCE.rglob("*.py"):
-        room = path.relative_to(SOURCE).with_suffix("").parts[0]
-        if room in ROOMS:
-            for other in imports(path) & set(ROOMS):
-                assert ROOMS.index(other) >= ROOMS.index(room), f"{path.name} ({room}) imports {other}"
+        part = path.relative_to(SOURCE).with_suffix("").parts[0]
+        if part in LAYERS:
+            for other in imports(path) & set(LAYERS):
+                assert LAYERS.index(other) >= LAYERS.index(part), f"{path.name} ({part}) imports {other}"
 
 
 def test_the_public_names_are_listed_before_they_are_loaded():
-    code = "import sys, rcmae; assert {*rcmae.__all__, '__doc__'} <= {*dir(rcmae)}; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, rcmae; assert {*rcmae.__all__, '__doc__'} <= {*dir(rcmae)}; assert 'torch' not in "
+        "sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert all(getattr(rcmae, name) is not None for name in rcmae.__all__)
 
@@ -60,36 +76,52 @@ MAY_NAME = {"cli.py": {"mae"}}
 
 
 def methods_named(path: Path) -> set[str]:
-    """Names of methods in a file's code, as a name of Python's or a word of a text; docstrings are no code. "rcmae", which is also the
-    package's name, counts as a text where something is compared with it."""
+    """Names of methods in a file's code, as identifiers or as words of strings; docstrings do not count.
+    "rcmae", which is also the package's name, counts only as a string that is compared with something."""
     tree, names, found = ast.parse(path.read_text()), set(METHODS), set()
     notes = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    compared = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Compare) for part in ast.walk(node)}
+    compared = {
+        id(part) for node in ast.walk(tree) if isinstance(node, ast.Compare) for part in ast.walk(node)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in notes:
             words = set(re.findall(r"[a-z0-9]+", node.value.lower()))
-            found |= words & (names - {"rcmae"}) | ({"rcmae"} & {node.value} if id(node) in compared else set())
+            found |= words & (names - {"rcmae"}) | (
+                {"rcmae"} & {node.value} if id(node) in compared else set()
+            )
         elif isinstance(node, (ast.Name, ast.Attribute, ast.alias)):
             name = {ast.Name: "id", ast.Attribute: "attr", ast.alias: "name"}[type(node)]
             found |= {getattr(node, name).split(".")[-1].lower()} & names
     return found
 
 
-def test_what_serves_every_method_names_none():
-    files = [file for place in ASKS for file in ([SOURCE / place] if place.endswith(".py") else (SOURCE / place).rglob("*.py"))]
+def test_shared_code_names_no_method():
+    files = [
+        file
+        for place in ASKS
+        for file in ([SOURCE / place] if place.endswith(".py") else (SOURCE / place).rglob("*.py"))
+    ]
     named = {str(file.relative_to(SOURCE)): methods_named(file) for file in files if file.exists()}
-    assert {file: names - MAY_NAME.get(file, set()) for file, names in named.items() if names - MAY_NAME.get(file, set())} == {}
+    assert {
+        file: names - MAY_NAME.get(file, set())
+        for file, names in named.items()
+        if names - MAY_NAME.get(file, set())
+    } == {}
 
 
 def test_no_other_file_names_a_kind_of_source():
-    """Only a setting's default may, as a user would."""
+    """Except for the default of a setting."""
     schemes = {kind.form.partition(":")[0] + ":" for kind in SOURCES if ":" in kind.form}
     kinds = {kind.kind for kind in SOURCES}
     own = {Path(inspect.getfile(kind)) for kind in SOURCES}
     assert len(schemes) > 1 and len(own) > 3
     for path in set(SOURCE.rglob("*.py")) - own:
         tree = ast.parse(path.read_text())
-        defaults = {n.value for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and getattr(n.target, "id", "") == "data"}
+        defaults = {
+            n.value
+            for n in ast.walk(tree)
+            if isinstance(n, ast.AnnAssign) and getattr(n.target, "id", "") == "data"
+        }
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in defaults:
                 assert not any(re.search(rf"\b{scheme}(?! )", node.value) for scheme in schemes), (
@@ -102,11 +134,13 @@ def test_no_other_file_names_a_kind_of_source():
                 assert not (asked and named & kinds), f"{path.name}:{node.lineno} asks for a kind by name"
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
                 names = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
-                assert not names & {kind.__name__ for kind in SOURCES}, f"{path.name}:{node.lineno} asks for a class"
+                assert not names & {kind.__name__ for kind in SOURCES}, (
+                    f"{path.name}:{node.lineno} asks for a class"
+                )
 
 
 def test_the_suite_tests_this_checkout(pytestconfig):
-    """Whatever `rcmae` is installed: pytest puts `src` before it."""
+    """Even if another `rcmae` is installed: pytest puts `src` first."""
     assert Path(rcmae.__file__).parent == SOURCE
     assert pytestconfig.getini("pythonpath")[0] == ROOT / "src"
 
@@ -115,7 +149,9 @@ def test_readme_tables_are_those_of_the_results():
     texts = [(ROOT / page).read_text() for page in tables.PAGES]
     for text in texts:
         assert tables.filled(text) == text, "run `python -m benchmarks.tables`"
-    assert {name for text in texts for name in re.findall(r"<!-- table: (\w+) -->", text)} == set(tables.TABLES), "each stands somewhere"
+    assert {name for text in texts for name in re.findall(r"<!-- table: (\w+) -->", text)} == set(
+        tables.TABLES
+    ), "each stands somewhere"
 
 
 def test_readme_shows_the_commands_that_ci_and_people_run():
@@ -131,6 +167,12 @@ def test_every_link_between_documents_leads_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_api_page_is_up_to_date():
+    assert api.PAGE.read_text() == api.page(), "run `python -m benchmarks.api`"
+    public = {name for name in rcmae.__all__ if not name.startswith("__")}
+    assert not [name for name in public if f"`{name}" not in api.page()]
+
+
 def test_every_method_has_a_recipe_and_a_page():
     for name in METHODS:
         assert list((SOURCE / "recipes").glob(f"{name}-*.toml"))
@@ -139,21 +181,35 @@ def test_every_method_has_a_recipe_and_a_page():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_page_names_what_one_types_and_sees(name):
-    """Settings by their flags, and losses as on the line of progress, their keys in metrics.jsonl beside them."""
+    """Settings by their flags, and losses as in the progress line, with their keys in metrics.jsonl."""
     page, losses = (ROOT / "docs" / "methods" / f"{name}.md").read_text(), METHODS[name].losses
     quoted = set(re.findall(r"`([^`\n]+)`", page))
-    assert not [text for text in quoted if re.match(r"[a-z_]+ = ", text) or text in flags(METHODS[name].recipe_type).keys() - losses.keys()]
+    assert not [
+        text
+        for text in quoted
+        if re.match(r"[a-z_]+ = ", text) or text in flags(METHODS[name].recipe_type).keys() - losses.keys()
+    ]
     assert not [key for key in quoted & losses.keys() if losses[key] not in quoted]
     for key in quoted & losses.keys():
         assert key == losses[key] or re.search(rf"`{losses[key]}` \([^)]*`{key}`", page), key
 
 
 def test_every_setting_is_read_somewhere():
-    """Outside the rules that check it."""
-    files = (p.read_text() for p in SOURCE.rglob("*.py") if p.parent.name != "config" or p.name == "recipe.py")
-    text = "".join(re.sub(r"    def rules\(self\).*?(?=\n\n\n|\Z)", "", file, flags=re.DOTALL) for file in files)
-    names = {name for method in METHODS.values() for name in flags(method.recipe_type)} | set(flags(Machine))
-    unread = [n for n in names if not re.search(rf"\.{n}\b|[\"']{n}[\"']", text) and n not in ("width", "depth", "heads")]
+    """Outside of the rules that check it."""
+    files = (
+        p.read_text() for p in SOURCE.rglob("*.py") if p.parent.name != "config" or p.name == "recipe.py"
+    )
+    text = "".join(
+        re.sub(r"    def rules\(self\).*?(?=\n\n\n|\Z)", "", file, flags=re.DOTALL) for file in files
+    )
+    names = {name for method in METHODS.values() for name in flags(method.recipe_type)} | set(
+        flags(RuntimeConfig)
+    )
+    unread = [
+        n
+        for n in names
+        if not re.search(rf"\.{n}\b|[\"']{n}[\"']", text) and n not in ("width", "depth", "heads")
+    ]
     assert not [n for n in unread if not n.startswith("decoder_")]
 
 
@@ -161,9 +217,20 @@ def test_few_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=]", d)[0] for d in project["dependencies"]}
     assert names == {
-        "torch", "torchvision", "timm", "cyclopts", "safetensors", "numpy", "pillow", "matplotlib", "jinja2", "rich",
-        "jaxtyping", "scikit-learn", "scipy",
-    }  # fmt: skip
+        "torch",
+        "torchvision",
+        "timm",
+        "cyclopts",
+        "safetensors",
+        "numpy",
+        "pillow",
+        "matplotlib",
+        "jinja2",
+        "rich",
+        "jaxtyping",
+        "scikit-learn",
+        "scipy",
+    }
 
 
 def test_no_pickle_is_written_and_none_read_but_by_import():
@@ -175,7 +242,9 @@ def test_no_pickle_is_written_and_none_read_but_by_import():
 
 
 def test_version_is_in_one_place():
-    done = subprocess.run([sys.executable, "-m", "rcmae", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "rcmae", "--version"], capture_output=True, text=True, check=True
+    )
     text = (SOURCE / "__init__.py").read_text()
     assert done.stdout.strip() == re.search(r'__version__ = "(.+)"', text)[1]
 

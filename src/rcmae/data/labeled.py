@@ -1,0 +1,118 @@
+"""Labeled data for evaluation: a training and a test part with the same class names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from ..config import how_many
+from ..errors import DataError
+from .base import Source, Subset
+from .sources import kind_of, open_source
+
+TEST_EVERY = 5
+"Without a validation part, every fifth image of each class is held out."
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """Two parts with labels from 0 to len(classes) - 1, and notes for the user."""
+
+    train: Subset
+    test: Subset
+    classes: list[str]
+    notes: tuple[str, ...] = ()
+
+
+def open_labeled(
+    data: str, val: str | None = None, *, channels: int = 3, size: int = 32, tested: str | None = None
+) -> Labeled:
+    """Open `data` that has a training and a test part, such as a folder with train/ and val/, or one labeled
+    set, with `val` as its test part.
+
+    Without `val`, one set is split: every fifth image of each class is for testing. For an already trained
+    classifier, `tested` is the start of the fingerprint of its test images: if they are the same, it is
+    tested on them, since it was trained on the others, otherwise on all. `size` is that of generated
+    images. Raises DataError if there are no labels, fewer than two classes, or test classes that the training
+    part lacks.
+    """
+    kind = kind_of(data)
+    parts = (data, val) if val else kind.parts(data) if kind else None
+    if parts:
+        return _join(*(open_source(part, channels, size) for part in parts))
+    source = open_source(data, channels, size)
+    labels = _labels(source)
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in range(len(source.classes)):
+        held_out[np.flatnonzero(labels == label)[TEST_EVERY - 1 :: TEST_EVERY]] = True
+    known = labels >= 0
+    train, test = (Subset(source, np.flatnonzero(part & known)) for part in (~held_out, held_out))
+    note = f"{data} has no validation part: every {TEST_EVERY}th image of each class is held out for testing"
+    if tested is not None and not (tested and test.fingerprint().startswith(tested)):
+        train = test = Subset(source, np.flatnonzero(known))
+        note = (
+            f"{data} has no validation part: testing on all images, possibly including the classifier's "
+            "training images"
+        )
+    return _checked(train, test, (note, *_unlabeled(source, labels)))
+
+
+def _join(train: Source, test: Source) -> Labeled:
+    """Two sources, with the test labels renumbered by class name to those of the training part."""
+    index = {name: i for i, name in enumerate(train.classes)}
+    train_labels, test_labels = _labels(train), _labels(test)
+    if unknown := [name for name in test.classes if name not in index]:
+        raise DataError(
+            f"{test.name} has {_count(unknown)} that {train.name} lacks: {_some(unknown)}; the class folders "
+            "must have the same names"
+        )
+    renumbered = np.array([index[name] for name in test.classes], dtype=np.int64)
+    known = [np.flatnonzero(labels >= 0) for labels in (train_labels, test_labels)]
+    parts = (
+        Subset(train, known[0], train_labels[known[0]], train.classes),
+        Subset(test, known[1], renumbered[test_labels[known[1]]], train.classes),
+    )
+    return _checked(*parts, (*_unlabeled(train, train_labels), *_unlabeled(test, test_labels)))
+
+
+def _labels(source: Source) -> Int[np.ndarray, " n"]:
+    if source.labels is None:
+        raise DataError(
+            f"{source.name} has no labels, or only one class: there must be a folder for each class, or "
+            "shards with .cls files"
+        )
+    if (largest := source.labels.max(initial=-1)) >= len(source.classes):
+        image = source.where(int(source.labels.argmax()))
+        raise DataError(
+            f"{source.name}: {image} has label {largest}, outside the set's "
+            f"{how_many(len(source.classes), 'class')}"
+        )
+    return source.labels
+
+
+def _checked(train: Subset, test: Subset, notes: tuple[str, ...]) -> Labeled:
+    for part in (train, test):
+        if not len(part):
+            raise DataError(f"{part.name} has no labeled image")
+    classes, train_labels, test_labels = list(train.classes), _labels(train), _labels(test)
+    if len(np.unique(train_labels)) < 2:
+        raise DataError(f"{train.name} has images of only one class ({classes[train_labels[0]]})")
+    if missing := [classes[i] for i in np.setdiff1d(np.arange(len(classes)), train_labels)]:
+        raise DataError(f"{train.name} has no image of {_count(missing)}: {_some(missing)}")
+    if untested := [classes[i] for i in np.setdiff1d(np.arange(len(classes)), test_labels)]:
+        notes = (*notes, f"{test.name} has no test image of {_count(untested)}: {_some(untested)}")
+    return Labeled(train, test, classes, (*notes, *dict.fromkeys([*train.notes, *test.notes])))
+
+
+def _unlabeled(source: Source, labels: Int[np.ndarray, " n"]) -> tuple[str, ...]:
+    unlabeled = how_many(count := int((labels < 0).sum()), "image")
+    return (f"left out of {source.name}: {unlabeled} of {len(labels):,} without a label",) if count else ()
+
+
+def _count(names: Sequence[str]) -> str:
+    return how_many(len(names), "class")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

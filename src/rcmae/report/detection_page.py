@@ -1,0 +1,156 @@
+"""`report.html` of a detector: precision, training, and its errors. Also pictures of its detections on any
+image."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from ..config import flat, recipe_hash
+from ..data.decode import BadImage, decode
+from ..engine import distributed
+from ..engine.distributed import World
+from ..engine.metrics import read_metrics
+from ..engine.run import read_json, translate_errors
+from ..errors import ConfigError, DataError
+from ..tasks.detection.average_precision import Precision
+from ..tasks.detection.examples import read_examples
+from ..tasks.detection.files import load_detector
+from ..tasks.detection.settings import load_detect
+from ..tasks.detection.views import fit
+from .build import failure_sentences, rate_figures, template
+from .curves import Line, column, plot
+from .detection_figures import as_data_uri, curve_figure, progress_figure, save_picture, side_by_side
+from .files import bad_files
+
+LOSSES = {
+    "loss_objectness": "proposals: objectness",
+    "loss_rpn_box_reg": "proposals: box",
+    "loss_classifier": "class",
+    "loss_box_reg": "box",
+    "loss_mask": "mask",
+}
+COLORS = ("baseline", "memory1", "student", "teacher", "gold")
+
+
+def render(run: Path) -> str:
+    """The page as text."""
+    recipe, lines = load_detect(str(run / "recipe.toml")), read_metrics(run)
+    machine, scores = (read_json(run / name) for name in ("machine.json", "scores.json"))
+    train, val, events = (
+        [line for line in lines if line.get("kind") == kind] for kind in ("train", "val", "event")
+    )
+    parts: dict[str, Precision] = {
+        name: Precision(**scores[name]) for name in ("box", "mask") if name in scores
+    }
+    losses = [
+        Line(name, color, column(train, "step"), column(train, key))
+        for (key, name), color in zip(LOSSES.items(), COLORS, strict=True)
+    ]
+    about = machine.get("about", {})
+    bad, bad_test = (bad_files(run / name) for name in ("bad_files.jsonl", "bad_test_files.jsonl"))
+    sentences = verdict(scores, parts, train, machine.get("steps"))
+    sentences += failure_sentences(train, bad, bad_test)
+    return template("detect.html.j2").render(
+        title=f"Object detection in {about.get('data_name', 'images')}, with "
+        f"{about.get('backbone_name', 'a backbone')}",
+        run=run.resolve().name,
+        path=run.as_posix(),
+        step=train[-1]["step"] if train else 0,
+        total=machine.get("steps"),
+        recipe=flat(recipe),
+        recipe_hash=recipe_hash(recipe),
+        machine=machine,
+        parts=parts,
+        verdict=sentences,
+        curves=curve_figure(parts) if parts else None,
+        progress=progress_figure(val) if len(val) > 1 else None,
+        losses=plot(losses, ylabel="loss") if train else None,
+        rates=rate_figures(train, recipe.schedule),
+        pictures=_pictures(run),
+        events=events[-20:],
+        bad=bad,
+        bad_test=bad_test,
+    )
+
+
+def verdict(
+    scores: dict[str, Any], parts: dict[str, Precision], train: list[dict[str, Any]], total: int | None
+) -> list[tuple[str, str]]:
+    """Sentences about the state of the run, the precision, and the hardest class.
+
+    Each is (good | note | bad, text).
+    """
+    if not parts:
+        at = f"at step {train[-1]['step']:,} of {total or 0:,}" if train else "before a step was recorded"
+        text = (
+            f"Running or stopped {at}: the same command resumes it. The loss of a detector tells little "
+            "about its precision, which is measured at the end."
+        )
+        return [("note", text)]
+    box, mask = (parts[name].stats for name in ("box", "mask"))
+    text = (
+        f"Finished: box AP {_percent(box['AP'])}, mask AP {_percent(mask['AP'])} on "
+        f"{scores['test_images']:,} test images."
+    )
+    sentences = [("good", text)]
+    text = (
+        f"At an overlap (IoU) of 0.5, box AP50 is {_percent(box['AP50'])} and mask AP50 "
+        f"{_percent(mask['AP50'])}; of all objects {_percent(mask['AR100'])} % are found by masks on average."
+    )
+    sentences.append(("note", text))
+    known = {name: ap for name, ap in parts["mask"].per_class.items() if ap is not None}
+    if len(known) > 1:
+        hardest = min(known, key=known.__getitem__)
+        text = f"The hardest of {len(known)} classes is {hardest} (mask AP {_percent(known[hardest])})."
+        sentences.append(("note", text))
+    return sentences
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _pictures(run: Path) -> dict[str, list[str]]:
+    """A picture for each example, by kind."""
+    file = run / "examples.safetensors"
+    if not file.exists():
+        return {}
+    classes, examples = read_examples(file)
+    return {
+        kind: [as_data_uri(side_by_side(*example, classes)) for example in chosen]
+        for kind, chosen in examples.items()
+    }
+
+
+def show_detections(
+    checkpoint: Path, images: Sequence[Path], out: Path, threshold: float = 0.5, device: str = "auto"
+) -> Iterator[Path]:
+    """Write pictures with boxes, masks, classes and scores of at least `threshold`; yields the path of each.
+
+    Raises the errors of `rcmae.errors`; DataError for unreadable images after all others are written.
+    """
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold must lie in 0 to 1, not {threshold:g}")
+    target = distributed.pick_device(device)
+    loaded = load_detector(checkpoint)
+    names = [f"{image.stem}.png" for image in images]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        names = [f"{number:03d}-{name}" if name in repeated else name for number, name in enumerate(names)]
+    out.mkdir(parents=True, exist_ok=True)
+    channels = cast(Tensor, loaded.model.mean).shape[1]
+    bad = []
+    for image, name in zip(images, names, strict=True):
+        try:
+            pixels = decode(image.read_bytes(), channels)
+        except (OSError, BadImage) as e:
+            bad.append(f"{image}: {getattr(e, 'strerror', None) or e}")
+            continue
+        with translate_errors(target, World(), "try --device cpu"):
+            model = loaded.model.to(target)
+            [detected] = model.detect([fit(pixels, loaded.settings.size).to(target)], [pixels.shape[:2]])
+        save_picture(pixels, detected, loaded.classes, out / name, threshold)
+        yield out / name
+    if bad:
+        raise DataError(f"cannot read the image {'; '.join(bad)}")
