@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join(
     map(str, (ROOT, ROOT / "src"))
-)  # processes of tests import this checkout
+)  # child processes of tests import this checkout
 GOLDEN = ROOT / "tests" / "golden"
 
 
@@ -38,10 +38,10 @@ def _seed():
 
 
 class Undrawn(curves.Figure):
-    """An empty figure, for pages that nobody looks at: in most tests, drawing those of a run would take
-    longer than its training."""
+    """An empty figure, for pages whose figures are not tested: drawing those of a run would take longer than
+    its training."""
 
-    def savefig(self, file, **how) -> None:
+    def savefig(self, file, **options) -> None:
         file.write("<svg></svg>")
 
 
@@ -86,7 +86,7 @@ def batch_for(method, size: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random images and orders that fit a method."""
     g = torch.Generator().manual_seed(seed)
     h, w = method.recipe.images.shape
-    if not isinstance(method, rcmae.methods.MAE):  # crops: what the method's own views make of random images
+    if not isinstance(method, rcmae.methods.MAE):  # crops: the views of the method applied to random images
         draws = np.random.default_rng(seed)
         pictures = [
             draws.integers(0, 256, (h + 8, w + 4, method.recipe.images.channels), dtype=np.uint8)

@@ -38,7 +38,7 @@ def main(out: Path, data: Path, case: str) -> int:
     """Run one rank; returns its exit code."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    if case == "nan" and rank == 1:  # one rank alone sees a loss that is not finite
+    if case == "nan" and rank == 1:  # the loss is not finite on one rank only
         forward = RCMAE.forward
 
         def poisoned(method, batch, t):
@@ -46,9 +46,9 @@ def main(out: Path, data: Path, case: str) -> int:
             return losses | {"loss": losses["loss"] * float("nan")} if t.step == 2 else losses
 
         RCMAE.forward = poisoned
-    if case == "lost" and rank == 1:  # one rank is gone, as by SIGKILL
+    if case == "lost" and rank == 1:  # one rank exits as if it was killed
         pretraining.Pretraining.update = lambda *args: os._exit(9)
-    if case == "stop" and rank == 1:  # one rank alone gets the signal
+    if case == "stop" and rank == 1:  # only one rank receives the signal
         update = pretraining.Pretraining.update
 
         def stopping(self, t):
@@ -64,18 +64,18 @@ def main(out: Path, data: Path, case: str) -> int:
         return 0
     if case == "detect":
         sets = open_coco("bundled:scenes", train_images=8, test_images=5, size=64)
-        sets[0].notes.append("said once")
-        commands.open_coco = lambda *names, **facts: sets
+        sets[0].notes.append("printed once")
+        commands.open_coco = lambda *names, **args: sets
         finish = dt.DetectionTraining.finish
 
-        def kept(self):
+        def save_and_finish(self):
             save_file(self.model.state_dict(), data / f"rank{rank}.safetensors")
-            (data / f"found{rank}.json").write_text(json.dumps(random_init(sets[1], self.world)))
+            (data / f"detections{rank}.json").write_text(json.dumps(random_init(sets[1], self.world)))
             return finish(self)
 
-        dt.DetectionTraining.finish = kept
-        own = ["--recipe", f"{data}/tiny.toml", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
-        return cli.main(["detect", "train", f"{data}/backbone", "--out", str(out), *own])
+        dt.DetectionTraining.finish = save_and_finish
+        args = ["--recipe", f"{data}/tiny.toml", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
+        return cli.main(["detect", "train", f"{data}/backbone", "--out", str(out), *args])
     try:
         run(out, data, **METHODS.get(case, {"steps": 6}))
     except Preempted as e:
@@ -83,5 +83,5 @@ def main(out: Path, data: Path, case: str) -> int:
         assert "saved at step 4" in str(e)
     except ProcessError as e:
         assert case == "lost", e
-        (out / "said.txt").write_text(str(e))
+        (out / "error.txt").write_text(str(e))
     return 0

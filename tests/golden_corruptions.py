@@ -50,25 +50,25 @@ def thumbnail(image: np.ndarray) -> str:
 
 def outputs() -> dict[str, list[str]]:
     """By "size corruption/severity", the SHA-256 of the pixels, for seed 0 and image 7, and a thumbnail."""
-    found = {}
+    results = {}
     for size, shape in SIDES.items():
         image = picture(shape)
         for name in CORRUPTIONS:
             for severity in range(1, 6):
                 changed = corrupt(image, name, severity, seed=0, index=7)
-                found[f"{size} {name}/{severity}"] = [
+                results[f"{size} {name}/{severity}"] = [
                     hashlib.sha256(changed.tobytes()).hexdigest(),
                     thumbnail(changed),
                 ]
-    return found
+    return results
 
 
 if __name__ == "__main__":
     old = json.loads(FILE.read_text()) if FILE.exists() else {"outputs": {}}
     new = outputs()
-    for place, (digest, _) in new.items():
-        if old["outputs"].get(place, [None])[0] != digest:
-            print(f"{place}: other pixels")
+    for key, (digest, _) in new.items():
+        if old["outputs"].get(key, [None])[0] != digest:
+            print(f"{key}: other pixels")
     if "--write" in sys.argv:
-        lines = ",\n".join(f"  {json.dumps(place)}: {json.dumps(both)}" for place, both in new.items())
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in new.items())
         FILE.write_text(f'{{"versions": {json.dumps(versions())},\n "outputs": {{\n{lines}\n}}}}\n')

@@ -41,7 +41,7 @@ def steps(name: str) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["eps"] = EPS
     trained = [p for p in method.student.parameters() if p.requires_grad]
-    found = {}
+    values = {}
     for step in range(1, LAST + 1):
         before = [p.detach().clone() for p in trained]
         t = Progress(step - 1, 10, 5)
@@ -54,13 +54,13 @@ def steps(name: str) -> dict[str, float]:
         method.after_step(t, torch.ones(()))
         if step in (1, LAST):
             update = rms(p.detach() - b for p, b in zip(trained, before, strict=True))
-            found |= {f"step {step} {k}": v.item() for k, v in losses.items()}
-            found |= {
+            values |= {f"step {step} {k}": v.item() for k, v in losses.items()}
+            values |= {
                 f"step {step} gradient": gradient,
                 f"step {step} update": update,
                 f"step {step} weights": rms(method.parameters()),
             }
-    return found
+    return values
 
 
 def all_methods() -> dict[str, dict[str, float]]:

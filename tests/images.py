@@ -1,4 +1,4 @@
-"""All good, odd and bad kinds of images, as bytes; `python -m tests.images FOLDER` writes them."""
+"""Regular, unusual and unreadable images, as bytes; `python -m tests.images FOLDER` writes them."""
 
 import io
 import struct
@@ -31,7 +31,7 @@ def tiff(values: np.ndarray, **options) -> bytes:
 
 
 def huge_png(side: int = 30_000) -> bytes:
-    """A PNG whose header says side x side, in a few hundred bytes."""
+    """A PNG whose header declares side x side pixels, in a few hundred bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -46,7 +46,7 @@ def odd() -> dict[str, tuple[bytes, np.ndarray]]:
     rgb = np.stack([gray] * 3, 2)
     rotated = Image.fromarray(rgb)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter to the right
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     palette = Image.fromarray(rgb).quantize(256)
     see_through = np.concatenate([rgb, np.full((24, 32, 1), 255, np.uint8)], 2)
     see_through[:12, :, 3] = 0

@@ -55,7 +55,7 @@ def apply(key: str) -> None:
     for parent in parents:
         owner = getattr(owner, parent)
     setattr(owner, name, make(getattr(owner, name)))
-    # These modules hold the original under names of their own, and are to be imported again.
+    # These modules hold references to the original, and must be imported again.
     for each in [each for each in sys.modules.keys() - loaded if each.startswith(("tests.", "benchmarks."))]:
         parent, _, child = each.rpartition(".")
         del sys.modules[each]

@@ -34,20 +34,20 @@ def images(n: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
     return low + (high - low) * torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def said(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(x).argmax(1)
 
 
 @pytest.fixture
 def network() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """Random weights, so nonlinear that restarts matter. Its own predictions are the labels, except for every
+    """Random weights, so nonlinear that restarts matter. Its predictions are the labels, except for every
     tenth image."""
     torch.manual_seed(0)
     model, x = Standardized(nn.Linear(192, 64), nn.GELU(), nn.Linear(64, 5)).eval(), images(300)
     with torch.no_grad():
         model.net[1].weight *= 2
-    labels = said(model, x)
+    labels = predict(model, x)
     labels[::10] = (labels[::10] + 1) % 5
     return model, x, labels
 
@@ -65,59 +65,63 @@ def network() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     "attack", [fgsm(2.0), pgd(2.0), pgd(2.0, steps=7, restarts=3)], ids=["fgsm", "pgd", "restarts"]
 )
 @pytest.mark.parametrize("span", [(0.1, 0.9), (0.0, 1.0)], ids=["inside", "at the border"])
-def test_a_linear_model_has_a_closed_form(attack, span):
+def test_attacks_on_a_linear_model_match_the_closed_form(attack, span):
     """The lowest margin is margin - sum |w| * (eps, or the distance to 0 or 1), with w per pixel: the weights
     over the standard deviations."""
     torch.manual_seed(0)
     model, x = linear(), images(300, *span)
     if span[0] == 0:
         x = x.round(decimals=1)  # many pixels at 0 and at 1
-    labels, eps = said(model, x), attack.eps / 255
+    labels, eps = predict(model, x), attack.eps / 255
     weight = model.net[1].weight
     w = ((weight[1] - weight[0]).view(3, 8, 8) / STD).detach() * (2 * labels - 1).view(-1, 1, 1, 1)
-    room = torch.where(w > 0, x, 1 - x).clamp(max=eps)
+    max_change = torch.where(w > 0, x, 1 - x).clamp(max=eps)
 
     def margin(x):
         with torch.no_grad():
             logits = model(x)
         return (logits[:, 1] - logits[:, 0]) * (2 * labels - 1)
 
-    worst = margin(x) - (w.abs() * room).sum((1, 2, 3))
+    worst = margin(x) - (w.abs() * max_change).sum((1, 2, 3))
     assert (worst.abs() > 1e-5).all() and 30 < (worst > 0).sum() < 270, (
-        "the test needs both kinds, none on the brink"
+        "the attack succeeds on some images and fails on others, none within rounding"
     )
-    moved, right = attacked(model, x, labels, attack)
-    assert torch.equal(right, worst > 0)
-    torch.testing.assert_close(margin(moved)[right], worst[right], rtol=0, atol=2e-6)
+    perturbed, correct = attacked(model, x, labels, attack)
+    assert torch.equal(correct, worst > 0)
+    torch.testing.assert_close(margin(perturbed)[correct], worst[correct], rtol=0, atol=2e-6)
     if span[0] > 0:
         torch.testing.assert_close(worst, margin(x) - eps * w[0].abs().sum(), rtol=0, atol=2e-6)
 
 
 def test_misclassified_images_are_not_attacked(network):
     model, x, labels = network
-    wrong = said(model, x) != labels
-    assert wrong.sum() == 30
+    misclassified = predict(model, x) != labels
+    assert misclassified.sum() == 30
     for attack in (fgsm(4.0), pgd(4.0, restarts=2)):
-        moved, right = attacked(model, x, labels, attack)
-        assert not right[wrong].any() and torch.equal(moved[wrong], x[wrong])
-        assert torch.equal(said(model, moved) == labels, right), "what it returns is what it says"
-    nothing_left = attacked(model, x[wrong], labels[wrong], pgd(4.0, restarts=2))
-    assert torch.equal(nothing_left[0], x[wrong]) and not nothing_left[1].any()
+        perturbed, correct = attacked(model, x, labels, attack)
+        assert not correct[misclassified].any() and torch.equal(perturbed[misclassified], x[misclassified])
+        assert torch.equal(predict(model, perturbed) == labels, correct), (
+            "the returned images agree with the returned correctness"
+        )
+    rest = attacked(model, x[misclassified], labels[misclassified], pgd(4.0, restarts=2))
+    assert torch.equal(rest[0], x[misclassified]) and not rest[1].any()
 
 
 def test_restarts_only_lower_the_accuracy_and_batch_boundaries_do_not_matter(network):
     model, x, labels = network
     three = pgd(3.0, steps=3, restarts=3)
-    one, all_three = (attacked(model, x, labels, attack)[1] for attack in (replace(three, restarts=1), three))
-    assert (all_three <= one).all() and all_three.sum() < one.sum()
-    whole, right = attacked(model, x, labels, three, seed=5)
+    one_restart, three_restarts = (
+        attacked(model, x, labels, attack)[1] for attack in (replace(three, restarts=1), three)
+    )
+    assert (three_restarts <= one_restart).all() and three_restarts.sum() < one_restart.sum()
+    full, correct = attacked(model, x, labels, three, seed=5)
     part, _ = attacked(model, x[23:40], labels[23:40], three, seed=5, indices=range(23, 40))
-    torch.testing.assert_close(part, whole[23:40], rtol=0, atol=1e-6)
+    torch.testing.assert_close(part, full[23:40], rtol=0, atol=1e-6)
     parts = zip(*(v.split(70) for v in (x, labels, torch.arange(300))), strict=True)
     assert torch.equal(
-        torch.cat([attacked(model, *two, three, 5, i.tolist())[1] for *two, i in parts]), right
+        torch.cat([attacked(model, *two, three, 5, i.tolist())[1] for *two, i in parts]), correct
     )
-    assert not torch.equal(attacked(model, x, labels, three, seed=6)[0], whole)
+    assert not torch.equal(attacked(model, x, labels, three, seed=6)[0], full)
 
 
 def test_the_weights_get_no_gradient(network):
@@ -128,52 +132,52 @@ def test_the_weights_get_no_gradient(network):
 
 @pytest.mark.parametrize("attack", [fgsm(1.0), pgd(1.0), pgd(4.0, steps=30, restarts=2)])
 def test_sanity_checks_hold(network, attack):
-    found = sanity(*network, attack)
-    assert len(found) == 6 and all(check.holds for check in found.values()), found
+    checks = sanity(*network, attack)
+    assert len(checks) == 6 and all(check.holds for check in checks.values()), checks
 
 
-def fails(name: str, model, x, labels, attack: Attack) -> None:
-    found = sanity(model, x, labels, attack)
-    assert not found[name].holds, found
+def assert_fails(name: str, model, x, labels, attack: Attack) -> None:
+    checks = sanity(model, x, labels, attack)
+    assert not checks[name].holds, checks
 
 
 def test_each_sanity_check_can_fail(network, monkeypatch):
     model, x, labels = network
     torch.manual_seed(0)
-    fails("eps 0 equals clean", nn.Sequential(model, nn.Dropout(0.5)).train(), x, labels, pgd(1.0))
-    fails("PGD is not above FGSM", model, x, labels, Attack(1.0, 1, 0.0, 0))
-    fails(
+    assert_fails("eps 0 equals clean", nn.Sequential(model, nn.Dropout(0.5)).train(), x, labels, pgd(1.0))
+    assert_fails("PGD is not above FGSM", model, x, labels, Attack(1.0, 1, 0.0, 0))
+    assert_fails(
         "without a bound no image stays correct",
         nn.Sequential(Quantized(), model),
         x,
         labels,
         pgd(1.0, steps=20),
     )
-    fails("twice the steps are not stronger", model, x, labels, Attack(2.0, 2, 0.1, 0))
-    honest = attacked
-    # eps in deviations instead of pixels, the classic mistake; an attack that loses its way with more steps
+    assert_fails("twice the steps are not stronger", model, x, labels, Attack(2.0, 2, 0.1, 0))
+    original = attacked
+    # eps in deviations instead of pixels, a common mistake; then an attack that gets weaker with more steps
     monkeypatch.setattr(
         adversarial,
         "attacked",
-        lambda m, x, y, a, s: honest(m, x, y, replace(a, eps=min(255, a.eps / 0.225)), s),
+        lambda m, x, y, a, s: original(m, x, y, replace(a, eps=min(255, a.eps / 0.225)), s),
     )
-    fails("distance is never above eps", model, x, labels, pgd(1.0))
+    assert_fails("distance is never above eps", model, x, labels, pgd(1.0))
     monkeypatch.setattr(
         adversarial,
         "attacked",
-        lambda m, x, y, a, s: honest(m, x, y, replace(a, steps=max(1, 20 - a.steps)), s),
+        lambda m, x, y, a, s: original(m, x, y, replace(a, steps=max(1, 20 - a.steps)), s),
     )
-    fails("more steps are not weaker", model, x, labels, Attack(2.0, 8, 0.1, 0))
+    assert_fails("more steps are not weaker", model, x, labels, Attack(2.0, 8, 0.1, 0))
 
 
 class Quantized(nn.Module):
-    """Masks gradients: eight levels of gray, with a slope of 0."""
+    """Rounds to eight levels of gray, whose gradient is zero."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return (7 * images).round() / 7
 
 
-def test_attacks_have_names_and_refuse_what_makes_no_sense():
+def test_attack_names_and_invalid_attack_settings():
     attacks = [fgsm(0.5), pgd(8.0), pgd(4.0, steps=5, restarts=3), Attack(1, 10, 0.25, 0)]
     assert [attack.name for attack in attacks] == [
         "FGSM 0.5/255",

@@ -51,8 +51,8 @@ def _quick(monkeypatch, digits):
 
 
 def run(out: Path, runtime: dict | None = None, **changes) -> pretraining.Result:
-    own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"} | (runtime or {})
-    return pretraining.pretrain(small(**{"steps": STEPS} | changes), RuntimeConfig(out=out, **own))
+    options = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"} | (runtime or {})
+    return pretraining.pretrain(small(**{"steps": STEPS} | changes), RuntimeConfig(out=out, **options))
 
 
 def recorded(out: Path) -> list[dict]:
@@ -63,8 +63,8 @@ def printed(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("alarm ")]
 
 
-def in_fault(name: str, out: Path, runtime: dict | None = None) -> None:
-    """A run with a fault, from its start or from its resume on."""
+def run_with_fault(name: str, out: Path, runtime: dict | None = None) -> None:
+    """A run with a fault, from its start or from its resumption."""
     fault = FAULTS[name]
     runtime = {"accumulate": fault.accumulate} | (runtime or {})
     if fault.resumes:
@@ -76,17 +76,17 @@ def in_fault(name: str, out: Path, runtime: dict | None = None) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_raises_its_own_alarm_once(tmp_path, capsys, name):
-    in_fault(name, tmp_path / "run")
+    run_with_fault(name, tmp_path / "run")
     alarms = recorded(tmp_path / "run")
     assert [a["name"] for a in alarms] == [FAULTS[name].alarm]
     assert printed(capsys.readouterr().out) == [f"alarm {alarms[0]['name']}: {alarms[0]['text']}"]
-    works, does_nothing = (
+    effective, ineffective = (
         ("--momentum", "--half-life")
         if "schedule" in FAULTS[name].settings
         else ("--half-life", "--momentum")
     )
-    assert SETTING.get(alarms[0]["name"], works) in alarms[0]["text"]
-    assert does_nothing not in alarms[0]["text"]
+    assert SETTING.get(alarms[0]["name"], effective) in alarms[0]["text"]
+    assert ineffective not in alarms[0]["text"]
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,11 @@ def test_stop_ends_the_run_and_the_same_command_resumes_it(tmp_path, capsys):
     run that only warns."""
     with patched("rcmae.models.teacher:Teacher.__init__", FAULTS["the teacher is in training mode"].wrap):
         assert command(tmp_path / "run") == 5
-        said = capsys.readouterr()
+        captured = capsys.readouterr()
         assert re.fullmatch(
             r"rcmae: error: alarm teacher-training: .*; stopped at step 1, "
             r"its checkpoint is kept; the same .*\n",
-            said.err,
+            captured.err,
         )
         assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000001"
         assert command(tmp_path / "run") == 0
@@ -175,7 +175,7 @@ def test_a_stale_teacher_is_never_saved(tmp_path):
     raises the alarm again."""
     stop = {"on_alarm": "stop"}
     with pytest.raises(AlarmError, match=f"stopped at step {STEPS // 2}"):
-        in_fault("the teacher is stale after a resume", tmp_path / "run", stop)
+        run_with_fault("the teacher is stale after a resume", tmp_path / "run", stop)
     with patched("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2 + 4)), pytest.raises(Preempted):
         run(tmp_path / "run", stop)
     fault = FAULTS["the teacher is stale after a resume"]
@@ -185,11 +185,11 @@ def test_a_stale_teacher_is_never_saved(tmp_path):
     ):
         run(tmp_path / "run", stop)
     run(tmp_path / "run", stop)
-    run(tmp_path / "straight")
-    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+    run(tmp_path / "uninterrupted")
+    assert weights(tmp_path / "run") == weights(tmp_path / "uninterrupted")
 
 
-# --- at the edge --------------------------------------------------------------------------------------------
+# --- thresholds ---------------------------------------------------------------------------------------------
 
 
 def at_start(step: int, **changes) -> list[str]:
@@ -201,14 +201,14 @@ def at_start(step: int, **changes) -> list[str]:
 
 
 @pytest.mark.parametrize("step", [0, 100, 399])
-def test_a_half_life_is_too_long_beyond_the_limit_of_adaptive(step):
+def test_a_half_life_above_the_limit_of_adaptive_raises_an_alarm(step):
     assert at_start(step, half_life="adaptive") == []
     assert at_start(step, half_life="10%") == []
     assert at_start(step, half_life="11%") == ["teacher-drag"]
 
 
 @pytest.mark.parametrize("step", [0, 100, 399])
-def test_a_schedule_is_judged_by_its_start_also_in_a_resumed_run(step):
+def test_a_resumed_run_also_checks_the_momentum_at_the_start_of_its_schedule(step):
     assert at_start(step, schedule="cosine", momentum=0.95) == []
     assert at_start(step, schedule="cosine", momentum=1.0) == ["momentum-one"]
     assert at_start(step, half_life="1e30 steps") == ["momentum-one"]
@@ -235,17 +235,19 @@ def test_a_schedule_is_judged_by_its_start_also_in_a_resumed_run(step):
         ),
     ],
 )
-def test_advice_is_a_setting_that_the_schedule_reads(changes, advice):
+def test_alarms_recommend_only_settings_that_the_schedule_uses(changes, advice):
     (alarm,) = Alarms(method_for(small(**changes)), 400, 8).at_start(Progress(0, 400, 8))
     assert alarm.text.endswith(advice)
 
 
-def test_a_run_that_an_alarm_ends_has_it_on_its_page(tmp_path, monkeypatch):
-    """Even if the page was drawn just before."""
+def test_an_alarm_that_stops_the_run_is_on_its_page(tmp_path, monkeypatch):
+    """Even if the page was written just before."""
     drawn = []
 
     def draw(run: Path) -> None:
-        time.sleep(0.3)  # the next milestone's page would wait for twenty times that
+        time.sleep(
+            0.3
+        )  # pages of milestones are written only after twenty times the duration of the last one
         drawn.append(recorded(run))
 
     monkeypatch.setattr(pretraining, "write_report", draw)

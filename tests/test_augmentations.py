@@ -1,6 +1,6 @@
 """Every view that a shipped recipe draws, thousands of times, so that rare draws are tested too.
 
-New releases of libraries refuse new inputs; a training on a million images would meet all of them."""
+New releases of libraries reject other inputs, and training on a million images would meet all of them."""
 
 import numpy as np
 import pytest
@@ -31,8 +31,8 @@ def photograph(seed: int, h: int = 20, w: int = 26) -> np.ndarray:
 
 
 def views_of(settings: FineTuneRecipe, shape: tuple[int, int] = (16, 16)) -> SupervisedView:
-    drawn = {k: getattr(settings, k) for k in ("flip", "randaugment", "erasing")}
-    return SupervisedView(shape, *STATISTICS, scale=settings.crop_scale, **drawn)
+    options = {k: getattr(settings, k) for k in ("flip", "randaugment", "erasing")}
+    return SupervisedView(shape, *STATISTICS, scale=settings.crop_scale, **options)
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "rand-m15-mmax20-n3-inc1"])
@@ -42,45 +42,45 @@ def test_every_operation_of_randaugment_works_at_every_magnitude(policy):
     )
     image = Image.fromarray(photograph(3))
     for operation in view.augment.ops:
-        most = int(operation.magnitude_max or 10)
-        for magnitude in np.linspace(0, most, 4 * most + 1):
-            for _ in range(4):  # the sign is drawn
+        largest = int(operation.magnitude_max or 10)
+        for magnitude in np.linspace(0, largest, 4 * largest + 1):
+            for _ in range(4):  # the sign is random
                 arguments = operation.level_fn(magnitude, operation.hparams) if operation.level_fn else ()
                 changed = operation.aug_fn(image, *arguments, **operation.kwargs)
                 assert (changed.size, changed.mode) == (image.size, "RGB"), (operation.name, magnitude)
 
 
-def test_an_image_that_keeps_no_bit_is_black_and_one_that_keeps_four_has_sixteen_levels():
+def test_posterize_keeps_between_zero_and_four_bits():
     view = views_of(load_finetune("folder"))
     (posterize,) = [o for o in view.augment.ops if o.name == "PosterizeIncreasing"]
     image = Image.fromarray(photograph(3))
-    kept = {
+    levels = {
         m: np.unique(np.array(posterize.aug_fn(image, *posterize.level_fn(m, posterize.hparams))))
         for m in (0.0, 9.0, 10.0)
     }
-    assert kept[10.0].tolist() == [0]
-    assert kept[9.0].tolist() == [0, 128]
-    assert 10 < len(kept[0.0]) <= 16 and not (kept[0.0] % 16).any()
+    assert levels[10.0].tolist() == [0]
+    assert levels[9.0].tolist() == [0, 128]
+    assert 10 < len(levels[0.0]) <= 16 and not (levels[0.0] % 16).any()
 
 
 @pytest.mark.parametrize("name", shipped_recipes("finetune"))
 def test_views_of_a_recipe_of_fine_tuning(name):
     view = views_of(load_finetune(name))
     for seed in range(DRAWS):
-        drawn = view(photograph(seed), np.random.default_rng(seed))["image"]
-        assert drawn.shape == (3, 16, 16) and drawn.isfinite().all()
+        sample = view(photograph(seed), np.random.default_rng(seed))["image"]
+        assert sample.shape == (3, 16, 16) and sample.isfinite().all()
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_views_of_a_recipe_of_pre_training(name):
     recipe = load_recipe(name)
-    with torch.device("meta"):  # views ask the network for its grid alone
+    with torch.device("meta"):  # views need only the grid of the network
         view = METHODS[recipe.method](
             changed(recipe, **{k: v for k, v in SMALL.items() if k in flags(type(recipe))}), *STATISTICS
         ).views()
     for seed in range(DRAWS // 20):  # of up to twelve crops each
-        drawn = view(photograph(seed), np.random.default_rng(seed))
-        assert drawn["image"].shape[-3:] == (3, 32, 32) and drawn["image"].dtype == torch.uint8
+        sample = view(photograph(seed), np.random.default_rng(seed))
+        assert sample["image"].shape[-3:] == (3, 32, 32) and sample["image"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize("name", shipped_recipes("detection"))
@@ -90,7 +90,7 @@ def test_views_of_a_recipe_of_detection(name):
     for seed in range(DRAWS):
         draws = np.random.default_rng(seed)
         masks = draws.random((3, 20, 26)) < draws.random((3, 1, 1))
-        drawn = view(photograph(seed), Objects(np.array([1, 2, 3]), masks), draws)
-        assert drawn["image"].shape == (3, 32, 32) and len(drawn["boxes"]) == len(drawn["labels"]) == len(
-            drawn["masks"]
+        sample = view(photograph(seed), Objects(np.array([1, 2, 3]), masks), draws)
+        assert sample["image"].shape == (3, 32, 32) and len(sample["boxes"]) == len(sample["labels"]) == len(
+            sample["masks"]
         )

@@ -38,38 +38,38 @@ def save(folder, step, model=None, keep=2):
     return cp.save_checkpoint(folder, *(model or trained()), STATE | {"step": step}, keep)
 
 
-def test_what_is_loaded_is_what_was_saved(tmp_path):
+def test_a_loaded_checkpoint_equals_the_saved_state(tmp_path):
     method, optimizer = trained()
     path = save(tmp_path, 2, (method, optimizer))
     other, fresh = trained(0)
     assert cp.load_checkpoint(path, other, fresh) == STATE | {"step": 2}
     for name, value in method.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
-    mine, theirs = cp.optimizer_state(method, optimizer), cp.optimizer_state(other, fresh)
-    assert mine.keys() == theirs.keys()
-    assert len(mine) > 30
-    assert all(torch.equal(v, theirs[k]) for k, v in mine.items())
+    saved, loaded = cp.optimizer_state(method, optimizer), cp.optimizer_state(other, fresh)
+    assert saved.keys() == loaded.keys()
+    assert len(saved) > 30
+    assert all(torch.equal(v, loaded[k]) for k, v in saved.items())
     assert any(k.startswith("teacher") for k in method.state_dict())
 
 
 @catches("hashes are not verified", "rcmae.engine.checkpoint:verify", lambda old: lambda path: None)
-def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
+def test_flipped_bits_and_truncated_files_are_detected(tmp_path):
     path = save(tmp_path, 1)
     rng = random.Random(0)
     for name in ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
         file = path / name
-        whole = file.read_bytes()
+        original = file.read_bytes()
         for _ in range(40):
-            damaged = bytearray(whole)
+            damaged = bytearray(original)
             if rng.random() < 0.5:
                 damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
             else:
                 damaged = damaged[: rng.randrange(len(damaged))]
             file.write_bytes(damaged)
-            if name == "manifest.json" and json_equal(damaged, whole):
+            if name == "manifest.json" and json_equal(damaged, original):
                 continue
             assert cp.verify(path), name
-        file.write_bytes(whole)
+        file.write_bytes(original)
         assert cp.verify(path) is None
 
 
@@ -86,28 +86,28 @@ def json_equal(a: bytes, b: bytes) -> bool:
     "rcmae.engine.checkpoint:checkpoints",
     lambda old: lambda folder: sorted(folder.glob("step_*"), key=lambda p: p.stat().st_size)[-1:],
 )
-def test_a_damaged_newest_falls_back_and_all_damaged_is_an_error(tmp_path):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
-    said = []
+    messages = []
     (tmp_path / "step_00000002" / "model.safetensors").write_bytes(b"x")
-    assert cp.newest(tmp_path, said.append).name == "step_00000001"
-    assert "step_00000002 is damaged (model.safetensors does not match its hash)" in said[0]
+    assert cp.newest(tmp_path, messages.append).name == "step_00000001"
+    assert "step_00000002 is damaged (model.safetensors does not match its hash)" in messages[0]
     (tmp_path / "step_00000001" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="every checkpoint .* is damaged"):
-        cp.newest(tmp_path, said.append)
+        cp.newest(tmp_path, messages.append)
     assert cp.newest(tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize("manifest", [b"{}", b"[]", b"3", b'{"state.json": "x"}'])
-def test_an_incomplete_manifest_is_damage(tmp_path, manifest):
+def test_an_incomplete_manifest_is_reported_as_damage(tmp_path, manifest):
     path = save(tmp_path, 1)
     (path / "manifest.json").write_bytes(manifest)
     assert cp.verify(path) == "its manifest is incomplete"
 
 
 def test_metrics_survive_a_full_disk_at_a_resume(tmp_path, monkeypatch):
-    """The metrics are cut back to the checkpoint by replacing the file: the old one stays until the new one
+    """The metrics are cut back to the checkpoint by replacing the file: the old file stays until the new one
     is complete."""
     (tmp_path / "metrics.jsonl").write_text(
         '{"kind": "train", "step": 1}\n5\n{"kind": "train", "step": 9}\n{"ki'
@@ -148,14 +148,14 @@ def test_metrics_survive_a_full_disk_at_a_resume(tmp_path, monkeypatch):
 )
 def test_a_malformed_line_of_the_metrics_is_left_out(tmp_path, text):
     """Anywhere in the file; the next resume removes it from the file too."""
-    fine = '{"kind": "train", "step": 1}'
-    (tmp_path / "metrics.jsonl").write_text(f"{text}\n{fine}\n{text}\n")
-    assert read_metrics(tmp_path) == [json.loads(fine)]
+    valid = '{"kind": "train", "step": 1}'
+    (tmp_path / "metrics.jsonl").write_text(f"{text}\n{valid}\n{text}\n")
+    assert read_metrics(tmp_path) == [json.loads(valid)]
     Metrics(tmp_path, 1, 1).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == fine + "\n"
+    assert (tmp_path / "metrics.jsonl").read_text() == valid + "\n"
 
 
-def test_the_last_record_of_a_repeated_milestone_is_read(tmp_path):
+def test_only_the_last_record_of_a_repeated_milestone_is_read(tmp_path):
     """Other lines may occur twice in a step."""
     lines = [
         {"kind": "probe", "step": 1, "student": {"linear": 1.0}},
@@ -173,15 +173,15 @@ def test_the_last_record_of_a_repeated_milestone_is_read(tmp_path):
 
 def test_a_resume_continues_every_sink_at_the_same_step(tmp_path, monkeypatch):
     """W&B by the run's id, TensorBoard without the points after the checkpoint."""
-    asked, purged = [], []
+    init_options, purge_steps = [], []
     wandb = SimpleNamespace(
         init=lambda **options: (
-            asked.append(options) or SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
+            init_options.append(options) or SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
         )
     )
     board = SimpleNamespace(
         SummaryWriter=lambda place, purge_step: (
-            purged.append(purge_step) or SimpleNamespace(add_scalar=lambda *a: None, close=lambda: None)
+            purge_steps.append(purge_step) or SimpleNamespace(add_scalar=lambda *a: None, close=lambda: None)
         )
     )
     monkeypatch.setattr(
@@ -189,14 +189,14 @@ def test_a_resume_continues_every_sink_at_the_same_step(tmp_path, monkeypatch):
     )
     for step in (None, 3):
         Metrics(tmp_path, step, tensorboard=True, wandb="project").close()
-    assert asked[0]["id"] == asked[1]["id"] != ""
-    assert asked[0]["resume"] == "allow"
-    assert purged == [None, 4]
+    assert init_options[0]["id"] == init_options[1]["id"] != ""
+    assert init_options[0]["resume"] == "allow"
+    assert purge_steps == [None, 4]
 
 
-def test_a_run_without_a_checkpoint_has_not_begun(tmp_path):
-    """Files of a failed start do not bind the next one; a checkpoint does. Moved data does not change the
-    recipe."""
+def test_a_run_without_a_checkpoint_can_be_started_with_another_recipe(tmp_path):
+    """Files of a failed start do not constrain the next one; a checkpoint does. Moved data does not change
+    the recipe."""
     record_recipe(tmp_path, small(seed=1), load_recipe)
     (tmp_path / "bad_files.jsonl").write_text('{"index": 0}\n')
     record_recipe(tmp_path, small(seed=2, data="here"), load_recipe)
@@ -208,7 +208,7 @@ def test_a_run_without_a_checkpoint_has_not_begun(tmp_path):
         record_recipe(tmp_path, small(seed=3, data="there"), load_recipe)
 
 
-def test_a_full_disk_under_the_lock_is_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_while_locking_is_reported_in_one_line(tmp_path, monkeypatch):
     def refuse(handle, content):
         raise OSError(28, os.strerror(28))
 
@@ -275,7 +275,7 @@ def test_a_crash_at_any_call_leaves_an_older_or_the_new_checkpoint(tmp_path, mon
 
 
 @pytest.mark.parametrize("errno", [28, 5, 122, 30])
-def test_a_full_or_broken_disk_is_one_line_and_keeps_the_old(tmp_path, monkeypatch, errno):
+def test_a_full_or_broken_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, errno):
     save(tmp_path, 1)
 
     def refuse(path, content):
@@ -307,9 +307,9 @@ def test_another_model_does_not_load(tmp_path):
 
 @pytest.mark.parametrize("call", range(1, 4))
 def test_a_kill_while_the_same_step_is_saved_again_loses_nothing(tmp_path, monkeypatch, call):
-    """At each rename or delete of the replacement: killed twice in a row, then not killed."""
+    """At each rename or delete of the replacement: killed twice in a row, then completed."""
     save(tmp_path, 3)
-    whole = (tmp_path / "step_00000003" / "model.safetensors").read_bytes()
+    original = (tmp_path / "step_00000003" / "model.safetensors").read_bytes()
 
     class Killed(BaseException):
         pass
@@ -332,7 +332,7 @@ def test_a_kill_while_the_same_step_is_saved_again_loses_nothing(tmp_path, monke
                 save(tmp_path, 3)
         cp.recover(tmp_path)
         assert cp.newest(tmp_path).name == "step_00000003"
-        assert (tmp_path / "step_00000003" / "model.safetensors").read_bytes() == whole
+        assert (tmp_path / "step_00000003" / "model.safetensors").read_bytes() == original
     (tmp_path / f"{cp.ASIDE}step_00000003").mkdir(exist_ok=True)
     (tmp_path / f"{cp.ASIDE}step_00000003" / "left").touch()
     save(tmp_path, 3)

@@ -1,4 +1,4 @@
-"""The commands from the user's side: every failure is one line on stderr with its exit code, never a
+"""The command line: every failure is one line on stderr with its exit code, never a
 traceback."""
 
 import json
@@ -45,7 +45,7 @@ def images(root: Path, count: int = 12) -> Path:
     return root
 
 
-# argv, exit code, what the one line says; {tmp} is a fresh folder
+# argv, exit code, a part of the message; {tmp} is an empty folder
 FAILURES = [
     (["pretrain", "--gama", "3"], 2, "Unknown option: --gama. Did you mean --gamma?"),
     (["pretrain", "--gamma", "x"], 2, '--gamma: unable to convert "x" into float'),
@@ -256,26 +256,28 @@ FAILURES = [
     lambda old: lambda text, argv: text,
 )
 @pytest.mark.parametrize(
-    ("argv", "code", "says"), FAILURES, ids=lambda x: " ".join(x) if isinstance(x, list) else None
+    ("argv", "code", "message"), FAILURES, ids=lambda x: " ".join(x) if isinstance(x, list) else None
 )
-def test_every_failure_is_one_line_and_its_code(tmp_path, capsys, monkeypatch, argv, code, says):
+def test_every_failure_is_reported_in_one_line_with_its_exit_code(
+    tmp_path, capsys, monkeypatch, argv, code, message
+):
     monkeypatch.chdir(tmp_path)
-    place = {"tmp": str(tmp_path), "golden": str(GOLDEN)}
+    folders = {"tmp": str(tmp_path), "golden": str(GOLDEN)}
     for name in ("latin.toml", "begun/recipe.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"# \xe9t\xe9\n")
     (tmp_path / "wrong.toml").write_text("[optim]\nbatch_sise = 1\n")
     (tmp_path / "begun" / "checkpoints" / "step_00000000").mkdir(parents=True)
-    assert main([a.format(**place) for a in argv]) == code
+    assert main([a.format(**folders) for a in argv]) == code
     err = capsys.readouterr().err
     assert err.startswith("rcmae: error: ")
     assert err.count("\n") == 1
-    assert says.format(**place) in err
+    assert message.format(**folders) in err
     assert "Traceback" not in err
     assert not (tmp_path / "rcmae-error.log").exists()
 
 
-def test_the_main_job_resume_and_report(tmp_path, capsys, monkeypatch):
+def test_pretrain_resume_and_report(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = images(tmp_path / "data")
     command = ["pretrain", "--data", str(data), *TINY]
@@ -284,10 +286,10 @@ def test_the_main_job_resume_and_report(tmp_path, capsys, monkeypatch):
     assert "new run in" in capsys.readouterr().out
     assert main(command) == 0
     assert "is finished at step 2" in capsys.readouterr().out
-    assert main(["pretrain", "--out", str(run)]) == 0, "a run's own recipe is taken when no other is named"
+    assert main(["pretrain", "--out", str(run)]) == 0, "without another recipe, the one of the run is used"
     assert main(["pretrain", "--out", str(run), "--base-lr", "1"]) == 2
     assert "was started with --base-lr 0.006 (now 1.0);" in capsys.readouterr().err, (
-        "and is what flags change"
+        "flags override the recipe of the run"
     )
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
@@ -295,7 +297,7 @@ def test_the_main_job_resume_and_report(tmp_path, capsys, monkeypatch):
 
 
 def test_a_folder_with_every_kind_of_image(tmp_path, capsys):
-    """The command ends well, and names each bad file once."""
+    """The command succeeds, and names each bad file once."""
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-m", "tests.images", str(tmp_path / "data")],
@@ -332,13 +334,13 @@ def test_a_folder_with_every_kind_of_image(tmp_path, capsys):
     assert len(names) == 10
     (tmp_path / "data" / "eleventh.png").write_bytes(
         b"no"
-    )  # one more than a run puts up with, unless it is told to
+    )  # one more than the default --max-corrupt-fraction allows
     assert main(["check", str(tmp_path / "data"), "--batch-size", "16"]) == 3
     assert main(["check", str(tmp_path / "data"), "--batch-size", "16", "--max-corrupt-fraction", "0.5"]) == 0
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_nothing_but_bad_images_is_one_line(tmp_path, capsys, workers):
+def test_a_folder_of_only_unreadable_images_is_reported_in_one_line(tmp_path, capsys, workers):
     (tmp_path / "data").mkdir()
     for i in range(12):
         (tmp_path / "data" / f"{i}.png").write_bytes(b"no")
@@ -360,7 +362,7 @@ def test_nothing_but_bad_images_is_one_line(tmp_path, capsys, workers):
     assert err.count("\n") == 1
 
 
-def test_a_length_on_the_command_line_replaces_the_recipes(tmp_path, monkeypatch):
+def test_a_training_length_on_the_command_line_replaces_the_one_of_the_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = images(tmp_path / "data")
     assert main(["pretrain", "--data", str(data), *TINY[:-2], "--epochs", "2"]) == 0
@@ -368,11 +370,11 @@ def test_a_length_on_the_command_line_replaces_the_recipes(tmp_path, monkeypatch
 
 
 def test_messages_use_the_singular_for_one(tmp_path, capsys):
-    data, one = images(tmp_path / "data", 1), [*TINY[:-1], "1", "--no-monitor"]
-    one[one.index("--batch-size") + 1] = "1"
+    data, options = images(tmp_path / "data", 1), [*TINY[:-1], "1", "--no-monitor"]
+    options[options.index("--batch-size") + 1] = "1"
     assert main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run"), *TINY]) == 3
     assert "holds 1 image, fewer than the batch of 8" in capsys.readouterr().err
-    assert main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run"), *one]) == 0
+    assert main(["pretrain", "--data", str(data), "--out", str(tmp_path / "run"), *options]) == 0
     main(["check", str(data)])
     out = capsys.readouterr().out
     assert all(
@@ -394,7 +396,7 @@ def test_import_and_list_and_help(tmp_path, capsys):
     assert main(["evaluate", "worth-it", "--help"]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("--percents", "--seeds", "--data"))
-    assert not re.search(r"--(which|labels|seed)\b", out), "what it refuses is not offered"
+    assert not re.search(r"--(which|labels|seed)\b", out), "unsupported options are not listed"
 
 
 @pytest.mark.parametrize("argv", [[], ["check"], ["verify"], ["evaluate", "finetune"]])
@@ -415,7 +417,7 @@ def test_help_is_quick_and_does_not_import_torch(argv):
         (["--out", "{tmp}"], "ibot"),
     ],
 )
-def test_help_of_pretrain_shows_the_settings_of_its_method_alone(tmp_path, capsys, monkeypatch, argv, method):
+def test_help_of_pretrain_shows_only_the_settings_of_its_method(tmp_path, capsys, monkeypatch, argv, method):
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "recipe.toml").write_text('method = "ibot"')
     (tmp_path / "checkpoints" / "step_00000000").mkdir(parents=True)
@@ -466,7 +468,7 @@ def test_help_of_pretrain_shows_the_values_of_its_recipe(tmp_path, capsys, monke
         out = capsys.readouterr().out
         shown = dict(re.findall(r"^│ --([a-z-]+) .*\[default: (.*?)\]", out, re.MULTILINE))
         assert {name: shown.get(name) for name in values} == values
-        assert "height" not in shown, "what the recipe leaves open has no value"
+        assert "height" not in shown, "settings without a value in the recipe have no default"
 
 
 def test_python_dash_m(tmp_path):
@@ -474,11 +476,11 @@ def test_python_dash_m(tmp_path):
         [sys.executable, "-m", "rcmae", "report", str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    *progress, error = done.stderr.splitlines()  # a slow machine says that it loads PyTorch
+    *progress, error = done.stderr.splitlines()  # on a slow machine, a line on loading PyTorch
     assert error.startswith("rcmae: error: ") and all(line.startswith("loading") for line in progress)
 
 
-def test_an_unexpected_error_is_one_line_and_leaves_its_traceback_in_a_file(tmp_path, capsys, monkeypatch):
+def test_an_unexpected_error_writes_its_traceback_to_a_file(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rcmae.report.write_report", lambda run: 1 / 0)
     (tmp_path / "recipe.toml").write_text("")
@@ -488,8 +490,8 @@ def test_an_unexpected_error_is_one_line_and_leaves_its_traceback_in_a_file(tmp_
     assert "Traceback" in Path("rcmae-error.log").read_text()
 
 
-def test_a_file_that_cannot_be_used_is_one_line(tmp_path, capsys, monkeypatch):
-    """For any error of the operating system that no command expects."""
+def test_errors_of_the_operating_system_are_reported_in_one_line(tmp_path, capsys, monkeypatch):
+    """For any error of the operating system that no command handles itself."""
 
     def refuse(run):
         raise PermissionError(13, "Permission denied", str(run / "report.html"))
@@ -502,7 +504,7 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, capsys, monkeypatch):
     )
 
 
-def test_signals_stop_a_run_politely(tmp_path):
+def test_sigterm_saves_and_stops_a_run(tmp_path):
     """SIGTERM to a real process: it saves at the end of a step, prints one line, and exits with 75."""
     import signal
 

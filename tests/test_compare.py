@@ -1,4 +1,4 @@
-"""The cost of a step: against counts by hand, or against a real step."""
+"""The cost of a step: against counts by hand, or a real step."""
 
 import json
 
@@ -18,28 +18,28 @@ def test_flops_of_the_encoder_by_hand():
     recipe = small("mae", depth=1, decoder_depth=1)
     n, v, d, w, patch = 16, 4, 24, 16, 48
 
-    def block(tokens, asking, width):
-        """Queries, output and MLP for `asking` tokens, keys and values for all; two products of attention."""
+    def block(tokens, queries, width):
+        """Queries, output and MLP for `queries` tokens, keys and values for all; two attention products."""
         return 2 * (
             2 * tokens * width * width
-            + asking * (2 * width * width + 8 * width * width)
-            + 2 * tokens * asking * width
+            + queries * (2 * width * width + 8 * width * width)
+            + 2 * tokens * queries * width
         )
 
-    hidden, seen, all_ = n - v, v + 1, n + 1
-    by_hand = (
+    hidden, encoder_tokens, decoder_tokens = n - v, v + 1, n + 1
+    expected = (
         2 * v * patch * d
-        + block(seen, seen, d)
-        + 2 * seen * d * w
-        + block(all_, hidden, w)
+        + block(encoder_tokens, encoder_tokens, d)
+        + 2 * encoder_tokens * d * w
+        + block(decoder_tokens, hidden, w)
         + 2 * hidden * w * patch
     )
     # Nothing else multiplies matrices but the loss: an inner product over the hidden values.
-    assert cost(recipe, "fp32").student_forward == by_hand + 2 * hidden * patch
+    assert cost(recipe, "fp32").student_forward == expected + 2 * hidden * patch
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_a_convolution_costs_twice_as_much_backwards(groups):
+def test_the_backward_pass_of_a_convolution_costs_twice_its_forward_pass(groups):
     convolution, x = (
         torch.nn.Conv2d(8, 12, 3, padding=1, groups=groups),
         torch.randn(2, 8, 5, 5, requires_grad=True),
@@ -48,8 +48,8 @@ def test_a_convolution_costs_twice_as_much_backwards(groups):
         y = convolution(x)
         counter.phase = "backward"
         y.sum().backward()
-    by_hand = 2 * 2 * 25 * 12 * (8 // groups) * 9
-    assert counter.flops == {"student_forward": by_hand, "teacher_forward": 0, "backward": 2 * by_hand}
+    expected = 2 * 2 * 25 * 12 * (8 // groups) * 9
+    assert counter.flops == {"student_forward": expected, "teacher_forward": 0, "backward": 2 * expected}
 
 
 def test_rcmae_costs_a_third_more_than_mae_and_saves_as_many_activations():
@@ -65,17 +65,17 @@ def test_rcmae_costs_a_third_more_than_mae_and_saves_as_many_activations():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_saved_activations_are_those_of_a_real_step(name):
+def test_estimated_activation_memory_matches_a_real_step(name):
     """Counted on shapes, and on a real step with two batch sizes."""
     recipe = small(name)
-    kept = []
+    saved = []
     for size in (4, 8):
         method = method_for(recipe)
         count = _SavedBytes({p.untyped_storage()._cdata for p in method.parameters()})
         with saved_tensors_hooks(count.pack, lambda t: t):
             method(batch_for(method, size=size), T)
-        kept.append(count.bytes)
-    assert cost(recipe, "fp32").saved == pytest.approx((kept[1] - kept[0]) / 4, rel=0.02)
+        saved.append(count.bytes)
+    assert cost(recipe, "fp32").saved == pytest.approx((saved[1] - saved[0]) / 4, rel=0.02)
 
 
 def test_peak_memory_includes_weights_and_activations_and_grows_with_the_batch():
@@ -136,18 +136,18 @@ def test_the_command_measures_and_writes_a_page(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "says"),
+    ("argv", "code", "message"),
     [
         (["--models", "vit_huge_patch14"], 2, "local_size 96 is not a multiple of the patch, 14"),
         (["--models", "timm:vit_base_patch16_siglip_224"], 2, "reads the class token"),
         (["--measure", "--device", "mps"], 2, "mps"),
     ],
 )
-def test_what_cannot_be_counted_is_refused_before_counting(tmp_path, capsys, argv, code, says):
+def test_unsupported_models_are_rejected_before_counting(tmp_path, capsys, argv, code, message):
     assert main(["compare", "cost", *argv, "--out", str(tmp_path / "cost")]) == code
     captured = capsys.readouterr()
-    assert says in captured.err and captured.err.count("\n") == 1
-    assert captured.out.count("\n") == 1, "what was asked for, and no work"
+    assert message in captured.err and captured.err.count("\n") == 1
+    assert captured.out.count("\n") == 1, "only the line on what was requested"
 
 
 def test_settings_are_those_of_the_nearest_size():

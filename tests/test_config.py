@@ -1,4 +1,4 @@
-"""Recipes: strict, hashed, and the same in both directions."""
+"""Recipes: strict, hashed, and unchanged by writing and reading."""
 
 import ast
 import dataclasses
@@ -107,7 +107,7 @@ def test_shipped_recipes_read_and_say_how_to_run_them(name):
         ("method = ['mae']", r"method must be one of .*, not \['mae'\]"),
     ],
 )
-def test_a_wrong_recipe_is_one_line_that_names_it(text, message):
+def test_an_invalid_recipe_is_reported_in_one_line_with_its_name(text, message):
     with pytest.raises(ConfigError, match=message) as e:
         parse_recipe(text, "my.toml")
     assert "\n" not in str(e.value) or "TOML" in str(e.value)
@@ -144,49 +144,51 @@ def test_no_flag_has_two_meanings(method):
 def test_every_field_has_its_help_and_every_section_its_title(method):
     """A field's help is the string below it: as many strings as fields."""
     for cls in (recipe_type(method), RuntimeConfig, *sections(recipe_type(method)).values()):
-        assert not cls.__doc__.startswith(cls.__name__), "that is what a dataclass without a docstring says"
+        assert not cls.__doc__.startswith(cls.__name__), "the docstring that dataclasses generate"
         for part in filter(dataclasses.is_dataclass, cls.__mro__):
             fields = (
                 {"method", *sections(part)} if part is not Recipe else sections(part)
-            )  # told by what they stand for
+            )  # explained by their sections or methods
             for node, below in itertools.pairwise(ast.parse(inspect.getsource(part)).body[0].body):
                 if isinstance(node, ast.AnnAssign) and node.target.id not in fields:
                     assert isinstance(below, ast.Expr), f"{part.__name__}.{node.target.id}"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_another_method_keeps_the_settings_that_both_have(name):
+def test_changing_the_method_keeps_shared_settings(name):
     """The recipe of another method keeps the common settings, takes over the shared ones, and can be written
     and read."""
-    mine = changed(load_recipe("folder"), half_life="7%", size=96)
-    other = check(with_method(mine, name))
+    recipe = changed(load_recipe("folder"), half_life="7%", size=96)
+    other = check(with_method(recipe, name))
     assert (other.method, type(other)) == (name, recipe_type(name))
-    assert (other.images, other.optim) == (mine.images, mine.optim)
-    assert {k: v for k, v in flat(mine.network).items() if k in flags(type(other))} == flat(other.network)
-    assert not hasattr(other, "teacher") or other.teacher == mine.teacher
+    assert (other.images, other.optim) == (recipe.images, recipe.optim)
+    assert {k: v for k, v in flat(recipe.network).items() if k in flags(type(other))} == flat(other.network)
+    assert not hasattr(other, "teacher") or other.teacher == recipe.teacher
     assert parse_recipe(to_toml(other), "x") == other
-    assert with_method(other, "rcmae").network == mine.network
+    assert with_method(other, "rcmae").network == recipe.network
     assert METHODS[name].validate(digits_recipe(name)) == []
     assert digits_recipe(name).data == "bundled:digits"
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "half_life" in flags(recipe_type(name))])
 def test_a_half_life_does_not_carry_over_to_another_schedule(name):
-    """That of a recipe does not; one that is given together with the schedule is refused. The same schedule
-    keeps it."""
-    mine = changed(load_recipe("dino-bundled" if name == "dino" else "bundled"), half_life="7%")
-    mine = with_method(mine, name)
-    for other in (changed(mine, schedule="cosine"), with_settings(mine, ["schedule=cosine"], "x")):
-        assert check(other).teacher == dataclasses.replace(mine.teacher, schedule="cosine", half_life=None)
-    assert changed(mine, schedule="half-life") == with_settings(mine, ["schedule=half-life"], "x") == mine
+    """The half-life of a recipe is dropped with its schedule; one given together with another schedule is
+    rejected."""
+    recipe = changed(load_recipe("dino-bundled" if name == "dino" else "bundled"), half_life="7%")
+    recipe = with_method(recipe, name)
+    for other in (changed(recipe, schedule="cosine"), with_settings(recipe, ["schedule=cosine"], "x")):
+        assert check(other).teacher == dataclasses.replace(recipe.teacher, schedule="cosine", half_life=None)
+    assert (
+        changed(recipe, schedule="half-life") == with_settings(recipe, ["schedule=half-life"], "x") == recipe
+    )
     with pytest.raises(ConfigError, match="half_life has no effect under schedule linear"):
-        with_settings(mine, ["schedule=linear", "half_life=5%"], "x")
+        with_settings(recipe, ["schedule=linear", "half_life=5%"], "x")
     assert recipe_type(name)().teacher.memory == (0.5, "%")
 
 
-def test_a_length_replaces_a_length():
-    mine = dataclasses.replace(load_recipe("bundled"), epochs=4.0, steps=None)
-    for other in (changed(mine, time="5m"), with_settings(mine, ["time=5m"], "x")):
+def test_a_new_training_length_replaces_the_previous_one():
+    recipe = dataclasses.replace(load_recipe("bundled"), epochs=4.0, steps=None)
+    for other in (changed(recipe, time="5m"), with_settings(recipe, ["time=5m"], "x")):
         assert (check(other).time, other.epochs) == ("5m", None)
 
 

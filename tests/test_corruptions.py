@@ -1,5 +1,5 @@
 """Corruptions: equal to the stored pixels, deterministic, of the same type as the image, stronger with
-severity; some against a closed form."""
+severity; some match a closed form."""
 
 import itertools
 import json
@@ -53,18 +53,18 @@ def test_pixels_equal_the_stored_ones():
     stay within 2 levels. A failure there means that a library draws or filters differently (numpy does not
     guarantee its draws). Check that the images still look right; then raise the version in pyproject.toml,
     run `make golden`, and add a line to LOG.md."""
-    stored, found = json.loads(FILE.read_text()), outputs()
-    assert found.keys() == stored["outputs"].keys()
+    stored, computed = json.loads(FILE.read_text()), outputs()
+    assert computed.keys() == stored["outputs"].keys()
     if stored["versions"] == versions():
-        assert not [place for place, both in found.items() if both != stored["outputs"][place]], (
+        assert not [key for key, entry in computed.items() if entry != stored["outputs"][key]], (
             "other pixels; see this test's docstring"
         )
-    for place, (_, means) in found.items():
-        ours, theirs = (
+    for key, (_, thumbnail) in computed.items():
+        means, stored_means = (
             np.frombuffer(bytes.fromhex(m), np.uint8).astype(int)
-            for m in (means, stored["outputs"][place][1])
+            for m in (thumbnail, stored["outputs"][key][1])
         )
-        assert np.abs(ours - theirs).max() <= 2, f"{place}: another picture; see this test's docstring"
+        assert np.abs(means - stored_means).max() <= 2, f"{key}: another picture; see this test's docstring"
 
 
 @catches(
@@ -95,10 +95,10 @@ def test_severity_one_is_visible_and_each_next_one_is_stronger(pictures, kind):
 
 def test_pixels_depend_on_the_arguments_only(pictures):
     image = pictures["digits"][0]
-    kept = image.copy()
+    original = image.copy()
     for name in CORRUPTIONS:
         first = corrupt(image, name, 3, 1, 7)
-        assert (image == kept).all(), f"{name} changed the image itself"
+        assert (image == original).all(), f"{name} changed the image itself"
         corrupt(image, name, 4, 1, 8)
         assert (first == corrupt(image, name, 3, 1, 7)).all(), name
 
@@ -115,11 +115,11 @@ def test_draws_depend_on_seed_image_and_corruption_but_not_on_severity():
     weak, strong = (
         corrupt(gray, "gaussian_noise", severity).astype(float).ravel() - 128 for severity in (1, 5)
     )
-    assert np.corrcoef(weak, strong)[0, 1] > 0.99, "the same noise, louder"
+    assert np.corrcoef(weak, strong)[0, 1] > 0.99, "the same noise with a larger amplitude"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 40), (91, 100)])
-def test_any_size_keeps_its_shape_and_kind(shape):
+def test_corruptions_keep_shape_and_dtype_for_any_size(shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     for name in CORRUPTIONS:
         for extreme in (image, np.zeros_like(image), np.full_like(image, 255)):
@@ -127,8 +127,8 @@ def test_any_size_keeps_its_shape_and_kind(shape):
             assert changed.shape == image.shape and changed.dtype == np.uint8
 
 
-def test_blurs_and_moves_leave_a_flat_image_flat():
-    """Their weights add up to one, at the border too."""
+def test_blurs_and_displacements_leave_a_constant_image_constant():
+    """Their weights sum to one, also at the border."""
     flat = np.full((40, 33, 3), (200, 100, 30), np.uint8)
     for name in (
         "defocus_blur",
@@ -143,19 +143,19 @@ def test_blurs_and_moves_leave_a_flat_image_flat():
         assert np.abs(corrupt(flat, name, 5).astype(int) - flat).max() <= 1, name
 
 
-def test_color_changes_against_pillow(pictures):
+def test_brightness_and_saturation_match_pillow(pictures):
     """Value + 0.5 and saturation x 20 + 0.2 of large images, by Pillow's HSV, whose bytes are coarse."""
     image = pictures["large"][0]
     hsv = np.asarray(Image.fromarray(image).convert("HSV")).astype(float)
-    gray = hsv[..., 1] < 3  # hue is rounding there
+    gray = hsv[..., 1] < 3  # where the hue is dominated by rounding
     for name, channel, target in (
         ("brightness", 2, hsv[..., 2] + 0.5 * 255),
         ("saturate", 1, 20 * hsv[..., 1] + 0.2 * 255),
     ):
-        wanted = hsv.copy()
-        wanted[..., channel] = np.clip(target, 0, 255)
-        theirs = np.asarray(Image.fromarray(wanted.astype(np.uint8), "HSV").convert("RGB")).astype(float)
-        assert np.abs(theirs - corrupt(image, name, 5))[~gray].mean() < 3, name
+        edited = hsv.copy()
+        edited[..., channel] = np.clip(target, 0, 255)
+        expected = np.asarray(Image.fromarray(edited.astype(np.uint8), "HSV").convert("RGB")).astype(float)
+        assert np.abs(expected - corrupt(image, name, 5))[~gray].mean() < 3, name
 
 
 def test_noise_has_its_nominal_variance():
@@ -173,24 +173,28 @@ def test_noise_has_its_nominal_variance():
     )
 
 
-def test_constants_follow_the_size():
+def test_constants_depend_on_the_image_size():
     """Fractions come from one of two tables; lengths grow with the shorter side, except for the width of a
     blurred edge, which is that of the blur."""
 
-    def kept(side: int) -> float:
+    def contrast_kept(side: int) -> float:
         ramp = np.tile(np.linspace(0, 255, side).astype(np.uint8)[:, None, None], (1, side + 9, 3))
         return corrupt(ramp, "contrast", 1).std() / ramp.std()
 
-    assert [kept(side) for side in (32, 84, 85, 224)] == pytest.approx([0.75, 0.75, 0.4, 0.4], rel=0.02)
+    assert [contrast_kept(side) for side in (32, 84, 85, 224)] == pytest.approx(
+        [0.75, 0.75, 0.4, 0.4], rel=0.02
+    )
 
-    def blur(side: int) -> float:
+    def blur_width(side: int) -> float:
         edge = np.zeros((side, side, 3), np.uint8)
         edge[:, side // 2 :] = 255
         slope = np.diff(corrupt(edge, "gaussian_blur", 5)[0, :, 0].astype(float)) / 255
-        place = np.arange(side - 1)
-        return ((slope * place**2).sum() - (slope * place).sum() ** 2) ** 0.5
+        position = np.arange(side - 1)
+        return ((slope * position**2).sum() - (slope * position).sum() ** 2) ** 0.5
 
-    assert [blur(side) for side in (16, 32, 64, 112, 224, 336)] == pytest.approx([1, 1, 2, 3, 6, 9], rel=0.03)
+    assert [blur_width(side) for side in (16, 32, 64, 112, 224, 336)] == pytest.approx(
+        [1, 1, 2, 3, 6, 9], rel=0.03
+    )
 
 
 def test_fog_over_white_is_a_plasma_that_spans_its_range():

@@ -75,7 +75,7 @@ def test_odd_images_are_decoded_correctly(name, channels):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_images_say_why(name):
+def test_unreadable_images_raise_an_error_with_a_reason(name):
     raw, reason = BAD[name]
     with pytest.raises(BadImage, match=f"^({reason})") as e:
         decode(raw)
@@ -100,7 +100,7 @@ def test_multi_band_tiff(dtype, planar):
         decode(ODD["gray.png"][0], 5)
 
 
-def test_a_damaged_tiff_prints_nothing(capfd):
+def test_decoding_a_damaged_tiff_prints_nothing(capfd):
     """Neither libtiff nor tifffile nor numpy writes to stderr what our own error message reports."""
     compressed = bytearray(
         images.encode(
@@ -122,7 +122,7 @@ def test_a_compression_that_tifffile_lacks_is_named(monkeypatch):
     import tifffile
 
     def lacks(series):
-        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")  # as tifffile says it
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")  # the message of tifffile
 
     monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", lacks)
     with pytest.raises(BadImage, match=r"its compression needs `pip install 'rcmae\[tiff\]'`"):
@@ -156,14 +156,14 @@ def test_an_image_is_refused_before_it_is_decoded(monkeypatch):
 
 def test_any_bytes_give_pixels_or_bad_image():
     """Mutations of valid files never raise another error and never warn."""
-    chance = random.Random(0)
+    generator = random.Random(0)
     for raw, _ in ODD.values():
         for _ in range(12):
             mutated = bytearray(raw)
-            for _ in range(chance.randrange(1, 6)):
-                mutated[chance.randrange(len(mutated))] = chance.randrange(256)
-            if chance.random() < 0.3:
-                mutated = mutated[: chance.randrange(len(mutated))]
+            for _ in range(generator.randrange(1, 6)):
+                mutated[generator.randrange(len(mutated))] = generator.randrange(256)
+            if generator.random() < 0.3:
+                mutated = mutated[: generator.randrange(len(mutated))]
             try:
                 assert decode(bytes(mutated), 3, pixel_limit=10**6).dtype == np.uint8
             except BadImage:
@@ -181,7 +181,7 @@ def test_without_tifffile_the_extra_is_named(monkeypatch):
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**32))
-def test_a_crop_lies_inside(h, w, seed):
+def test_a_crop_lies_inside_its_image(h, w, seed):
     top, left, height, width = crop_box(h, w, (0.2, 1.0), (3 / 4, 4 / 3), np.random.default_rng(seed))
     assert 0 <= top <= top + height <= h
     assert 0 <= left <= left + width <= w
@@ -190,20 +190,20 @@ def test_a_crop_lies_inside(h, w, seed):
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3, 3), (40, 30)])
 @pytest.mark.parametrize("shape", [(16, 16), (8, 24)])
-def test_any_image_gives_the_shape(size, shape):
+def test_images_of_any_size_give_views_of_the_requested_shape(size, shape):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     assert random_resized_crop(image, shape, (0.2, 1.0), rng=rng(0, 0, 0)).shape == (3, *shape)
     assert center(image, shape).shape == (3, *shape)
 
 
-def test_an_image_of_the_right_size_is_left_alone():
+def test_an_image_of_the_requested_size_is_not_resampled():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     whole = torch.from_numpy(image).permute(2, 0, 1)
     assert torch.equal(random_resized_crop(image, (16, 16), (1.0, 1.0), rng=rng(0, 0, 0)), whole)
     assert torch.equal(center(image, (16, 16)), whole)
 
 
-def test_center_takes_the_middle():
+def test_center_crops_the_middle_of_the_image():
     image = np.zeros((64, 64, 3), dtype=np.uint8)
     image[8:56, 8:56] = 255
     # The middle 56 of 64 pixels, of which 48 are white, along both sides.
@@ -216,7 +216,7 @@ def test_flips_are_fair_and_exact():
     assert 70 < sum(flipped) < 130
 
 
-def test_every_sample_has_a_generator_of_its_own():
+def test_every_sample_has_its_own_generator():
     draws = {rng(s, e, i).integers(2**62) for s in range(4) for e in range(4) for i in range(50)}
     assert len(draws) == 800
     assert rng(1, 2, 3).integers(2**62) == rng(1, 2, 3).integers(2**62)
@@ -247,7 +247,7 @@ def sampler_from_the_beginning(old):
     st.integers(0, 10),
     st.integers(0, 9),
 )
-def test_ranks_and_micro_batches_share_one_batch(world, micro, images_each, start, steps, extra):
+def test_ranks_and_micro_batches_partition_each_batch(world, micro, images_each, start, steps, extra):
     batch = world * micro * images_each
     n = 3 * batch + extra
     whole = list(BatchSampler(n, batch, start=start, stop=start + steps, seed=7))
@@ -270,7 +270,7 @@ def test_an_epoch_shows_each_image_once():
     assert not np.array_equal(order(40, 3, 0), order(40, 4, 0))
 
 
-def test_a_batch_that_does_not_divide_names_what_does():
+def test_an_indivisible_batch_size_is_reported_with_valid_values():
     with pytest.raises(
         ConfigError,
         match=r"a batch of 8 does not divide into 2 processes x accumulate 3; --accumulate may be 1, 2, 4$",
@@ -312,8 +312,8 @@ def test_samples_do_not_depend_on_workers(tmp_path):
 )
 def test_epochs_crop_and_mask_again(tmp_path):
     data = Images(open_source(str(fill(tmp_path, good()))), VIEW, 0)
-    one, again, other = data[(0, 3)], data[(0, 3)], data[(1, 3)]
-    assert torch.equal(one["image"], again["image"])
+    one, same, other = data[(0, 3)], data[(0, 3)], data[(1, 3)]
+    assert torch.equal(one["image"], same["image"])
     assert not torch.equal(one["image"], other["image"])
     assert not torch.equal(one["order"], other["order"])
     assert torch.equal(one["order"].sort().values, torch.arange(16))
@@ -329,12 +329,12 @@ def test_each_bad_file_is_named_once_and_changes_no_other_sample(tmp_path):
     for epoch in (0, 1):
         samples = [data[(epoch, i)] for i in range(len(source))]
         again = data[(epoch, 0)]
-        assert torch.equal(again["image"], samples[0]["image"]), "substitutes are always the same"
+        assert torch.equal(again["image"], samples[0]["image"]), "substitutes are deterministic"
         for name, i in clean.items():
-            own = VIEW(decode(files[name]), rng(0, epoch, i))
-            assert torch.equal(samples[i]["image"], own["image"]), name
+            expected = VIEW(decode(files[name]), rng(0, epoch, i))
+            assert torch.equal(samples[i]["image"], expected["image"]), name
         record.note(collate(samples)["bad"])
-    record = BadFiles(tmp_path, len(source), fraction=1.0)  # as after a resume
+    record = BadFiles(tmp_path, len(source), fraction=1.0)  # as after resuming
     record.note(collate([data[(2, i)] for i in range(len(source))])["bad"])
     lines = [json.loads(line) for line in (tmp_path / "bad_files.jsonl").read_text().splitlines()]
     assert sorted(Path(line["where"]).name for line in lines) == sorted(BAD)
@@ -355,7 +355,7 @@ def test_too_many_bad_files_end_the_run(tmp_path):
     (tmp_path.parent / "bad_files.jsonl").unlink()
 
 
-def test_a_second_start_is_as_strict_as_the_first(tmp_path):
+def test_bad_files_of_previous_starts_count_towards_the_limit(tmp_path):
     """Recorded bad files still count: repeating the command does not get around the limit."""
     bad = [(i, f"{i}.png", "truncated") for i in range(11)]
     for _ in range(2):
@@ -366,7 +366,7 @@ def test_a_second_start_is_as_strict_as_the_first(tmp_path):
     assert len((tmp_path / "bad_files.jsonl").read_text().splitlines()) == 11
 
 
-def test_ranks_name_a_file_once(tmp_path):
+def test_a_bad_file_is_recorded_once_by_all_ranks(tmp_path):
     one, two = (BadFiles(tmp_path, 100) for _ in range(2))
     for record in (one, two):
         record.note([(1, "a.png", "truncated")])
@@ -374,13 +374,13 @@ def test_ranks_name_a_file_once(tmp_path):
     assert [json.loads(line)["index"] for line in one.path.read_text().splitlines()] == [1, 2]
 
 
-def test_a_disk_that_refuses_the_bad_files_is_one_line(tmp_path):
+def test_a_failed_write_of_the_bad_files_is_reported_in_one_line(tmp_path):
     (tmp_path / "bad_files.jsonl").mkdir()
     with pytest.raises(StorageError, match=r"cannot write .*bad_files.jsonl: Is a directory"):
         BadFiles(tmp_path, 100).note([(1, "a.png", "truncated")])
 
 
-def test_a_line_that_a_kill_cut_is_dropped(tmp_path):
+def test_a_partially_written_line_is_dropped(tmp_path):
     record = BadFiles(tmp_path, 100)
     record.note([(1, "a.png", "truncated")])
     with record.path.open("a") as f:
@@ -400,12 +400,12 @@ def test_no_readable_image_is_left(tmp_path):
         measure_statistics(source, 3)
 
 
-def test_a_file_that_vanishes_or_may_not_be_read_is_bad_not_fatal(tmp_path):
+def test_a_missing_file_is_replaced_by_another_image(tmp_path):
     source = open_source(str(fill(tmp_path, good())))
     (tmp_path / "00.png").unlink()
-    _, taken, bad = Images(source, VIEW, 0).read(0)
+    _, used, bad = Images(source, VIEW, 0).read(0)
     assert bad[0][2] == "No such file or directory"
-    assert taken != 0
+    assert used != 0
 
 
 def test_statistics_are_those_of_the_data(tmp_path):
@@ -432,7 +432,7 @@ def test_folders_flat_and_nested_and_with_classes(tmp_path):
         (),
     )
     one = open_source(str(fill(tmp_path / "one", {f"a/{k}": v for k, v in good(2).items()})))
-    assert one.labels is None, "one class is no label"
+    assert one.labels is None, "a single class is not a label"
     mixed = open_source(str(fill(tmp_path / "mixed", files | good(1))))
     assert mixed.labels is None
     parts = open_source(
@@ -442,10 +442,10 @@ def test_folders_flat_and_nested_and_with_classes(tmp_path):
             )
         )
     )
-    assert len(parts) == 10 and parts.labels is None, "train and val are no classes"
+    assert len(parts) == 10 and parts.labels is None, "train and val are not classes"
 
 
-def test_ten_images_stay_ten(tmp_path):
+def test_symbolic_links_do_not_duplicate_images(tmp_path):
     """Symbolic links that form loops or repeat do not add images."""
     root = fill(tmp_path / "data", good(10))
     (root / "loop").symlink_to(root)
@@ -454,9 +454,9 @@ def test_ten_images_stay_ten(tmp_path):
     (root / "again.png").symlink_to(root / "00.png")
     (root / "self.png").symlink_to(root / "self.png")
     (root / "nowhere.png").symlink_to(root / "gone.png")
-    found = open_source(str(root))
-    assert len(found) == 10
-    assert found.notes == (f"left out of {root}: 3 duplicate links, 2 broken links",)
+    source = open_source(str(root))
+    assert len(source) == 10
+    assert source.notes == (f"left out of {root}: 3 duplicate links, 2 broken links",)
     outside = fill(tmp_path / "outside", good(4))
     (root / "more").symlink_to(outside)
     assert len(open_source(str(root))) == 14, "a linked folder is followed, once"
@@ -467,7 +467,7 @@ def test_ten_images_stay_ten(tmp_path):
     "rcmae.data.files:printable",
     lambda old: lambda name: name.decode("utf-8", "replace"),
 )
-def test_odd_names(tmp_path):
+def test_unusual_file_names_are_read_and_escaped(tmp_path):
     raw = good(1)["00.png"]
     names = [
         b"new\nline.png",
@@ -487,7 +487,7 @@ def test_odd_names(tmp_path):
     assert printable(b"\x1b[31m\xff\n") == "\\x1b[31m\\xff\\n"
 
 
-def test_an_unreadable_folder_is_an_error_not_a_silence(tmp_path):
+def test_an_unreadable_folder_raises_an_error(tmp_path):
     fill(tmp_path / "data" / "closed", good(2))
     fill(tmp_path / "data", good(2))
     (tmp_path / "data" / "closed").chmod(0)
@@ -594,7 +594,7 @@ def test_a_hub_row_without_an_image_or_a_label(monkeypatch):
         read_image(source, 1, 3)
 
 
-def test_an_invalid_source_is_one_line(tmp_path):
+def test_an_invalid_source_is_reported_in_one_line(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"not a tar at all" * 100)
     (tmp_path / "x.csv").write_text("a")
     fill(tmp_path / "empty" / "sub", {"notes.md": b"x"})
@@ -619,7 +619,7 @@ def test_without_datasets_the_extra_is_named(monkeypatch):
         open_source("hub:some/set")
 
 
-def test_the_fingerprint_is_of_the_content_not_the_place(tmp_path):
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_path(tmp_path):
     one, two = (open_source(str(fill(tmp_path / k, good()))) for k in "ab")
     assert one.fingerprint() == two.fingerprint()
     fill(tmp_path / "b", {"00.png": b"longer or shorter"})
@@ -668,20 +668,20 @@ PINNED = {
 }
 
 
-def test_order_labels_and_fingerprints_are_those_that_runs_recorded(tmp_path):
+def test_order_labels_and_fingerprints_never_change(tmp_path):
     """A run resumes only with data of the fingerprint in its checkpoint, so these must never change."""
     for name, spec in pinned(tmp_path).items():
         source = open_source(spec)
-        found = (
+        content = (
             [source.read(i).decode()[:5] for i in range(len(source))],
             source.labels.tolist(),
             source.classes,
             source.fingerprint()[:16],
         )
-        assert found == PINNED[name], name
+        assert content == PINNED[name], name
 
 
-def test_a_million_names_are_two_arrays():
+def test_strings_are_stored_in_two_arrays():
     names = Strings([b"abc", b"", b"de"])
     assert [names[i] for i in range(len(names))] == [b"abc", b"", b"de"]
     assert len(pickle.dumps(Strings([b"x" * 10] * 1000))) < 30_000
@@ -690,7 +690,7 @@ def test_a_million_names_are_two_arrays():
 # --- the audit ----------------------------------------------------------------------------------------------
 
 
-def test_the_audit_finds_what_is_there(tmp_path):
+def test_the_audit_finds_unreadable_duplicate_leaked_and_constant_images(tmp_path):
     files = good() | {name: raw for name, (raw, _) in BAD.items()}
     files |= {"copy.png": files["03.png"], "flat.png": images.encode(np.full((20, 24, 3), 77, np.uint8))}
     fill(tmp_path / "train", files)
@@ -698,43 +698,47 @@ def test_the_audit_finds_what_is_there(tmp_path):
         tmp_path / "val",
         {"leak.png": files["05.png"], "own.png": images.encode(np.eye(20, dtype=np.uint8) * 255)},
     )
-    found = audit(str(tmp_path / "train"), val=str(tmp_path / "val"), recipe=small(size=224))
-    assert found.images == len(files)
-    assert sorted(Path(w).name for w, _ in found.unreadable) == sorted(BAD)
-    assert [sorted(Path(w).name for w in d) for d in found.duplicates] == [["03.png", "copy.png"]]
-    assert [(Path(a).name, Path(b).name) for a, b in found.leaks] == [("05.png", "leak.png")]
-    assert [Path(w).name for w in found.constant] == ["flat.png"]
-    assert (found.widths, found.heights) == ((24, 24, 24), (20, 20, 20))
-    assert found.fit
-    assert found.plan["smaller_than_crop"] == 1.0
-    assert json.loads(to_json(found))["fit"] is True
+    report = audit(str(tmp_path / "train"), val=str(tmp_path / "val"), recipe=small(size=224))
+    assert report.images == len(files)
+    assert sorted(Path(w).name for w, _ in report.unreadable) == sorted(BAD)
+    assert [sorted(Path(w).name for w in d) for d in report.duplicates] == [["03.png", "copy.png"]]
+    assert [(Path(a).name, Path(b).name) for a, b in report.leaks] == [("05.png", "leak.png")]
+    assert [Path(w).name for w in report.constant] == ["flat.png"]
+    assert (report.widths, report.heights) == ((24, 24, 24), (20, 20, 20))
+    assert report.fit
+    assert report.plan["smaller_than_crop"] == 1.0
+    assert json.loads(to_json(report))["fit"] is True
     assert not audit(str(fill(tmp_path / "bad", {f"{i}.png": b"x" for i in range(12)})), recipe=small()).fit
 
 
 def test_long_work_shows_its_progress(tmp_path, monkeypatch, capsys):
     for spec in pinned(tmp_path).values():
-        told: list[float] = []
-        count = len(open_source(spec, tick=told.append))
-        assert len(told) >= count and sorted(told) == told and 0 <= told[0] < told[-1] <= 1, spec
+        fractions: list[float] = []
+        count = len(open_source(spec, tick=fractions.append))
+        assert (
+            len(fractions) >= count
+            and sorted(fractions) == fractions
+            and 0 <= fractions[0] < fractions[-1] <= 1
+        ), spec
     root = str(fill(tmp_path / "train", good(6)))
-    done: list[int] = []
-    measure_statistics(open_source(root), 3, samples=4, tick=done.append)
-    assert done == [0, 1, 2, 3]
-    told: dict[str, list[int]] = {}
+    ticks: list[int] = []
+    measure_statistics(open_source(root), 3, samples=4, tick=ticks.append)
+    assert ticks == [0, 1, 2, 3]
+    ticks_by_task: dict[str, list[int]] = {}
 
     @contextlib.contextmanager
     def progress(screen, what, total):
-        told[what] = []
-        yield told[what].append
+        ticks_by_task[what] = []
+        yield ticks_by_task[what].append
 
     monkeypatch.setattr(Screen, "progress", progress)
     audit(root, val=root, recipe=small(), screen=Screen(True))
     assert f"{root}: 6 images (folder)" in capsys.readouterr().out
     assert all(
-        6 in told[f"{what} {root}"] or told[f"{what} {root}"] == list(range(6))
+        6 in ticks_by_task[f"{what} {root}"] or ticks_by_task[f"{what} {root}"] == list(range(6))
         for what in ("reading", "comparing")
     )
-    assert 50 in told[f"indexing {root}, %"]
+    assert 50 in ticks_by_task[f"indexing {root}, %"]
 
 
 def test_moments_of_any_picture_are_those_of_its_pixels():
@@ -746,14 +750,14 @@ def test_moments_of_any_picture_are_those_of_its_pixels():
         np.testing.assert_allclose(square, (values**2).mean(0), rtol=1e-12)
 
 
-def test_a_wrong_validation_set_is_reported_before_the_work(tmp_path, monkeypatch):
+def test_an_invalid_validation_set_is_reported_before_any_image_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(audit_module, "read_image", lambda *args: pytest.fail("read an image"))
     with pytest.raises(DataError, match="nowhere does not exist"):
         audit(str(fill(tmp_path / "train", good(2))), val=str(tmp_path / "nowhere"))
 
 
-def test_a_tiff_that_needs_an_extra_is_one_bad_image(monkeypatch):
-    """Without tifffile, one odd file among many does not end a run."""
+def test_a_tiff_that_needs_a_missing_extra_is_an_unreadable_image(monkeypatch):
+    """Without tifffile, one unusual file among many does not end a run."""
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(BadImage, match="tiff"):
         decode(ODD["float64.tif"][0])
@@ -788,9 +792,9 @@ def test_more_shards_than_open_files(tmp_path):
 
 def test_too_few_images_are_unfit_for_training(tmp_path):
     fill(tmp_path, good(3))
-    found = audit(str(tmp_path))
-    assert not found.fit
-    assert "fewer images than the batch" in _unfit(found)
+    report = audit(str(tmp_path))
+    assert not report.fit
+    assert "fewer images than the batch" in _unfit(report)
 
 
 def test_probes_are_not_tested_on_images_they_were_fitted_on(tmp_path):
@@ -802,7 +806,7 @@ def test_probes_are_not_tested_on_images_they_were_fitted_on(tmp_path):
             tmp_path / label, {f"{i}.png": same if i < 30 else list(good(40).values())[i] for i in range(40)}
         )
     recipe = small(probes=1, probe_train=40, probe_test=40)
-    found = probe_set(open_source(str(tmp_path)), recipe)
-    fitted = {image.numpy().tobytes() for image in found.train}
-    assert len(found.test) == len(found.truth) > 0
-    assert not fitted & {image.numpy().tobytes() for image in found.test}
+    probes = probe_set(open_source(str(tmp_path)), recipe)
+    fitted = {image.numpy().tobytes() for image in probes.train}
+    assert len(probes.test) == len(probes.truth) > 0
+    assert not fitted & {image.numpy().tobytes() for image in probes.test}

@@ -18,7 +18,7 @@ from tests.mutations import catches
 T0, ONE = Progress(0, 10, 2), torch.ones(())
 
 
-def made(**changes):
+def make_method(**changes):
     return method_for(
         small("data2vec", masks=4) if not changes else small("data2vec", **({"masks": 4} | changes))
     )
@@ -34,8 +34,8 @@ def with_other_pixels(batch, mask: int, hidden: bool, method):
     """The batch with other pixels in the patches that a mask hides, or in those that it leaves visible."""
     image = batch["image"].clone()
     for i, order in enumerate(batch["orders"][:, mask].tolist()):
-        for place in order[method.visible :] if hidden else order[: method.visible]:
-            y, x = 4 * (place // 4), 4 * (place % 4)
+        for patch in order[method.visible :] if hidden else order[: method.visible]:
+            y, x = 4 * (patch // 4), 4 * (patch % 4)
             image[i, :, y : y + 4, x : x + 4] ^= 255
     return batch | {"image": image}
 
@@ -57,21 +57,21 @@ def test_exactly_the_requested_number_of_patches_is_visible(height, width, side,
     assert visible.sum() == count
 
 
-def test_visible_patches_lie_in_squares_everywhere():
+def test_visible_patches_are_squares_at_any_position():
     draws = np.random.default_rng(0)
     masks = np.stack([squares_mask((14, 14), 39, 3, draws) for _ in range(200)])
     alone = np.stack([(draws.permutation(196) < 39).reshape(14, 14) for _ in range(200)])
     beside = [(m[:, :, 1:] & m[:, :, :-1]).sum() / m.sum() for m in (masks, alone)]
     assert beside[0] > 2.5 * beside[1]
     corner = masks.mean(0)[[0, 0, -1, -1], [0, -1, 0, -1]]
-    assert (corner > 0.03).all(), "squares around every place, cut at the edge"
+    assert (corner > 0.03).all(), "squares are centered anywhere and clipped at the border"
     one = squares_mask((14, 14), 9, 3, np.random.default_rng(3))
     assert one[one.any(1)][:, one.any(0)].all()
     assert one.sum() == 9
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index():
-    method = made()
+    method = make_method()
     view = method.views()
     image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     one, same, other = (view(image, rng(0, epoch, 3)) for epoch in (1, 1, 2))
@@ -79,7 +79,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index():
     assert not torch.equal(one["orders"], other["orders"])
     assert torch.equal(one["orders"].sort(1)[0], torch.arange(16).expand(4, -1))
     visible = one["orders"][:, : method.visible]
-    assert len({tuple(v.sort()[0].tolist()) for v in visible}) > 1, "each mask its own"
+    assert len({tuple(v.sort()[0].tolist()) for v in visible}) > 1, "masks differ"
 
 
 # --- what is seen -------------------------------------------------------------------------------------------
@@ -92,8 +92,8 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index():
         lambda self, patches, orders: old(self, patches + 1e-3 * patches.mean(1, keepdim=True), orders)
     ),
 )
-def test_hidden_pixels_do_not_reach_the_student_but_the_target():
-    method = made(masks=1)
+def test_hidden_pixels_change_the_target_but_not_the_student():
+    method = make_method(masks=1)
     batch = batch_for(method)
     other = with_other_pixels(batch, 0, True, method)
     with torch.no_grad():
@@ -112,13 +112,13 @@ def test_hidden_pixels_do_not_reach_the_student_but_the_target():
 
 
 def test_the_target_does_not_depend_on_the_masks(monkeypatch):
-    method, seen = made(), []
+    method, targets = make_method(), []
     target = method.target
-    monkeypatch.setattr(method, "target", lambda patches: seen.append(target(patches)) or seen[-1])
+    monkeypatch.setattr(method, "target", lambda patches: targets.append(target(patches)) or targets[-1])
     batch = batch_for(method)
     other = batch | {"orders": batch["orders"].flip(2)}
     losses = [method(b, T0)["loss"] for b in (batch, other)]
-    assert torch.equal(*seen)
+    assert torch.equal(*targets)
     assert losses[0] != losses[1]
 
 
@@ -132,15 +132,15 @@ def target_with_gradient(old):
 
 @catches("the teacher gets a gradient", "rcmae.methods.data2vec:Data2Vec.target", target_with_gradient)
 def test_the_teacher_has_no_gradient_and_every_trained_weight_has_one():
-    method = made()
-    found = gradients(method, batch_for(method))
-    assert not [n for n in found if n.startswith("teacher")]
-    assert set(found) == {n for n, p in method.named_parameters() if p.requires_grad}
-    assert all(g.abs().sum() > 0 for g in found.values())
+    method = make_method()
+    grads = gradients(method, batch_for(method))
+    assert not [n for n in grads if n.startswith("teacher")]
+    assert set(grads) == {n for n, p in method.named_parameters() if p.requires_grad}
+    assert all(g.abs().sum() > 0 for g in grads.values())
 
 
 def test_the_teacher_is_the_encoder_alone_and_probing_it_keeps_nothing():
-    method = made()
+    method = make_method()
     assert {n.split(".")[0] for n, _ in method.teacher.model.named_parameters()} == {"encoder"}
     method.backbone("teacher")(torch.rand(2, 3, 16, 16))
     assert method.feed_forward is None
@@ -158,11 +158,11 @@ def test_the_teacher_is_the_encoder_alone_and_probing_it_keeps_nothing():
 )
 @pytest.mark.parametrize("top", [1, 2, 3])
 def test_the_target_is_the_mean_of_the_normalized_feed_forward_outputs_of_the_top_blocks(top):
-    method = made(depth=3, top_blocks=top)
+    method = make_method(depth=3, top_blocks=top)
     patches = method.normalize_and_patchify(batch_for(method)["image"])
     vit, x, outputs = method.teacher.model.encoder.vit, None, []
     handle = vit.blocks[0].register_forward_pre_hook(lambda block, args: outputs.append(args[0]))
-    found = method.target(patches)
+    target = method.target(patches)
     handle.remove()
     x, outputs = outputs[0], []
     with torch.no_grad():
@@ -170,22 +170,26 @@ def test_the_target_is_the_mean_of_the_normalized_feed_forward_outputs_of_the_to
             x = x + block.attn(block.norm1(x))
             outputs.append(block.mlp(block.norm2(x)))
             x = x + outputs[-1]
-    plain = torch.zeros_like(found)
+    expected = torch.zeros_like(target)
     for y in outputs[-top:]:
         y = y[:, 1:]  # without the class token
-        plain += (y - y.mean(1, keepdim=True)) * (y.var(1, keepdim=True, correction=0) + 1e-5).rsqrt() / top
-    plain = (plain - plain.mean(2, keepdim=True)) * (plain.var(2, keepdim=True, correction=0) + 1e-5).rsqrt()
-    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+        expected += (
+            (y - y.mean(1, keepdim=True)) * (y.var(1, keepdim=True, correction=0) + 1e-5).rsqrt() / top
+        )
+    expected = (expected - expected.mean(2, keepdim=True)) * (
+        expected.var(2, keepdim=True, correction=0) + 1e-5
+    ).rsqrt()
+    torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_by_default_ten_of_twelve_blocks_make_the_target():
-    method = made(depth=12)
+    method = make_method(depth=12)
     assert len([b for b in method.teacher.model.encoder.vit.blocks if b.mlp._forward_hooks]) == 10
     assert not [b for b in method.teacher.model.encoder.vit.blocks[:2] if b.mlp._forward_hooks]
 
 
 def test_targets_are_float32_under_autocast():
-    method = made()
+    method = make_method()
     with torch.autocast("cpu", torch.bfloat16):
         target = method.target(method.normalize_and_patchify(batch_for(method)["image"]))
         low = method(batch_for(method), T0)["loss"]
@@ -197,8 +201,8 @@ def test_targets_are_float32_under_autocast():
 # --- the loss -----------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_that_of_its_definition():
-    method = made(class_weight=0.5)
+def test_the_loss_matches_its_definition():
+    method = make_method(class_weight=0.5)
     batch = batch_for(method)
     patches, orders = method.normalize_and_patchify(batch["image"]), batch["orders"]
     target, (classes, prediction) = method.target(patches), method.predict(patches, orders)
@@ -206,18 +210,20 @@ def test_the_loss_is_that_of_its_definition():
     for i in range(3):
         for j in range(4):
             row = 4 * i + j
-            for place, guess in zip(orders[i, j, method.visible :].tolist(), prediction[row], strict=True):
-                regression.append((guess - target[i, place]).square().sum() / 24**0.5)
+            for patch, predicted in zip(
+                orders[i, j, method.visible :].tolist(), prediction[row], strict=True
+            ):
+                regression.append((predicted - target[i, patch]).square().sum() / 24**0.5)
             of_class.append((classes[row] - target[i].mean(0)).square().sum() / 24**0.5)
     expected = torch.stack(regression).mean() + 0.5 * torch.stack(of_class).mean()
     assert method(batch, T0)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_visible_patches_get_no_loss(monkeypatch):
-    method = made(masks=1, class_weight=0.0)
+    method = make_method(masks=1, class_weight=0.0)
     batch = batch_for(method)
     loss, target = method(batch, T0)["loss"], method.target
-    at = batch["orders"][:, 0]
+    orders = batch["orders"][:, 0]
 
     def changed(places):
         def with_noise(patches):
@@ -228,16 +234,16 @@ def test_visible_patches_get_no_loss(monkeypatch):
 
         return with_noise
 
-    monkeypatch.setattr(method, "target", changed(at[:, : method.visible]))
+    monkeypatch.setattr(method, "target", changed(orders[:, : method.visible]))
     assert torch.equal(method(batch, T0)["loss"], loss)
-    monkeypatch.setattr(method, "target", changed(at[:, -1:]))
+    monkeypatch.setattr(method, "target", changed(orders[:, -1:]))
     assert method(batch, T0)["loss"] > loss + 1
 
 
 def test_predictions_are_at_the_positions_of_their_patches():
     """With a kernel of one patch, the prediction of a hidden patch depends only on its own noise, in the row
     that the order gives."""
-    method = made(masks=2, conv_kernel=1)
+    method = make_method(masks=2, conv_kernel=1)
     batch, decoder = batch_for(method), method.student.predictor
     with torch.no_grad():
         one = method.predict(method.normalize_and_patchify(batch["image"]), batch["orders"])[1]
@@ -245,7 +251,7 @@ def test_predictions_are_at_the_positions_of_their_patches():
             [batch["orders"][:, :, : method.visible], batch["orders"][:, :, method.visible :].flip(2)], 2
         )
         two = method.predict(method.normalize_and_patchify(batch["image"]), orders)[1]
-    assert torch.equal(one, two), "the j-th hidden place has the j-th row of noise"
+    assert torch.equal(one, two), "the j-th hidden patch has the j-th row of noise"
     assert decoder.noise.std().item() == pytest.approx(0.01, rel=0.2)
     rows = one.unflatten(0, (3, 2))
     assert torch.allclose(rows, rows[:1, :1].expand_as(rows), atol=1e-6)
@@ -261,8 +267,8 @@ def test_predictions_are_at_the_positions_of_their_patches():
         )
     ),
 )
-def test_many_masks_in_one_pass_are_the_mean_of_single_ones():
-    method = made()
+def test_several_masks_in_one_pass_equal_the_mean_over_single_masks():
+    method = make_method()
     batch = batch_for(method)
     whole, single = (
         gradients(method, batch),
@@ -279,7 +285,7 @@ def test_many_masks_in_one_pass_are_the_mean_of_single_ones():
 
 
 def test_all_masks_of_an_image_share_one_pass_of_the_teacher():
-    method, passes = made(), []
+    method, passes = make_method(), []
     method.teacher.model.encoder.vit.blocks[0].register_forward_hook(
         lambda block, args, out: passes.append(len(out))
     )
@@ -293,7 +299,7 @@ def test_all_masks_of_an_image_share_one_pass_of_the_teacher():
     lambda old: lambda self, patches: (lambda y: y - y.mean(0))(old(self, patches)),
 )
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
-    method = made()
+    method = make_method()
     assert not type(method).accumulation_caveat(method.recipe)
     batch = batch_for(method, size=4)
     whole = gradients(method, batch)
@@ -303,9 +309,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
         torch.testing.assert_close(sum(g[name] for g in parts) / 4, value, rtol=1e-4, atol=1e-6 * scale)
 
 
-def test_a_step_is_a_function_of_weights_batch_and_nothing_else():
+def test_a_step_depends_only_on_weights_and_batch():
     """It uses no global generator, and the decoder's noise is part of the checkpoint."""
-    method, other = made(), made()
+    method, other = make_method(), make_method()
     batch = batch_for(method)
     with torch.no_grad():
         for p in [*other.parameters(), other.student.predictor.noise]:
@@ -326,19 +332,19 @@ def test_a_step_is_a_function_of_weights_batch_and_nothing_else():
     "rcmae.methods.data2vec:Data2Vec.momentum",
     lambda old: lambda self, t: 0.9998 + (0.99999 - 0.9998) * t.fraction,
 )
-def test_the_teachers_momentum_rises_in_a_straight_line_and_stays():
+def test_the_teachers_momentum_rises_linearly_and_then_stays_constant():
     method = method_for(small("data2vec"))
-    found = [
+    momenta = [
         method.momentum(Progress(step, 375_300, 5004)) for step in (0, 50_000, 100_000, 100_001, 375_299)
     ]
-    assert found == pytest.approx([0.9998, 0.999895, 0.99999, 0.99999, 0.99999], abs=1e-9)
-    averaged = made(schedule="half-life", half_life="50 steps")
+    assert momenta == pytest.approx([0.9998, 0.999895, 0.99999, 0.99999, 0.99999], abs=1e-9)
+    averaged = make_method(schedule="half-life", half_life="50 steps")
     assert averaged.momentum(Progress(3, 10, 5)) ** 50 == pytest.approx(0.5)
     assert method.momentum_per_step(Progress(50_000, 375_300, 5004)) == pytest.approx(0.999895, abs=1e-9)
 
 
-def test_student_and_teacher_start_alike_and_the_teacher_follows():
-    method = made(schedule="constant", momentum=0.9)
+def test_the_teacher_starts_as_the_student_and_follows_it():
+    method = make_method(schedule="constant", momentum=0.9)
     pairs = dict(method.teacher.model.named_parameters())
     with torch.no_grad():
         for key, p in method.ema_source.named_parameters():
@@ -352,8 +358,8 @@ def test_student_and_teacher_start_alike_and_the_teacher_follows():
         torch.testing.assert_close(pairs[key], before[key] + 0.1 * p.requires_grad, rtol=0, atol=1e-6)
 
 
-def test_masks_redrawn_are_other_ones_of_the_same_size():
-    method = made()
+def test_new_masks_differ_and_have_the_same_size():
+    method = make_method()
     batch, generator = batch_for(method), torch.Generator().manual_seed(0)
     one, two = (method.remask(batch, generator)["orders"] for _ in range(2))
     assert one.shape == (3, 1, 16)
@@ -364,7 +370,7 @@ def test_masks_redrawn_are_other_ones_of_the_same_size():
 
 
 def test_predicting_zero_has_the_loss_of_its_baseline():
-    method = made()
+    method = make_method()
     with torch.no_grad():
         for part in (method.student.predictor.predict.weight, method.student.predictor.predict.bias):
             part.zero_()
@@ -373,7 +379,7 @@ def test_predicting_zero_has_the_loss_of_its_baseline():
 
 
 def test_a_collapse_shows_in_the_log():
-    method = made()
+    method = make_method()
     with torch.no_grad():
         method.student.predictor.predict.weight.zero_()
     losses = method(batch_for(method), T0)
@@ -400,7 +406,7 @@ def test_the_published_recipe_makes_the_published_network():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"top_blocks": 3}, "top_blocks must lie in 1 to the encoder's 2 blocks, not 3"),
         (
@@ -421,9 +427,9 @@ def test_the_published_recipe_makes_the_published_network():
         ),
     ],
 )
-def test_impossible_settings_are_refused_before_data_is_read(changes, says, tmp_path):
+def test_impossible_settings_are_refused_before_data_is_read(changes, message, tmp_path):
     import rcmae.config as c
 
     recipe = small("data2vec", data=str(tmp_path / "nowhere"), **changes)
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         pretrain(recipe, c.RuntimeConfig(out=tmp_path / "run", device="cpu"))

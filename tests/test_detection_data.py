@@ -80,12 +80,12 @@ def layout(images: int = 3) -> dict:
 
 def write(root: Path, train: dict | None = None, val: dict | None = None) -> Path:
     """A folder in COCO's layout; each image has one gray level, 40 times its number."""
-    for split, found in (("train2017", train or layout()), ("val2017", val or layout())):
+    for split, content in (("train2017", train or layout()), ("val2017", val or layout())):
         (root / split).mkdir(parents=True, exist_ok=True)
         (root / "annotations").mkdir(exist_ok=True)
         for k in range(len(layout()["images"])):
             (root / split / f"{k + 1}.png").write_bytes(encode(np.full((H, W, 3), 40 * (k + 1), np.uint8)))
-        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(found))
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return root
 
 
@@ -97,7 +97,7 @@ def train(tmp_path_factory) -> CocoSet:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def test_every_form_of_a_mask_is_what_pycocotools_makes_of_it(tmp_path):
+def test_every_mask_format_decodes_as_by_pycocotools(tmp_path):
     train, _ = open_coco(str(write(tmp_path)))
     expected = {}
     for a in layout()["annotations"]:
@@ -113,7 +113,7 @@ def test_every_form_of_a_mask_is_what_pycocotools_makes_of_it(tmp_path):
         assert np.array_equal(api.decode(a["segmentation"]), expected[a["id"]])
 
 
-def test_ids_with_gaps_are_labels_from_one_and_back(train):
+def test_category_ids_with_gaps_map_to_consecutive_labels(train):
     assert (train.category_ids, train.classes) == ([5, 7, 90], ["ant", "bee", "zebra"])
     assert train.objects(0).labels.tolist() == [3, 1, 2]
     assert [train.image_id(i) for i in range(len(train))] == [10, 20, 30]
@@ -141,7 +141,7 @@ def test_crowds_are_scored_but_not_trained_on_and_empty_images_stay(train):
 def test_the_truth_keeps_areas_and_boxes_as_they_are_written(train):
     by_id = {a["id"]: a for a in train.truth["annotations"]}
     assert (by_id[101]["area"], by_id[101]["bbox"]) == (7.5, [1, 3, 29, 20])
-    assert by_id[105]["area"] == 12, "of the mask, where the file has none"
+    assert by_id[105]["area"] == 12, "the area of the mask, where the file has none"
 
 
 def test_it_can_be_pickled_and_its_fingerprint_is_of_the_annotations(train, tmp_path):
@@ -161,14 +161,14 @@ def test_it_can_be_pickled_and_its_fingerprint_is_of_the_annotations(train, tmp_
     assert train.where(1).endswith("train2017/2.png")
 
 
-@pytest.mark.parametrize("place", ["", "train2017", "images/train2017", "images"])
-def test_images_are_found_in_the_usual_folders(tmp_path, place):
+@pytest.mark.parametrize("folder", ["", "train2017", "images/train2017", "images"])
+def test_images_are_found_in_the_usual_folders(tmp_path, folder):
     root = write(tmp_path)
-    (root / place).mkdir(parents=True, exist_ok=True)
+    (root / folder).mkdir(parents=True, exist_ok=True)
     for file in (root / "train2017").glob("*.png"):
-        file.rename(root / place / file.name)
-    found = open_coco(str(root))[0]
-    assert (found.pixels(1) == 80).all()
+        file.rename(root / folder / file.name)
+    dataset = open_coco(str(root))[0]
+    assert (dataset.pixels(1) == 80).all()
 
 
 def test_the_instances_are_chosen_among_cocos_files(tmp_path):
@@ -193,7 +193,7 @@ def test_the_instances_are_chosen_among_cocos_files(tmp_path):
         open_coco(file, str(root))
 
 
-def test_a_folder_with_one_file_of_any_name_is_a_part(tmp_path):
+def test_a_folder_with_a_single_annotation_file_is_one_split(tmp_path):
     for part in ("one", "two"):
         folder = tmp_path / part
         folder.mkdir()
@@ -205,64 +205,72 @@ def test_a_folder_with_one_file_of_any_name_is_a_part(tmp_path):
         open_coco(str(tmp_path / "one"))
 
 
-# --- what is wrong ------------------------------------------------------------------------------------------
+# --- invalid annotations ------------------------------------------------------------------------------------
 
 
-def _set(part, k, **changes):
-    return lambda found: found[part][k].update(changes)
+def changes_of(part, k, **changes):
+    return lambda content: content[part][k].update(changes)
 
 
-WRONG = {
-    "annotations of images that are not listed: 1 (101)": _set("annotations", 0, image_id=11),
-    "annotations of images that are not listed: 1 (102)": _set("annotations", 1, image_id=[10]),
-    "annotations of categories that are not listed: 1 (102)": _set("annotations", 1, category_id=6),
-    "ids of images that repeat: 1 (10)": _set("images", 1, id=10),
-    "ids of categories that repeat: 1 (5)": _set("categories", 2, id=5),
-    "names of categories that repeat: 1 (ant)": _set("categories", 2, name="ant"),
-    "ids of annotations that repeat: 1 (101)": _set("annotations", 2, id=101),
-    "ids of annotations that are no integers: 1 (a)": _set("annotations", 2, id="a"),
-    "boxes without area: 1 (102)": _set("annotations", 1, bbox=[4, 3, 0, 14]),
-    "boxes that are not 4 finite numbers: 1 (102)": _set("annotations", 1, bbox=[4, 3, float("nan"), 14]),
-    "boxes that are not 4 finite numbers: 1 (103)": _set("annotations", 2, bbox=[4, 3, 5]),
-    "boxes outside their image: 1 (102)": _set("annotations", 1, bbox=[W, 3, 4, 4]),
-    "masks of another size than their image: 1 (105)": _set(
+INVALID = {
+    "annotations of images that are not listed: 1 (101)": changes_of("annotations", 0, image_id=11),
+    "annotations of images that are not listed: 1 (102)": changes_of("annotations", 1, image_id=[10]),
+    "annotations of categories that are not listed: 1 (102)": changes_of("annotations", 1, category_id=6),
+    "ids of images that repeat: 1 (10)": changes_of("images", 1, id=10),
+    "ids of categories that repeat: 1 (5)": changes_of("categories", 2, id=5),
+    "names of categories that repeat: 1 (ant)": changes_of("categories", 2, name="ant"),
+    "ids of annotations that repeat: 1 (101)": changes_of("annotations", 2, id=101),
+    "ids of annotations that are no integers: 1 (a)": changes_of("annotations", 2, id="a"),
+    "boxes without area: 1 (102)": changes_of("annotations", 1, bbox=[4, 3, 0, 14]),
+    "boxes that are not 4 finite numbers: 1 (102)": changes_of(
+        "annotations", 1, bbox=[4, 3, float("nan"), 14]
+    ),
+    "boxes that are not 4 finite numbers: 1 (103)": changes_of("annotations", 2, bbox=[4, 3, 5]),
+    "boxes outside their image: 1 (102)": changes_of("annotations", 1, bbox=[W, 3, 4, 4]),
+    "masks of another size than their image: 1 (105)": changes_of(
         "annotations", 4, segmentation={"size": [W, H], "counts": [H * W]}
     ),
-    "run lengths that do not fit the image: 1 (105)": _set(
+    "run lengths that do not fit the image: 1 (105)": changes_of(
         "annotations", 4, segmentation={"size": [H, W], "counts": [H * W - 1]}
     ),
-    "run lengths that do not fit the image: 1 (103)": _set(
+    "run lengths that do not fit the image: 1 (103)": changes_of(
         "annotations", 2, segmentation={"size": [H, W], "counts": "00"}
     ),
-    "run lengths that do not fit the image: 1 (101)": _set(
+    "run lengths that do not fit the image: 1 (101)": changes_of(
         "annotations", 0, segmentation={"size": [H, W], "counts": "oooooooo"}
     ),
-    "annotations without segmentation: masks cannot be learned from boxes alone: 1 (102)": _set(
+    "annotations without segmentation: masks cannot be learned from boxes alone: 1 (102)": changes_of(
         "annotations", 1, segmentation=[]
     ),
     "annotations without segmentation: masks cannot be learned from boxes alone: 1 (101)": lambda f: f[
         "annotations"
     ][0].pop("segmentation"),
-    "segmentations that are neither polygons nor run lengths: 1 (102)": _set(
+    "segmentations that are neither polygons nor run lengths: 1 (102)": changes_of(
         "annotations", 1, segmentation="mask.png"
     ),
-    "polygons that are not lists of x and y: 1 (102)": _set("annotations", 1, segmentation=[[1, 2, 3, 4, 5]]),
-    "polygons that are not lists of x and y: 1 (101)": _set("annotations", 0, segmentation=TRIANGLE),
-    "polygons that are not lists of x and y: 1 (103)": _set(
+    "polygons that are not lists of x and y: 1 (102)": changes_of(
+        "annotations", 1, segmentation=[[1, 2, 3, 4, 5]]
+    ),
+    "polygons that are not lists of x and y: 1 (101)": changes_of("annotations", 0, segmentation=TRIANGLE),
+    "polygons that are not lists of x and y: 1 (103)": changes_of(
         "annotations", 2, segmentation=[[1, 2, 3, 4, 5, float("inf")]]
     ),
-    "polygons far outside their image: 1 (102)": _set("annotations", 1, segmentation=[[1, 2, 3, 4, 5, 1e9]]),
-    "masks without a pixel: 1 (102)": _set("annotations", 1, segmentation=[[0.1, 0.1, 0.2, 0.1, 0.2, 0.2]]),
-    "areas that are not between 0 and 1e10: 1 (101)": _set("annotations", 0, area=float("nan")),
-    "areas that are not between 0 and 1e10: 1 (102)": _set("annotations", 1, area=2e10),
-    "iscrowd other than 0 and 1: 1 (102)": _set("annotations", 1, iscrowd="0"),
-    "images with an invalid height or width: 1 (20)": _set("images", 1, height=0),
-    "images with an invalid height or width: 1 (10)": _set("images", 0, height=10**6, width=10**6),
-    "file names that are no paths below the folder: 1 (../train2017/2.png)": _set(
+    "polygons far outside their image: 1 (102)": changes_of(
+        "annotations", 1, segmentation=[[1, 2, 3, 4, 5, 1e9]]
+    ),
+    "masks without a pixel: 1 (102)": changes_of(
+        "annotations", 1, segmentation=[[0.1, 0.1, 0.2, 0.1, 0.2, 0.2]]
+    ),
+    "areas that are not between 0 and 1e10: 1 (101)": changes_of("annotations", 0, area=float("nan")),
+    "areas that are not between 0 and 1e10: 1 (102)": changes_of("annotations", 1, area=2e10),
+    "iscrowd other than 0 and 1: 1 (102)": changes_of("annotations", 1, iscrowd="0"),
+    "images with an invalid height or width: 1 (20)": changes_of("images", 1, height=0),
+    "images with an invalid height or width: 1 (10)": changes_of("images", 0, height=10**6, width=10**6),
+    "file names that are no paths below the folder: 1 (../train2017/2.png)": changes_of(
         "images", 1, file_name="../train2017/2.png"
     ),
-    "(., train2017): 1 (4.png)": _set("images", 1, file_name="4.png"),
-    "(., train2017): 1 (a\\x00b)": _set("images", 1, file_name="a\0b"),
+    "(., train2017): 1 (4.png)": changes_of("images", 1, file_name="4.png"),
+    "(., train2017): 1 (a\\x00b)": changes_of("images", 1, file_name="a\0b"),
     "entries of 'annotations' without 'bbox': 1 (number 1)": lambda f: f["annotations"][1].pop("bbox"),
     "no list 'categories'": lambda f: f.pop("categories"),
     "'images' is empty": lambda f: f["images"].clear(),
@@ -273,38 +281,38 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_what_is_wrong_is_named_and_counted_before_training(tmp_path, said):
-    found = layout()
-    WRONG[said](found)
-    with pytest.raises(DataError, match=re.escape(said)) as e:
-        open_coco(str(write(tmp_path, found)))
+@pytest.mark.parametrize("message", INVALID)
+def test_invalid_annotations_are_named_and_counted_before_training(tmp_path, message):
+    content = layout()
+    INVALID[message](content)
+    with pytest.raises(DataError, match=re.escape(message)) as e:
+        open_coco(str(write(tmp_path, content)))
     assert "instances_train2017.json: " in str(e.value) and "\n" not in str(e.value)
 
 
-def test_all_that_is_wrong_in_both_parts_is_in_one_message(tmp_path):
+def test_problems_of_both_splits_are_reported_in_one_message(tmp_path):
     one, two = layout(), layout()
-    chosen = [said for said in WRONG if "(101" in said or "(102)" in said]
-    for said in chosen[:2]:
-        WRONG[said](one)
+    chosen = [message for message in INVALID if "(101" in message or "(102)" in message]
+    for message in chosen[:2]:
+        INVALID[message](one)
     two["annotations"] += [annotation(200 + k, 99) for k in range(5)]
     two["categories"][0]["name"] = "horse"
     two["annotations"][2]["bbox"] = None
     with pytest.raises(DataError) as e:
         open_coco(str(write(tmp_path, one, two)))
-    for said in (
+    for message in (
         "train2017.json: annotations of images that are not listed: 2 (101, 102)",
         "val2017.json: boxes that are not 4 finite numbers: 1 (103); annotations of images that are not "
         "listed: 5 (200, 201, 202, ...)",
         f"categories that are not those of {tmp_path}/annotations/instances_train2017.json: 1 (90: horse, "
         "not zebra)",
     ):
-        assert said in str(e.value)
+        assert message in str(e.value)
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[1, 2]", "\xff", "[" * 100_000])
-def test_another_kind_of_json_is_one_line(tmp_path, text):
+def test_json_of_another_kind_is_reported_in_one_line(tmp_path, text):
     root = write(tmp_path)
     (root / "annotations" / "instances_val2017.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"instances_val2017.json(: no list 'images'| is not JSON)") as e:
@@ -312,7 +320,7 @@ def test_another_kind_of_json_is_one_line(tmp_path, text):
     assert "\n" not in str(e.value)
 
 
-def test_a_folder_of_another_kind_is_one_line(tmp_path):
+def test_invalid_detection_data_is_reported_in_one_line(tmp_path):
     for spec, message in (
         (str(tmp_path), "has no file with train in its name"),
         (str(tmp_path / "none"), "cannot be read: No such file"),
@@ -328,30 +336,30 @@ def test_a_folder_of_another_kind_is_one_line(tmp_path):
             open_coco(spec)
 
 
-def test_a_few_boxes_without_area_are_noted_as_coco_has_them(tmp_path):
-    found = layout()
-    found["annotations"] += [
+def test_a_few_boxes_without_area_are_noted_and_left_out_of_training(tmp_path):
+    content = layout()
+    content["annotations"] += [
         annotation(1000 + k, 10, segmentation=[BAND], bbox=[1, 20, 29, 3]) for k in range(1000)
     ]
-    found["annotations"][500]["bbox"] = [4, 3, 5.5, 0]
-    found["annotations"][600]["segmentation"] = [[3, 4, 5, 6]]
-    found["annotations"][700]["bbox"] = [-2, 20, 36, 4]
-    key = [found["annotations"][k]["id"] for k in (500, 600, 700)]
-    train = open_coco(str(write(tmp_path, found)))[0]
+    content["annotations"][500]["bbox"] = [4, 3, 5.5, 0]
+    content["annotations"][600]["segmentation"] = [[3, 4, 5, 6]]
+    content["annotations"][700]["bbox"] = [-2, 20, 36, 4]
+    key = [content["annotations"][k]["id"] for k in (500, 600, 700)]
+    train = open_coco(str(write(tmp_path, content)))[0]
     assert f"boxes without area, left out of training: 1 ({key[0]})" in train.notes
     assert f"masks without a pixel, left out of training: 1 ({key[1]})" in train.notes
     assert f"boxes that stick out of their image: 1 ({key[2]})" in train.notes
     objects = train.objects(0)
     assert len(objects.labels) == 3 + 1000 - 2 and len(train.truth["annotations"]) == 1005, (
-        "left out of training, not of the truth"
+        "left out of training but not of the ground truth"
     )
 
 
-def test_boxes_beside_their_masks_are_noted_and_many_of_them_refused(tmp_path):
+def test_boxes_that_do_not_match_their_masks_are_noted_or_rejected(tmp_path):
     """As in a file whose boxes are x0 y0 x1 y1, or those of another object; crowds do not count, and small
     boxes may be rounded."""
-    found = layout()
-    found["annotations"] += [
+    content = layout()
+    content["annotations"] += [
         annotation(1000 + k, 10, segmentation=[BAND], bbox=[1, 20, 29, 3]) for k in range(96)
     ]
     tiny = annotation(
@@ -360,20 +368,20 @@ def test_boxes_beside_their_masks_are_noted_and_many_of_them_refused(tmp_path):
         segmentation={"size": [H, W], "counts": run_lengths(block(6, 6, 1, 1))},
         bbox=[5.4, 5.4, 1.2, 1.2],
     )
-    found["annotations"].append(tiny)
-    found["annotations"][3]["bbox"] = [20, 10, 5, 5]
-    assert not any("around" in note for note in open_coco(str(write(tmp_path / "none", found)))[0].notes)
-    for a in found["annotations"][40:50]:
+    content["annotations"].append(tiny)
+    content["annotations"][3]["bbox"] = [20, 10, 5, 5]
+    assert not any("around" in note for note in open_coco(str(write(tmp_path / "none", content)))[0].notes)
+    for a in content["annotations"][40:50]:
         a["bbox"] = [1, 20, 30, 23]
     assert (
         "boxes that are not around their masks: 10 (1035, 1036, 1037, ...)"
-        in open_coco(str(write(tmp_path / "few", found)))[0].notes
+        in open_coco(str(write(tmp_path / "few", content)))[0].notes
     )
-    found["annotations"][50]["bbox"] = [1, 2, 29, 3]
+    content["annotations"][50]["bbox"] = [1, 2, 29, 3]
     with pytest.raises(
         DataError, match=r"not around their masks \(a box must be x, y, width and height\): 11 \(1035"
     ):
-        open_coco(str(write(tmp_path / "many", found)))
+        open_coco(str(write(tmp_path / "many", content)))
 
 
 def test_without_pycocotools_the_extra_is_named(tmp_path, monkeypatch):
@@ -398,7 +406,7 @@ def test_run_lengths_are_read_as_they_are_written():
 # --- scenes and parts ---------------------------------------------------------------------------------------
 
 
-def test_scenes_are_a_set_whose_objects_are_what_was_drawn():
+def test_objects_of_bundled_scenes_match_the_drawn_instances():
     train, test = open_coco("bundled:scenes", train_images=6, test_images=3, size=96)
     assert (len(train), len(test), train.in_memory, train.classes) == (
         6,
@@ -417,7 +425,7 @@ def test_scenes_are_a_set_whose_objects_are_what_was_drawn():
             assert np.array_equal(objects.masks, np.stack([i.mask for i in instances]))
 
 
-def test_written_scenes_are_read_as_the_same(tmp_path):
+def test_scenes_written_to_disk_are_read_back_unchanged(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
         write_coco(tmp_path, split, count, 64)
     drawn = open_coco("bundled:scenes", train_images=3, test_images=2, size=64)
@@ -450,31 +458,33 @@ def test_scenes_are_a_source_of_images_without_labels():
 
 def test_scenes_can_be_audited(monkeypatch):
     monkeypatch.setattr(ScenesSource.__init__, "__defaults__", ("train", 16, 128, 0))
-    found = audit("bundled:scenes", recipe=check(small(size=32)))
-    assert (found.images, found.widths, found.classes) == (16, (32, 32, 32), {}) and found.fit
+    report = audit("bundled:scenes", recipe=check(small(size=32)))
+    assert (report.images, report.widths, report.classes) == (16, (32, 32, 32), {}) and report.fit
 
 
 def test_a_smaller_subset_lies_within_a_larger_one(train):
-    whole = open_coco("bundled:scenes", train_images=12, test_images=1, size=32)[0]
-    parts = [sample_images(whole, k, seed=1) for k in (1, 4, 12)]
+    full = open_coco("bundled:scenes", train_images=12, test_images=1, size=32)[0]
+    parts = [sample_images(full, k, seed=1) for k in (1, 4, 12)]
     ids = [[part.image_id(i) for i in range(len(part))] for part in parts]
     assert ids[0] == ids[1][:1] and ids[1] == ids[2][:4]
     assert sorted(ids[2]) == list(range(1, 13)) != ids[2]
-    assert ids[2] != [sample_images(whole, 12, seed=2).image_id(i) for i in range(12)]
+    assert ids[2] != [sample_images(full, 12, seed=2).image_id(i) for i in range(12)]
     for part in parts:
         assert [i["id"] for i in part.truth["images"]] == [part.image_id(i) for i in range(len(part))]
         for i in range(len(part)):
-            at = part.image_id(i) - 1
-            assert np.array_equal(part.objects(i).masks, whole.objects(at).masks)
-            assert np.array_equal(part.pixels(i), whole.pixels(at)) and part.where(i) == whole.where(at)
+            position = part.image_id(i) - 1
+            assert np.array_equal(part.objects(i).masks, full.objects(position).masks)
+            assert np.array_equal(part.pixels(i), full.pixels(position)) and part.where(i) == full.where(
+                position
+            )
     assert len({part.fingerprint() for part in parts}) == 3
     assert np.array_equal(
         sample_images(parts[1], 4, 9).objects(0).masks,
-        whole.objects(sample_images(parts[1], 4, 9).image_id(0) - 1).masks,
+        full.objects(sample_images(parts[1], 4, 9).image_id(0) - 1).masks,
     )
     for count in (0, 13):
         with pytest.raises(DataError, match=f"has 12 images, so a subset cannot have {count} of them"):
-            sample_images(whole, count)
+            sample_images(full, count)
     empty = next(
         seed
         for seed in range(99)
@@ -486,7 +496,7 @@ def test_a_smaller_subset_lies_within_a_larger_one(train):
 
 # --- views --------------------------------------------------------------------------------------------------
 
-GREY = (0.5, 0.5, 0.5)
+GRAY = (0.5, 0.5, 0.5)
 
 
 def picture(h: int, w: int, n: int, seed: int = 0) -> tuple[np.ndarray, Objects]:
@@ -499,14 +509,14 @@ def picture(h: int, w: int, n: int, seed: int = 0) -> tuple[np.ndarray, Objects]
     return image, Objects(np.arange(1, n + 1), masks)
 
 
-def brute(mask: np.ndarray) -> list[int]:
+def box_around(mask: np.ndarray) -> list[int]:
     points = [(x, y) for y in range(mask.shape[0]) for x in range(mask.shape[1]) if mask[y, x]]
     xs, ys = zip(*points, strict=True)
     return [min(xs), min(ys), max(xs) + 1, max(ys) + 1]
 
 
 def test_boxes_are_those_of_the_cropped_masks():
-    jitter = Jitter(40, (0.3, 3.0), True, 100, GREY)
+    jitter = Jitter(40, (0.3, 3.0), True, 100, GRAY)
     fewer = 0
     for seed in range(20):
         image, objects = picture(30, 50, 6, seed)
@@ -514,10 +524,10 @@ def test_boxes_are_those_of_the_cropped_masks():
         assert view["image"].shape == (3, 40, 40) and view["image"].dtype == torch.uint8
         assert view["masks"].shape == (len(view["labels"]), 40, 40) and view["masks"].dtype == torch.bool
         assert view["boxes"].dtype == torch.float32 and view["labels"].dtype == torch.int64
-        assert view["boxes"].tolist() == [brute(m.numpy()) for m in view["masks"]]
+        assert view["boxes"].tolist() == [box_around(m.numpy()) for m in view["masks"]]
         assert all(m.sum() >= MIN_PIXELS for m in view["masks"])
         fewer += len(view["labels"]) < 6
-    assert fewer, "some were cut away"
+    assert fewer, "some objects were cropped away"
 
 
 @catches(
@@ -525,15 +535,15 @@ def test_boxes_are_those_of_the_cropped_masks():
     "rcmae.tasks.detection.views:nearest",
     lambda old: lambda side, resized_side: (old(side, resized_side) + 1).clip(max=side - 1),
 )
-def test_image_and_masks_move_together():
-    """The image is painted by its masks; after any jitter, each color is where its mask is, except for
+def test_image_and_masks_are_transformed_together():
+    """Each mask has a color in the image; after any jitter, the color is where the mask is, except for
     blurred edges."""
     for seed in range(24):
         side = 30 + seed
         masks = np.stack([block(3, 4, 12, 9, (48, side)), block(20, side // 2, 20, 9, (48, side))])
         image = np.zeros((48, side, 3), np.uint8)
         image[masks[0]], image[masks[1]] = (255, 0, 0), (0, 255, 0)
-        view = Jitter(64, (0.5, 2.5), True, 100, GREY)(
+        view = Jitter(64, (0.5, 2.5), True, 100, GRAY)(
             image, Objects(np.array([1, 2]), masks), np.random.default_rng(seed)
         )
         for label, mask in zip(view["labels"], view["masks"], strict=True):
@@ -549,7 +559,7 @@ def test_image_and_masks_move_together():
 def test_a_view_is_a_function_of_the_generator():
     image, objects = picture(30, 50, 9)
     image[:] = np.random.default_rng(0).integers(0, 256, image.shape)
-    jitter = Jitter(32, (0.5, 2.0), True, 4, GREY)
+    jitter = Jitter(32, (0.5, 2.0), True, 4, GRAY)
     one, two, other = (jitter(image, objects, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert not torch.equal(one["image"], other["image"])
@@ -564,31 +574,31 @@ class Fixed:
     permutation = staticmethod(np.arange)
 
 
-def test_at_scale_one_a_square_stays_and_two_flips_are_none():
+def test_jitter_at_scale_one_is_the_identity_and_two_flips_cancel():
     image, objects = picture(32, 32, 5)
     image[:] = np.random.default_rng(0).integers(0, 256, image.shape)
-    same = Jitter(32, (1.0, 1.0), False, 100, GREY)(image, objects, np.random.default_rng(0))
-    seen = objects.masks.sum((1, 2)) >= MIN_PIXELS
-    assert np.array_equal(same["image"].permute(1, 2, 0), image)
+    identity = Jitter(32, (1.0, 1.0), False, 100, GRAY)(image, objects, np.random.default_rng(0))
+    visible = objects.masks.sum((1, 2)) >= MIN_PIXELS
+    assert np.array_equal(identity["image"].permute(1, 2, 0), image)
     assert (
-        np.array_equal(same["masks"], objects.masks[seen])
-        and same["labels"].tolist() == objects.labels[seen].tolist()
+        np.array_equal(identity["masks"], objects.masks[visible])
+        and identity["labels"].tolist() == objects.labels[visible].tolist()
     )
-    flip = Jitter(32, (1.0, 1.0), True, 100, GREY)
+    flip = Jitter(32, (1.0, 1.0), True, 100, GRAY)
     once = flip(image, objects, Fixed())
     assert np.array_equal(once["image"].permute(1, 2, 0), image[:, ::-1])
-    assert np.array_equal(once["masks"], objects.masks[seen][:, :, ::-1])
+    assert np.array_equal(once["masks"], objects.masks[visible][:, :, ::-1])
     turned = Objects(once["labels"].numpy(), once["masks"].numpy())
     twice = flip(once["image"].permute(1, 2, 0).numpy(), turned, Fixed())
-    assert all(torch.equal(twice[k], same[k]) for k in same)
+    assert all(torch.equal(twice[k], identity[k]) for k in identity)
     drawn = {
-        bool(np.array_equal(flip(image, objects, np.random.default_rng(s))["masks"], same["masks"]))
+        bool(np.array_equal(flip(image, objects, np.random.default_rng(s))["masks"], identity["masks"]))
         for s in range(12)
     }
     assert drawn == {True, False}
 
 
-def test_scales_keep_their_bounds_and_what_is_not_filled_is_the_mean():
+def test_scales_stay_in_range_and_padding_has_the_mean_color():
     lengths = []
     image = np.zeros((20, 40, 3), np.uint8)
     for seed in range(60):
@@ -607,51 +617,51 @@ def test_crops_reach_every_side():
     """At twice the size, some crops contain each of the four corners of an image, and none contains all."""
     masks = np.stack([block(t, x, 4, 4, (32, 32)) for t in (0, 28) for x in (0, 28)])
     objects = Objects(np.arange(1, 5), masks)
-    seen = [
-        Jitter(32, (2.0, 2.0), False, 9, GREY)(
+    labels_seen = [
+        Jitter(32, (2.0, 2.0), False, 9, GRAY)(
             np.zeros((32, 32, 3), np.uint8), objects, np.random.default_rng(s)
         )["labels"].tolist()
         for s in range(99)
     ]
-    assert {label for found in seen for label in found} == {1, 2, 3, 4}
-    assert max(map(len, seen)) == 1
+    assert {label for labels in labels_seen for label in labels} == {1, 2, 3, 4}
+    assert max(map(len, labels_seen)) == 1
 
 
-def test_of_many_objects_a_random_choice_is_kept():
+def test_a_random_subset_of_many_objects_is_kept():
     image = np.zeros((32, 32, 3), np.uint8)
     objects = Objects(np.arange(1, 9), np.stack([block(4 * k, 0, 4, 32, (32, 32)) for k in range(8)]))
     kept = [
-        Jitter(32, (1.0, 1.0), False, 3, GREY)(image, objects, np.random.default_rng(s))["labels"].tolist()
+        Jitter(32, (1.0, 1.0), False, 3, GRAY)(image, objects, np.random.default_rng(s))["labels"].tolist()
         for s in range(60)
     ]
     assert all(len(k) == 3 and k == sorted(k) for k in kept)
     assert np.bincount(np.ravel(kept), minlength=9)[1:].min() > 8
     hidden = Objects(objects.labels, objects.masks & (np.arange(8) > 4)[:, None, None])
-    assert Jitter(32, (1.0, 1.0), False, 3, GREY)(image, hidden, np.random.default_rng(0))[
+    assert Jitter(32, (1.0, 1.0), False, 3, GRAY)(image, hidden, np.random.default_rng(0))[
         "labels"
-    ].tolist() == [6, 7, 8], "none is lost to what is not seen"
+    ].tolist() == [6, 7, 8], "invisible objects do not replace visible ones"
 
 
 def test_masks_are_decoded_one_at_a_time_and_only_if_kept():
-    made, alive, most = 0, 0, 0
+    decoded, alive, most_alive = 0, 0, 0
 
     def make(k: int) -> np.ndarray:
-        nonlocal made, alive, most
-        made, alive = made + 1, alive + 1
-        most = max(most, alive)
+        nonlocal decoded, alive, most_alive
+        decoded, alive = decoded + 1, alive + 1
+        most_alive = max(most_alive, alive)
         mask = block(k, 0, 4, 32, (32, 32))
-        weakref.finalize(mask, gone)
+        weakref.finalize(mask, released)
         return mask
 
-    def gone() -> None:
+    def released() -> None:
         nonlocal alive
         alive -= 1
 
     objects = Objects(np.arange(1, 21), Masks(range(20), make))
-    view = Jitter(32, (1.0, 1.0), True, 6, GREY)(
+    view = Jitter(32, (1.0, 1.0), True, 6, GRAY)(
         np.zeros((32, 32, 3), np.uint8), objects, np.random.default_rng(0)
     )
-    assert (len(view["masks"]), made, most) == (6, 6, 1)
+    assert (len(view["masks"]), decoded, most_alive) == (6, 6, 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 2000), (2000, 1), (1, 1), (3, 5), (700, 64)])
@@ -671,7 +681,7 @@ def test_images_of_any_shape_are_handled(shape, channels):
 def test_evaluation_sees_the_whole_image():
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     assert fit(image, 40).shape == (3, 30, 40)
-    assert fit(image, 10).float().std() < 0.2 * image.std(), "antialiased: each pixel is a mean of many"
+    assert fit(image, 10).float().std() < 0.2 * image.std(), "antialiased: each pixel averages many"
     assert np.array_equal(fit(image, 80).permute(1, 2, 0), image)
 
 
@@ -699,47 +709,48 @@ def test_an_image_is_read_as_it_is_annotated(tmp_path):
         train.pixels(2)
 
 
-def test_wrong_sizes_are_reported_first_and_many_of_them_refused(tmp_path, monkeypatch):
+def test_images_of_wrong_size_are_noted_or_rejected_before_training(tmp_path, monkeypatch):
     root = write(tmp_path)
     for k in (1, 2):
         (root / "train2017" / f"{k}.png").write_bytes(encode(np.zeros((H - k, W, 3), np.uint8)))
-    said = "images of another size than annotated, of 3 checked: 2 (1.png, 2.png)"
-    assert said in open_coco(str(root))[0].notes
+    message = "images of another size than annotated, of 3 checked: 2 (1.png, 2.png)"
+    assert message in open_coco(str(root))[0].notes
     monkeypatch.setattr(coco, "WRONG_SIZE_COUNT", 1)
-    with pytest.raises(DataError, match=re.escape(said)):
+    with pytest.raises(DataError, match=re.escape(message)):
         open_coco(str(root))
     monkeypatch.setattr(coco, "CHECKED_FILES", 1)
     with pytest.raises(DataError, match=re.escape("of 1 checked: 1 (1.png)")):
         open_coco(str(root))
 
 
-def test_a_file_of_two_images_is_noted(tmp_path):
-    found = layout()
-    found["images"][1]["file_name"] = "1.png"
-    assert "image files of several images: 1 (1.png)" in open_coco(str(write(tmp_path, found)))[0].notes
+def test_a_file_shared_by_two_images_is_noted(tmp_path):
+    content = layout()
+    content["images"][1]["file_name"] = "1.png"
+    assert "image files of several images: 1 (1.png)" in open_coco(str(write(tmp_path, content)))[0].notes
 
 
 def test_a_substitute_brings_its_own_objects(tmp_path):
     root = write(tmp_path)
     (root / "train2017" / "1.png").write_bytes(b"no image")
     (root / "train2017" / "3.png").write_bytes(encode(np.zeros((H, W - 1, 3), np.uint8)))
-    data = Detections(open_coco(str(root))[0], Jitter(32, (1.0, 1.0), False, 100, GREY), seed=0)
+    data = Detections(open_coco(str(root))[0], Jitter(32, (1.0, 1.0), False, 100, GRAY), seed=0)
     for i in range(3):
         sample = data[0, i]
-        assert (sample["image"][:, :H] == 80).all(), "the only image that is as it should be"
+        assert (sample["image"][:, :H] == 80).all(), "the only valid image"
         assert sample["labels"].tolist() == [2]
         assert (i in [bad[0] for bad in sample["bad"]]) == (i != 1)
-    note = BadFiles(tmp_path, 3)
-    next(iter(detection_batches(data, [[(0, 0), (0, 2)]], 0, torch.device("cpu"), note.note)))
+    bad_files = BadFiles(tmp_path, 3)
+    next(iter(detection_batches(data, [[(0, 0), (0, 2)]], 0, torch.device("cpu"), bad_files.note)))
     named = {
-        json.loads(line)["index"]: json.loads(line)["reason"] for line in note.path.read_text().splitlines()
+        json.loads(line)["index"]: json.loads(line)["reason"]
+        for line in bad_files.path.read_text().splitlines()
     }
     assert named == {0: "not an image", 2: "is 31 x 24 pixels, not 32 x 24 as its annotations say"}
 
 
 @pytest.mark.parametrize("size", [40, 43])
 def test_batches_are_the_same_for_every_number_of_workers(train, size):
-    data = Detections(train, Jitter(size, (0.3, 2.0), True, 2, GREY), seed=3)
+    data = Detections(train, Jitter(size, (0.3, 2.0), True, 2, GRAY), seed=3)
     keys = [[(0, 0), (0, 1), (0, 2)], [(1, 2), (1, 2)], [(1, 0), (2, 0)]]
     alone, two = (
         [*detection_batches(data, keys, workers, torch.device("cpu"), lambda bad: None)] for workers in (0, 2)

@@ -70,17 +70,17 @@ def batch(count=2, size=32, empty=(), first=0):
     """Scenes and their targets; images in `empty` show objects that are not annotated."""
     images, targets = [], []
     for i in range(first, first + count):
-        pixels, found = scene(0, "train", i, size)
-        found = [] if i in empty else found
+        pixels, objects = scene(0, "train", i, size)
+        objects = [] if i in empty else objects
         images.append(torch.from_numpy(pixels).permute(2, 0, 1))
         boxes = torch.tensor(
-            [[x, y, x + w, y + h] for x, y, w, h in (f.box for f in found)], dtype=torch.float32
+            [[x, y, x + w, y + h] for x, y, w, h in (o.box for o in objects)], dtype=torch.float32
         ).view(-1, 4)
-        masks = [torch.from_numpy(f.mask) for f in found]
+        masks = [torch.from_numpy(o.mask) for o in objects]
         targets.append(
             {
                 "boxes": boxes,
-                "labels": torch.tensor([f.label + 1 for f in found], dtype=torch.int64),
+                "labels": torch.tensor([o.label + 1 for o in objects], dtype=torch.int64),
                 "masks": torch.stack(masks) if masks else torch.zeros(0, size, size, dtype=torch.bool),
             }
         )
@@ -93,7 +93,7 @@ def learn(model: Detector, images, targets) -> dict[str, torch.Tensor]:
     return losses
 
 
-def shake(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     """Randomize all weights, as after training, so that none is zero or one."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def last_map(model: Detector, images: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "changes", [PLAIN_ATTENTION, {"window": 4}, {"window": 14}, {"window": 14, "preset": "benchmarking"}]
 )
-def test_one_window_over_everything_is_the_plain_vit(changes):
+def test_one_window_over_the_whole_image_equals_the_plain_vit(changes):
     b, images = backbone(), torch.randn(2, 3, 32, 32)
     model = small(b, **changes).eval()
     assert any(isinstance(m, WindowAttention) for m in model.modules()) == changes.get("rel_pos", True)
@@ -131,10 +131,8 @@ def test_one_window_over_everything_is_the_plain_vit(changes):
 
 
 @PRESETS
-def test_a_window_sees_itself_until_a_block_that_sees_all(preset):
-    model = shake(
-        small(size=64, preset=preset).eval()
-    )  # grid 8, windows of 3: two whole ones and one of 2 a side
+def test_windows_are_independent_until_the_first_global_block(preset):
+    model = randomized(small(size=64, preset=preset).eval())  # a grid of 8 in windows of 3, 3 and 2 per side
     vit, images = model.pyramid.vit, torch.randn(1, 3, 64, 64)
     assert [getattr(block.attn, "window", None) for block in vit.blocks] == [3, 8, 8, 3, 8, 8]
     changed = images.clone()
@@ -163,7 +161,7 @@ def rows_for_columns(old):
     "rcmae.tasks.detection.windows:WindowAttention.positions",
     rows_for_columns,
 )
-def test_decomposed_positions_know_rows_from_columns():
+def test_decomposed_positions_distinguish_rows_from_columns():
     """Tokens are equal in every row: a bias among rows changes nothing, one among columns does."""
     attn = small(window=4).pyramid.vit.blocks[0].attn
     x = torch.randn(1, 1, 4, 16).expand(1, 4, 4, 16).flatten(1, 2)
@@ -175,7 +173,7 @@ def test_decomposed_positions_know_rows_from_columns():
         assert not torch.allclose(attn(x), before, atol=1e-3)
 
 
-def test_blocks_share_their_tables():
+def test_blocks_share_their_relative_position_tables():
     model = small(preset="benchmarking", size=64)
     assert {k: tuple(p.shape) for k, p in model.named_parameters() if "bias_table" in k} == {
         "pyramid.tables.window.relative_position_bias_table": (25, 2),
@@ -199,8 +197,8 @@ def test_blocks_share_their_tables():
     "options", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}, {"no_embed_class": True}]
 )
 def test_positions_stay_at_their_patches(options):
-    """x in channel 0 and y in channel 1 of a grid that is not square; nothing of the class token's
-    position."""
+    """x in channel 0 and y in channel 1 of a grid that is not square; the class token's position
+    is left out."""
     vit = VisionTransformer(
         img_size=(32, 48), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0, **options
     )
@@ -209,32 +207,32 @@ def test_positions_stay_at_their_patches(options):
         vit.pos_embed.fill_(1e3)
         y, x = torch.meshgrid((torch.arange(4) + 0.5) / 4, (torch.arange(6) + 0.5) / 6, indexing="ij")
         vit.pos_embed[0, prefix:] = torch.stack([x.flatten(), y.flatten()] + [torch.zeros(24)] * 14, 1)
-    found = small(Backbone(vit, MEAN, STD), size=80).pyramid.vit.pos_embed
-    assert found.requires_grad
-    found = found.detach().unflatten(1, (10, 10))[0]
+    positions = small(Backbone(vit, MEAN, STD), size=80).pyramid.vit.pos_embed
+    assert positions.requires_grad
+    positions = positions.detach().unflatten(1, (10, 10))[0]
     middle = (torch.arange(10) + 0.5) / 10
-    for channel, place in ((0, middle.expand(10, 10)), (1, middle.unsqueeze(1).expand(10, 10))):
-        assert (found[..., channel] - place).abs().max() < 0.07, (
-            "bicubic, so not a straight line at the border"
+    for channel, expected in ((0, middle.expand(10, 10)), (1, middle.unsqueeze(1).expand(10, 10))):
+        assert (positions[..., channel] - expected).abs().max() < 0.07, (
+            "bicubic interpolation is not linear at the border"
         )
-    assert (found[:, 2:-2, 0] - middle[2:-2]).abs().max() < 0.02
+    assert (positions[:, 2:-2, 0] - middle[2:-2]).abs().max() < 0.02
 
 
 def test_the_backbones_weights_are_copied_and_it_is_not_changed():
     b = backbone(registers=2)
     before = {k: v.clone() for k, v in b.vit.state_dict().items()}
     model = small(b)
-    own = model.pyramid.vit.state_dict()
+    copied = model.pyramid.vit.state_dict()
     shared = [k for k in before if k.startswith(("blocks.", "patch_embed."))]
     assert len(shared) == 6 * 12 + 2
-    assert all(torch.equal(own[k], before[k]) for k in shared)
+    assert all(torch.equal(copied[k], before[k]) for k in shared)
     learn(model, *batch())
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     assert all(torch.equal(v, before[k]) for k, v in b.vit.state_dict().items())
     assert not b.vit.pos_embed.requires_grad
 
 
-def test_paths_are_dropped_linearly():
+def test_the_drop_path_rate_rises_linearly_with_depth():
     vit = small(drop_path=0.5).pyramid.vit
     assert [getattr(b.drop_path1, "drop_prob", 0) for b in vit.blocks] == pytest.approx(
         [0, 0.1, 0.2, 0.3, 0.4, 0.5]
@@ -257,7 +255,7 @@ def test_paths_are_dropped_linearly():
         ({"size": 32, "scales": (1.0,)}, [4, 2]),
     ],
 )
-def test_the_pyramids_maps(preset, changes, sides):
+def test_the_shapes_of_the_pyramids_feature_maps(preset, changes, sides):
     model = small(preset=preset, **changes).eval()
     maps = model.pyramid(torch.randn(2, 3, model.size, model.size))
     assert [tuple(m.shape) for m in maps.values()] == [(2, 16, s, s) for s in sides]
@@ -294,16 +292,18 @@ def ramp(stride: float, cells: int) -> torch.Tensor:
     "rcmae.tasks.detection.model:roi_align",
     lambda old: lambda *args, aligned=False, **kwargs: old(*args, **kwargs),
 )
-def test_a_region_is_sampled_where_it_is():
+def test_regions_are_pooled_at_their_exact_position():
     strides, box = [3.5, 7.0], torch.tensor([[20.0, 15.0, 41.0, 29.0]])
     maps = {"0": ramp(3.5, 18), "1": ramp(7.0, 9), "pool": torch.zeros(1, 2, 4, 4)}
-    found = Pooler(strides, 7)(maps, [box], [(63, 63)])[0]
+    pooled = Pooler(strides, 7)(maps, [box], [(63, 63)])[0]
     middle = (torch.arange(7) + 0.5) / 7
-    assert torch.allclose(found[0], (20 + 21 * middle).expand(7, 7), atol=1e-4)
-    assert torch.allclose(found[1], (15 + 14 * middle).unsqueeze(1).expand(7, 7), atol=1e-4)
-    theirs = MultiScaleRoIAlign(["0"], 7, sampling_ratio=2)({"0": ramp(4.0, 16)}, [box], [(64, 64)])[0]
-    assert torch.allclose(theirs[0] - (20 + 21 * middle), torch.full((7, 7), 2.0), atol=1e-4), (
-        "torchvision's: off by half a cell"
+    assert torch.allclose(pooled[0], (20 + 21 * middle).expand(7, 7), atol=1e-4)
+    assert torch.allclose(pooled[1], (15 + 14 * middle).unsqueeze(1).expand(7, 7), atol=1e-4)
+    torchvision_pooled = MultiScaleRoIAlign(["0"], 7, sampling_ratio=2)(
+        {"0": ramp(4.0, 16)}, [box], [(64, 64)]
+    )[0]
+    assert torch.allclose(torchvision_pooled[0] - (20 + 21 * middle), torch.full((7, 7), 2.0), atol=1e-4), (
+        "torchvision is off by half a cell"
     )
 
 
@@ -344,13 +344,13 @@ def test_a_box_is_pooled_from_the_map_of_its_size():
 def test_anchors_are_exact():
     maps = [torch.zeros(1, 1, s, s, dtype=torch.bfloat16) for s in (256, 128, 64, 32, 16)]
     images = ImageList(torch.zeros(2, 3, 1024, 1024), [(1024, 1024)] * 2)
-    ours = Anchors([4.0, 8.0, 16.0, 32.0, 64.0])(images, maps)
-    theirs = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)(
+    anchors = Anchors([4.0, 8.0, 16.0, 32.0, 64.0])(images, maps)
+    expected = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)(
         images, [m.float() for m in maps]
     )
-    assert len(ours) == 2 and ours[0].dtype == torch.float32
-    assert (ours[0] - theirs[0]).abs().max() <= 0.5, "they round to pixels"
-    areas = (ours[0][:, 2:] - ours[0][:, :2]).prod(1)
+    assert len(anchors) == 2 and anchors[0].dtype == torch.float32
+    assert (anchors[0] - expected[0]).abs().max() <= 0.5, "torchvision rounds to pixels"
+    areas = (anchors[0][:, 2:] - anchors[0][:, :2]).prod(1)
     assert sorted({round(a) for a in areas.tolist()}) == [32**2, 64**2, 128**2, 256**2, 512**2]
     odd = Anchors([3.5])(
         ImageList(torch.zeros(1, 3, 1008, 1008), [(1008, 1008)]), [torch.zeros(1, 1, 288, 288)]
@@ -358,29 +358,34 @@ def test_anchors_are_exact():
     assert torch.allclose(odd[-1, :2] + odd[-1, 2:], torch.tensor(2 * 3.5 * 287.0))
 
 
-def test_masks_go_into_their_boxes_and_back():
-    fractions, theirs = [], []
+def test_masks_survive_cropping_to_their_boxes_and_pasting():
+    ious, torchvision_ious = [], []
     for _, target in zip(range(20), batch(20, 128)[1], strict=True):
         masks, boxes = target["masks"], target["boxes"]
         cells = cut(masks, torch.arange(len(masks)), boxes)
-        back = torch.stack([paste(mask, box, (128, 128)) for mask, box in zip(cells, boxes, strict=True)])
-        old = project_masks_on_boxes(masks, boxes, torch.arange(len(masks)), 28)
-        for found, out in (
-            (back, fractions),
-            (paste_masks_in_image(old[:, None], boxes, (128, 128))[:, 0] >= 0.5, theirs),
+        pasted = torch.stack([paste(mask, box, (128, 128)) for mask, box in zip(cells, boxes, strict=True)])
+        torchvision_cells = project_masks_on_boxes(masks, boxes, torch.arange(len(masks)), 28)
+        for result, values in (
+            (pasted, ious),
+            (
+                paste_masks_in_image(torchvision_cells[:, None], boxes, (128, 128))[:, 0] >= 0.5,
+                torchvision_ious,
+            ),
         ):
-            out += ((found & masks).flatten(1).sum(1) / (found | masks).flatten(1).sum(1)).tolist()
-    assert sum(fractions) / len(fractions) > 0.99
-    assert sum(theirs) / len(theirs) < 0.9, "torchvision's way, which is why ours is here"
+            values += ((result & masks).flatten(1).sum(1) / (result | masks).flatten(1).sum(1)).tolist()
+    assert sum(ious) / len(ious) > 0.99
+    assert sum(torchvision_ious) / len(torchvision_ious) < 0.9, (
+        "torchvision loses more, which is why it is not used"
+    )
 
 
 def test_a_mask_is_pasted_to_the_pixel_and_cut_at_the_border():
     boxes = torch.tensor([[2.0, 3.0, 7.0, 5.0], [-4.0, 6.4, 2.6, 30.0]])
-    found = torch.stack([paste(torch.ones(28, 28), box, (10, 12)) for box in boxes])
+    pasted = torch.stack([paste(torch.ones(28, 28), box, (10, 12)) for box in boxes])
     expected = torch.zeros(2, 10, 12, dtype=torch.bool)
     expected[0, 3:5, 2:7] = True
     expected[1, 6:, :3] = True  # pixel centers from 6.5 on, up to 2.5
-    assert torch.equal(found, expected)
+    assert torch.equal(pasted, expected)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -402,7 +407,7 @@ def test_every_weight_gets_a_gradient(preset, empty):
     assert (losses["loss_mask"] == 0) == (len(empty) == 2)
     assert [k for k, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     zero = [k for k, p in model.named_parameters() if not p.grad.any()]
-    assert zero == [] or empty == (0, 1), "without objects, masks and moves have nothing to learn"
+    assert zero == [] or empty == (0, 1), "without objects, masks and box offsets have no gradient"
     assert all(b.isfinite().all() for b in model.buffers())
 
 
@@ -423,55 +428,59 @@ def test_it_learns_one_image(preset):
 def test_bf16_autocast(preset):
     model, (images, targets) = small(preset=preset, size=64), batch(2, 64)
     torch.manual_seed(0)
-    exact = model.train()(images, targets)
+    expected = model.train()(images, targets)
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = learn(model, images, targets)
+        losses = learn(model, images, targets)
         boxes = model.eval().detect(list(images), [(64, 64)] * 2)[0]["boxes"]
         proposals = model.rpn(ImageList(images, [(64, 64)] * 2), model.pyramid(images.float()))[0][0]
-    assert {k: v.dtype for k, v in rough.items()} == dict.fromkeys(exact, torch.float32)
+    assert {k: v.dtype for k, v in losses.items()} == dict.fromkeys(expected, torch.float32)
     assert all(
-        float(rough[k].detach()) == pytest.approx(float(v.detach()), rel=0.05, abs=0.02)
-        for k, v in exact.items()
+        float(losses[k].detach()) == pytest.approx(float(v.detach()), rel=0.05, abs=0.02)
+        for k, v in expected.items()
     )
     assert all(p.grad.isfinite().all() for p in model.parameters())
-    for found in (boxes, proposals):
-        assert found.dtype == torch.float32
-        assert (found != found.bfloat16()).float().mean() > 0.5, "no coordinate was rounded on its way"
+    for coordinates in (boxes, proposals):
+        assert coordinates.dtype == torch.float32
+        assert (coordinates != coordinates.bfloat16()).float().mean() > 0.5, (
+            "coordinates are not rounded to bfloat16"
+        )
 
 
 def test_checkpointing_changes_nothing_but_memory(monkeypatch):
-    gradients, asked, once = [], [], vision_transformer.checkpoint
-    monkeypatch.setattr(vision_transformer, "checkpoint", lambda *args: asked.append(args) or once(*args))
+    gradients, calls, checkpoint = [], [], vision_transformer.checkpoint
+    monkeypatch.setattr(
+        vision_transformer, "checkpoint", lambda *args: calls.append(args) or checkpoint(*args)
+    )
     for enable in (False, True):
         model = small(drop_path=0.5)
         model.set_grad_checkpointing(enable)
         torch.manual_seed(3)
         learn(model, *batch())
         gradients.append([p.grad for p in model.parameters()])
-        assert len(asked) == enable * len(model.pyramid.vit.blocks)
+        assert len(calls) == enable * len(model.pyramid.vit.blocks)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
 @PRESETS
-def test_rates_fall_with_the_depth(preset):
+def test_learning_rates_decay_with_the_distance_from_the_head(preset):
     model = small(preset=preset, size=64)
     s = dataclasses.replace(SMALL, layer_decay=0.7, weight_decay=0.3)
     names = {p: k for k, p in model.named_parameters()}
-    found = {names[p]: (g["lr_scale"], g["weight_decay"]) for g in groups(model, s) for p in g["params"]}
-    assert len(found) == len(names) == sum(len(g["params"]) for g in groups(model, s))
-    for name, (scale, decay) in found.items():
+    rates = {names[p]: (g["lr_scale"], g["weight_decay"]) for g in groups(model, s) for p in g["params"]}
+    assert len(rates) == len(names) == sum(len(g["params"]) for g in groups(model, s))
+    for name, (scale, decay) in rates.items():
         p, vit = model.get_parameter(name), name.removeprefix("pyramid.vit.")
         layer = 7 if vit == name else int(vit.split(".")[1]) + 1 if vit.startswith("blocks.") else 0
         assert scale == pytest.approx(0.7 ** (6 + 1 - layer)), name
         positions = "pos_embed" in name or "rel_pos" in name or "relative_position" in name
         assert decay == (0.3 if p.ndim > 1 and not positions else 0.0), name
-    assert found["pyramid.vit.pos_embed"] == (pytest.approx(0.7**7), 0.0)
-    assert found["pyramid.vit.blocks.5.mlp.fc1.weight"] == (pytest.approx(0.7), 0.3)
+    assert rates["pyramid.vit.pos_embed"] == (pytest.approx(0.7**7), 0.0)
+    assert rates["pyramid.vit.blocks.5.mlp.fc1.weight"] == (pytest.approx(0.7), 0.3)
     if preset == "vitdet":
-        assert found["pyramid.vit.blocks.0.attn.rel_pos_h"] == (pytest.approx(0.7**6), 0.0)
+        assert rates["pyramid.vit.blocks.0.attn.rel_pos_h"] == (pytest.approx(0.7**6), 0.0)
     else:
-        assert found["pyramid.tables.grid.relative_position_bias_table"] == (1.0, 0.0)
+        assert rates["pyramid.tables.grid.relative_position_bias_table"] == (1.0, 0.0)
 
 
 def test_initial_weights_depend_on_the_seed_and_leave_global_generators_alone():
@@ -489,9 +498,9 @@ def test_initial_weights_depend_on_the_seed_and_leave_global_generators_alone():
     assert not torch.equal(other["pyramid.levels.0.0.weight"], one["pyramid.levels.0.0.weight"])
 
 
-def test_building_leaves_all_devices_alone(monkeypatch):
+def test_building_a_detector_does_not_touch_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    small()  # else torch warns, and asks each for the state of its generator
+    small()  # otherwise torch warns, and reads the state of each generator
 
 
 def test_settings_are_honored():
@@ -511,13 +520,13 @@ def test_settings_are_honored():
             m for k, m in small(preset=preset).named_modules() if isinstance(m, kinds) and "vit" not in k
         ]
         assert sum(isinstance(m, norm) for m in norms) == len(norms) - (preset == "benchmarking") > 9, (
-            "and MIMDet's GroupNorm"
+            "all but the GroupNorm of MIMDet"
         )
         assert all(m.eps == (1e-6 if preset == "vitdet" else 1e-5) for m in norms)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_many_anchors_on_one_object_leave_room_for_others(training, monkeypatch):
+def test_duplicate_proposals_are_suppressed_before_the_limit(training, monkeypatch):
     model = small(size=64, proposals=2).train(training)
 
     def head(maps):
@@ -535,7 +544,7 @@ def test_many_anchors_on_one_object_leave_room_for_others(training, monkeypatch)
     images = torch.zeros(1, 3, 64, 64)
     (proposals,), _ = model.rpn(ImageList(images, [(64, 64)]), model.pyramid(images), batch(1, 64)[1])
     middles = (proposals[:, :2] + proposals[:, 2:]) / 2
-    assert middles.flatten().tolist() == pytest.approx([16, 16, 40, 40]), "at places 8 and 20 of stride 2"
+    assert middles.flatten().tolist() == pytest.approx([16, 16, 40, 40]), "at cells 8 and 20 of stride 2"
 
 
 @pytest.mark.slow
@@ -551,20 +560,20 @@ def test_it_finds_the_objects_it_was_trained_on():
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    found, target = model.eval().detect(list(images), [(64, 64)])[0], targets[0]
-    overlap, nearest = box_iou(target["boxes"], found["boxes"]).max(1)
-    one, two = target["masks"], torch.stack(list(found["masks"]))[nearest]
+    detections, target = model.eval().detect(list(images), [(64, 64)])[0], targets[0]
+    overlap, nearest = box_iou(target["boxes"], detections["boxes"]).max(1)
+    masks, predicted = target["masks"], torch.stack(list(detections["masks"]))[nearest]
     assert len(overlap) == 3
     assert overlap.min() > 0.9
-    assert torch.equal(found["labels"][nearest], target["labels"])
-    assert ((one & two).flatten(1).sum(1) / (one | two).flatten(1).sum(1)).min() > 0.85
+    assert torch.equal(detections["labels"][nearest], target["labels"])
+    assert ((masks & predicted).flatten(1).sum(1) / (masks | predicted).flatten(1).sum(1)).min() > 0.85
 
 
 # --- detection ----------------------------------------------------------------------------------------------
 
 
 def test_objects_are_in_pixels_of_the_original():
-    model, images = shake(small(size=64)).eval(), batch(2, 64)[0]
+    model, images = randomized(small(size=64)).eval(), batch(2, 64)[0]
     wide = [images[0], images[1][:, :40]]
     plain = model.detect(wide, [(64, 64), (40, 64)])
     large = model.detect(wide, [(192, 192), (100, 160)])
@@ -587,39 +596,39 @@ def test_objects_are_in_pixels_of_the_original():
 
 
 def test_neighbors_and_padding_do_not_matter():
-    model, images = shake(small(size=64)).eval(), batch(2, 64)[0]
-    tall, wide, seen = images[0][:, :, :30], images[1][:, :40], []
-    model.pyramid.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model, images = randomized(small(size=64)).eval(), batch(2, 64)[0]
+    tall, wide, inputs = images[0][:, :, :30], images[1][:, :40], []
+    model.pyramid.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     together = model.detect([tall, wide], [(64, 30), (40, 64)])
     for one, image, shape in zip(together, (tall, wide), [(64, 30), (40, 64)], strict=True):
         (alone,) = model.detect([image], [shape])
         assert torch.allclose(one["boxes"], alone["boxes"], atol=1e-3)
         assert torch.equal(one["labels"], alone["labels"])
-    assert not seen[0][0, :, :, 30:].any() and not seen[0][1, :, 40:].any(), "zero is the mean color"
+    assert not inputs[0][0, :, :, 30:].any() and not inputs[0][1, :, 40:].any(), "zero is the mean color"
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    assert torch.allclose(seen[0][1, :, :40], (wide / 255 - mean) / std, atol=1e-6)
+    assert torch.allclose(inputs[0][1, :, :40], (wide / 255 - mean) / std, atol=1e-6)
     model.train()(images, batch(2, 64)[1])
-    assert torch.allclose(seen[-1], (images / 255 - mean) / std, atol=1e-6)
+    assert torch.allclose(inputs[-1], (images / 255 - mean) / std, atol=1e-6)
 
 
 @pytest.mark.parametrize("preset", ["benchmarking", pytest.param("vitdet", marks=pytest.mark.slow)])
 def test_the_exported_pyramid_gives_equal_maps(tmp_path, preset):
-    model = shake(small(backbone(depth=5), preset=preset, size=64, scales=(2.0, 1.0))).train()
+    model = randomized(small(backbone(depth=5), preset=preset, size=64, scales=(2.0, 1.0))).train()
     export_pyramid(model, tmp_path / "pyramid.pt2")
     assert model.pyramid.training
     model.eval()
     program = torch.export.load(tmp_path / "pyramid.pt2").module()
     for count in (1, 3):
         images = torch.rand(count, 3, 64, 64)
-        ours, theirs = model.pyramid((images - model.mean) / model.std), program(images)
-        assert list(ours) == list(theirs)
-        assert all(torch.allclose(ours[k], theirs[k], atol=1e-5) for k in ours)
+        expected, maps = model.pyramid((images - model.mean) / model.std), program(images)
+        assert list(expected) == list(maps)
+        assert all(torch.allclose(expected[k], maps[k], atol=1e-5) for k in expected)
 
 
 @PRESETS
 def test_a_detector_is_rebuilt_from_its_settings(preset):
     b, s = backbone(registers=1), dataclasses.replace(SMALL, preset=preset, size=64)
-    model = shake(detector(b, 10, s)).eval()
+    model = randomized(detector(b, 10, s)).eval()
     facts = json.loads(
         json.dumps({"vit": blueprint(b.vit, architecture_of(b.vit)), "mean": MEAN, "std": STD})
     )
@@ -635,14 +644,14 @@ def test_a_detector_is_rebuilt_from_its_settings(preset):
         assert all(torch.equal(*pair) for pair in zip(one["masks"], two["masks"], strict=True))
 
 
-def test_impossible_settings_are_one_line():
+def test_impossible_settings_are_reported_in_one_line():
     class Other(VisionTransformer):
         pass
 
     options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
     odd = VisionTransformer(**(options | {"patch_size": (8, 4)}))
     parallel = VisionTransformer(**options, block_fn=ParallelScalingBlock)
-    for vit, changes, says in (
+    for vit, changes, message in (
         (Other(**options), {}, "a Other is no plain VisionTransformer"),
         (parallel, {}, "a ParallelScalingBlock is no plain block"),
         (odd, {}, "the backbone's patches of 8 x 4 px are not square"),
@@ -657,7 +666,7 @@ def test_impossible_settings_are_one_line():
             "size 8 is too small for a map of scale 0.5 of patches of 8 px; leave out the scale",
         ),
     ):
-        with pytest.raises(ConfigError, match=re.escape(says)) as e:
+        with pytest.raises(ConfigError, match=re.escape(message)) as e:
             small(Backbone(vit, MEAN, STD), **changes)
         assert "\n" not in str(e.value)
 
@@ -676,7 +685,7 @@ def test_recipes_are_read(tmp_path):
         (tmp_path / "x.toml").write_text(to_toml(settings))
         assert load_detect(str(tmp_path / "x.toml")) == settings
     base, large, paper = (load_detect(n) for n in ("vitdet-base", "vitdet-large", "benchmarking-base"))
-    assert base == DetectionRecipe(epochs=100), "the defaults are ViTDet's"
+    assert base == DetectionRecipe(epochs=100), "the defaults are those of ViTDet"
     assert (large.layer_decay, large.drop_path) == (0.8, 0.4)
     assert (paper.window, paper.layer_decay, paper.schedule, paper.warmup_steps) == (16, 1.0, "cosine", 461)
     (tmp_path / "x.toml").write_text("steps = 3\nscales = [2, 1, 'x']\n")

@@ -1,4 +1,4 @@
-"""The page of a detector agrees with the files of the run, whether it has ended, was stopped, or failed to
+"""The page of a detector agrees with the files of the run, whether it has finished, was stopped, or failed to
 read images."""
 
 import base64
@@ -21,7 +21,7 @@ from tests.test_detection_train import TINY, run
 from tests.test_report import chromium, curves, part, run_directory, words
 
 LONGER = dataclasses.replace(TINY, steps=15)
-"scored twice"
+"Evaluated twice."
 pytestmark = pytest.mark.usefixtures("drawn")
 
 
@@ -31,17 +31,19 @@ def sets():
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory, sets) -> Path:
-    """A run that has ended. Read only."""
+def finished(tmp_path_factory, sets) -> Path:
+    """A finished run. Read only."""
     out = tmp_path_factory.mktemp("ended") / "detect"
     run(out, sets, LONGER)
     return out
 
 
 @pytest.fixture
-def copy(tmp_path, ended) -> Path:
-    """A copy of it that may be changed."""
-    return shutil.copytree(ended, tmp_path / "detect", ignore=shutil.ignore_patterns("checkpoints", "export"))
+def copy(tmp_path, finished) -> Path:
+    """A copy of the finished run that may be changed."""
+    return shutil.copytree(
+        finished, tmp_path / "detect", ignore=shutil.ignore_patterns("checkpoints", "export")
+    )
 
 
 def page(out: Path) -> str:
@@ -61,7 +63,7 @@ def test_a_detector_that_was_stopped_has_a_page_too(tmp_path, sets, monkeypatch)
     assert "Running or stopped before a step was recorded" in words(page(tmp_path / "run"))
 
 
-def test_only_runs_that_have_a_page_get_one(tmp_path, capsys):
+def test_report_rejects_runs_without_a_page(tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text("steps = 3\nmixup = 0.8\n")
     assert main(["report", str(tmp_path)]) == 2
     err = capsys.readouterr().err
@@ -85,26 +87,26 @@ def percent(value: float | None) -> str:
 
 def test_the_page_agrees_with_the_scores(copy):
     scores = json.loads((copy / "scores.json").read_text())
-    for k, name in enumerate(
-        ("box", "mask")
-    ):  # so much is not learned in 15 steps, and numbers that differ cannot be confused
+    for k, name in enumerate(("box", "mask")):  # not reached in 15 steps, and all different
         for j, values in enumerate((scores[name]["stats"], scores[name]["per_class"])):
             values.update({key: 0.123 + 0.02 * i + 0.3 * k + 0.007 * j for i, key in enumerate(values)})
     scores["mask"]["stats"]["AP_small"] = scores["mask"]["per_class"]["7"] = None
     (copy / "scores.json").write_text(json.dumps(scores))
     text = page(copy)
     box, mask = (scores[name]["stats"] for name in ("box", "mask"))
-    said = words(part(text, 'id="verdict"', "</ul>"))
-    assert f"Finished: box AP {percent(box['AP'])}, mask AP {percent(mask['AP'])} on 3 test images." in said
+    verdict = words(part(text, 'id="verdict"', "</ul>"))
+    assert (
+        f"Finished: box AP {percent(box['AP'])}, mask AP {percent(mask['AP'])} on 3 test images." in verdict
+    )
     assert (
         f"box AP50 is {percent(box['AP50'])} and mask AP50 {percent(mask['AP50'])}; of all objects "
-        f"{percent(mask['AR100'])} %" in said
+        f"{percent(mask['AR100'])} %" in verdict
     )
     known = {name: ap for name, ap in scores["mask"]["per_class"].items() if ap is not None}
     hardest = min(known, key=known.get)
     assert (
-        f"hardest of {len(known)} classes is {hardest} (mask AP {percent(known[hardest])})" in said
-        and "could not be read" not in said
+        f"hardest of {len(known)} classes is {hardest} (mask AP {percent(known[hardest])})" in verdict
+        and "could not be read" not in verdict
     )
     assert cells(text, "scores") == [
         [name, *map(percent, scores[name]["stats"].values())] for name in ("box", "mask")
@@ -125,10 +127,12 @@ def test_the_page_is_complete(copy):
         bundled = re.findall('src="data:image/webp;base64,([^"]+)"', part(text, f'id="{examples}"', "</div>"))
         sizes = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in bundled]
         assert len(sizes) == 3 and all(width > 1.5 * height for width, height in sizes), (
-            "the truth and what was found side by side"
+            "ground truth and detections side by side"
         )
     assert "Learning rate: warm-up, then steps." in words(text)
-    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:|//)""", text), "nothing is fetched"
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:|//)""", text), (
+        "no external resources"
+    )
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
 
@@ -138,31 +142,31 @@ def test_images_that_could_not_be_read_are_named(copy):
         with (copy / f"{name}.jsonl").open("a") as f:
             f.write(json.dumps({"index": 1, "where": where, "reason": "truncated"}) + "\n")
     text = page(copy)
-    said = words(part(text, 'id="verdict"', "</ul>"))
-    assert "1 image could not be read; others were used instead" in said
-    assert "2 test images could not be read: all objects there count as missed" in said
+    verdict = words(part(text, 'id="verdict"', "</ul>"))
+    assert "1 image could not be read; others were used instead" in verdict
+    assert "2 test images could not be read: all objects there count as missed" in verdict
     assert cells(text, "bad") == [["a<b>.png", "truncated"]] and cells(text, "bad-test") == [
         ["c.png", "truncated"],
         ["d.png", "truncated"],
     ]
 
 
-def test_the_report_of_the_backbone_shows_its_detector(tmp_path, ended):
+def test_the_report_of_the_backbone_shows_its_detector(tmp_path, finished):
     backbone = run_directory(tmp_path / "run", teacher=False)
     assert 'id="detector"' not in page(backbone)
     (backbone / "detect").mkdir()
-    scores = json.loads((ended / "scores.json").read_text()) | {"network": "teacher", "data_name": "a<b>"}
+    scores = json.loads((finished / "scores.json").read_text()) | {"network": "teacher", "data_name": "a<b>"}
     scores["box"]["stats"]["AP"], scores["mask"]["stats"]["AP"] = 0.314, 0.271
     (backbone / "detect" / "scores.json").write_text(json.dumps(scores))
     text = page(backbone)
-    found = [percent(scores[name]["stats"]["AP"]) for name in ("box", "mask")]
+    aps = [percent(scores[name]["stats"]["AP"]) for name in ("box", "mask")]
     assert cells(text, "detector") == [
-        ["detection, vitdet", "teacher", "a<b>", "8", *found]
+        ["detection, vitdet", "teacher", "a<b>", "8", *aps]
     ] and "On labeled images" in words(text)
 
 
 @pytest.mark.browser
-def test_a_browser_shows_it(copy):
+def test_the_page_fits_the_window_of_a_browser(copy):
     """In headless Chromium, as wide as a phone and as a desktop: no wider than the window, with pictures and
     figures that have a size."""
     (copy / "bad_test_files.jsonl").write_text(
@@ -170,7 +174,7 @@ def test_a_browser_shows_it(copy):
     )
     text = page(copy).replace("<details", "<details open")
     for width in (390, 1280):
-        found = chromium(
+        layout = chromium(
             text,
             copy,
             width,
@@ -178,4 +182,4 @@ def test_a_browser_shows_it(copy):
             widths='[...document.querySelectorAll("figure svg, img.wide")]'
             ".map(e => e.getBoundingClientRect().width)",
         )
-        assert found["over"] <= 0 and len(found["widths"]) == 13 and min(found["widths"]) > 300, found
+        assert layout["over"] <= 0 and len(layout["widths"]) == 13 and min(layout["widths"]) > 300, layout

@@ -31,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def encoded(mask: np.ndarray) -> dict:
-    found = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(found["size"]), "counts": found["counts"].decode()}
+    code = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(code["size"]), "counts": code["counts"].decode()}
 
 
 def ellipse(h: int, w: int, box: list[float]) -> np.ndarray:
@@ -95,11 +95,11 @@ def random_set() -> tuple[dict, list[dict]]:
     return truth, results
 
 
-def plain(truth: dict, results: list[dict], kind: str, bounds=None) -> list[float]:
-    """pycocotools used as in its demo; masks without boxes."""
+def pycocotools_stats(truth: dict, results: list[dict], kind: str, bounds=None) -> list[float]:
+    """COCO statistics by pycocotools as in its demo; masks without boxes."""
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
-        gt.dataset = {"info": {}} | copy.deepcopy(truth)  # pycocotools 2.0.10 wants it
+        gt.dataset = {"info": {}} | copy.deepcopy(truth)  # required by pycocotools 2.0.10
         gt.createIndex()
         drop = {"bbox": "segmentation", "segm": "bbox"}[kind]
         run = COCOeval(
@@ -117,7 +117,7 @@ def plain(truth: dict, results: list[dict], kind: str, bounds=None) -> list[floa
 def as_results(truth: dict, shift: float = 0.0, score: float = 0.9) -> list[dict]:
     """The objects themselves as detections, shifted by a fraction of their width."""
     sizes = {i["id"]: (i["height"], i["width"]) for i in truth["images"]}
-    found = []
+    results = []
     for a in truth["annotations"]:
         if not a.get("iscrowd"):
             x, y, w, h = a["bbox"]
@@ -127,13 +127,13 @@ def as_results(truth: dict, shift: float = 0.0, score: float = 0.9) -> list[dict
                 if isinstance(lengths["counts"], list)
                 else lengths
             )
-            own = {
+            detection = {
                 "bbox": [x + shift * w, y, w, h],
                 "score": score,
                 "segmentation": encoded(np.roll(mask, round(shift * w), 1)),
             }
-            found.append({"image_id": a["image_id"], "category_id": a["category_id"]} | own)
-    return found
+            results.append({"image_id": a["image_id"], "category_id": a["category_id"]} | detection)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -159,32 +159,37 @@ def numbers(stats: dict) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_all_twelve_numbers_are_those_of_pycocotools(random_set, kind, backend, capsys):
     truth, results = random_set
-    found = ap.evaluate(truth, results, kind, backend, areas="coco")
-    assert numbers(found.stats) == pytest.approx(plain(truth, results, kind), abs=1e-9)
-    assert (found.kind, found.backend, found.areas, found.bounds) == (kind, backend, "coco", (1024, 9216))
-    assert 0.1 < found.stats["AP"] < 0.9, "a set that is neither trivial nor hopeless"
+    precision = ap.evaluate(truth, results, kind, backend, areas="coco")
+    assert numbers(precision.stats) == pytest.approx(pycocotools_stats(truth, results, kind), abs=1e-9)
+    assert (precision.kind, precision.backend, precision.areas, precision.bounds) == (
+        kind,
+        backend,
+        "coco",
+        (1024, 9216),
+    )
+    assert 0.1 < precision.stats["AP"] < 0.9, "a set that is neither trivial nor hopeless"
     scaled = ap.evaluate(truth, results, kind, backend)
     fraction = 200 * 150 / (640 * 480)
     assert scaled.areas == "relative" and scaled.bounds == pytest.approx((1024 * fraction, 9216 * fraction))
-    assert numbers(scaled.stats) == pytest.approx(plain(truth, results, kind, scaled.bounds), abs=1e-9)
-    assert scaled.stats["AP_small"] != found.stats["AP_small"]
+    assert numbers(scaled.stats) == pytest.approx(
+        pycocotools_stats(truth, results, kind, scaled.bounds), abs=1e-9
+    )
+    assert scaled.stats["AP_small"] != precision.stats["AP_small"]
     assert "".join(capsys.readouterr()) == ""
 
 
 @pytest.mark.parametrize("backend", ["faster", "pycocotools"])
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_the_objects_themselves_are_perfect(random_set, digits, kind, backend):
+def test_the_ground_truth_as_detections_scores_one(random_set, digits, kind, backend):
     for truth in (random_set[0], digits):
-        found = ap.evaluate(truth, as_results(truth), kind, backend)
-        stats = {k: v for k, v in found.stats.items() if k not in ("AR1", "AR10")}
+        precision = ap.evaluate(truth, as_results(truth), kind, backend)
+        stats = {k: v for k, v in precision.stats.items() if k not in ("AR1", "AR10")}
         absent = {k for k, v in stats.items() if v is None}
-        assert absent == ({"AP_small", "AR_small"} if truth is digits else set()), (
-            "no digit has less than 55 pixels"
-        )
+        assert absent == ({"AP_small", "AR_small"} if truth is digits else set()), "no digit is small"
         assert [v for v in stats.values() if v is not None] == pytest.approx(
             [1.0] * (len(stats) - len(absent))
         )
-        assert all(curve == pytest.approx([1.0] * 101) for curve in found.curves.values())
+        assert all(curve == pytest.approx([1.0] * 101) for curve in precision.curves.values())
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
@@ -197,14 +202,14 @@ def test_ap_falls_with_the_shift_of_the_boxes(digits, kind):
 
 
 def test_classes_and_curves_agree_with_the_mean(random_set):
-    found = ap.evaluate(*random_set)
-    assert list(found.per_class) == ["class 2", "class 5", "class 7", "class 9"]
-    assert found.per_class["class 7"] is None, "a class of which there is no object"
-    own = [v for v in found.per_class.values() if v is not None]
-    assert np.mean(own) == pytest.approx(found.stats["AP"]) and len(set(own)) == 3
+    precision = ap.evaluate(*random_set)
+    assert list(precision.per_class) == ["class 2", "class 5", "class 7", "class 9"]
+    assert precision.per_class["class 7"] is None, "a class without objects"
+    values = [v for v in precision.per_class.values() if v is not None]
+    assert np.mean(values) == pytest.approx(precision.stats["AP"]) and len(set(values)) == 3
     for iou, name in (("0.5", "AP50"), ("0.75", "AP75")):
-        assert len(found.curves[iou]) == 101 and np.mean(found.curves[iou]) == pytest.approx(
-            found.stats[name]
+        assert len(precision.curves[iou]) == 101 and np.mean(precision.curves[iou]) == pytest.approx(
+            precision.stats[name]
         )
     truth, results = random_set
     alone = ap.evaluate(
@@ -213,8 +218,8 @@ def test_classes_and_curves_agree_with_the_mean(random_set):
         | {"annotations": [a for a in truth["annotations"] if a["category_id"] == 5]},
         [r for r in results if r["category_id"] == 5],
     )
-    assert alone.per_class == {"five": pytest.approx(found.per_class["class 5"])}
-    assert json.loads(json.dumps(found._asdict()))["stats"] == found.stats
+    assert alone.per_class == {"five": pytest.approx(precision.per_class["class 5"])}
+    assert json.loads(json.dumps(precision._asdict()))["stats"] == precision.stats
 
 
 def areas_of_boxes(old):
@@ -268,8 +273,8 @@ def test_no_detections_and_no_objects(random_set, kind, backend):
         ap.evaluate({"images": [], "categories": [], "annotations": []}, [], kind, backend).stats.values()
     ) == {None}
     small = truth | {"annotations": [a for a in truth["annotations"] if a["area"] < 1000]}
-    found = ap.evaluate(small, results, kind, backend, areas="coco").stats
-    assert found["AP_small"] is not None and found["AP_medium"] is None and found["AR_large"] is None
+    stats = ap.evaluate(small, results, kind, backend, areas="coco").stats
+    assert stats["AP_small"] is not None and stats["AP_medium"] is None and stats["AR_large"] is None
 
 
 def numbered_from_zero(old):
@@ -312,11 +317,12 @@ def enlarged(truth: dict, results: list[dict], factor: int) -> tuple[dict, list[
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_relative_sizes_do_not_care_how_large_the_images_are(random_set, kind):
+def test_relative_sizes_do_not_depend_on_the_resolution(random_set, kind):
     truth = random_set[0] | {"images": random_set[0]["images"][:12]}
-    kept = [i["id"] for i in truth["images"]]
+    image_ids = [i["id"] for i in truth["images"]]
     truth["annotations"], results = (
-        [e for e in entries if e["image_id"] in kept] for entries in (truth["annotations"], random_set[1])
+        [e for e in entries if e["image_id"] in image_ids]
+        for entries in (truth["annotations"], random_set[1])
     )
     larger = enlarged(truth, results, 4)
     assert (
@@ -327,10 +333,10 @@ def test_relative_sizes_do_not_care_how_large_the_images_are(random_set, kind):
         ap.evaluate(*larger, kind, areas="coco").stats
         != ap.evaluate(truth, results, kind, areas="coco").stats
     )
-    assert ap.evaluate(*larger, kind).areas == "coco", "images of 800 x 600 are COCO's"
+    assert ap.evaluate(*larger, kind).areas == "coco", "images of 800 x 600 are as large as those of COCO"
 
 
-def test_one_scale_for_images_of_many_sizes():
+def test_the_size_limits_follow_the_median_image():
     truth = toy()
     truth["images"] = [
         i | {"width": w, "height": w} for i, w in zip(truth["images"], (64, 128, 2000), strict=True)
@@ -384,12 +390,12 @@ def guess(image_id: int, category: int, box: list[float], score: float) -> dict:
 def test_the_worst_images_come_first(kind):
     truth = toy()
     results = [
-        guess(1, 1, [0, 0, 10, 9], 0.6),  # the cat, less certain than the next
+        guess(1, 1, [0, 0, 10, 9], 0.6),  # the cat, with a lower score than the next
         guess(1, 1, [0, 0, 10, 10], 0.8),  # the cat
         guess(1, 1, [30, 30, 8, 8], 0.9),  # in the crowd, not an error
         guess(1, 1, [20, 0, 10, 10], 0.7),  # the dog, taken for a cat
-        guess(2, 2, [5, 5, 20, 20], 0.4),  # the dog, too uncertain
-        guess(3, 1, [5, 5, 20, 20], 0.95),  # nothing there
+        guess(2, 2, [5, 5, 20, 20], 0.4),  # the dog, with a score below the threshold
+        guess(3, 1, [5, 5, 20, 20], 0.95),  # no object there
     ]
     assert ap.misses(truth, results, kind) == [
         ap.Misses(1, [1], [3, 0]),
@@ -416,19 +422,19 @@ def detection_of(seed: int = 0, count: int = 5, size: tuple[int, int] = (40, 60)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_results_are_the_detections(count):
+def test_results_and_detections_convert_in_both_directions(count):
     detection, ids = detection_of(count=count), [4, 11, 2]
-    found = json.loads(json.dumps(ap.results_of(detection, 33, ids)))
-    assert [r["category_id"] for r in found] == [ids[label - 1] for label in detection["labels"]]
+    results = json.loads(json.dumps(ap.results_of(detection, 33, ids)))
+    assert [r["category_id"] for r in results] == [ids[label - 1] for label in detection["labels"]]
     assert (
-        all(r["image_id"] == 33 for r in found)
-        and [r["score"] for r in found] == detection["scores"].tolist()
+        all(r["image_id"] == 33 for r in results)
+        and [r["score"] for r in results] == detection["scores"].tolist()
     )
-    for r, box, mask in zip(found, detection["boxes"].double(), detection["masks"], strict=True):
+    for r, box, mask in zip(results, detection["boxes"].double(), detection["masks"], strict=True):
         x, y, w, h = r["bbox"]
         assert [x, y, x + w, y + h] == pytest.approx(box.tolist(), abs=1e-12)
         assert (rle.decode(r["segmentation"]) == mask.numpy()).all()
-    back = ap.objects_of(found, {"id": 33, "height": 40, "width": 60}, ids)
+    back = ap.objects_of(results, {"id": 33, "height": 40, "width": 60}, ids)
     assert len(back["masks"]) == count
     back["masks"] = torch.stack([torch.zeros(40, 60, dtype=torch.bool), *back["masks"]])[1:]
     for name, value in detection.items():
@@ -438,35 +444,43 @@ def test_results_are_the_detections(count):
 
 
 def test_results_and_pictures_decode_one_mask_at_a_time():
-    plain, seen = detection_of(), []
-    alive = lambda: sum(mask() is not None for mask in seen)  # noqa: E731
+    detection, references = detection_of(), []
+    alive = lambda: sum(mask() is not None for mask in references)  # noqa: E731
 
     def make(mask: torch.Tensor) -> torch.Tensor:
-        assert alive() <= 1, "the next is made while the last one may still have its name"
-        made = mask.clone()
-        seen.append(weakref.ref(made))
-        return made
+        assert alive() <= 1, "at most the previous mask is still referenced"
+        decoded = mask.clone()
+        references.append(weakref.ref(decoded))
+        return decoded
 
-    lazy = plain | {"masks": Masks(plain["masks"], make)}
-    assert ap.results_of(lazy, 33, [4, 11, 2]) == ap.results_of(plain, 33, [4, 11, 2]) and len(seen) == 5
+    lazy = detection | {"masks": Masks(detection["masks"], make)}
+    assert (
+        ap.results_of(lazy, 33, [4, 11, 2]) == ap.results_of(detection, 33, [4, 11, 2])
+        and len(references) == 5
+    )
     drawn = pictures.draw_objects(photo(), lazy, NAMES, 0.4)
     assert (
-        drawn == pictures.draw_objects(photo(), plain, NAMES, 0.4)
-        and len(seen) == 5 + (plain["scores"] >= 0.4).sum()
+        drawn == pictures.draw_objects(photo(), detection, NAMES, 0.4)
+        and len(references) == 5 + (detection["scores"] >= 0.4).sum()
     )
 
 
 def test_objects_of_polygons_and_of_entries_without_masks_or_boxes():
     image = {"id": 3, "height": 20, "width": 30}
     box = {"image_id": 3, "category_id": 5, "bbox": [2, 4, 10, 8]}
-    found = ap.objects_of([box | {"segmentation": [[2, 4, 12, 4, 12, 12, 2, 12]]}, box], image, [1, 5])
+    objects = ap.objects_of([box | {"segmentation": [[2, 4, 12, 4, 12, 12, 2, 12]]}, box], image, [1, 5])
     assert (
-        found["boxes"].tolist() == [[2, 4, 12, 12]] * 2
-        and found["labels"].tolist() == [2, 2]
-        and "scores" not in found
+        objects["boxes"].tolist() == [[2, 4, 12, 12]] * 2
+        and objects["labels"].tolist() == [2, 2]
+        and "scores" not in objects
     )
-    assert found["masks"][0][4:12, 2:12].all() and [int(mask.sum()) for mask in found["masks"]] == [80, 0]
-    bare = {"image_id": 3, "category_id": 5, "segmentation": encoded(found["masks"][0].numpy()), "score": 0.5}
+    assert objects["masks"][0][4:12, 2:12].all() and [int(mask.sum()) for mask in objects["masks"]] == [80, 0]
+    bare = {
+        "image_id": 3,
+        "category_id": 5,
+        "segmentation": encoded(objects["masks"][0].numpy()),
+        "score": 0.5,
+    }
     assert ap.objects_of([bare], image, [1, 5])["boxes"].tolist() == [[2, 4, 12, 12]]
 
 
@@ -491,11 +505,11 @@ def test_every_form_of_a_mask_in_a_file_is_read(form, tmp_path):
     path.write_text(
         json.dumps([{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5, "segmentation": shape}])
     )
-    [found] = ap.load_results(path, toy())
-    assert found["segmentation"] == encoded(mask)
+    [loaded] = ap.load_results(path, toy())
+    assert loaded["segmentation"] == encoded(mask)
 
 
-def test_results_are_scored_by_what_they_have():
+def test_the_kinds_of_scores_depend_on_the_fields_of_the_results():
     box, mask = {"bbox": [0, 0, 1, 1]}, {"segmentation": encoded(np.ones((2, 2)))}
     nothing = {"bbox": None, "segmentation": None}
     assert ap.kinds_of([]) == ap.kinds_of([box | mask]) == ["bbox", "segm"]
@@ -531,15 +545,15 @@ TEXT = encoded(np.eye(40))["counts"]
         {},
     ],
 )
-def test_damaged_run_lengths_are_named_before_a_library_sees_them(tmp_path, counts):
-    _refused(
+def test_damaged_run_lengths_are_reported_before_they_are_decoded(tmp_path, counts):
+    assert_refused(
         tmp_path,
         {"segmentation": {"size": [40, 40], "counts": counts}},
         "run lengths that do not fit the image; .* 40 high",
     )
 
 
-def _refused(tmp_path, change, says):
+def assert_refused(tmp_path, change, message):
     fine = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}
     path = tmp_path / "results.json"
     path.write_text(
@@ -550,13 +564,13 @@ def _refused(tmp_path, change, says):
             ]
         )
     )
-    with pytest.raises(DataError, match=rf"^entry 1 of the results .*results.json .*{says}.*$") as e:
+    with pytest.raises(DataError, match=rf"^entry 1 of the results .*results.json .*{message}.*$") as e:
         ap.load_results(path, toy())
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
-    ("entry", "says"),
+    ("entry", "message"),
     [
         (3, "is not an object"),
         ({"image_id": "x"}, "image_id, not 'x'"),
@@ -586,13 +600,13 @@ def _refused(tmp_path, change, says):
         ),
     ],
 )
-def test_invalid_results_are_named(tmp_path, entry, says):
-    _refused(tmp_path, entry, says)
+def test_invalid_results_are_named(tmp_path, entry, message):
+    assert_refused(tmp_path, entry, message)
 
 
-def test_files_and_results_that_do_not_belong_are_refused(tmp_path):
+def test_results_of_another_set_are_rejected(tmp_path):
     path = tmp_path / "r.json"
-    for text, says in (
+    for text, message in (
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("{}", "must be a list"),
@@ -600,7 +614,7 @@ def test_files_and_results_that_do_not_belong_are_refused(tmp_path):
     ):
         if text:
             path.write_text(text)
-        with pytest.raises(DataError, match=says):
+        with pytest.raises(DataError, match=message):
             ap.load_results(path if text else tmp_path / "none.json", toy())
     truth, fine = toy(), guess(1, 1, [0, 0, 10, 10], 0.5)
     cases = {
@@ -612,12 +626,12 @@ def test_files_and_results_that_do_not_belong_are_refused(tmp_path):
             fine | {"segmentation": encoded(np.zeros((41, 40)))},
         ),
     }
-    for says, (kind, entry) in cases.items():
-        with pytest.raises(DataError, match=f"result 1 .*{says}"):
+    for message, (kind, entry) in cases.items():
+        with pytest.raises(DataError, match=f"result 1 .*{message}"):
             ap.evaluate(truth, [fine, entry], kind)
 
 
-def test_without_a_library_it_says_what_to_install(monkeypatch):
+def test_missing_libraries_are_reported_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     assert ap.library().name == "faster" and ap.evaluate(toy(), []).backend == "faster"
     monkeypatch.setattr(ap.importlib.util, "find_spec", lambda name: None)
@@ -641,10 +655,10 @@ def bare(pixels: np.ndarray, **changes) -> np.ndarray:
 @pytest.mark.parametrize(
     ("size", "scale", "limits"), [((40, 60), 10, {}), ((600, 900), 1, {}), ((600, 900), 0.4, {"most": 360})]
 )
-def test_a_picture_changes_at_boxes_masks_and_labels_alone(size, scale, limits, monkeypatch):
+def test_drawing_changes_only_boxes_masks_and_labels(size, scale, limits, monkeypatch):
     spots = {}
     places = pictures.label_places
-    monkeypatch.setattr(pictures, "label_places", lambda *given: spots.update(places(*given)) or spots)
+    monkeypatch.setattr(pictures, "label_places", lambda *args: spots.update(places(*args)) or spots)
     pixels, unit = photo(*size), size[0] / 40
     boxes = np.array([[5, 3, 20, 22], [30, 10, 59, 39.5], [-4, 30, 12, 44]], np.float32) * unit
     masks = np.zeros((3, *size), bool)
@@ -680,7 +694,7 @@ def test_a_picture_changes_at_boxes_masks_and_labels_alone(size, scale, limits, 
     ).all()
 
 
-def test_labels_stay_in_the_picture_and_off_each_other():
+def test_labels_stay_inside_the_picture_and_do_not_overlap():
     draws, size = np.random.default_rng(0), (640, 480)
     for _ in range(30):
         corners = draws.uniform(-20, 600, (6, 2))
@@ -691,12 +705,12 @@ def test_labels_stay_in_the_picture_and_off_each_other():
             for x0, y0, x1, y1 in spots
         )
     same = list(pictures.label_places([(100, 100, 300, 300)] * 6, [(90, 16)] * 6, size).values())
-    seen = np.zeros((480, 640), int)
+    coverage = np.zeros((480, 640), int)
     for x0, y0, x1, y1 in same:
-        seen[y0 : y1 + 1, x0 : x1 + 1] += 1
-    assert seen.max() == 1, "six labels at one box have room"
+        coverage[y0 : y1 + 1, x0 : x1 + 1] += 1
+    assert coverage.max() == 1, "six labels at one box have room"
     assert pictures.label_places([(100, 100, 300, 300)], [(90, 16)], size)[0] == (100, 84, 189, 99), (
-        "above, flush left"
+        "above the box, left-aligned"
     )
     assert pictures.label_places([(600, 0, 640, 90)], [(90, 16)], size)[0] == (550, 0, 639, 15), (
         "in the corner"
@@ -713,20 +727,20 @@ def test_the_most_confident_detection_is_on_top_and_unconfident_ones_are_left_ou
     assert (np.asarray(pictures.draw_objects(pixels, detection, NAMES, threshold=0.95)) == bare(pixels)).all()
     truth = {k: v for k, v in detection.items() if k != "scores"}
     assert tuple(np.asarray(pictures.draw_objects(pixels, truth, NAMES))[200, 100]) == pictures.color_of(1), (
-        "the truth has no threshold"
+        "the threshold does not apply to the ground truth"
     )
 
 
-def test_classes_have_colors_of_their_own_that_black_letters_show_on():
+def test_class_colors_are_distinct_and_contrast_with_black_text():
     colors = [pictures.color_of(k) for k in range(1, 13)]
     assert pictures.color_of(13) == colors[0]
     assert min(np.abs(np.subtract(a, b)).max() for i, a in enumerate(colors) for b in colors[:i]) >= 40
 
-    def light(color):  # relative luminance of WCAG 2
+    def light(color):  # relative luminance as in WCAG 2
         linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in np.array(color) / 255]
         return np.dot([0.2126, 0.7152, 0.0722], linear)
 
-    assert all((light(c) + 0.05) / 0.05 > 4.5 for c in colors), "4.5 : 1, the least for text"
+    assert all((light(c) + 0.05) / 0.05 > 4.5 for c in colors), "at least 4.5 : 1, the minimum for text"
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
@@ -740,15 +754,15 @@ def test_truth_and_detections_are_shown_side_by_side(channels):
         torch.from_numpy(np.stack([i.mask[:48] for i in instances])),
     )
     truth = {"boxes": boxes, "labels": labels, "masks": masks}
-    found = truth | {"scores": torch.full((len(labels),), 0.75)}
+    detections = truth | {"scores": torch.full((len(labels),), 0.75)}
     names = [str(d) for d in range(10)]
-    sheet = pictures.side_by_side(pixels, truth, found, names)
+    sheet = pictures.side_by_side(pixels, truth, detections, names)
     assert sheet.size == (2 * 384 + 8, 32 + 288)
-    pair = [pictures.draw_objects(pixels, objects, names, least=384) for objects in (truth, found)]
+    pair = [pictures.draw_objects(pixels, objects, names, least=384) for objects in (truth, detections)]
     assert pair[0] != pair[1]
     for k, image in enumerate(pair):
         assert (np.asarray(sheet)[32:, k * 392 : k * 392 + 384, :3] == np.asarray(image)).all()
-    assert np.asarray(sheet)[-1, 387, 3] == 0, "the ground is the page's"
+    assert np.asarray(sheet)[-1, 387, 3] == 0, "the background is transparent"
     uri = pictures.as_data_uri(sheet)
     assert uri.startswith("data:image/webp;base64,") and len(uri) < 100_000
     again = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))

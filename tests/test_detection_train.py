@@ -76,14 +76,14 @@ def sets():
 
 
 def run(
-    out: Path, sets, settings: DetectionRecipe = TINY, of: Backbone | None = None, **runtime
+    out: Path, sets, settings: DetectionRecipe = TINY, pretrained: Backbone | None = None, **runtime
 ) -> dt.Detected:
-    own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
+    options = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
     return dt.train(
-        of or backbone(),
+        pretrained or backbone(),
         *sets,
         settings,
-        RuntimeConfig(out=out, **(own | runtime)),
+        RuntimeConfig(out=out, **(options | runtime)),
         {"backbone_name": "tiny"},
     )
 
@@ -97,9 +97,9 @@ def weights(out: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, sets) -> tuple[Path, dt.Detected]:
+def uninterrupted(tmp_path_factory, sets) -> tuple[Path, dt.Detected]:
     """An uninterrupted run."""
-    out = tmp_path_factory.mktemp("straight") / "run"
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
     return out, run(out, sets)
 
 
@@ -122,10 +122,10 @@ SHORT = dataclasses.replace(TINY, steps=3, warmup_steps=1)
     ids=["early", "twice", "benchmarking", "bf16 in two parts"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
-    tmp_path, sets, straight, monkeypatch, stops, settings, runtime
+    tmp_path, sets, uninterrupted, monkeypatch, stops, settings, runtime
 ):
-    whole = (
-        straight
+    expected = (
+        uninterrupted
         if settings is TINY
         else (tmp_path / "whole", run(tmp_path / "whole", sets, settings, **runtime))
     )
@@ -134,31 +134,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
             stop_at(patch, dt.DetectionTraining, stop)
             with pytest.raises(Preempted, match=f"SIGTERM; saved at step {stop}, run the same command again"):
                 run(tmp_path / "run", sets, settings, **runtime)
-    found = run(tmp_path / "run", sets, settings, **runtime)
-    assert weights(tmp_path / "run") == weights(whole[0])
-    assert found.results == whole[1].results and found.history == whole[1].history
+    result = run(tmp_path / "run", sets, settings, **runtime)
+    assert weights(tmp_path / "run") == weights(expected[0])
+    assert result.results == expected[1].results and result.history == expected[1].history
 
 
-def test_workers_change_nothing_and_seeds_do(tmp_path, sets, straight):
+def test_results_depend_on_the_seed_but_not_on_workers(tmp_path, sets, uninterrupted):
     run(tmp_path / "workers", sets, workers=2)
-    assert weights(tmp_path / "workers") == weights(straight[0])
+    assert weights(tmp_path / "workers") == weights(uninterrupted[0])
     run(tmp_path / "seed", sets, dataclasses.replace(TINY, seed=1))
-    assert weights(tmp_path / "seed") != weights(straight[0])
+    assert weights(tmp_path / "seed") != weights(uninterrupted[0])
 
 
-def test_the_files_of_a_run_agree(sets, straight):
-    out, found = straight
+def test_the_files_of_a_run_agree(sets, uninterrupted):
+    out, result = uninterrupted
     scores, results = (
         json.loads((out / "scores.json").read_text()),
         load_results(out / "coco_results.json", sets[1].truth),
     )
-    assert results == found.results and scores["preset"] == "vitdet" and scores["backbone_name"] == "tiny"
+    assert results == result.results and scores["preset"] == "vitdet" and scores["backbone_name"] == "tiny"
     for part, kind in (("box", "bbox"), ("mask", "segm")):
         assert scores[part]["stats"] == evaluate(sets[1].truth, results, kind).stats
     assert [line["mask AP"] for line in read_metrics(out) if line["kind"] == "val"] == [
-        h["mask AP"] for h in found.history
+        h["mask AP"] for h in result.history
     ]
-    assert found.history[-1]["mask AP"] == 100 * scores["mask"]["stats"]["AP"]
+    assert result.history[-1]["mask AP"] == 100 * scores["mask"]["stats"]["AP"]
     loaded = load_detector(out)
     assert (
         loaded.classes == [str(d) for d in range(10)]
@@ -166,14 +166,14 @@ def test_the_files_of_a_run_agree(sets, straight):
         and loaded.settings == TINY
     )
     assert predict(loaded.model, sets[1], size=64, channels=3, device=CPU, batch=3) == results, (
-        "the exported detector is the result"
+        "the exported detector gives the results"
     )
     classes, examples = read_examples(out / "examples.safetensors")
     assert classes == loaded.classes and [len(kept) for kept in examples.values()] == [4, 4]
     for i, example in enumerate(examples["first"]):
         assert (example.pixels == sets[1].read(i)).all() and all(
-            (mask.numpy() == wanted).all()
-            for mask, wanted in zip(example.truth["masks"], sets[1].objects(i).masks, strict=True)
+            (mask.numpy() == expected).all()
+            for mask, expected in zip(example.truth["masks"], sets[1].objects(i).masks, strict=True)
         )
         assert len(example.predictions["scores"]) == sum(
             r["image_id"] == sets[1].image_id(i) for r in results
@@ -192,27 +192,28 @@ def test_it_overfits_scenes(tmp_path):
     settings = dataclasses.replace(
         TINY, steps=60, batch_size=2, jitter=(1.0, 1.0), flip=False, drop_path=0.0, width=32, lr=4e-3
     )
-    found = run(tmp_path / "run", (train, train), settings)
+    result = run(tmp_path / "run", (train, train), settings)
     lines = [line["loss"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
     assert lines[-1] < 0.6 * lines[0]  # 0.51 to 0.53 with two seeds, on two processors
-    assert found.box.stats["AP50"] > 0.2
+    assert result.box.stats["AP50"] > 0.2
 
 
-def test_rates_rise_and_fall_at_their_steps():
-    of = dataclasses.replace(TINY, steps=2700, lr=1.0, warmup_steps=9)
-    rates = [dt.rate(of, Progress(step, 2700, 10)) for step in (0, 4, 9, 2399, 2400, 2599, 2600, 2699)]
+def test_the_learning_rate_schedules():
+    settings = dataclasses.replace(TINY, steps=2700, lr=1.0, warmup_steps=9)
+    rates = [dt.rate(settings, Progress(step, 2700, 10)) for step in (0, 4, 9, 2399, 2400, 2599, 2600, 2699)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
     falling = [
-        dt.rate(dataclasses.replace(of, schedule="cosine"), Progress(step, 2700, 10)) for step in (0, 9, 2699)
+        dt.rate(dataclasses.replace(settings, schedule="cosine"), Progress(step, 2700, 10))
+        for step in (0, 9, 2699)
     ]
     assert falling == pytest.approx([0, 1, 0], abs=1e-5)
 
 
-def test_benchmarking_trains_too_and_a_run_is_not_continued_as_another(tmp_path, sets, straight):
+def test_benchmarking_trains_too_and_a_run_is_not_continued_as_another(tmp_path, sets, uninterrupted):
     other = dataclasses.replace(TINY, preset="benchmarking", steps=3)
-    found = run(tmp_path / "run", sets, other)
+    result = run(tmp_path / "run", sets, other)
     assert (
-        found.history[-1]["step"] == 3 and load_detector(tmp_path / "run").settings.preset == "benchmarking"
+        result.history[-1]["step"] == 3 and load_detector(tmp_path / "run").settings.preset == "benchmarking"
     )
     with pytest.raises(
         ConfigError, match="was started with preset benchmarking .now vitdet.*use another --out"
@@ -224,7 +225,7 @@ def test_benchmarking_trains_too_and_a_run_is_not_continued_as_another(tmp_path,
         run(tmp_path / "run", (sample_images(sets[0], 7), sets[1]), other)
 
 
-def test_both_parts_have_the_same_categories_by_name_too(tmp_path, sets):
+def test_category_names_must_agree_between_both_splits(tmp_path, sets):
     other = copy.copy(sets[1])
     other.classes = [f"letter {name}" for name in other.classes]
     with pytest.raises(
@@ -249,7 +250,7 @@ def test_a_set_smaller_than_a_batch_lowers_it_and_a_long_warmup_is_refused(tmp_p
         run(tmp_path / "other", sets, dataclasses.replace(TINY, warmup_steps=6))
 
 
-def test_views_that_cannot_mark_all_objects_are_counted(tmp_path, sets, capsys, monkeypatch):
+def test_images_with_more_objects_than_max_instances_are_counted(tmp_path, sets, capsys, monkeypatch):
     monkeypatch.setattr(dt.DetectionTraining, "train", lambda self: None)
     counts = [len(sets[0].objects(i).labels) for i in range(8)]
     assert sets[0].counts().tolist() == counts
@@ -266,13 +267,13 @@ def test_views_that_cannot_mark_all_objects_are_counted(tmp_path, sets, capsys, 
     )
 
 
-def test_the_recipe_of_the_scenes_is_scored_on_its_way(tmp_path, monkeypatch):
-    whole, found = open_coco("bundled:scenes", size=32), []
+def test_the_bundled_recipe_is_evaluated_during_training(tmp_path, monkeypatch):
+    scenes, lengths = open_coco("bundled:scenes", size=32), []
     monkeypatch.setattr(
-        dt.DetectionTraining, "train", lambda self: found.append((self.total, self.scorings()))
+        dt.DetectionTraining, "train", lambda self: lengths.append((self.total, self.scorings()))
     )
-    run(tmp_path / "run", whole, dataclasses.replace(load_detect("bundled"), size=32))
-    assert found == [(4000, 7)], "the report draws precision over training"
+    run(tmp_path / "run", scenes, dataclasses.replace(load_detect("bundled"), size=32))
+    assert lengths == [(4000, 7)], "the report shows precision over training"
 
 
 def test_batchnorm_over_several_ranks_needs_cuda(tmp_path, sets, monkeypatch):
@@ -291,27 +292,27 @@ def test_batchnorm_over_several_ranks_needs_cuda(tmp_path, sets, monkeypatch):
 def test_the_recipe_fits_the_backbone(tmp_path, foreign, monkeypatch, width, given, recipe):
     vit = build_vit(size=32, channels=3, patch=8, width=width, depth=1, heads=2, registers=0)
     monkeypatch.setattr(commands, "load", lambda *args: Backbone(vit, (0.5,) * 3, (0.25,) * 3))
-    seen = []
+    calls = []
     monkeypatch.setattr(
         commands,
         "train",
-        lambda backbone, train, test, settings, runtime, about: seen.append((settings, about["recipe"])),
+        lambda backbone, train, test, settings, runtime, about: calls.append((settings, about["recipe"])),
     )
-    how = DetectionOptions(data=str(foreign), recipe=given, settings=("steps=7", "warmup_steps=1"))
-    commands.train_detector("x", how, RuntimeConfig(out=tmp_path / "run", device="cpu"))
+    options = DetectionOptions(data=str(foreign), recipe=given, settings=("steps=7", "warmup_steps=1"))
+    commands.train_detector("x", options, RuntimeConfig(out=tmp_path / "run", device="cpu"))
     expected = dataclasses.replace(load_detect(recipe), steps=7, epochs=None, warmup_steps=1)
-    assert seen == [(expected, recipe)]
+    assert calls == [(expected, recipe)]
 
 
-def test_examples_are_kept_small(tmp_path, sets, straight, monkeypatch):
-    results, part = straight[1].results, {}
+def test_examples_are_kept_small(tmp_path, sets, uninterrupted, monkeypatch):
+    results, examples = uninterrupted[1].results, {}
     for side in (768, 32):
         monkeypatch.setattr(keeping, "SIDE", side)
         keeping.write_examples(tmp_path / "x.safetensors", sets[1], results, 3)
-        part[side] = read_examples(tmp_path / "x.safetensors")[1]["first"]
-    for large, little in zip(*part.values(), strict=True):
-        assert (large.pixels.shape, little.pixels.shape) == ((64, 64, 3), (32, 32, 3))
-        for whole, half in zip(large[1:], little[1:], strict=True):
+        examples[side] = read_examples(tmp_path / "x.safetensors")[1]["first"]
+    for large, small in zip(*examples.values(), strict=True):
+        assert (large.pixels.shape, small.pixels.shape) == ((64, 64, 3), (32, 32, 3))
+        for whole, half in zip(large[1:], small[1:], strict=True):
             assert torch.equal(whole["boxes"], 2 * half["boxes"]) and torch.equal(
                 whole["labels"], half["labels"]
             )
@@ -321,7 +322,7 @@ def test_examples_are_kept_small(tmp_path, sets, straight, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"epochs": 3.0}, "give one of epochs and steps"),
         ({"scales": (1.0, 2.0)}, "scales go from fine to coarse"),
@@ -333,32 +334,32 @@ def test_examples_are_kept_small(tmp_path, sets, straight, monkeypatch):
         ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
     ],
 )
-def test_impossible_settings_are_named(change, said):
+def test_impossible_settings_are_named(change, message):
     with pytest.raises(ConfigError) as e:
         check(dataclasses.replace(TINY, **change))
-    assert said in str(e.value)
+    assert message in str(e.value)
 
 
-def test_an_unreadable_test_image_is_named_and_nothing_is_found_there(tmp_path, sets, straight):
+def test_an_unreadable_test_image_is_named_and_has_no_detections(tmp_path, sets, uninterrupted):
     write_coco(tmp_path, "test", 4, size=64)
     (tmp_path / "images" / "test" / "000001.png").write_bytes(b"no image")
-    said = []
-    found = predict(
-        load_detector(straight[0]).model,
+    unreadable = []
+    results = predict(
+        load_detector(uninterrupted[0]).model,
         open_test(str(tmp_path)),
         size=64,
         channels=3,
         device=CPU,
         batch=2,
-        note=said.extend,
+        note=unreadable.extend,
     )
-    assert [(bad[0], bad[1].endswith("000001.png")) for bad in said] == [(1, True)]
-    assert found == [r for r in straight[1].results if r["image_id"] != 2] and len(found) < len(
-        straight[1].results
+    assert [(bad[0], bad[1].endswith("000001.png")) for bad in unreadable] == [(1, True)]
+    assert results == [r for r in uninterrupted[1].results if r["image_id"] != 2] and len(results) < len(
+        uninterrupted[1].results
     )
 
 
-# --- somebody else's folder ---------------------------------------------------------------------------------
+# --- data sets of other tools -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -444,11 +445,12 @@ def test_a_foreign_folder_trains_evaluates_and_is_shown(tmp_path, foreign, capsy
         str(out),
     ]
     assert main([*command, "--settings", "steps=4", "flip=false", *common]) == 0
-    said = capsys.readouterr().out.replace("\n", " ")
+    output = capsys.readouterr().out.replace("\n", " ")
     assert (
-        "5 images of 2 classes, 3 to test on" in said and "note: crowds, left out of training: 1 (5)" in said
+        "5 images of 2 classes, 3 to test on" in output
+        and "note: crowds, left out of training: 1 (5)" in output
     )
-    assert "note: images without an object to train on: 1 (300)" in said and (out / "report.html").exists()
+    assert "note: images without an object to train on: 1 (300)" in output and (out / "report.html").exists()
     results = json.loads((out / "coco_results.json").read_text())
     assert {r["category_id"] for r in results} <= {3, 90} and {r["image_id"] for r in results} <= {
         100,
@@ -465,19 +467,19 @@ def test_a_foreign_folder_trains_evaluates_and_is_shown(tmp_path, foreign, capsy
         and again["test_images"] == 3
         and again["detector"]["recipe"] == str(recipe)
     )
-    said = capsys.readouterr().out
-    assert "small, medium, large" in said and "green" in said and "AP_small" in said
-    masks_only = tmp_path / "theirs.json"
+    output = capsys.readouterr().out
+    assert "small, medium, large" in output and "green" in output and "AP_small" in output
+    masks_only = tmp_path / "masks_only.json"
     masks_only.write_text(json.dumps([{k: v for k, v in r.items() if k != "bbox"} for r in results]))
     assert main(["detect", "eval", str(out), "--data", str(foreign), "--results", str(masks_only)]) == 0
-    theirs = json.loads((out / "eval" / "scores-theirs.json").read_text())
+    rescored = json.loads((out / "eval" / "scores-masks_only.json").read_text())
     assert (
-        theirs["mask"]["stats"] == scores["mask"]["stats"]
-        and "box" not in theirs
-        and theirs["results"] == str(masks_only)
+        rescored["mask"]["stats"] == scores["mask"]["stats"]
+        and "box" not in rescored
+        and rescored["results"] == str(masks_only)
     )
     assert json.loads((out / "eval" / "scores.json").read_text()) == again, (
-        "somebody else's results are not the detector's"
+        "external results do not overwrite the scores of the detector"
     )
 
     shown = ["none.png", str(foreign / "val" / "1.png"), str(foreign / "train" / "1.png")]
@@ -500,16 +502,14 @@ def test_a_foreign_folder_trains_evaluates_and_is_shown(tmp_path, foreign, capsy
     )
     assert sorted(f.name for f in (tmp_path / "shown").iterdir()) == ["001-1.png", "002-1.png"]
     assert "cannot read the image none.png: No such file" in capsys.readouterr().err, (
-        "what cannot be read does not stop the others"
+        "an unreadable image does not stop the others"
     )
     assert main(["detect", "export", str(out), "--out", str(tmp_path / "p.pt2")]) == 0
     maps = torch.export.load(tmp_path / "p.pt2").module()(torch.rand(1, 3, 64, 64))
     assert all(m.shape[1] == 16 for m in maps.values())
 
 
-def test_the_names_of_the_classes_and_the_channels_must_be_the_detectors(
-    tmp_path, straight, capsys, monkeypatch
-):
+def test_class_names_and_channels_must_match_the_detector(tmp_path, uninterrupted, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = write_coco(tmp_path / "set", "test", 2, size=64)
     content = json.loads(file.read_text())
@@ -518,7 +518,7 @@ def test_the_names_of_the_classes_and_the_channels_must_be_the_detectors(
             content | {"categories": [c | {"name": f"letter {c['name']}"} for c in content["categories"]]}
         )
     )
-    assert main(["detect", "eval", str(straight[0]), "--data", str(tmp_path / "set")]) == 3
+    assert main(["detect", "eval", str(uninterrupted[0]), "--data", str(tmp_path / "set")]) == 3
     assert "has other categories than" in (err := capsys.readouterr().err) and err.count("\n") == 1
     vit = build_vit(size=32, channels=1, patch=8, width=24, depth=2, heads=2, registers=0)
     export(Backbone(vit, (0.5,), (0.25,)), tmp_path / "gray", {})
@@ -527,25 +527,25 @@ def test_the_names_of_the_classes_and_the_channels_must_be_the_detectors(
 
 
 def test_a_skipped_step_leaves_the_running_statistics(tmp_path, sets, monkeypatch):
-    seen = []
+    statistics = []
     losses, update = dt.DetectionTraining.losses, dt.DetectionTraining.update
 
     def broken(self, batch, step, part):
-        found = losses(self, batch, step, part)
-        return found | {"loss": found["loss"] * float("nan")} if step == 1 else found
+        values = losses(self, batch, step, part)
+        return values | {"loss": values["loss"] * float("nan")} if step == 1 else values
 
     def recorded(self, t):
         applied = update(self, t)
-        seen.append([b.clone() for b in self.running_statistics])
+        statistics.append([b.clone() for b in self.running_statistics])
         return applied
 
     monkeypatch.setattr(dt.DetectionTraining, "losses", broken)
     monkeypatch.setattr(dt.DetectionTraining, "update", recorded)
     run(tmp_path / "run", sets, dataclasses.replace(TINY, preset="benchmarking", steps=3))
-    assert seen[0] and all((a == b).all() for a, b in zip(seen[0], seen[1], strict=True)), (
+    assert statistics[0] and all((a == b).all() for a, b in zip(statistics[0], statistics[1], strict=True)), (
         "step 1 was skipped"
     )
-    assert not all((a == b).all() for a, b in zip(seen[1], seen[2], strict=True))
+    assert not all((a == b).all() for a, b in zip(statistics[1], statistics[2], strict=True))
 
 
 def test_detectors_of_student_and_teacher_have_different_folders(tmp_path):
@@ -560,7 +560,7 @@ def test_detectors_of_student_and_teacher_have_different_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "said"),
+    ("argv", "code", "message"),
     [
         (["detect", "show", "RUN"], 2, "no images given: rcmae detect show CHECKPOINT IMAGE..."),
         (
@@ -586,8 +586,10 @@ def test_detectors_of_student_and_teacher_have_different_folders(tmp_path):
         (["detect", "export", "RUN", "--out", "x.onnx"], 2, "the name of an exported program ends in .pt2"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, straight, foreign, capsys, monkeypatch, argv, code, said):
+def test_bad_input_is_reported_in_one_line(
+    tmp_path, uninterrupted, foreign, capsys, monkeypatch, argv, code, message
+):
     monkeypatch.chdir(tmp_path)
-    assert main([{"RUN": str(straight[0]), "FOREIGN": str(foreign)}.get(a, a) for a in argv]) == code
+    assert main([{"RUN": str(uninterrupted[0]), "FOREIGN": str(foreign)}.get(a, a) for a in argv]) == code
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1

@@ -1,5 +1,5 @@
-"""Pages and commands speak only of the method that a run trains. Over METHODS, so that a new method is tested
-too."""
+"""Pages and commands mention only the method that a run trains. Parametrized over METHODS, so that new
+methods are tested too."""
 
 import re
 import shutil
@@ -32,36 +32,36 @@ FLAGS |= dict.fromkeys(("momentum", "ema-updates"), FLAGS["half-life"])
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, folder):  # noqa: F811
     """A run of each method: six logged steps, probed at the end."""
-    made: dict[str, Path] = {}
+    directories: dict[str, Path] = {}
 
     def run(name: str) -> Path:
-        if name not in made:
-            out = made[name] = tmp_path_factory.mktemp("methods") / name
+        if name not in directories:
+            out = directories[name] = tmp_path_factory.mktemp("methods") / name
             recipe = small(name, data=str(folder), probes=1, probe_train=12, probe_test=12)
             pretrain(recipe, RuntimeConfig(out=out, device="cpu", precision="fp32", workers=0, log_every=1))
-        return made[name]
+        return directories[name]
 
     return run
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_page_speaks_of_its_own_method(runs, request, name):
-    """A sentence on its loss, only figures with data, the loss under its own name, and no flag that it does
-    not have."""
+def test_the_page_mentions_only_its_own_method(runs, request, name):
+    """A sentence on its loss, only figures with data, the loss under its own name, and no flag that the
+    method does not have."""
     run, method = runs(name), METHODS[name]
     request.getfixturevalue("drawn")
     page = write_report(run).read_text()
     loss, *_ = method.figures()
-    said = [words(item) for item in part(page, 'id="verdict"', "</ul>").split("<li")[1:]]
-    assert any(f"{loss.ylabel} " in text for text in said), said
-    assert not any("not finite" in text for text in said)
+    verdict = [words(item) for item in part(page, 'id="verdict"', "</ul>").split("<li")[1:]]
+    assert any(f"{loss.ylabel} " in text for text in verdict), verdict
+    assert not any("not finite" in text for text in verdict)
     figures = page.split("<figure")[1:]
     for figure in figures:
         assert max(map(len, curves(figure)), default=0) > 0, f"nothing is drawn in {words(figure)[:200]}"
     assert f">{loss.ylabel}<" in part(page, 'id="figure-loss"', "</figure>")
-    own = {flag.replace("_", "-") for flag in [*flat(small(name)), *RuntimeConfig.__dataclass_fields__]}
-    own -= {flag for flag, has in FLAGS.items() if not has(method)}
-    assert set(re.findall(r"--([a-z][a-z-]*)", words(page.split("<h2>Settings")[0]))) <= own
+    valid = {flag.replace("_", "-") for flag in [*flat(small(name)), *RuntimeConfig.__dataclass_fields__]}
+    valid -= {flag for flag, has in FLAGS.items() if not has(method)}
+    assert set(re.findall(r"--([a-z][a-z-]*)", words(page.split("<h2>Settings")[0]))) <= valid
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -70,15 +70,13 @@ def test_a_method_declares_what_it_logs(runs, name):
     train = [line for line in read_metrics(runs(name)) if line["kind"] == "train"]
     method = METHODS[name]
     assert all(key in line for line in train for key in method.losses)
-    asked = [
-        curve.key for figure in method.figures() for curve in figure.curves if isinstance(curve.key, str)
-    ]
-    assert asked
-    assert set(asked) <= set(method.losses)
+    keys = [curve.key for figure in method.figures() for curve in figure.curves if isinstance(curve.key, str)]
+    assert keys
+    assert set(keys) <= set(method.losses)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_batch_is_what_the_method_says_it_is(name):
+def test_a_batch_has_the_declared_tensors(name):
     """The annotation of `forward` names every tensor with its number of dimensions."""
     method = method_for(small(name))
     declared = typing.get_type_hints(type(method).forward)["batch"]
@@ -118,9 +116,9 @@ def evaluate_linear(run: Path, name: str) -> list[str]:
 
 
 def fine_tune(run: Path, name: str) -> list[str]:
-    """By the recipe for a user's own images."""
+    """With the recipe for folders of images."""
     data = re.search(r'^data = "(.+)"', (run / "recipe.toml").read_text(), re.MULTILINE)[1]
-    own = [
+    options = [
         "--recipe",
         "folder",
         "--settings",
@@ -132,7 +130,7 @@ def fine_tune(run: Path, name: str) -> list[str]:
         "--out",
         str(run.parent / "tuned"),
     ]
-    return ["evaluate", "finetune", str(run), "--data", data, *own]
+    return ["evaluate", "finetune", str(run), "--data", data, *options]
 
 
 def verify(run: Path, name: str) -> list[str]:
@@ -146,7 +144,7 @@ CANNOT = {
     ),
     "verify": lambda name: "4 micro-batches need a --batch-size that is a multiple of 4, not 6",
 }
-"What a command says of a run that it cannot take, in one line with exit code 2."
+"The error message of a command for a run that it does not support; the exit code is 2."
 
 
 @pytest.mark.parametrize("command", [report, lab_gradients, evaluate_linear, fine_tune, verify])
@@ -154,19 +152,19 @@ CANNOT = {
 def test_a_command_works_or_reports_why_not(runs, capsys, name, command):
     argv = command(runs(name), name)
     capsys.readouterr()
-    why = CANNOT.get(" ".join(argv[:2]), CANNOT.get(argv[0], lambda name: ""))(name)
-    assert main(argv) == (2 if why else 0), capsys.readouterr().err
-    said = capsys.readouterr()
-    if why:
-        assert why in said.err
-        assert said.err.count("\n") == 1
+    reason = CANNOT.get(" ".join(argv[:2]), CANNOT.get(argv[0], lambda name: ""))(name)
+    assert main(argv) == (2 if reason else 0), capsys.readouterr().err
+    captured = capsys.readouterr()
+    if reason:
+        assert reason in captured.err
+        assert captured.err.count("\n") == 1
     else:
-        assert said.out
+        assert captured.out
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_its_exports_can_be_used(runs, name):
-    """timm loads its networks, and its step can be counted."""
+def test_exports_load_in_timm_and_the_cost_can_be_computed(runs, name):
+    """timm loads its networks, and the cost of its step can be computed."""
     for which in METHODS[name].networks:
         model = timm.create_model(f"local-dir:{runs(name) / 'export' / which}", pretrained=True)
         assert model(torch.zeros(1, 3, 16, 16)).isfinite().all()
@@ -177,29 +175,29 @@ def test_its_exports_can_be_used(runs, name):
 
 @pytest.mark.parametrize("kind", ["fine-tuning", "detection", "an export", "no run"])
 @pytest.mark.parametrize("command", [report, lab_gradients])
-def test_a_folder_of_another_kind_is_one_line(runs, tmp_path, capsys, kind, command):
+def test_a_folder_of_another_kind_is_reported_in_one_line(runs, tmp_path, capsys, kind, command):
     """It names the kind, and what to give instead."""
-    place = tmp_path / "place"
+    directory = tmp_path / "run"
     if kind == "an export":
-        shutil.copytree(runs("rcmae") / "export" / "teacher", place)
+        shutil.copytree(runs("rcmae") / "export" / "teacher", directory)
     else:
-        place.mkdir()
+        directory.mkdir()
     if kind in ("fine-tuning", "detection"):
-        (place / "recipe.toml").write_text(
+        (directory / "recipe.toml").write_text(
             "mixup = 0.8\n" if kind == "fine-tuning" else 'preset = "nothing"\n'
         )
     capsys.readouterr()
-    assert main(command(place, "rcmae")) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "rcmae: error: " in said
-    assert kind in said or "is no run directory" in said or command is report
-    assert "`rcmae pretrain`" in said or command is report
+    assert main(command(directory, "rcmae")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "rcmae: error: " in error
+    assert kind in error or "is no run directory" in error or command is report
+    assert "`rcmae pretrain`" in error or command is report
 
 
-def test_a_run_of_detection_is_no_backbone(tmp_path, capsys):
+def test_a_detection_run_is_rejected_as_a_backbone(tmp_path, capsys):
     (tmp_path / "export" / "detector").mkdir(parents=True)
     assert main(["evaluate", "knn", str(tmp_path), "--data", "bundled:digits", "--device", "cpu"]) == 4
-    said = capsys.readouterr().err
-    assert "with a detector for `rcmae detect eval`" in said
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "with a detector for `rcmae detect eval`" in error
+    assert error.count("\n") == 1

@@ -22,7 +22,7 @@ def train() -> d.DigitsSource:
 def test_an_image_is_a_function_of_seed_split_and_index(train):
     for i in (0, 255, 256, 1499):
         image, label = d.digit(0, "train", i)
-        assert np.array_equal(image, train.read(i)), "alone or in a batch, the same pixels"
+        assert np.array_equal(image, train.read(i)), "pixels do not depend on the batch"
         assert label == train.labels[i]
     assert not np.array_equal(d.digit(1, "train", 3)[0], train.read(3))
     assert not np.array_equal(d.digit(0, "test", 3)[0], train.read(3))
@@ -55,8 +55,8 @@ def test_no_handwriting_and_no_photograph_is_in_both_splits():
     assert masks.max() == 1
 
 
-def test_the_set_is_the_one_that_results_were_made_with():
-    """Pillow 12 rounds differently when it shrinks a photograph: some bytes of the test images differ by
+def test_the_bundled_images_never_change():
+    """Pillow 12 rounds differently when it downsamples a photograph: some bytes of the test images differ by
     one."""
     pillow_12 = version("pillow").startswith("12.")
     expected = (
@@ -65,7 +65,7 @@ def test_the_set_is_the_one_that_results_were_made_with():
         else "73f6733eac0eb9bbcc40d5b3ac8abcfdeef6a95c4a45b35ef5595c7f54fe2d87"
     )
     assert (d.GENERATOR, d.set_hash()) == (1, expected), (
-        "The images of the bundled set changed. If that was meant: raise GENERATOR, put the new hash here, "
+        "The images of the bundled set changed. If that was intended: raise GENERATOR, put the new hash here "
         "and rerun the results."
     )
 
@@ -99,8 +99,8 @@ def test_scenes_contain_what_their_annotations_say(tmp_path):
     for image in coco["images"]:
         pixels, instances = d.scene(0, "train", image["id"] - 1)
         assert np.array_equal(np.asarray(Image.open(tmp_path / "images/train" / image["file_name"])), pixels)
-        own = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
-        for a, i in zip(own, instances, strict=True):
+        annotations = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
+        for a, i in zip(annotations, instances, strict=True):
             counts = a["segmentation"]["counts"]
             mask = np.repeat(np.arange(len(counts)) % 2, counts).reshape(128, 128, order="F").astype(bool)
             assert np.array_equal(mask, i.mask)

@@ -52,25 +52,25 @@ def random(*shape: int) -> torch.Tensor:
     "rcmae.methods.distillation_losses:info_nce",
     lambda old: lambda q, k, temperature: old(q, q, temperature),
 )
-def test_recorded_numbers_of_the_reference_codes():
-    found = compare_distillation(str(GOLDEN / "self_distillation_reference.safetensors"))
-    assert len(found) == 10
-    assert max(error for error, _ in found.values()) < 1e-5, found
+def test_losses_match_recorded_numbers_of_the_reference_implementations():
+    comparisons = compare_distillation(str(GOLDEN / "self_distillation_reference.safetensors"))
+    assert len(comparisons) == 10
+    assert max(error for error, _ in comparisons.values()) < 1e-5, comparisons
 
 
 def test_across_views_is_a_mean_over_pairs_of_different_views():
     student, teacher = random(4, 3, 5), random(2, 3, 5).softmax(-1)
     pairs = [(w, v) for w in range(2) for v in range(4) if w != v]
-    plain = sum(
+    expected = sum(
         -(teacher[w, b] * (student[v, b] / 0.2).log_softmax(-1)).sum() for w, v in pairs for b in range(3)
     ) / (len(pairs) * 3)
-    assert cross_view_loss(student, teacher, 0.2).item() == pytest.approx(plain.item(), rel=1e-12)
+    assert cross_view_loss(student, teacher, 0.2).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_masked_patches_count_once_an_image_and_unmasked_ones_never():
+def test_only_masked_patches_contribute_and_every_image_counts_equally():
     student, teacher, masked = random(2, 3, 6, 5), random(2, 3, 6, 5).softmax(-1), torch.rand(2, 3, 6) < 0.5
     masked[0, 0], masked[1, 2] = True, False
-    plain = 0.0
+    expected = 0.0
     for v in range(2):
         for b in range(3):
             each = [
@@ -78,27 +78,27 @@ def test_masked_patches_count_once_an_image_and_unmasked_ones_never():
                 for n in range(6)
                 if masked[v, b, n]
             ]
-            plain += sum(each) / max(len(each), 1) / 6
-    assert masked_patch_loss(student, teacher, masked, 0.1).item() == pytest.approx(float(plain), rel=1e-12)
+            expected += sum(each) / max(len(each), 1) / 6
+    assert masked_patch_loss(student, teacher, masked, 0.1).item() == pytest.approx(
+        float(expected), rel=1e-12
+    )
 
 
 @given(st.integers(2, 20), st.integers(2, 8))
 @settings(max_examples=30, deadline=None)
-def test_balancing_uses_all_prototypes_alike(rows, prototypes):
+def test_sinkhorn_balances_the_use_of_prototypes(rows, prototypes):
     p = torch.rand(rows, prototypes, dtype=torch.float64, generator=torch.Generator().manual_seed(rows)) + 0.1
     q = sinkhorn_knopp(p, rounds=300)
     assert torch.allclose(q.sum(1), torch.ones(rows, dtype=torch.float64))
     assert torch.allclose(
         q.sum(0), torch.full((prototypes,), rows / prototypes, dtype=torch.float64), rtol=1e-6
     )
-    assert torch.allclose(sinkhorn_knopp(7 * p), sinkhorn_knopp(p)), (
-        "the scale of all assignments says nothing"
-    )
+    assert torch.allclose(sinkhorn_knopp(7 * p), sinkhorn_knopp(p)), "a common factor has no effect"
 
 
 def test_the_entropy_gap_is_zero_for_even_use_and_log_c_for_one_prototype():
     assert me_max(torch.full((6, 4), 0.25)).item() == pytest.approx(0, abs=1e-6)
-    assert me_max(torch.eye(4)).item() == pytest.approx(0, abs=1e-6), "each image its own: even use"
+    assert me_max(torch.eye(4)).item() == pytest.approx(0, abs=1e-6), "one prototype per image is even use"
     assert me_max(torch.eye(4)[:1].repeat(6, 1)).item() == pytest.approx(np.log(4), rel=1e-6)
 
 
@@ -109,13 +109,13 @@ def test_assignments_do_not_depend_on_norms():
     )
 
 
-def test_contrast_against_a_plain_loop():
+def test_info_nce_matches_a_plain_loop():
     q, k = random(4, 3), random(4, 3)
     similar = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / 0.2
-    plain = -sum(similar[i].log_softmax(0)[i] for i in range(4)) / 4 * 2 * 0.2
-    assert info_nce(q, k, 0.2).item() == pytest.approx(plain.item(), rel=1e-12)
+    expected = -sum(similar[i].log_softmax(0)[i] for i in range(4)) / 4 * 2 * 0.2
+    assert info_nce(q, k, 0.2).item() == pytest.approx(expected.item(), rel=1e-12)
     order = torch.randperm(4)
-    assert info_nce(q[order], k[order], 0.2).item() == pytest.approx(plain.item(), rel=1e-12)
+    assert info_nce(q[order], k[order], 0.2).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 # --- views --------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_zero_strength_leaves_colors_unchanged():
     assert not torch.equal(gray[0], crop[0])
 
 
-def test_the_encoder_on_a_whole_image():
+def test_the_encoder_without_ids_sees_all_patches():
     encoder = method_for(small("dino")).student.encoder
     patches = torch.randn(2, 16, 48)
     every = torch.arange(16).expand(2, -1)
@@ -181,9 +181,9 @@ def gradients(method, batch, t=T0) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_teacher_has_no_gradient_and_every_trained_weight_has_one(name):
     method = method_for(small(name))
-    found = gradients(method, batch_for(method))
-    assert not [n for n in found if n.startswith("teacher")]
-    assert set(found) == {n for n, p in method.named_parameters() if p.requires_grad}
+    grads = gradients(method, batch_for(method))
+    assert not [n for n in grads if n.startswith("teacher")]
+    assert set(grads) == {n for n, p in method.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -215,10 +215,10 @@ def test_micro_batches_give_the_gradient_and_the_center_of_the_whole_batch(name)
     parts.zero_grad()
     for part in (slice(0, 2), slice(2, 4)):
         (parts({k: v[part] for k, v in batch.items()}, T0)["loss"] / 2).backward()
-    found = {n: p.grad for n, p in parts.named_parameters() if p.grad is not None}
+    grads = {n: p.grad for n, p in parts.named_parameters() if p.grad is not None}
     scale = max(g.abs().max() for g in expected.values())
     for key, value in expected.items():
-        assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-6 * scale.item()), key
+        assert torch.allclose(grads[key], value, rtol=1e-4, atol=1e-6 * scale.item()), key
     for method in (whole, parts):
         method.after_step(T0, ONE)
     assert whole.center.value.abs().sum() > 0
@@ -235,11 +235,11 @@ def test_a_center_is_a_running_mean_that_a_skipped_step_leaves_alone(name):
     method = method_for(small(name))
     batch = batch_for(method)
     with torch.no_grad():
-        said = method.teacher.model.head(method.tokens(method.teacher.model, batch["image"])[:, :, 0])
+        logits = method.teacher.model.head(method.tokens(method.teacher.model, batch["image"])[:, :, 0])
     for applied, expected in ((NONE, 0.0), (ONE, 0.1), (ONE, 0.19)):
         method(batch, T0)
         method.after_step(T0, applied)
-        assert torch.allclose(method.center.value, expected * said.mean((0, 1)), atol=1e-6)
+        assert torch.allclose(method.center.value, expected * logits.mean((0, 1)), atol=1e-6)
         method.teacher = method_for(small(name)).teacher
 
 
@@ -248,12 +248,12 @@ def test_balanced_targets_use_all_prototypes(name):
     """For a teacher that prefers one prototype for all images: the targets are uniform, and the log still
     shows the preference."""
     method = method_for(small(name, sinkhorn=True, head_norm=True, local_crops=0))
-    said = 0.1 * torch.randn(2, 6, 12)
-    said[..., 3] += 1.0
-    even = method.target(said, method.center, 0.1).flatten(0, 1)
+    logits = 0.1 * torch.randn(2, 6, 12)
+    logits[..., 3] += 1.0
+    even = method.target(logits, method.center, 0.1).flatten(0, 1)
     torch.testing.assert_close(even.sum(1), torch.ones(12))
     torch.testing.assert_close(even.sum(0), torch.ones(12), rtol=0.1, atol=0)
-    assert method.spread(said, 0.1)["prototypes_used"] < 2
+    assert method.spread(logits, 0.1)["prototypes_used"] < 2
     assert method(batch_for(method, size=6), LATER)["loss"].isfinite()
 
 
@@ -285,12 +285,12 @@ def test_a_heads_statistics_are_those_of_all_views_and_images():
     """BatchNorm after the first layer normalizes over views and images together, not over the views of one
     image."""
     head = PrototypeHead(6, 10, 4, 5, norm=True)
-    seen = []
-    head.mlp[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    outputs = []
+    head.mlp[1].register_forward_hook(lambda module, args, out: outputs.append(out))
     x = torch.randn(3, 7, 6)
     flat = head(x.flatten(0, 1))
     torch.testing.assert_close(head(x).flatten(0, 1), flat)
-    torch.testing.assert_close(seen[1].mean(0), torch.zeros(10), atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs[1].mean(0), torch.zeros(10), atol=1e-5, rtol=0)
 
 
 def test_the_last_layer_is_frozen_in_the_first_epoch():
@@ -306,14 +306,14 @@ def test_the_last_layer_is_frozen_in_the_first_epoch():
         assert method.student.head.mlp[0].weight.grad is not None
 
 
-def test_the_teachers_temperature_rises_and_stays():
+def test_the_teachers_temperature_warms_up_and_then_stays_constant():
     method = method_for(
         small(
             "dino", teacher_temperature=0.07, teacher_temperature_start=0.04, teacher_temperature_warmup=0.4
         )
     )
-    found = [method.teacher_temperature(Progress(step, 10, 5)) for step in (0, 2, 4, 9)]
-    assert found == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    temperatures = [method.teacher_temperature(Progress(step, 10, 5)) for step in (0, 2, 4, 9)]
+    assert temperatures == pytest.approx([0.04, 0.055, 0.07, 0.07])
 
 
 @catches(
@@ -329,7 +329,7 @@ def test_masked_patches_do_not_reach_ibots_student():
     assert not masked.all()
     with torch.no_grad():
         method.student.mask_token.normal_()
-    seen = []
+    tokens = []
     for change in (False, True):
         images = batch["image"].clone()
         if change:
@@ -342,8 +342,8 @@ def test_masked_patches_do_not_reach_ibots_student():
                 .unsqueeze(2)
             )
             images = torch.where(pixels, 255 - images, images)
-        seen.append(method.tokens(method.student, images, masked=(masked, method.student.mask_token)))
-    assert torch.equal(*seen)
+        tokens.append(method.tokens(method.student, images, masked=(masked, method.student.mask_token)))
+    assert torch.equal(*tokens)
 
 
 def compared_with_itself(old):
@@ -355,7 +355,7 @@ def compared_with_itself(old):
 
 
 @catches("a view is compared with itself", "rcmae.methods.dino:cross_view_loss", compared_with_itself)
-def test_ibot_without_masks_is_dino():
+def test_ibot_without_masks_equals_dino():
     dino, ibot = method_for(small("dino")), method_for(small("ibot", masked_images=0.0))
     ibot.load_state_dict(dino.state_dict(), strict=False)
     batch = batch_for(ibot)
@@ -381,25 +381,25 @@ def test_the_head_on_masked_patches_alone_gives_the_same_gradient():
 def test_dropped_patches_do_not_reach_msns_anchor():
     method = method_for(small("msn", anchor_drop=0.5, local_crops=0))
     batch = batch_for(method)
-    gone = batch["anchor_order"][:, 8:]
+    dropped = batch["anchor_order"][:, 8:]
     changed = batch["image"].clone()
-    for i, places in enumerate(gone.tolist()):
-        for place in places:
-            y, x = 4 * (place // 4), 4 * (place % 4)
+    for i, places in enumerate(dropped.tolist()):
+        for patch in places:
+            y, x = 4 * (patch // 4), 4 * (patch % 4)
             changed[i, 1, :, y : y + 4, x : x + 4] ^= 255
     assert torch.equal(method(batch, T0)["loss"], method(batch | {"image": changed}, T0)["loss"])
 
 
 def test_mocov3_leaves_its_patch_embedding_alone_and_its_teacher_has_no_predictor():
     method = method_for(small("mocov3"))
-    found = gradients(method, batch_for(method))
-    assert not [n for n in found if "patch_embed" in n]
-    assert any(n.startswith("student.predictor") for n in found)
+    grads = gradients(method, batch_for(method))
+    assert not [n for n in grads if "patch_embed" in n]
+    assert any(n.startswith("student.predictor") for n in grads)
     assert not [n for n, _ in method.teacher.named_parameters() if "top" in n]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_student_and_teacher_start_alike_and_the_teacher_follows(name):
+def test_the_teacher_starts_as_the_student_and_follows_it(name):
     method = method_for(small(name, schedule="constant", momentum=0.9))
     pairs = dict(method.teacher.model.named_parameters())
     with torch.no_grad():
@@ -434,7 +434,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(name, tmp_path, mo
             data / f"{i}.png"
         )
     recipe = small(name, data=str(data), steps=5)
-    runtime = c.RuntimeConfig(out=tmp_path / "straight", device="cpu", workers=0)
+    runtime = c.RuntimeConfig(out=tmp_path / "uninterrupted", device="cpu", workers=0)
     pretrain(recipe, runtime)
     again = replace(runtime, out=tmp_path / "stopped")
     for step in (1, 3):
@@ -449,7 +449,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(name, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "says"),
+    ("name", "changes", "message"),
     [
         ("dino", {"local_size": 10}, "local_size 10 is not a multiple of the patch, 4"),
         ("dino", {"local_size": 20}, "local_size 20 is larger than the image, 16"),
@@ -473,7 +473,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(name, tmp_path, mo
         ),
     ],
 )
-def test_impossible_settings_are_refused_before_data_is_read(name, changes, says, tmp_path):
+def test_impossible_settings_are_refused_before_data_is_read(name, changes, message, tmp_path):
     recipe = small(name, data=str(tmp_path / "nowhere"), **changes)
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         pretrain(recipe, c.RuntimeConfig(out=tmp_path / "run", device="cpu"))

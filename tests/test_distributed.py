@@ -1,4 +1,4 @@
-"""Two processes equal one: the same weights, one decision about a bad step, one stop."""
+"""Two processes give the same weights as one, and agree on skipped steps and on stopping."""
 
 import dataclasses
 import json
@@ -24,10 +24,10 @@ from tests.test_pretraining import folder, run  # noqa: F401 - a fixture
 
 def together(out: Path, data: Path, case: str = "plain", ends: tuple[int, int] = (0, 0)) -> str:
     """The output of both ranks, which must end with these exit codes."""
-    codes, said = ranks(out.with_name(f"{out.name}-{case}"), distributed_case.main, out, data, case)
-    assert codes == list(ends), said[-5000:]
-    assert any(ends) or "Warning" not in said, said
-    return said
+    codes, output = ranks(out.with_name(f"{out.name}-{case}"), distributed_case.main, out, data, case)
+    assert codes == list(ends), output[-5000:]
+    assert any(ends) or "Warning" not in output, output
+    return output
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -40,7 +40,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     lambda old: lambda value: value,
 )
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path, folder):  # noqa: F811
+def test_two_processes_train_like_one(tmp_path, folder):  # noqa: F811
     run(tmp_path / "one", folder, steps=6)
     together(tmp_path / "two", folder)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -105,9 +105,9 @@ def test_two_processes_fine_tune_like_two_micro_batches(tmp_path):
     for name, value in weights(tmp_path / "one").items():
         if not name.endswith("qkv.bias"):
             assert torch.allclose(value, weights(tmp_path / "two")[name], rtol=1e-3, atol=2e-5), name
-    found = load_file(tmp_path / "two" / "test.safetensors")
-    assert torch.allclose(found["confidence"], torch.from_numpy(one.confidence), atol=1e-4)
-    assert (found["correct"].numpy() == one.correct).all()
+    scores = load_file(tmp_path / "two" / "test.safetensors")
+    assert torch.allclose(scores["confidence"], torch.from_numpy(one.confidence), atol=1e-4)
+    assert (scores["correct"].numpy() == one.correct).all()
     vals = [
         [line["accuracy"] for line in read_metrics(tmp_path / k) if line["kind"] == "val"]
         for k in ("one", "two")
@@ -123,15 +123,17 @@ def test_two_processes_train_a_detector_like_two_micro_batches(tmp_path):
     settings = dataclasses.replace(test_detection_train.TINY, steps=3, warmup_steps=1)
     export(test_detection_train.backbone(), tmp_path / "backbone", {})
     (tmp_path / "tiny.toml").write_text(to_toml(settings))
-    said = together(tmp_path / "two", tmp_path, "detect")
-    assert [said.count(text) for text in ("note: said once", "Open ", "the detector is in")] == [1, 1, 1], (
-        said
-    )
+    output = together(tmp_path / "two", tmp_path, "detect")
+    assert [output.count(text) for text in ("note: printed once", "Open ", "the detector is in")] == [
+        1,
+        1,
+        1,
+    ], output
     assert (tmp_path / "two" / "report.html").exists()
 
-    found, alone = json.loads((tmp_path / "found0.json").read_text()), random_init(sets[1])
-    assert len(alone) > 20 and [r["image_id"] for r in found] == [r["image_id"] for r in alone]
-    assert [r["score"] for r in found] == pytest.approx([r["score"] for r in alone], abs=1e-5)
+    detections, expected = json.loads((tmp_path / "detections0.json").read_text()), random_init(sets[1])
+    assert len(expected) > 20 and [r["image_id"] for r in detections] == [r["image_id"] for r in expected]
+    assert [r["score"] for r in detections] == pytest.approx([r["score"] for r in expected], abs=1e-5)
 
     first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
@@ -144,4 +146,4 @@ def test_two_processes_train_a_detector_like_two_micro_batches(tmp_path):
 @pytest.mark.slow
 def test_a_lost_rank_is_reported_by_the_other(tmp_path, folder):  # noqa: F811
     together(tmp_path / "run", folder, "lost", ends=(0, 9))
-    assert (tmp_path / "run" / "said.txt").read_text().startswith("another process of the run was lost (")
+    assert (tmp_path / "run" / "error.txt").read_text().startswith("another process of the run was lost (")

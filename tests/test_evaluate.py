@@ -1,4 +1,4 @@
-"""`rcmae evaluate` end to end on small labeled folders: all kinds of backbones, all refusals, caches, splits,
+"""`rcmae evaluate` end to end on small labeled folders: all kinds of backbones, all errors, caches, splits,
 data loading of torch."""
 
 import contextlib
@@ -111,21 +111,21 @@ TASKS = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_records_its_results(tmp_path, data, backbone, task, capsys):
-    code, found = run(tmp_path, task.split()[0], backbone, "--data", data, *TASKS[task])
+    code, result = run(tmp_path, task.split()[0], backbone, "--data", data, *TASKS[task])
     assert code == 0
-    assert 0 <= found["metrics"]["top1"] <= 100
+    assert 0 <= result["metrics"]["top1"] <= 100
     if task.split()[0] != "knn" and "mae" not in task:
-        assert found["metrics"]["top1"] > 60, "three classes that pixels tell apart"
-    right = load_file(next((tmp_path / "out").glob("*.safetensors")))["correct"]
-    assert 100 * right.float().mean().item() == pytest.approx(found["metrics"]["top1"])
+        assert result["metrics"]["top1"] > 60, "three classes that can be distinguished by pixels"
+    correct = load_file(next((tmp_path / "out").glob("*.safetensors")))["correct"]
+    assert 100 * correct.float().mean().item() == pytest.approx(result["metrics"]["top1"])
     assert (
-        found["train_images"] == 36
-        and found["test_images"] == 18
-        and list(found["per_class"]) == ["a", "b", "c"]
+        result["train_images"] == 36
+        and result["test_images"] == 18
+        and list(result["per_class"]) == ["a", "b", "c"]
     )
-    assert np.mean(list(found["per_class"].values())) == pytest.approx(found["metrics"]["top1"])
-    assert found["hashes"]["backbone"] == identity(load(backbone))
-    assert f"{found['metrics']['top1']:.2f}" in capsys.readouterr().out
+    assert np.mean(list(result["per_class"].values())) == pytest.approx(result["metrics"]["top1"])
+    assert result["hashes"]["backbone"] == identity(load(backbone))
+    assert f"{result['metrics']['top1']:.2f}" in capsys.readouterr().out
 
 
 def test_other_settings_write_another_file(tmp_path, data, backbone):
@@ -146,7 +146,7 @@ def test_other_settings_write_another_file(tmp_path, data, backbone):
     assert record(tmp_path / "out", "knn-backbone")["settings"]["temperature"] == 0.07
     export(method_for(small(seed=1, **{"width": 36})).backbone(), tmp_path / "backbone", {"method": "rcmae"})
     run(tmp_path, *common, data)
-    assert len(list((tmp_path / "out").glob("*.json"))) == 5, "the weights in the same place are others"
+    assert len(list((tmp_path / "out").glob("*.json"))) == 5, "other weights at the same path"
     plain = [
         "robustness",
         backbone,
@@ -170,7 +170,7 @@ def test_other_settings_write_another_file(tmp_path, data, backbone):
 
 
 def test_a_record_that_only_contains_the_hash_is_not_replaced(tmp_path, data):
-    out, ask = (
+    out, argv = (
         tmp_path / "out",
         [
             "evaluate",
@@ -186,16 +186,16 @@ def test_a_record_that_only_contains_the_hash_is_not_replaced(tmp_path, data):
             tmp_path / "cache",
         ],
     )
-    ask = [*map(str, ask), "--out", str(out)]
-    assert main(ask) == 0
-    asked = record(out, "knn-backbone")["hashes"]["request"]
-    for text in (json.dumps({"notes": [asked]}), "{", "[]"):
+    argv = [*map(str, argv), "--out", str(out)]
+    assert main(argv) == 0
+    request = record(out, "knn-backbone")["hashes"]["request"]
+    for text in (json.dumps({"notes": [request]}), "{", "[]"):
         (out / "knn-backbone.json").write_text(text)
-        assert main(ask) == 0
+        assert main(argv) == 0
         assert (out / "knn-backbone.json").read_text() == text and len(list(out.glob("*.json"))) == 2
 
 
-def test_a_task_is_one_class_and_one_line(tmp_path, data, capsys):
+def test_a_new_task_needs_only_its_class_and_a_registration(tmp_path, data, capsys):
     """Every entry of the registry has a command, made of its fields and its docstring, is run and
     recorded."""
 
@@ -246,13 +246,13 @@ def test_progress_is_printed_during_a_long_part(capsys):
     parts = in_parts(range(100, 141), 20)
     assert [i for part in parts for i in part] == list(range(100, 141)) and max(map(len, parts)) <= READ
     images = [{k: torch.tensor(part) for k in ("image", "index", "readable")} for part in parts]
-    told: list[int] = []
-    assert [b["index"].tolist() for b in rebatched(images, 20, told.append)] == [
+    ticks: list[int] = []
+    assert [b["index"].tolist() for b in rebatched(images, 20, ticks.append)] == [
         list(range(100, 120)),
         list(range(120, 140)),
         [140],
     ]
-    assert told == sorted(told) and told[-1] == 41 and len(told) == len(parts)
+    assert ticks == sorted(ticks) and ticks[-1] == 41 and len(ticks) == len(parts)
 
 
 def test_a_slow_loop_prints_its_progress_before_its_first_log(capsys, monkeypatch):
@@ -276,22 +276,22 @@ def test_a_slow_loop_prints_its_progress_before_its_first_log(capsys, monkeypatc
 def test_worth_it_estimates_the_remaining_time():
     assert worth._left({10.0: [], 100.0: []}, 4) == ""
     assert worth._left({10.0: [60.0, 60.0], 100.0: []}, 4) == ", about 42:00 left", (
-        "two of a minute, four of ten"
+        "two runs of a minute and four of ten"
     )
     assert worth._left({10.0: [60.0] * 4, 100.0: [300.0] * 4}, 4) == ", about 0:00 left"
 
 
 def test_pixels_and_random_weights_are_baselines(tmp_path, data, backbone):
     assert run(tmp_path, "knn", "pixels", "--data", data, "--k", "3")[1]["metrics"]["top1"] == 100
-    code, found = run(tmp_path / "s", "knn", f"scratch:{backbone}", "--data", data, "--k", "3")
+    code, result = run(tmp_path / "s", "knn", f"scratch:{backbone}", "--data", data, "--k", "3")
     assert (
         code == 0
-        and found["network"] == "backbone"
-        and found["hashes"]["backbone"] != identity(load(backbone))
+        and result["network"] == "backbone"
+        and result["hashes"]["backbone"] != identity(load(backbone))
     )
 
 
-def test_all_ways_to_load_a_backbone_give_the_same_network(tmp_path, capsys):
+def test_every_source_of_a_backbone_gives_the_same_network(tmp_path, capsys):
     """timm's architecture with weights made here: as a run, as .safetensors with and without its
     configuration, as an official .pth, and by timm's name. Equal to the last bit."""
     import timm
@@ -320,11 +320,13 @@ def test_all_ways_to_load_a_backbone_give_the_same_network(tmp_path, capsys):
         f"timm:local-dir:{file.parent}",
     ):
         with torch.no_grad():
-            seen = rcmae.load(name).eval()(images)
-        assert torch.equal(seen.cls, expected.cls) and torch.equal(seen.patches, expected.patches), name
+            features = rcmae.load(name).eval()(images)
+        assert torch.equal(features.cls, expected.cls) and torch.equal(features.patches, expected.patches), (
+            name
+        )
 
 
-def test_weights_alone_with_other_heads_are_another_backbone(tmp_path):
+def test_the_number_of_heads_is_part_of_a_backbones_identity(tmp_path):
     file = GOLDEN / "mae_official_layout.pth"
     assert identity(load(file, heads=3)) != identity(load(file, heads=2))
     assert identity(load(file, heads=3)) == identity(load(file, heads=3))
@@ -333,8 +335,8 @@ def test_weights_alone_with_other_heads_are_another_backbone(tmp_path):
 def test_all_backbones_get_the_same_fractions_of_labels(tmp_path, data, backbone):
     sizes, splits = [], []
     for percent in ("10", "50", "100"):
-        _, found = run(tmp_path / percent, "knn", backbone, "--data", data, "--k", "1", "--labels", percent)
-        sizes.append(found["train_images"])
+        _, result = run(tmp_path / percent, "knn", backbone, "--data", data, "--k", "1", "--labels", percent)
+        sizes.append(result["train_images"])
         splits += sorted(
             p.read_bytes() for p in (tmp_path / percent / "cache" / "splits").rglob(f"labels-{percent}.json")
         )
@@ -386,7 +388,7 @@ def test_features_are_computed_once_and_resumed(tmp_path, data, monkeypatch):
     other = method_for(small(seed=1)).backbone()
     other.vit.cls_token.data += 1
     extract(other, part, **options)
-    assert len(list(tmp_path.iterdir())) == 2, "another backbone's features are others"
+    assert len(list(tmp_path.iterdir())) == 2, "features of another backbone are stored separately"
 
 
 @catches(
@@ -399,11 +401,11 @@ def test_an_unreadable_image_counts_as_wrong_and_is_named(tmp_path, capsys):
     class_folders(tmp_path / "d" / "train", count=6), class_folders(tmp_path / "d" / "val", count=6, first=50)
     for where in ("train/a/0.png", *(f"val/{name}/50.png" for name in "abc")):
         (tmp_path / "d" / where).write_bytes(b"no image")
-    code, found = run(tmp_path, "knn", "pixels", "--data", tmp_path / "d", "--k", "3")
+    code, result = run(tmp_path, "knn", "pixels", "--data", tmp_path / "d", "--k", "3")
     assert code == 0
-    assert found["metrics"]["top1"] == pytest.approx(100 * 5 / 6)
-    said = capsys.readouterr().out.replace("\n", "")
-    assert "b/50.png cannot be read" in said and "a/0.png cannot be read" in said
+    assert result["metrics"]["top1"] == pytest.approx(100 * 5 / 6)
+    output = capsys.readouterr().out.replace("\n", "")
+    assert "b/50.png cannot be read" in output and "a/0.png cannot be read" in output
 
 
 def shard(path: Path, images: list[tuple[int, int]], names: str = "abc") -> None:
@@ -417,7 +419,7 @@ def shard(path: Path, images: list[tuple[int, int]], names: str = "abc") -> None
                 tar.addfile(entry, io.BytesIO(content))
 
 
-def test_layouts(tmp_path, data):
+def test_supported_layouts_of_labeled_data(tmp_path, data):
     whole = open_labeled(str(class_folders(tmp_path / "flat", count=10)))
     assert (len(whole.train), len(whole.test)) == (
         24,
@@ -441,11 +443,11 @@ def test_layouts(tmp_path, data):
 def test_classes_are_joined_by_name(tmp_path):
     class_folders(tmp_path / "train", "abc", 2)
     class_folders(tmp_path / "val", "bc", 2)
-    found = open_labeled(str(tmp_path))
-    assert [found.classes[i] for i in found.test.labels] == ["b", "b", "c", "c"]
+    dataset = open_labeled(str(tmp_path))
+    assert [dataset.classes[i] for i in dataset.test.labels] == ["b", "b", "c", "c"]
 
 
-def test_data_that_cannot_be_used(tmp_path):
+def test_unusable_labeled_data_is_rejected(tmp_path):
     class_folders(tmp_path / "x" / "train", "ab", 2), class_folders(tmp_path / "x" / "val", "abzy", 2)
     with pytest.raises(DataError, match=r"val has 2 classes that .*train lacks: y, z"):
         open_labeled(str(tmp_path / "x"))
@@ -522,8 +524,8 @@ def test_the_papers_protocol_runs_on_small_sets_laid_out_like_imagenet(tmp_path,
         )
         == 0
     )
-    found = record(tmp_path / "r", "robustness-classifier")["metrics"]
-    assert list(found) == [
+    metrics = record(tmp_path / "r", "robustness-classifier")["metrics"]
+    assert list(metrics) == [
         "top1",
         "ECE",
         "ImageNet-A",
@@ -534,8 +536,8 @@ def test_the_papers_protocol_runs_on_small_sets_laid_out_like_imagenet(tmp_path,
         "ReaL",
     ]
     assert (
-        found["ImageNet-Sketch"] == found["top1"]
-        and found["ImageNet-A"] >= found["ImageNet-A, among all 1,000 classes"]
+        metrics["ImageNet-Sketch"] == metrics["top1"]
+        and metrics["ImageNet-A"] >= metrics["ImageNet-A, among all 1,000 classes"]
     )
 
 
@@ -562,7 +564,7 @@ def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, b
         "--probe",
         "knn",
     ]
-    code, found = run(
+    code, result = run(
         tmp_path,
         "robustness",
         backbone,
@@ -574,9 +576,9 @@ def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, b
         "--workers",
         "0",
     )
-    assert code == 0 and found["task"] == "robustness"
-    assert found["metrics"]["PGD-3 64/255"] < found["metrics"]["clean, of the attacked images"], (
-        "votes can be attacked"
+    assert code == 0 and result["task"] == "robustness"
+    assert result["metrics"]["PGD-3 64/255"] < result["metrics"]["clean, of the attacked images"], (
+        "k-NN votes can be attacked"
     )
     assert (tmp_path / "out" / "robustness-backbone-knn.json").exists()
     capsys.readouterr()
@@ -594,8 +596,8 @@ def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, b
         "0",
     )
     assert code == 0
-    found = record(tmp_path / "out", "robustness-backbone")
-    metrics, said = found["metrics"], capsys.readouterr().out
+    result = record(tmp_path / "out", "robustness-backbone")
+    metrics, output = result["metrics"], capsys.readouterr().out
     assert metrics["top1"] == metrics["clean, of the attacked images"] > 60
     assert (
         metrics["PGD-3 0.5/255"] <= metrics["FGSM 0.5/255"] <= metrics["top1"]
@@ -603,18 +605,21 @@ def test_a_probe_is_fitted_and_attacked_and_imagenet_c_is_read(tmp_path, data, b
     )
     assert "mean error, C-style, not ImageNet-C" in metrics and "mean error, ImageNet-C" in metrics
     assert "mCE, ImageNet-C" not in metrics, "three classes are not all of ImageNet-C"
-    assert found["details"]["checks"]["PGD-3 0.5/255"]["eps 0 equals clean"]["holds"] is True
-    assert "PGD is not above FGSM: yes" in said
+    assert result["details"]["checks"]["PGD-3 0.5/255"]["eps 0 equals clean"]["holds"] is True
+    assert "PGD is not above FGSM: yes" in output
     for kind in ("C-style", "ImageNet-C"):
-        assert f"Open {tmp_path / 'out' / f'severity-{kind}.svg'}" in said.replace("\n", "")
+        assert f"Open {tmp_path / 'out' / f'severity-{kind}.svg'}" in output.replace("\n", "")
         assert "severity" in (tmp_path / "out" / f"severity-{kind}.svg").read_text()
-    right = load_file(tmp_path / "out" / "robustness-backbone.safetensors")
-    assert right["gaussian_noise (C-style)"].shape == (5, 6) and right["attack: FGSM 64/255"].shape == (18,)
+    correct = load_file(tmp_path / "out" / "robustness-backbone.safetensors")
+    assert correct["gaussian_noise (C-style)"].shape == (5, 6) and correct["attack: FGSM 64/255"].shape == (
+        18,
+    )
 
 
-def test_results_of_what_was_tuned_reach_the_report_of_the_run(tmp_path, data, monkeypatch, capsys):
-    """README's commands, without --out: each ends with the page of the pre-training that it started from, and
-    shows up there."""
+def test_results_of_fine_tuned_models_appear_in_the_report_of_the_pretraining_run(
+    tmp_path, data, monkeypatch, capsys
+):
+    """README's commands, without --out: each updates the page of the pre-training run that it starts from."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "recipe.toml").write_text(to_toml(small()))
@@ -645,8 +650,10 @@ def test_incomplete_sets_are_refused_before_any_work(tmp_path, data, backbone, c
         tmp_path / "c",
         ["robustness", backbone, "--data", data, "--workers", "0", "--probe", "knn", "--no-corruptions"],
     )
-    for place in (images / corruption / str(severity) for corruption in STANDARD for severity in range(1, 6)):
-        class_folders(place, count=1)
+    for folder in (
+        images / corruption / str(severity) for corruption in STANDARD for severity in range(1, 6)
+    ):
+        class_folders(folder, count=1)
     cases = {
         "-c": [
             ("one", "is not the complete ImageNet-C: gaussian_noise/1"),
@@ -656,27 +663,29 @@ def test_incomplete_sets_are_refused_before_any_work(tmp_path, data, backbone, c
         "-r": [("one", "one has 1 class folders; n01443537")],
         "-sketch": [("one", "one has 1 class folders; n01440764")],
     }
-    for name, (place, says) in [(f"--imagenet{which}", case) for which, of in cases.items() for case in of]:
-        code, found = run(tmp_path, *plain, name, tmp_path / place)
-        assert code == 3 and not found and says in capsys.readouterr().err
+    for name, (folder, message) in [
+        (f"--imagenet{which}", case) for which, folder_cases in cases.items() for case in folder_cases
+    ]:
+        code, result = run(tmp_path, *plain, name, tmp_path / folder)
+        assert code == 3 and not result and message in capsys.readouterr().err
     shutil.rmtree(images / "fog" / "3" / "b")
-    for argv, code, says in (
+    for argv, code, message in (
         (["--imagenet-c", images], 3, "fog/3 has 2 class folders; b of 3 missing"),
         (["--real", tmp_path / "one"], 3, "0.png is no image of ImageNet's validation set, by its name"),
         (["--eps", "0.1", "0.10000001"], 2, "eps has a size twice: 0.1, 0.1"),
     ):
         assert run(tmp_path, *plain, *argv)[0] == code
-        assert says in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "cache" / "features").exists() and not (tmp_path / "out").exists()
 
 
 def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys):
     settings = ["--recipe", "bundled", "--settings", "steps=12", "batch_size=16", "warmup_epochs=0"]
-    code, found = run(tmp_path, "finetune", backbone, "--data", data, *settings, "--workers", "0")
-    assert code == 0 and found["task"] == "finetune" and found["settings"]["layer_decay"] == 0.75
+    code, result = run(tmp_path, "finetune", backbone, "--data", data, *settings, "--workers", "0")
+    assert code == 0 and result["task"] == "finetune" and result["settings"]["layer_decay"] == 0.75
     again = run(tmp_path, "finetune", backbone, "--data", data, *settings, "--workers", "0")[1]
-    assert again["metrics"] == found["metrics"] and "resumed from step_00000012" in capsys.readouterr().out
-    assert again["seconds"] == found["seconds"] > 0, "of the training, not of what came after it"
+    assert again["metrics"] == result["metrics"] and "resumed from step_00000012" in capsys.readouterr().out
+    assert again["seconds"] == result["seconds"] > 0, "the time of training alone"
     assert main(["evaluate", "knn", str(tmp_path / "out" / "finetune-backbone"), "--data", str(data)]) == 4
     assert "is a run of fine-tuning, with a classifier" in capsys.readouterr().err
     model, classes = load_classifier(tmp_path / "out" / "finetune-backbone")
@@ -684,7 +693,7 @@ def test_fine_tuning_is_a_task_like_the_others(tmp_path, data, backbone, capsys)
     torch.save({"model": model.vit.state_dict()}, tmp_path / "tuned.pth")
     images = torch.rand(2, 3, 16, 16)
     other, names = load_classifier(tmp_path / "tuned.pth", heads=2)
-    assert names == [], "weights alone name no classes"
+    assert names == [], "weights without configuration have no class names"
     with torch.no_grad():
         here = torch.nn.Module.eval(model).vit((images - other.mean) / other.std)
         torch.testing.assert_close(other.eval()(images), here, rtol=1e-5, atol=1e-6)
@@ -715,15 +724,17 @@ def test_a_tuned_classifier_is_scored_on_images_it_was_not_trained_on(tmp_path, 
         place / "export" / "classifier",
         f"timm:local-dir:{place / 'export' / 'classifier'}",
     ):
-        code, found = run(tmp_path / "r", "robustness", classifier, "--data", whole, *plain)
-        assert code == 0 and all(found["hashes"][part] == tuned["hashes"][part] for part in ("train", "test"))
-        assert found["test_images"] == 6 and found["metrics"]["top1"] == tuned["metrics"]["top1"]
+        code, result = run(tmp_path / "r", "robustness", classifier, "--data", whole, *plain)
+        assert code == 0 and all(
+            result["hashes"][part] == tuned["hashes"][part] for part in ("train", "test")
+        )
+        assert result["test_images"] == 6 and result["metrics"]["top1"] == tuned["metrics"]["top1"]
     picture(0, 99).save(whole / "a" / "new.png")
     capsys.readouterr()
-    _, found = run(tmp_path / "other", "robustness", place, "--data", whole, *plain)
+    _, result = run(tmp_path / "other", "robustness", place, "--data", whole, *plain)
     assert (
-        found["test_images"] == 31
-        and "possibly including the classifier's training images" in found["notes"][0]
+        result["test_images"] == 31
+        and "possibly including the classifier's training images" in result["notes"][0]
     )
     assert "testing on all images" in capsys.readouterr().out.replace("\n", " ")
 
@@ -739,10 +750,10 @@ def test_two_processes_share_the_work_and_agree_with_one(tmp_path, data):
     tune = ["--recipe", "bundled", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
     for task in (["knn", "--k", "3"], ["finetune", *tune]):
         argv = ["evaluate", *map(str, [task[0], tmp_path / "run", *task[1:], *options])]
-        codes, said = ranks(
+        codes, output = ranks(
             tmp_path / task[0], main, [*argv, str(tmp_path / "two"), "--cache", str(tmp_path / "c2")]
         )
-        assert codes == [0, 0], said[-3000:]
+        assert codes == [0, 0], output[-3000:]
         assert main([*argv, str(tmp_path / "one"), "--cache", str(tmp_path / "c1")]) == 0
         for which in ("student", "teacher"):
             one, both = (
@@ -751,7 +762,7 @@ def test_two_processes_share_the_work_and_agree_with_one(tmp_path, data):
             assert one == pytest.approx(both, abs=1e-3), task
 
 
-def test_worth_it_compares_with_scratch_within_seeds_and_says_so(tmp_path, data, backbone, capsys):
+def test_worth_it_compares_with_training_from_scratch_for_each_seed(tmp_path, data, backbone, capsys):
     options = [
         "--data",
         data,
@@ -781,17 +792,17 @@ def test_worth_it_compares_with_scratch_within_seeds_and_says_so(tmp_path, data,
     ]
     folders = ["--out", tmp_path / "o", "--cache", tmp_path / "c"]
     for other, code in (("pixels", 2), (tmp_path / "typo", 4)):
-        assert main([str(a) for a in [*argv[:-1], other, *folders]]) == code, "told before any training"
+        assert main([str(a) for a in [*argv[:-1], other, *folders]]) == code, "reported before any training"
         assert not (tmp_path / "o").exists()
     assert main([str(a) for a in [*argv[:-2], *folders]]) == 0
-    found = json.loads((tmp_path / "o" / "worth-it" / "worth-it.json").read_text())
-    assert [(r["arm"], r["percent"], r["images"]) for r in found["rows"]] == [
+    result = json.loads((tmp_path / "o" / "worth-it" / "worth-it.json").read_text())
+    assert [(r["arm"], r["percent"], r["images"]) for r in result["rows"]] == [
         ("from scratch", 50, 18),
         ("backbone", 50, 18),
         ("from scratch", 100, 36),
         ("backbone", 100, 36),
     ]
-    assert all(len(r["seeds"]) == 2 for r in found["rows"]) and len(found["verdict"]) == 2
+    assert all(len(r["seeds"]) == 2 for r in result["rows"]) and len(result["verdict"]) == 2
     start = load(f"scratch:{backbone}", seed=1).vit.blocks[0].attn.qkv.weight
     assert not torch.equal(start, load(f"scratch:{backbone}", seed=2).vit.blocks[0].attn.qkv.weight)
     assert "With 50 % of the labels (18 images), backbone: " in capsys.readouterr().out.replace("\n", " ")
@@ -804,12 +815,12 @@ def test_worth_it_is_reported_by_the_first_rank_only(tmp_path, backbone, monkeyp
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(worth.distributed, "process_group", second)
-    monkeypatch.setattr(worth, "evaluate", lambda *given: [])
+    monkeypatch.setattr(worth, "evaluate", lambda *args: [])
     assert main(["evaluate", "worth-it", str(backbone), "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
     assert not capsys.readouterr().out and not (tmp_path / "o").exists()
 
 
-def test_defaults_fit_few_images_and_choices_are_refused(tmp_path, backbone, capsys):
+def test_default_k_adapts_to_few_images_but_an_explicit_k_does_not(tmp_path, backbone, capsys):
     class_folders(tmp_path / "d" / "train", count=4), class_folders(tmp_path / "d" / "val", count=2, first=50)
     for broken in "ab":
         (tmp_path / "d" / "train" / broken / "0.png").write_bytes(b"no image")
@@ -817,14 +828,14 @@ def test_defaults_fit_few_images_and_choices_are_refused(tmp_path, backbone, cap
     assert list(run(tmp_path, "knn", "pixels", *common)[1]["metrics"]) == ["top1", "top1 k=10"], (
         "of 12 images two are unreadable"
     )
-    found = run(tmp_path / "few", "knn", "pixels", *common, "--labels", "50")[1]
-    assert len(found["settings"]["k"]) == 1 and 4 <= found["settings"]["k"][0] <= 6, (
+    result = run(tmp_path / "few", "knn", "pixels", *common, "--labels", "50")[1]
+    assert len(result["settings"]["k"]) == 1 and 4 <= result["settings"]["k"][0] <= 6, (
         "six, of which two may be the unreadable ones"
     )
-    found = run(
+    result = run(
         tmp_path / "r", "robustness", backbone, *common, "--probe", "knn", "--no-corruptions", "--no-attacks"
     )[1]
-    assert found["settings"]["probe_settings"]["k"] == [10] and found["machine"]["precision"] == "fp32"
+    assert result["settings"]["probe_settings"]["k"] == [10] and result["machine"]["precision"] == "fp32"
     assert run(tmp_path / "chosen", "knn", "pixels", *common, "--k", "11")[0] == 2
     assert "k must lie in 1 to 10" in capsys.readouterr().err
 
@@ -944,7 +955,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         (["evaluate", "worth-it", "X", "--seeds", "1"], "seeds must be 2 or more for an interval, not 1"),
         (["evaluate", "worth-it", "X", "--percents", "0"], "percents are percentages of the labels"),
@@ -995,12 +1006,12 @@ FAILURES = [
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_settings_are_checked_before_anything_is_read(argv, says, capsys, monkeypatch, tmp_path):
+def test_settings_are_checked_before_anything_is_read(argv, message, capsys, monkeypatch, tmp_path):
     """Neither the backbone nor the data exist here."""
     monkeypatch.chdir(tmp_path)
-    own = [] if argv[1] == "show" else ["--data", "nowhere"]
-    assert main([*argv, *own]) == 2
-    assert says in capsys.readouterr().err
+    data_options = [] if argv[1] == "show" else ["--data", "nowhere"]
+    assert main([*argv, *data_options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_recipe_that_differs_is_reported_before_the_images_are_read(tmp_path, capsys):
@@ -1010,7 +1021,7 @@ def test_a_recipe_that_differs_is_reported_before_the_images_are_read(tmp_path, 
     assert "was started with seed 0 (now 3)" in capsys.readouterr().err
 
 
-def test_worth_it_refuses_at_once():
+def test_worth_it_rejects_bad_options_without_importing_torch():
     """Without importing torch, which takes seconds."""
     argv = ["evaluate", "worth-it", "X", "--seeds", "1"]
     code = (
@@ -1019,8 +1030,10 @@ def test_worth_it_refuses_at_once():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("argv", "code", "says"), FAILURES)
-def test_refusals_are_one_line_and_leave_nothing(tmp_path, data, backbone, argv, code, says, capsys):
+@pytest.mark.parametrize(("argv", "code", "message"), FAILURES)
+def test_errors_are_reported_in_one_line_and_leave_no_files(
+    tmp_path, data, backbone, argv, code, message, capsys
+):
     import timm
 
     vit = timm.create_model(
@@ -1039,5 +1052,5 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, data, backbone, argv,
         main(["evaluate", *argv, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == code
     )
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and says in lines[0], lines
+    assert len(lines) == 1 and message in lines[0], lines
     assert not (tmp_path / "out").exists()

@@ -88,9 +88,9 @@ def sets(tmp_path_factory):
 def run(
     out: Path, sets, settings: ft.FineTuneRecipe = PLAIN, about: dict | None = None, **runtime
 ) -> ft.FineTuned:
-    own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
+    options = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
     return ft.finetune(
-        backbone(), *sets, ["dark", "bright"], settings, RuntimeConfig(out=out, **(own | runtime)), about
+        backbone(), *sets, ["dark", "bright"], settings, RuntimeConfig(out=out, **(options | runtime)), about
     )
 
 
@@ -106,30 +106,30 @@ def weights(out: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, sets) -> Path:
+def uninterrupted(tmp_path_factory, sets) -> Path:
     """An uninterrupted run with all random augmentations."""
-    out = tmp_path_factory.mktemp("straight") / "run"
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
     run(out, sets, FULL)
     return out
 
 
 def test_it_learns_and_records_its_results(tmp_path, sets):
-    found = run(
+    result = run(
         tmp_path / "run",
         sets,
         dataclasses.replace(PLAIN, steps=None, epochs=10.0, smoothing=0.0),
         {"backbone": "student"},
     )
-    assert found.correct.mean() > 0.9
-    assert found.step == 40
-    assert found.history[-1]["accuracy"] == 100 * found.correct.mean()
-    assert (found.confidence > 0.5).all() and (found.confidence <= 1).all()
+    assert result.correct.mean() > 0.9
+    assert result.step == 40
+    assert result.history[-1]["accuracy"] == 100 * result.correct.mean()
+    assert (result.confidence > 0.5).all() and (result.confidence <= 1).all()
     lines = read_metrics(tmp_path / "run")
-    assert [line["step"] for line in lines if line["kind"] == "val"] == [h["step"] for h in found.history]
-    assert len(found.history) == 8, "once an epoch, but on no more than half of the 320 training samples"
+    assert [line["step"] for line in lines if line["kind"] == "val"] == [h["step"] for h in result.history]
+    assert len(result.history) == 8, "once an epoch, but on no more than half of the 320 training samples"
     train = [line for line in lines if line["kind"] == "train"]
     assert train[-1]["loss"] < 0.6 * train[0]["loss"]
-    assert train[-1]["lr"] == pytest.approx(1e-6, abs=1e-5), "the rate of the head, at its end"
+    assert train[-1]["lr"] == pytest.approx(1e-6, abs=1e-5), "the final learning rate of the head"
     assert json.loads((tmp_path / "run" / "machine.json").read_text())["about"] == {"backbone": "student"}
     assert ft.load_finetune(str(tmp_path / "run" / "recipe.toml")).epochs == 10
 
@@ -140,43 +140,45 @@ def test_it_learns_and_records_its_results(tmp_path, sets):
     lambda old, draws=iter(range(10**6)): lambda seed, step, part: old(seed, next(draws), part),
 )
 @pytest.mark.parametrize("stops", [(1,), (3, 4)])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, sets, straight, monkeypatch, stops):
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    tmp_path, sets, uninterrupted, monkeypatch, stops
+):
     for stop in stops:
         with monkeypatch.context() as patch:
             stop_at(patch, ft.FineTuning, stop)
             with pytest.raises(Preempted, match=f"SIGTERM; saved at step {stop}, run the same command again"):
                 run(tmp_path / "run", sets, FULL)
-    found = run(tmp_path / "run", sets, FULL)
-    assert weights(tmp_path / "run") == weights(straight)
-    assert [h["step"] for h in found.history] == [
-        line["step"] for line in read_metrics(straight) if line["kind"] == "val"
+    result = run(tmp_path / "run", sets, FULL)
+    assert weights(tmp_path / "run") == weights(uninterrupted)
+    assert [h["step"] for h in result.history] == [
+        line["step"] for line in read_metrics(uninterrupted) if line["kind"] == "val"
     ]
 
 
-def test_a_finished_run_is_scored_again_and_stays(tmp_path, sets, straight):
-    before = weights(straight)
+def test_a_finished_run_can_be_scored_again_unchanged(tmp_path, sets, uninterrupted):
+    before = weights(uninterrupted)
     files = {
         p.name: p.read_bytes()
-        for p in [straight / "test.safetensors", *(straight / "export" / "classifier").iterdir()]
+        for p in [uninterrupted / "test.safetensors", *(uninterrupted / "export" / "classifier").iterdir()]
     }
-    assert run(straight, sets, FULL).step == 8
-    assert weights(straight) == before
+    assert run(uninterrupted, sets, FULL).step == 8
+    assert weights(uninterrupted) == before
     assert {
         p.name: p.read_bytes()
-        for p in [straight / "test.safetensors", *(straight / "export" / "classifier").iterdir()]
+        for p in [uninterrupted / "test.safetensors", *(uninterrupted / "export" / "classifier").iterdir()]
     } == files
 
 
-def test_workers_change_nothing_and_the_callers_draws_are_left_alone(tmp_path, sets, straight):
-    backbone()  # seeds
+def test_results_do_not_depend_on_workers_and_global_generators_are_untouched(tmp_path, sets, uninterrupted):
+    backbone()  # sets the seed
     expected = torch.rand(1)
     run(tmp_path / "run", sets, FULL, workers=2)
     assert torch.equal(torch.rand(1), expected)
-    assert weights(tmp_path / "run") == weights(straight)
+    assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
 def test_every_sample_is_a_function_of_seed_epoch_and_index(sets):
-    """The same pixels in another order, after other draws, in another process; other pixels in another
+    """The same pixels in another order, after other random draws, in another process; other pixels in another
     epoch."""
     source = sets[0]
     view = SupervisedView(
@@ -191,11 +193,11 @@ def test_every_sample_is_a_function_of_seed_epoch_and_index(sets):
     assert torch.equal(torch.cat([b["image"] for b in batches]), torch.stack(list(one.values())))
     assert sum(torch.equal(one[0, i], one[1, i]) for i in range(8)) == 0
     assert torch.stack(list(one.values())).flatten(1).max(1).values.gt(1.01).any(), (
-        "noise has no bounds: something was erased"
+        "erased regions are filled with unbounded noise"
     )
 
 
-def test_global_generators_are_put_back():
+def test_global_generators_are_restored():
     np.random.seed(2)
     expected = np.random.rand()
     np.random.seed(2)
@@ -270,7 +272,7 @@ def test_rates_decay_over_the_layers(tmp_path, sets, monkeypatch):
     ), "after 2 steps of warm-up"
 
 
-def test_a_head_on_the_mean_of_the_patches():
+def test_the_head_reads_the_mean_of_the_patch_tokens():
     b = backbone(registers=2)
     vit = classifier(b, 5, drop_path=0.3, seed=1).eval()
     assert vit.blocks[1].drop_path2.drop_prob == pytest.approx(0.3)
@@ -293,10 +295,10 @@ def test_a_classifier_keeps_its_logits_through_export_and_import(tmp_path, regis
     torch.nn.init.normal_(vit.head.weight)
     model, images = Classifier(vit, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)), torch.rand(2, 3, 16, 16)
     export(model, tmp_path / "c", {"step": 3}, classes=["x", "y", "z"])
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'c'}", pretrained=True).eval()
-    assert theirs.pretrained_cfg["label_names"] == ["x", "y", "z"]
-    mean, std = (torch.tensor(theirs.pretrained_cfg[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
-    assert torch.equal(theirs((images - mean) / std), model(images))
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'c'}", pretrained=True).eval()
+    assert loaded.pretrained_cfg["label_names"] == ["x", "y", "z"]
+    mean, std = (torch.tensor(loaded.pretrained_cfg[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
+    assert torch.equal(loaded((images - mean) / std), model(images))
     again, classes = import_classifier(tmp_path / "c")
     assert torch.equal(again.eval()(images), model(images))
     assert classes == ["x", "y", "z"]
@@ -308,11 +310,11 @@ def test_a_classifier_keeps_its_logits_through_export_and_import(tmp_path, regis
 
 
 def test_the_exported_classifier_is_the_result(tmp_path, sets):
-    found = run(tmp_path / "run", sets)
+    result = run(tmp_path / "run", sets)
     model, classes = import_classifier(tmp_path / "run" / "export" / "classifier")
     again = ft.score(model, sets[1], shape=(16, 16), channels=3, device=torch.device("cpu"), batch=7)
-    assert (again.correct == found.correct).all()
-    assert again.confidence == pytest.approx(found.confidence, abs=1e-6)
+    assert (again.correct == result.correct).all()
+    assert again.confidence == pytest.approx(result.confidence, abs=1e-6)
     assert classes == ["dark", "bright"]
 
 
@@ -325,27 +327,27 @@ def test_a_substitute_brings_its_own_label(tmp_path):
     samples = [data[0, i] for i in range(16)]
     assert sum(bool(s["bad"]) for s in samples) == 4
     assert all((s["image"].float().mean() > 128) == (s["label"] == 1) for s in samples)
-    assert any(s["bad"] and s["label"] == 1 for s in samples), "one of the other class was taken"
+    assert any(s["bad"] and s["label"] == 1 for s in samples), "some substitute is of the other class"
 
 
 def test_an_unreadable_test_image_counts_as_wrong_and_is_named(tmp_path, sets):
     broken = fill(tmp_path / "d", 20)
     (broken / "b" / "01.png").write_bytes(b"no image")
     test = open_source(str(broken))
-    place = next(i for i in range(20) if test.where(i).endswith("01.png"))
+    index = next(i for i in range(20) if test.where(i).endswith("01.png"))
     vit = classifier(backbone(), 2)
     with torch.no_grad():
-        vit.head.bias[1] = 9.0  # every image is said to be bright, a black one too
-    found = ft.score(
+        vit.head.bias[1] = 9.0  # every image is classified as bright, even a black one
+    scores = ft.score(
         Classifier(vit, *STATISTICS), test, shape=(16, 16), channels=3, device=torch.device("cpu"), batch=8
     )
-    assert found.correct.sum() == 9
-    assert not found.correct[place] and found.confidence[place] == 0
+    assert scores.correct.sum() == 9
+    assert not scores.correct[index] and scores.confidence[index] == 0
     run(tmp_path / "run", (sets[0], test), dataclasses.replace(PLAIN, steps=2, warmup_epochs=0.0))
     named = [
         json.loads(line) for line in (tmp_path / "run" / "bad_test_files.jsonl").read_text().splitlines()
     ]
-    assert [n["index"] for n in named] == [place]
+    assert [n["index"] for n in named] == [index]
     assert not (tmp_path / "run" / "bad_files.jsonl").exists()
 
 
@@ -353,13 +355,13 @@ def poison(monkeypatch, steps) -> None:
     losses = ft.FineTuning.losses
 
     def poisoned(self, batch, step, part):
-        found = losses(self, batch, step, part)
-        return {"loss": found["loss"] * float("nan")} if step in steps else found
+        values = losses(self, batch, step, part)
+        return {"loss": values["loss"] * float("nan")} if step in steps else values
 
     monkeypatch.setattr(ft.FineTuning, "losses", poisoned)
 
 
-def test_steps_that_are_not_finite_are_skipped_named_and_in_the_end_fatal(tmp_path, sets, monkeypatch):
+def test_non_finite_steps_are_skipped_and_recorded_until_they_end_the_run(tmp_path, sets, monkeypatch):
     poison(monkeypatch, {3})
     run(tmp_path / "run", sets)
     events = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "event"]
@@ -373,7 +375,7 @@ def test_steps_that_are_not_finite_are_skipped_named_and_in_the_end_fatal(tmp_pa
         run(tmp_path / "other", sets)
 
 
-def test_a_run_is_not_continued_as_another(tmp_path, sets):
+def test_a_run_cannot_be_resumed_with_other_settings_or_data(tmp_path, sets):
     run(tmp_path / "run", sets, dataclasses.replace(PLAIN, steps=1, warmup_epochs=0.0))
     same = dataclasses.replace(PLAIN, steps=1, warmup_epochs=0.0)
     with pytest.raises(ConfigError, match=r"was started with layer_decay 0.75 \(now 0.5\)"):
@@ -393,10 +395,10 @@ def test_a_run_is_not_continued_as_another(tmp_path, sets):
         )
 
 
-def test_few_images_lower_the_batch(tmp_path, sets, capsys):
+def test_few_images_reduce_the_batch_size(tmp_path, sets, capsys):
     few = Subset(sets[0], np.arange(0, 32, 5))
-    found = run(tmp_path / "run", (few, sets[1]), dataclasses.replace(FULL, steps=2))
-    assert found.step == 2
+    result = run(tmp_path / "run", (few, sets[1]), dataclasses.replace(FULL, steps=2))
+    assert result.step == 2
     assert "7 training images: batches of 4 instead of 8" in capsys.readouterr().out
     assert ft.load_finetune(str(tmp_path / "run" / "recipe.toml")).batch_size == 4
 
@@ -405,11 +407,11 @@ def test_few_images_lower_the_batch(tmp_path, sets, capsys):
     ("images", "parts", "batch", "group"),
     [(100, 1, 64, 32), (100, 4, 64, 16), (100, 3, 96, 32), (7, 3, 6, 2)],
 )
-def test_a_lowered_batch_fits_the_ranks(images, parts, batch, group):
+def test_a_reduced_batch_size_fits_the_ranks(images, parts, batch, group):
     s = ft.fitted(ft.load_finetune("folder"), images, parts)
     assert (s.batch_size, s.mix_group) == (batch, group)
     assert not s.batch_size % parts and not s.batch_size // parts % s.mix_group
-    assert ft.fitted(s, 1000, 8) is s, "what fits is the user's"
+    assert ft.fitted(s, 1000, 8) is s, "a batch that fits is not changed"
 
 
 def test_few_images_are_split_or_refused(tmp_path, sets):
@@ -420,7 +422,7 @@ def test_few_images_are_split_or_refused(tmp_path, sets):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"steps": None}, "give one of epochs and steps"),
         ({"epochs": 3.0}, "give one of epochs and steps"),
@@ -442,19 +444,19 @@ def test_few_images_are_split_or_refused(tmp_path, sets):
         ),
     ],
 )
-def test_wrong_settings_are_one_line(tmp_path, sets, changes, says):
-    with pytest.raises(ConfigError, match=re.escape(says)) as e:
+def test_invalid_settings_are_reported_in_one_line(tmp_path, sets, changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as e:
         run(tmp_path / "run", sets, dataclasses.replace(PLAIN, **changes))
     assert "\n" not in str(e.value)
 
 
-def test_wrong_labels_are_one_line(tmp_path, sets):
+def test_invalid_labels_are_reported_in_one_line(tmp_path, sets):
     train, test = sets
-    for labels, says in (
+    for labels, message in (
         (np.where(np.arange(32) == 3, -1, train.labels), r"04\.png|06\.png"),
         (train.labels + 1, "among the 2 classes"),
     ):
-        with pytest.raises(DataError, match=says):
+        with pytest.raises(DataError, match=message):
             run(tmp_path / "run", (Subset(train, np.arange(32), labels), test))
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "flat" / "x.png")
@@ -462,10 +464,12 @@ def test_wrong_labels_are_one_line(tmp_path, sets):
         run(tmp_path / "run", (open_source(str(tmp_path / "flat")), test))
 
 
-def test_recipes_are_read_and_misread_in_one_line(tmp_path):
+def test_recipes_are_read_and_invalid_ones_reported_in_one_line(tmp_path):
     names = shipped_recipes("finetune")
     assert set(names) == {"bundled", "folder", "vits16-in1k", "vitb16-in1k", "vitl16-in1k", "vitl16-in1k-mae"}
-    assert not {"vits16-in1k", "finetune"} & set(shipped_recipes()), "pre-training does not see them"
+    assert not {"vits16-in1k", "finetune"} & set(shipped_recipes()), (
+        "recipes of fine-tuning are not listed for pre-training"
+    )
     for name in names:
         settings = ft.load_finetune(name)
         (tmp_path / "x.toml").write_text(to_toml(settings))
@@ -479,5 +483,7 @@ def test_recipes_are_read_and_misread_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match="unknown key layer_dekay; did you mean layer_decay"):
         ft.load_finetune(str(tmp_path / "x.toml"))
     assert load_recipe("folder").method == "rcmae"
-    assert not set(flat(ft.FineTuneRecipe(steps=1))) & set(vars(RuntimeConfig())), "no flag of both"
+    assert not set(flat(ft.FineTuneRecipe(steps=1))) & set(vars(RuntimeConfig())), (
+        "no name is both a setting and a runtime flag"
+    )
     assert small().data == "bundled:digits"

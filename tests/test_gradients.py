@@ -25,30 +25,32 @@ def finished(tmp_path_factory, folder):  # noqa: F811
     return out
 
 
-def test_each_batch_is_what_it_is_called(finished, monkeypatch):
+def test_each_condition_has_the_batch_that_it_describes(finished, monkeypatch):
     study = GradientStudy(str(finished), TINY)
-    asked, seen = [], []
+    requested, batches = [], []
     batch = study.batch
-    monkeypatch.setattr(study, "batch", lambda indices, draw: asked.append(indices) or batch(indices, draw))
-    monkeypatch.setattr(study, "features", lambda b: seen.append(b) or torch.randn(8, 4))
+    monkeypatch.setattr(
+        study, "batch", lambda indices, draw: requested.append(indices) or batch(indices, draw)
+    )
+    monkeypatch.setattr(study, "features", lambda b: batches.append(b) or torch.randn(8, 4))
     rows = study.measure(0)
     assert [row["condition"] for row in rows] == list(CONDITIONS)
-    i, ii, iii, iv = seen
+    i, ii, iii, iv = batches
     assert torch.equal(i["image"], ii["image"])
     assert not torch.equal(i["order"], ii["order"])
     assert not torch.equal(i["image"], iii["image"])
     assert not torch.equal(i["order"], iii["order"])
-    assert asked[0] == asked[1], "new crops of the same images"
-    assert not set(asked[0]) & set(asked[2]), "other images"
+    assert requested[0] == requested[1], "new crops of the same images"
+    assert not set(requested[0]) & set(requested[2]), "other images"
     assert not torch.equal(i["image"], iv["image"])
 
 
-def test_the_numbers_are_those_of_autograd(finished):
-    """Against a step and gradients written out, from the same checkpoint."""
-    ours, hand = GradientStudy(str(finished), TINY), GradientStudy(str(finished), TINY)
-    row = ours.measure(0)[0]
-    m = hand.method.train()
-    batch = hand.batch([i for _, i in hand.sampler.keys(0)], 0)
+def test_the_measured_cosines_match_autograd(finished):
+    """Against an explicit step and explicit gradients from the same checkpoint."""
+    study, reference = GradientStudy(str(finished), TINY), GradientStudy(str(finished), TINY)
+    row = study.measure(0)[0]
+    m = reference.method.train()
+    batch = reference.batch([i for _, i in reference.sampler.keys(0)], 0)
     weights = [p for p in m.student.parameters() if p.requires_grad]
 
     def flat(loss):
@@ -56,21 +58,21 @@ def test_the_numbers_are_those_of_autograd(finished):
 
     c = m.compare(batch)
     before = flat(F.mse_loss(c.prediction, c.target))
-    hand.train(batch)
+    reference.train(batch)
     c = m.compare(batch)
     consistency = flat(F.mse_loss(c.prediction, c.teacher_prediction))
     c = m.compare(batch)
     reconstruction = flat(F.mse_loss(c.prediction, c.target))
-    moment = torch.cat([hand.optimizer.state[p]["exp_avg"].flatten() for p in weights]).double()
+    moment = torch.cat([reference.optimizer.state[p]["exp_avg"].flatten() for p in weights]).double()
     assert row["previous"] == pytest.approx(F.cosine_similarity(consistency, before, 0).item(), rel=1e-4)
     assert row["moment"] == pytest.approx(F.cosine_similarity(consistency, moment, 0).item(), rel=1e-4)
     assert row["ratio"] == pytest.approx((consistency.norm() / reconstruction.norm()).item(), rel=1e-4)
     assert row["similarity"] == pytest.approx(1)
-    assert row["previous"] < -0.1, "the step is taken back where the inputs are the same"
+    assert row["previous"] < -0.1, "on the same inputs, consistency opposes the previous step"
 
 
 def test_the_command_writes_its_page_and_leaves_the_run_alone(finished, tmp_path, capsys):
-    kept = sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*") if p.is_file())
+    files = sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*") if p.is_file())
     argv = [
         "lab",
         "gradients",
@@ -88,17 +90,17 @@ def test_the_command_writes_its_page_and_leaves_the_run_alone(finished, tmp_path
     out = capsys.readouterr().out
     assert all(f"{name}:" in out for name in CONDITIONS)
     assert "no effect on other images:" in out
-    assert sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*") if p.is_file()) == kept
-    found = json.loads((tmp_path / "page" / "gradients.json").read_text())
-    assert len(found["rows"]) == 12
-    for line in found["summary"]:
+    assert sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*") if p.is_file()) == files
+    study = json.loads((tmp_path / "page" / "gradients.json").read_text())
+    assert len(study["rows"]) == 12
+    for line in study["summary"]:
         mean, low, high = line["previous"]
         assert low <= mean <= high
     assert (tmp_path / "page" / "gradients.html").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "reason"),
     [
         (
             {"schedule": "constant", "momentum": 0.0},
@@ -107,15 +109,15 @@ def test_the_command_writes_its_page_and_leaves_the_run_alone(finished, tmp_path
         ({"gamma": 0.0}, "The consistency loss has weight 0"),
     ],
 )
-def test_without_consistency_there_is_nothing_to_judge(tmp_path, folder, changes, why):  # noqa: F811
+def test_without_consistency_there_is_nothing_to_judge(tmp_path, folder, changes, reason):  # noqa: F811
     run(tmp_path / "run", folder, steps=2, **changes)
-    found = run_gradients(str(tmp_path / "run"), TINY)
-    ((tone, text),) = found["findings"]
-    assert tone == "note" and text.startswith(why) and text.endswith("there is nothing to judge.")
+    study = run_gradients(str(tmp_path / "run"), TINY)
+    ((tone, text),) = study["findings"]
+    assert tone == "note" and text.startswith(reason) and text.endswith("there is nothing to judge.")
 
 
 def test_findings_say_when_theory_does_not_hold():
-    def said(means):
+    def findings_for(means):
         rng = np.random.default_rng(0)
         rows = [
             {"condition": c, "previous": m + 0.01 * rng.standard_normal(), "ratio": 0.5}
@@ -124,15 +126,15 @@ def test_findings_say_when_theory_does_not_hold():
         ]
         return findings(rows, {"whole_images": False, "gamma": 1.0})
 
-    as_expected = said((-0.9, -0.5, -0.4, 0.0))
+    as_expected = findings_for((-0.9, -0.5, -0.4, 0.0))
     assert [tone for tone, _ in as_expected] == ["good"] * 4
-    upside_down = said((-0.1, -0.5, -0.5, -0.6))
+    upside_down = findings_for((-0.1, -0.5, -0.5, -0.6))
     assert "the order is reversed" in upside_down[0][1]
     assert "no difference" in upside_down[1][1]
     assert "all images have in common" in upside_down[3][1]
 
 
-def test_failures_are_one_line(tmp_path, capsys, folder, finished):  # noqa: F811
+def test_failures_are_reported_in_one_line(tmp_path, capsys, folder, finished):  # noqa: F811
     run(tmp_path / "mae", folder, "mae", steps=2)
     (tmp_path / "bare").mkdir()
     (tmp_path / "begun").mkdir()

@@ -29,18 +29,18 @@ def test_timm_gives_equal_outputs(tmp_path, changes):
     method = method_for(small(**changes))
     images = torch.rand(2, small(**changes).images.channels, *small(**changes).images.shape)
     export(method.backbone("teacher"), tmp_path / "b", {})
-    ours = method.backbone("teacher")(images)
+    expected = method.backbone("teacher")(images)
     model = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval()
     mean, std = (torch.tensor(model.pretrained_cfg[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
-    theirs = model.forward_features((images - mean) / std)
-    assert torch.equal(theirs[:, 0], ours.cls)
+    tokens = model.forward_features((images - mean) / std)
+    assert torch.equal(tokens[:, 0], expected.cls)
     assert torch.equal(
-        theirs[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, ours.patches.shape[2:]),
-        ours.patches,
+        tokens[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, expected.patches.shape[2:]),
+        expected.patches,
     )
     again = load(tmp_path / "b")
-    assert torch.equal(again(images).patches, ours.patches)
-    assert torch.equal(load(tmp_path / "b" / "model.safetensors")(images).cls, ours.cls)
+    assert torch.equal(again(images).patches, expected.patches)
+    assert torch.equal(load(tmp_path / "b" / "model.safetensors")(images).cls, expected.cls)
 
 
 def test_a_timm_encoder_is_exported_under_its_own_name(tmp_path):
@@ -54,8 +54,10 @@ def test_a_timm_encoder_is_exported_under_its_own_name(tmp_path):
 
 def test_a_lost_teacher_is_not_replaced_by_the_student(tmp_path):
     method = method_for(small())
-    for who in ("student", "teacher"):
-        export(method.backbone(who), tmp_path / "export" / who, {"method": "rcmae", "network": who})
+    for network in ("student", "teacher"):
+        export(
+            method.backbone(network), tmp_path / "export" / network, {"method": "rcmae", "network": network}
+        )
     shutil.rmtree(tmp_path / "export" / "teacher")
     with pytest.raises(CheckpointError, match="export/teacher is missing"):
         rcmae.load(tmp_path)
@@ -74,7 +76,7 @@ def test_a_lost_teacher_is_not_replaced_by_the_student(tmp_path):
         rcmae.load("timm:vit_typo")
 
 
-def test_an_invalid_backbone_is_one_line(tmp_path):
+def test_an_invalid_backbone_is_reported_in_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load(tmp_path / "no")
     with pytest.raises(CheckpointError, match="has no backbone"):
@@ -100,8 +102,8 @@ def test_official_files_are_imported(tmp_path, name, networks, reference):
     raw = official.read_pth(GOLDEN / f"{name}_official_layout.pth")
     for which in networks:
         vit = load(out, which).vit
-        straight = load(GOLDEN / f"{name}_official_layout.pth", which, heads=3).vit.state_dict()
-        assert all(torch.equal(v, straight[k]) for k, v in vit.state_dict().items())
+        direct = load(GOLDEN / f"{name}_official_layout.pth", which, heads=3).vit.state_dict()
+        assert all(torch.equal(v, direct[k]) for k, v in vit.state_dict().items())
         state = raw.teacher if which == "teacher" else raw.student
         assert torch.equal(vit.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"])
         assert torch.equal(vit.pos_embed, state["pos_embed"])
@@ -141,7 +143,7 @@ def test_heads_are_required_where_the_file_does_not_have_them():
         ),
     ],
 )
-def test_odd_weights_are_one_line(tmp_path, change, message):
+def test_unexpected_weights_are_reported_in_one_line(tmp_path, change, message):
     whole = torch.load(GOLDEN / "mae_official_layout.pth", weights_only=False)
     torch.save({"model": whole["model"] | change}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=message):
@@ -149,7 +151,7 @@ def test_odd_weights_are_one_line(tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_without_blocks_are_one_line():
+def test_weights_without_blocks_are_reported_in_one_line():
     state = official.read_pth(GOLDEN / "mae_official_layout.pth").student
     with pytest.raises(CheckpointError, match="are not those of an official"):
         official.shape_of({k: v for k, v in state.items() if not k.startswith("decoder_blocks")}, (3, 2))
@@ -195,7 +197,7 @@ def test_code_in_a_pickle_is_not_executed(tmp_path):
         (None, "does not exist"),
     ],
 )
-def test_an_invalid_checkpoint_is_one_line(tmp_path, content, message):
+def test_an_invalid_checkpoint_is_reported_in_one_line(tmp_path, content, message):
     if content is not None:
         (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
@@ -214,7 +216,7 @@ def test_parity_with_the_official_code(capsys):
 
 
 def test_parity_fails_for_nan(monkeypatch, capsys):
-    """Every comparison with NaN is false: it must not pass as no difference."""
+    """Every comparison with NaN is false: it must not count as equal."""
     whole = reconstruction_loss.squared_errors
     monkeypatch.setattr(
         rcmae.methods.rcmae,
@@ -233,7 +235,7 @@ def test_parity_can_fail(monkeypatch, capsys):
 
 
 def test_a_text_file_is_not_a_checkpoint(tmp_path):
-    """torch's reader of old files raises whatever the text makes it raise."""
+    """torch's reader of legacy files raises different errors for different texts."""
     for number, text in enumerate(
         ("rcmae pretrain --out x\nstep 1/4 loss 1.5\n", "hello world", "I1\n.", "(lp0\n.")
     ):

@@ -56,13 +56,15 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("optimizer", linear_model.OPTIMIZERS)
 def test_gradients_are_those_of_autograd(optimizer):
-    for (x, seen), step in zip(inputs(), history(optimizer), strict=True):
+    for (x, masked), step in zip(inputs(), history(optimizer), strict=True):
         s = step.student.clone().requires_grad_()
-        reconstruction = ((seen @ s.T - x) ** 2).sum() / (2 * B)
-        consistency = ((seen @ s.T - seen @ step.teacher.T) ** 2).sum() / (2 * B)
-        of_r, of_c = (torch.autograd.grad(loss, s)[0] for loss in (reconstruction, consistency))
-        assert close(step.reconstruction, of_r)
-        assert torch.allclose(step.consistency, of_c, rtol=0, atol=1e-13)
+        reconstruction = ((masked @ s.T - x) ** 2).sum() / (2 * B)
+        consistency = ((masked @ s.T - masked @ step.teacher.T) ** 2).sum() / (2 * B)
+        reconstruction_gradient, consistency_gradient = (
+            torch.autograd.grad(loss, s)[0] for loss in (reconstruction, consistency)
+        )
+        assert close(step.reconstruction, reconstruction_gradient)
+        assert torch.allclose(step.consistency, consistency_gradient, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("optimizer", linear_model.OPTIMIZERS)
@@ -87,12 +89,12 @@ def test_the_consistency_gradient_is_a_sum_of_gated_past_gradients(beta):
     past = list(descend(iter(inputs()), start, ALPHA, gamma=gamma, lr=LR, optimizer="momentum", beta=beta))
     pairs = inputs()
     residuals = torch.stack(
-        [residual(p.student, p.teacher, x, seen, gamma) for p, (x, seen) in zip(past, pairs, strict=True)]
+        [residual(p.student, p.teacher, x, masked, gamma) for p, (x, masked) in zip(past, pairs, strict=True)]
     )
-    seens = torch.stack([seen for _, seen in pairs])
+    all_masked = torch.stack([masked for _, masked in pairs])
     for t in range(1, STEPS):
         predicted = gated_consistency(
-            residuals[:t], seens[:t], pairs[t][1], LR, momentum_weights(t, ALPHA, beta)
+            residuals[:t], all_masked[:t], pairs[t][1], LR, momentum_weights(t, ALPHA, beta)
         )
         assert close(predicted, past[t].consistency)
 
@@ -105,7 +107,7 @@ def test_orthogonal_inputs_have_a_consistency_gradient_of_zero():
     assert past[1].update.abs().max() > 0
 
 
-def test_adamw_in_closed_form():
+def test_adamw_matches_its_closed_form():
     gamma, past = 0.7, history("adamw")
     gradients = torch.stack([p.reconstruction + gamma * p.consistency for p in past])
     for t, step in enumerate(past):
@@ -114,7 +116,7 @@ def test_adamw_in_closed_form():
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("alpha", [0.5, 0.9, 0.996])
-def test_modes(gamma, alpha):
+def test_the_companion_matrix_matches_the_recursion_and_its_stability_limit(gamma, alpha):
     """One number instead of a matrix: the companion matrix is the recursion, and it diverges at the predicted
     limit."""
     rate = 0.3
@@ -132,7 +134,7 @@ def test_modes(gamma, alpha):
 
 
 @pytest.mark.parametrize(("gamma", "alpha"), [(0.0, 0.9), (1.0, 0.9), (1.0, 0.99)])
-def test_stationary_variance_is_what_a_long_run_settles_at(gamma, alpha):
+def test_stationary_variance_matches_a_long_simulation(gamma, alpha):
     rate, noise = 0.1, 0.01
     g = torch.Generator().manual_seed(0)
     disturbance = noise**0.5 * torch.randn(2000, 4000, generator=g, dtype=torch.float64)
@@ -158,13 +160,13 @@ def test_the_numbers_of_the_research_notes():
 def test_the_linear_experiment_agrees_with_its_reference_values():
     setting = linear_experiment.LinearSettings()
     for alpha, same, different in ((0.9, -0.98, -0.03), (0.996, -0.88, -0.02)):
-        found = {
+        cosines = {
             r: linear_experiment.measure(setting, r, alpha, "sgd", seed=0)["previous"]
             for r in linear_experiment.RELATIONS
         }
-        assert found["same"] == pytest.approx(same, abs=0.02)
-        assert found["different"] == pytest.approx(different, abs=0.02)
-        assert found["orthogonal"] == 0
+        assert cosines["same"] == pytest.approx(same, abs=0.02)
+        assert cosines["different"] == pytest.approx(different, abs=0.02)
+        assert cosines["orthogonal"] == 0
 
 
 def test_lab_linear_writes_its_page(tmp_path, capsys, monkeypatch):
@@ -182,8 +184,8 @@ def test_lab_linear_writes_its_page(tmp_path, capsys, monkeypatch):
         "trade.svg",
         "descent.svg",
     }
-    found = json.loads((tmp_path / "linear.json").read_text())
-    assert found["gate"]["measured"] == pytest.approx(found["gate"]["predicted"], abs=1e-12)
+    results = json.loads((tmp_path / "linear.json").read_text())
+    assert results["gate"]["measured"] == pytest.approx(results["gate"]["predicted"], abs=1e-12)
 
 
 def linear_model_setting(seeds):
@@ -233,13 +235,13 @@ def test_the_mixed_target_identity_holds_for_a_vision_transformer():
     method, _ = trained(gamma=0.6)
     batch, g = batch_for(method, size=4, seed=99), 0.6
     method(batch, Progress(0, 100, 10))["loss"].backward()
-    ours = {n: p.grad.clone() for n, p in method.student.named_parameters() if p.grad is not None}
+    fused = {n: p.grad.clone() for n, p in method.student.named_parameters() if p.grad is not None}
     method.student.zero_grad()
     c = method.compare(batch)
     ((1 + g) * F.mse_loss(c.prediction, (c.target + g * c.teacher_prediction) / (1 + g))).backward()
     mixed = {n: p.grad for n, p in method.student.named_parameters() if p.grad is not None}
     size = math.sqrt(sum(v.norm().item() ** 2 for v in mixed.values()))
-    assert all((ours[n] - mixed[n]).norm().item() < 1e-6 * size for n in mixed)
+    assert all((fused[n] - mixed[n]).norm().item() < 1e-6 * size for n in mixed)
 
 
 # --- diagnostics --------------------------------------------------------------------------------------------
@@ -269,9 +271,9 @@ def test_the_monitors_numbers_of_the_last_layer_are_those_of_autograd(mask):
     r, c = both_gradients(method, batch)
     name = "decoder.pred.weight"
     expected = relation([r[name]], [c[name]], 0.7)
-    found = recorded(method, adamw(method.student, method.recipe.optim, 1e-3), monitor, 3)
+    logged = recorded(method, adamw(method.student, method.recipe.optim, 1e-3), monitor, 3)
     for key, value in expected.items():
-        assert found[f"last_{key}"] == pytest.approx(value, rel=1e-4), key
+        assert logged[f"last_{key}"] == pytest.approx(value, rel=1e-4), key
 
 
 def test_both_gradients_add_up_to_the_loss():
@@ -287,24 +289,29 @@ def test_both_gradients_add_up_to_the_loss():
 def test_advantage_and_output_cosine():
     method, _ = trained()
     monitor = Monitor(method, 100)
-    found = recorded(method, adamw(method.student, method.recipe.optim, 1e-3), monitor, 3)
+    logged = recorded(method, adamw(method.student, method.recipe.optim, 1e-3), monitor, 3)
     c = monitor.comparison
-    own, theirs = F.mse_loss(c.prediction, c.target), F.mse_loss(c.teacher_prediction, c.target)
-    assert found["teacher_advantage"] == pytest.approx(((own - theirs) / own).item(), abs=1e-5)
+    student_error, teacher_error = (
+        F.mse_loss(c.prediction, c.target),
+        F.mse_loss(c.teacher_prediction, c.target),
+    )
+    assert logged["teacher_advantage"] == pytest.approx(
+        ((student_error - teacher_error) / student_error).item(), abs=1e-5
+    )
     cosine = F.cosine_similarity(
         (c.prediction - c.target).flatten(), (c.prediction - c.teacher_prediction).flatten(), 0
     )
-    assert found["output_cosine"] == pytest.approx(cosine.item(), rel=1e-4)
+    assert logged["output_cosine"] == pytest.approx(cosine.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3])
 def test_measured_momentum_counts_every_move_of_the_teacher(updates):
-    """Towards the old student and towards the new one."""
+    """Updates towards the student before and after the step."""
     method, _ = trained(ema_updates=updates)
     monitor, optimizer = Monitor(method, 100), adamw(method.student, method.recipe.optim, 1e-3)
-    found = recorded(method, optimizer, monitor, 3)
-    assert found["measured_momentum"] == pytest.approx(0.5 ** (1 / 3), rel=1e-4)
-    assert found["expected_momentum"] == pytest.approx(0.5 ** (1 / 3), rel=1e-6)
+    logged = recorded(method, optimizer, monitor, 3)
+    assert logged["measured_momentum"] == pytest.approx(0.5 ** (1 / 3), rel=1e-4)
+    assert logged["expected_momentum"] == pytest.approx(0.5 ** (1 / 3), rel=1e-6)
     assert "measured_momentum" not in recorded(method, optimizer, monitor, 4, skip=True)
 
 

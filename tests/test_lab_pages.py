@@ -1,4 +1,4 @@
-"""The laboratory's pages: measured beside expected values, readable on a phone."""
+"""The pages of the lab: measured and expected values, readable on a phone."""
 
 import html
 import json
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("drawn")
 
 @pytest.fixture(scope="module")
 def linear_page(tmp_path_factory) -> Path:
-    """The linear page of a small run_linear: the table's values are not those of the default setting."""
+    """The page of a small linear experiment: the table's values are not those of the default setting."""
     return linear_experiment.write_linear_page(
         run_linear(LinearSettings(width=64, rank=4, steps=20, seeds=1)), tmp_path_factory.mktemp("linear")
     )
@@ -26,7 +26,7 @@ def linear_page(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def gradients_page(tmp_path) -> Path:
-    """The page of a made-up run_linear of three steps."""
+    """A page of gradients with synthetic values."""
     rows = [
         {
             "condition": name,
@@ -54,13 +54,13 @@ def gradients_page(tmp_path) -> Path:
         "whole_images": True,
         "gamma": 1.0,
     }
-    found = {
+    results = {
         "about": about,
         "rows": rows,
         "summary": gradients.summary(rows),
         "findings": gradients.findings(rows, about),
     }
-    return gradients.write_gradients_page(found, tmp_path)
+    return gradients.write_gradients_page(results, tmp_path)
 
 
 def words(page: str) -> str:
@@ -78,7 +78,7 @@ def curves(svg: str) -> dict[str, list[float]]:
     return {color: [-float(y) for _, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", d)] for d, color in paths}
 
 
-def test_the_linear_page_shows_the_reference_beside_the_measured(linear_page):
+def test_the_linear_page_shows_reference_and_measured_values(linear_page):
     page = linear_page.read_text()
     rows = re.findall(r"<tr>(.*?)</tr>", page.split('id="correction"')[1].split("</table>")[0], re.DOTALL)[2:]
     table = json.loads((linear_page.parent / "linear.json").read_text())["table"]
@@ -96,7 +96,7 @@ def test_the_linear_page_shows_the_reference_beside_the_measured(linear_page):
     assert "−0.757" in page
 
 
-def test_the_linear_page_is_honest_about_speed(linear_page):
+def test_the_linear_page_states_that_the_teacher_slows_descent(linear_page):
     """It states that the teacher slows noise-free descent, and its numbers show it."""
     text = words(linear_page.read_text())
     assert "Without noise the teacher does not speed descent up" in text
@@ -107,12 +107,12 @@ def test_the_linear_page_is_honest_about_speed(linear_page):
         assert f"{name} {d['limit']:.2f} {d['steps']:,}" in text
 
 
-def test_the_linear_figures_are_drawn_in_order(linear_page):
+def test_the_curves_of_the_linear_figures_are_ordered_by_memory(linear_page):
     """The longer the memory, the higher the momentum of rare directions, and the more error is left."""
     page = linear_page.read_text()
-    for figure, place in (("momentum", 0), ("descent", -1)):
-        found = curves(page.split(f'id="figure-{figure}"')[1].split("</figure>")[0])
-        ends = [found[f"memory{k}"][place] for k in (1, 2, 3)]
+    for figure, index in (("momentum", 0), ("descent", -1)):
+        heights = curves(page.split(f'id="figure-{figure}"')[1].split("</figure>")[0])
+        ends = [heights[f"memory{k}"][index] for k in (1, 2, 3)]
         assert ends == sorted(ends)
         assert len(set(ends)) == 3
 
@@ -122,8 +122,8 @@ def test_the_gradients_page_orders_its_conditions(gradients_page):
     text = words(page)
     assert "i: same crops, same mask 1.00 1.00 to 1.00 −0.890" in text
     assert "Same crops, same mask below same crops, new mask: holds" in text
-    found = curves(page.split('id="figure-layers"')[1].split("</figure>")[0])
-    starts = [found[color][0] for color in ("memory3", "memory2", "memory1")]
+    heights = curves(page.split('id="figure-layers"')[1].split("</figure>")[0])
+    starts = [heights[color][0] for color in ("memory3", "memory2", "memory1")]
     assert starts == sorted(starts)
     for label in ("patch embed", "pred", "encoder, then decoder"):
         assert f">{label}<" in page
@@ -159,7 +159,7 @@ def test_the_page_fits_a_phone(tmp_path, request, name):
         page.as_uri(),
     ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    found = json.loads(re.search(r"<title>(.*?)</title>", dom, re.DOTALL)[1])
-    assert found["over"] <= 0
-    assert len(found["figures"]) >= 2
-    assert min(found["figures"]) > 200
+    layout = json.loads(re.search(r"<title>(.*?)</title>", dom, re.DOTALL)[1])
+    assert layout["over"] <= 0
+    assert len(layout["figures"]) >= 2
+    assert min(layout["figures"]) > 200

@@ -1,4 +1,4 @@
-"""Layer decay by number, against the rule of BEiT and MAE written out."""
+"""Layer decay against known numbers and against the rule of BEiT and MAE."""
 
 import pytest
 from timm.models.vision_transformer import VisionTransformer
@@ -29,8 +29,8 @@ def vit(pool: str = "avg", depth: int = 12, registers: int = 0) -> VisionTransfo
     return VisionTransformer(**size, global_pool=pool, depth=depth, reg_tokens=registers)
 
 
-def found(model: VisionTransformer, decay: float) -> dict[str, tuple[float, float]]:
-    """By parameter, its scale and its weight decay."""
+def scales_and_decays(model: VisionTransformer, decay: float) -> dict[str, tuple[float, float]]:
+    """The scale and the weight decay of each parameter."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = layer_decay_groups(model, 0.05, decay)
     return {
@@ -51,8 +51,8 @@ def by_rule(model: VisionTransformer, decay: float) -> dict[str, tuple[float, fl
     return expected
 
 
-def test_scales_of_depth_12_by_number():
-    scale = {name: s for name, (s, _) in found(vit(), 0.65).items()}
+def test_scales_of_twelve_blocks_match_known_numbers():
+    scale = {name: s for name, (s, _) in scales_and_decays(vit(), 0.65).items()}
     assert {
         scale[n] for n in ("patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token", "pos_embed")
     } == {scale["pos_embed"]}
@@ -64,17 +64,17 @@ def test_scales_of_depth_12_by_number():
 @pytest.mark.parametrize(("depth", "decay", "registers"), [(12, 0.65, 0), (3, 0.75, 4), (1, 1.0, 0)])
 def test_a_mean_pooled_head_has_maes_groups(depth, decay, registers):
     model = vit(depth=depth, registers=registers)
-    assert found(model, decay) == by_rule(model, decay)
+    assert scales_and_decays(model, decay) == by_rule(model, decay)
 
 
-def test_on_a_class_token_only_the_last_norm_is_elsewhere():
+def test_a_class_token_head_differs_from_maes_groups_only_in_the_last_norm():
     model = vit("token")
-    ours, rule = found(model, 0.65), by_rule(model, 0.65)
-    assert {n for n in rule if ours[n] != rule[n]} == {"norm.weight", "norm.bias"}
-    assert ours["norm.weight"] == (0.65, 0.0)
+    actual, expected = scales_and_decays(model, 0.65), by_rule(model, 0.65)
+    assert {n for n in expected if actual[n] != expected[n]} == {"norm.weight", "norm.bias"}
+    assert actual["norm.weight"] == (0.65, 0.0)
 
 
 def test_frozen_weights_are_in_no_group():
     model = vit()
     model.pos_embed.requires_grad_(False)
-    assert found(model, 0.65).keys() == by_rule(model, 0.65).keys() - {"pos_embed"}
+    assert scales_and_decays(model, 0.65).keys() == by_rule(model, 0.65).keys() - {"pos_embed"}

@@ -52,31 +52,31 @@ def train(method, steps: int, applied: torch.Tensor = ONE) -> None:
 def test_hidden_pixels_cannot_reach_the_encoder(registers):
     method = method_for(small(registers=registers))
     batch = batch_for(method)
-    hidden, seen = (
+    hidden, visible = (
         pixels_of(method, batch["order"], part)
         for part in (slice(method.visible, None), slice(method.visible))
     )
-    shots = [
+    snapshots = [
         method.snapshot(batch | {"image": x})[0]
         for x in (
             batch["image"],
             torch.where(hidden, 255 - batch["image"], batch["image"]),
-            torch.where(seen, 255 - batch["image"], batch["image"]),
+            torch.where(visible, 255 - batch["image"], batch["image"]),
         )
     ]
-    assert not torch.equal(shots[0]["image"], shots[1]["image"])
-    for who in ("student", "teacher"):
-        assert torch.equal(shots[0][who], shots[1][who])
-        assert not torch.equal(shots[0][who], shots[2][who])
+    assert not torch.equal(snapshots[0]["image"], snapshots[1]["image"])
+    for network in ("student", "teacher"):
+        assert torch.equal(snapshots[0][network], snapshots[1][network])
+        assert not torch.equal(snapshots[0][network], snapshots[2][network])
     ids = batch["order"][:, : method.visible]
     latents = [
         method.student.encoder(gather_tokens(method.normalize_and_patchify(s["image"]), ids), ids)
-        for s in shots[:2]
+        for s in snapshots[:2]
     ]
     assert torch.equal(*latents)
 
 
-def test_visible_patches_get_exactly_no_gradient():
+def test_targets_of_visible_patches_get_no_gradient():
     """The loss depends only on hidden patches of its targets: visible targets have no gradient."""
     method = method_for(small("mae", target="pixels"))
     batch = batch_for(method)
@@ -101,14 +101,14 @@ def test_the_loss_is_the_mean_over_hidden_patches():
     method = method_for(small())
     batch = batch_for(method)
     losses = method(batch, T0)
-    shots, _ = method.snapshot(batch)
+    snapshots, _ = method.snapshot(batch)
     patches = patchify((batch["image"].double() / 255 - 0.5) / 0.25, method.patch)
     total = count = 0
     for i, order in enumerate(batch["order"].tolist()):
-        for j, place in enumerate(order[method.visible :]):
-            x = patches[i, place]
+        for j, patch in enumerate(order[method.visible :]):
+            x = patches[i, patch]
             x = (x - x.mean()) / (x.var(unbiased=True) + method.recipe.mae.target_eps).sqrt()
-            total += (shots["student"][i, j].double() - x).square().mean().item()
+            total += (snapshots["student"][i, j].double() - x).square().mean().item()
             count += 1
     assert count == 3 * (method.patches - method.visible)
     assert losses["reconstruction"].item() == pytest.approx(total / count, rel=1e-5)
@@ -119,7 +119,7 @@ def test_the_loss_is_the_mean_over_hidden_patches():
     "rcmae.methods.rcmae:squared_errors",
     lambda old: lambda s, x, t=None, gamma=0.0: old(s, x, t, 1.0),
 )
-def test_gamma_zero_is_mae_bit_for_bit():
+def test_gamma_zero_equals_mae_to_the_bit():
     mae, rc = method_for(small("mae")), method_for(small("rcmae", gamma=0.0))
     for model in (mae, rc):
         train(model, 5)
@@ -128,7 +128,7 @@ def test_gamma_zero_is_mae_bit_for_bit():
         assert torch.equal(value, rc.state_dict()[name]), name
 
 
-def test_gamma_matters():
+def test_gamma_changes_the_result():
     one, two = method_for(small(gamma=1.0)), method_for(small(gamma=0.0))
     for model in (one, two):
         train(model, 3)
@@ -167,8 +167,8 @@ def test_the_fused_loss_is_the_sum_of_both(gamma):
     "rcmae.models.decoder:Decoder.forward",
     lambda old: lambda self, tokens, order: old(self, tokens, order).bfloat16().float(),
 )
-def test_the_gap_to_the_teacher_survives_bf16():
-    """The last layer runs in float32 under autocast: a gap of 1e-3 in a weight shows as it is."""
+def test_small_differences_to_the_teacher_survive_bf16():
+    """The last layer runs in float32 under autocast: a difference of 1e-3 in a weight is not rounded away."""
     method = method_for(small())
     with torch.no_grad():
         method.student.decoder.pred.bias.add_(1e-3)
@@ -221,7 +221,7 @@ def test_the_teacher_is_the_moving_average_of_the_students():
         method(batch_for(method, seed=step), T0)["loss"].backward()
         expected = (
             0.7 * expected + 0.3 * method.student.decoder.pred.weight.detach()
-        )  # against the student as it was
+        )  # against the student before the step
         method.before_step(T0, ONE)
         optimizer.step()
         optimizer.zero_grad()
@@ -260,10 +260,17 @@ def test_different_masks_are_compared_on_patches_hidden_from_both():
     t = method.teacher(patches, batch["teacher_order"], method.visible)
     terms = []
     for i in range(len(s)):
-        mine, theirs = (batch[k][i, method.visible :].tolist() for k in ("order", "teacher_order"))
-        both = [p for p in mine if p in theirs]
+        student_hidden, teacher_hidden = (
+            batch[k][i, method.visible :].tolist() for k in ("order", "teacher_order")
+        )
+        both = [p for p in student_hidden if p in teacher_hidden]
         terms.append(
-            torch.stack([(s[i, mine.index(p)] - t[i, theirs.index(p)]).square().mean() for p in both]).mean()
+            torch.stack(
+                [
+                    (s[i, student_hidden.index(p)] - t[i, teacher_hidden.index(p)]).square().mean()
+                    for p in both
+                ]
+            ).mean()
         )
     assert losses["consistency"].item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
 
@@ -275,15 +282,15 @@ def test_different_masks_are_compared_on_patches_hidden_from_both():
         lambda self, t: old(self, Progress(t.step % t.steps_per_epoch, t.total_steps, t.steps_per_epoch))
     ),
 )
-def test_schedules():
-    at = [Progress(k, 100, 10) for k in (0, 50, 100)]
+def test_momentum_schedules_and_half_life_units():
+    times = [Progress(k, 100, 10) for k in (0, 50, 100)]
     cosine, constant = method_for(small(schedule="cosine")), method_for(small(schedule="constant"))
-    assert [cosine.momentum(t) for t in at] == pytest.approx([0.996, 0.998, 1.0])
-    assert [constant.momentum(t) for t in at] == [0.996] * 3
+    assert [cosine.momentum(t) for t in times] == pytest.approx([0.996, 0.998, 1.0])
+    assert [constant.momentum(t) for t in times] == [0.996] * 3
     for text, steps in (("5%", 5), ("7 steps", 7), ("80 images", 10), ("0.5 epochs", 5)):
         method = method_for(small(half_life=text))
-        assert method.momentum(at[0]) ** steps == pytest.approx(0.5), text
-        assert half_life_units(method.momentum(at[0]), at[0], 8) == pytest.approx(
+        assert method.momentum(times[0]) ** steps == pytest.approx(0.5), text
+        assert half_life_units(method.momentum(times[0]), times[0], 8) == pytest.approx(
             {
                 "momentum": 0.5 ** (1 / steps),
                 "half_life_steps": steps,
@@ -292,7 +299,7 @@ def test_schedules():
                 "half_life_fraction": steps / 100,
             }
         )
-    assert half_life_units(1.0, at[0], 8)["half_life_steps"] == math.inf
+    assert half_life_units(1.0, times[0], 8)["half_life_steps"] == math.inf
 
 
 def test_half_life_counts_every_update_of_a_step():
@@ -314,7 +321,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(kind):
             ), name
 
 
-def test_loss_falls():
+def test_the_loss_falls_during_training():
     method = method_for(small(gamma=1.0))
     batch = batch_for(method, size=4)
     first = method(batch, T0)["loss"].item()
@@ -352,10 +359,10 @@ def test_standardize_is_unbiased():
 def test_losses_are_not_rounded_under_autocast(name):
     """The log and the adaptive half-life use differences far below the rounding of bf16."""
     s, x, t = (torch.randn(4, 3, 48) for _ in range(3))
-    given = (s, x) if name == "mae" else (s, x, t, 0.7)
-    plain = squared_errors(*given)
+    args = (s, x) if name == "mae" else (s, x, t, 0.7)
+    plain = squared_errors(*args)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = squared_errors(*given)
+        mixed = squared_errors(*args)
     assert plain == mixed
     assert plain["loss"] != plain["loss"].bfloat16()
 
@@ -363,7 +370,7 @@ def test_losses_are_not_rounded_under_autocast(name):
 @pytest.mark.parametrize("mask", ["same", "different"])
 def test_adaptive_half_life_depends_on_which_network_is_better(mask):
     method = method_for(small(half_life="adaptive", teacher_mask=mask))
-    t, seen = Progress(50, 1000, 10), []
+    t, half_lives = Progress(50, 1000, 10), []
     assert method.half_life(t) == 2
     for advantage, steps in ((0.5, 10), (-0.5, 3), (0.001, 10), (5.0, 1000), (-5.0, 1000)):
         for _ in range(steps):
@@ -371,18 +378,20 @@ def test_adaptive_half_life_depends_on_which_network_is_better(mask):
                 torch.tensor([1.0, 1.0 - advantage])
             )  # the student's error, and the teacher's
             method.after_step(t, ONE)
-        seen.append(float(method.half_life(t)))
+        half_lives.append(float(method.half_life(t)))
     grown = 2 + 10 * math.log(2)
-    assert seen == pytest.approx([grown, grown - 3 * math.log(2), grown - 2 * math.log(2), 100, 2], rel=1e-4)
+    assert half_lives == pytest.approx(
+        [grown, grown - 3 * math.log(2), grown - 2 * math.log(2), 100, 2], rel=1e-4
+    )
     assert float(method.momentum(t)) == pytest.approx(0.5**0.5)
     assert method.state(t)["half_life_fraction"] == pytest.approx(0.002)
 
 
 @pytest.mark.parametrize("mask", ["same", "different"])
-def test_adaptive_half_life_follows_the_batch_but_not_a_skipped_step(mask):
+def test_adaptive_half_life_ignores_skipped_steps(mask):
     method = method_for(small(half_life="adaptive", teacher_mask=mask))
     t, batch = Progress(50, 1000, 10), batch_for(method, size=8)
-    with torch.no_grad():  # a student that guesses nothing, under a teacher that is worse
+    with torch.no_grad():  # a student that predicts zero, and a worse teacher
         method.student.decoder.pred.weight.zero_()
         method.teacher.model.decoder.pred.weight.mul_(30)
     method.adaptive_half_life.fill_(40.0)
@@ -393,5 +402,5 @@ def test_adaptive_half_life_follows_the_batch_but_not_a_skipped_step(mask):
     method(batch, t)  # two micro-batches are one step
     method.after_step(t, ONE)
     assert method.adaptive_half_life.item() == pytest.approx(40 - math.log(2), rel=1e-5)
-    assert "adaptive_half_life" in method.state_dict(), "a resumed run starts from it"
+    assert "adaptive_half_life" in method.state_dict(), "it is part of the checkpoint"
     assert "adaptive_half_life" not in method_for(small(half_life="2 steps")).state_dict()

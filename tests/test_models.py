@@ -23,7 +23,7 @@ def network(**changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"registers": 3}, {"height": 8}, {"channels": 5}, {"patch": 8}])
-def test_with_every_patch_visible_the_encoder_is_timm(changes):
+def test_with_every_patch_visible_the_encoder_equals_timm(changes):
     encoder = network(**changes).encoder
     with torch.no_grad():
         for p in encoder.parameters():
@@ -53,18 +53,18 @@ def test_any_plain_timm_vit_is_an_encoder(name):
         assert name in (
             "vit_small_patch16_dinov3",
             "vit_tiny_r_s16_p8_224",
-        )  # rotary positions; a convolutional stem
+        )  # unsupported: rotary positions; a convolutional stem
         return
     encoder, images = Encoder(vit).eval(), torch.randn(1, 3, 32, 48)
     patches = patchify(images, encoder.patch)
     everything = torch.arange(patches.shape[1])[None]
     assert torch.allclose(encoder(patches, everything), vit.forward_features(images), atol=1e-5)
     assert all(isinstance(block.attn, blocks.Attention) for block in vit.blocks), (
-        "the kernel is ours to choose"
+        "attention uses the kernels of this package"
     )
 
 
-def test_a_decoder_with_all_queries_agrees_on_the_hidden_ones():
+def test_computing_only_the_last_queries_equals_the_full_block():
     """The last block computes hidden tokens only: they must equal those of the full block."""
     block = blocks.Block(16, 2, qkv_bias=True, attn_layer=blocks.Attention)
     x = torch.randn(2, 9, 16)
@@ -76,7 +76,7 @@ def test_a_decoder_with_all_queries_agrees_on_the_hidden_ones():
     "rcmae.models.decoder:gather_tokens",
     lambda old: lambda rows, ids: old(rows, ids) * (0 if rows.dim() == 2 else 1),
 )
-def test_the_decoder_knows_where_a_patch_is():
+def test_the_decoder_uses_the_position_of_each_patch():
     """A permutation of the hidden patches permutes the predictions and changes nothing else."""
     model = network()
     patches, order = torch.randn(2, 16, 48), torch.stack([torch.randperm(16) for _ in range(2)])
@@ -131,7 +131,7 @@ def test_every_named_size_is_listed_with_a_patch_that_fits():
     assert {s.patch for s in SIZES.values()} == {4, 14, 16}
 
 
-def test_one_message_names_every_problem():
+def test_invalid_model_settings_are_reported_together():
     with pytest.raises(
         ConfigError, match=r"not a multiple of the patch, 4.*; width 25 is not a multiple of heads, 2"
     ):
@@ -161,7 +161,7 @@ def test_the_teacher_is_updated_alike_on_every_device():
     assert not torch.equal(one.model.weight, other.weight)
 
 
-def test_plain_timm_models_bring_their_own_size():
+def test_the_size_of_a_timm_model_cannot_be_changed():
     with pytest.raises(ConfigError, match="already determines depth"):
         network(model="timm:vit_tiny_patch16_224", width=None, heads=None, size=32)
     assert timm.__version__
@@ -182,4 +182,4 @@ def test_images_of_another_type_or_shape_are_refused():
         check_images(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 3, (16, 16))
     with pytest.raises(ValueError, match=r"\[b, 3, 16, 16\], not \[3, 16, 16\].*add the missing axis"):
         check_images(torch.zeros(3, 16, 16), 3, (16, 16))
-    check_images(torch.zeros(2, 3, 24, 8), 3, None)  # a network that takes every size
+    check_images(torch.zeros(2, 3, 24, 8), 3, None)  # a network without a fixed image size

@@ -19,7 +19,7 @@ from rcmae.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "rcmae"
-# Imports point down: a package may use packages that stand further to the right.
+# Imports point down: a package may import those listed after it.
 LAYERS = [
     "cli",
     "compare",
@@ -42,13 +42,13 @@ LAYERS = [
 def imports(path: Path) -> set[str]:
     """The modules of this package that a file imports at import time."""
     package = ["rcmae", *path.relative_to(SOURCE).with_suffix("").parts[:-1]]
-    found = set()
+    modules = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
-            whole = [*base, *(node.module.split(".") if node.module else [])]
-            found |= {whole[1]} if len(whole) > 1 else {alias.name for alias in node.names}
-    return found
+            parts = [*base, *(node.module.split(".") if node.module else [])]
+            modules |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return modules
 
 
 def test_imports_point_down():
@@ -78,7 +78,7 @@ MAY_NAME = {"cli.py": {"mae"}}
 def methods_named(path: Path) -> set[str]:
     """Names of methods in a file's code, as identifiers or as words of strings; docstrings do not count.
     "rcmae", which is also the package's name, counts only as a string that is compared with something."""
-    tree, names, found = ast.parse(path.read_text()), set(METHODS), set()
+    tree, names, used = ast.parse(path.read_text()), set(METHODS), set()
     notes = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     compared = {
         id(part) for node in ast.walk(tree) if isinstance(node, ast.Compare) for part in ast.walk(node)
@@ -86,13 +86,13 @@ def methods_named(path: Path) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in notes:
             words = set(re.findall(r"[a-z0-9]+", node.value.lower()))
-            found |= words & (names - {"rcmae"}) | (
+            used |= words & (names - {"rcmae"}) | (
                 {"rcmae"} & {node.value} if id(node) in compared else set()
             )
         elif isinstance(node, (ast.Name, ast.Attribute, ast.alias)):
             name = {ast.Name: "id", ast.Attribute: "attr", ast.alias: "name"}[type(node)]
-            found |= {getattr(node, name).split(".")[-1].lower()} & names
-    return found
+            used |= {getattr(node, name).split(".")[-1].lower()} & names
+    return used
 
 
 def test_shared_code_names_no_method():
@@ -110,12 +110,12 @@ def test_shared_code_names_no_method():
 
 
 def test_no_other_file_names_a_kind_of_source():
-    """Except for the default of a setting."""
+    """Except in the default of a setting."""
     schemes = {kind.form.partition(":")[0] + ":" for kind in SOURCES if ":" in kind.form}
     kinds = {kind.kind for kind in SOURCES}
-    own = {Path(inspect.getfile(kind)) for kind in SOURCES}
-    assert len(schemes) > 1 and len(own) > 3
-    for path in set(SOURCE.rglob("*.py")) - own:
+    source_files = {Path(inspect.getfile(kind)) for kind in SOURCES}
+    assert len(schemes) > 1 and len(source_files) > 3
+    for path in set(SOURCE.rglob("*.py")) - source_files:
         tree = ast.parse(path.read_text())
         defaults = {
             n.value
@@ -129,9 +129,11 @@ def test_no_other_file_names_a_kind_of_source():
                 )
             if isinstance(node, ast.Compare):
                 sides = [node.left, *node.comparators]
-                asked = any(isinstance(n, ast.Attribute) and n.attr == "kind" for n in sides)
+                compares_kind = any(isinstance(n, ast.Attribute) and n.attr == "kind" for n in sides)
                 named = {n.value for side in sides for n in ast.walk(side) if isinstance(n, ast.Constant)}
-                assert not (asked and named & kinds), f"{path.name}:{node.lineno} asks for a kind by name"
+                assert not (compares_kind and named & kinds), (
+                    f"{path.name}:{node.lineno} asks for a kind by name"
+                )
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
                 names = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
                 assert not names & {kind.__name__ for kind in SOURCES}, (
@@ -151,14 +153,14 @@ def test_readme_tables_are_those_of_the_results():
         assert tables.filled(text) == text, "run `python -m benchmarks.tables`"
     assert {name for text in texts for name in re.findall(r"<!-- table: (\w+) -->", text)} == set(
         tables.TABLES
-    ), "each stands somewhere"
+    ), "each table is used"
 
 
 def test_readme_shows_the_commands_that_ci_and_people_run():
     text = (ROOT / "README.md").read_text()
     assert re.search(r"<!-- run -->\n```sh\n(.+?)\n```", text)[1] == "pip install -e . && rcmae pretrain"
     assert re.search(r"<!-- test -->\n```sh\n(.+?)\n```", text)[1] == "pip install -e '.[dev]' && pytest"
-    assert text.index("<!-- test -->") < 1200, "both on the first screen"
+    assert text.index("<!-- test -->") < 1200, "both near the top of the README"
 
 
 def test_every_link_between_documents_leads_somewhere():
@@ -180,7 +182,7 @@ def test_every_method_has_a_recipe_and_a_page():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_methods_page_names_what_one_types_and_sees(name):
+def test_a_methods_page_uses_the_names_of_flags_and_logged_losses(name):
     """Settings by their flags, and losses as in the progress line, with their keys in metrics.jsonl."""
     page, losses = (ROOT / "docs" / "methods" / f"{name}.md").read_text(), METHODS[name].losses
     quoted = set(re.findall(r"`([^`\n]+)`", page))
@@ -213,7 +215,7 @@ def test_every_setting_is_read_somewhere():
     assert not [n for n in unread if not n.startswith("decoder_")]
 
 
-def test_few_dependencies():
+def test_dependencies_are_the_agreed_ones():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=]", d)[0] for d in project["dependencies"]}
     assert names == {
@@ -233,7 +235,7 @@ def test_few_dependencies():
     }
 
 
-def test_no_pickle_is_written_and_none_read_but_by_import():
+def test_pickle_is_never_written_and_read_only_by_the_import():
     for path in SOURCE.rglob("*.py"):
         text = path.read_text()
         assert "torch.save(" not in text, path

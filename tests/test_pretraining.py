@@ -55,8 +55,8 @@ def run(
     out: Path, data: Path | str, method: str = "rcmae", runtime: dict | None = None, **changes
 ) -> pretraining.Result:
     recipe = small(method, data=str(data), crop_scale=(0.5, 1.0), flip=True, **changes)
-    own = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
-    return pretraining.pretrain(recipe, RuntimeConfig(out=out, **(own | (runtime or {}))))
+    options = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
+    return pretraining.pretrain(recipe, RuntimeConfig(out=out, **(options | (runtime or {}))))
 
 
 def weights(out: Path) -> str:
@@ -68,9 +68,9 @@ def weights(out: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def straight(tmp_path_factory, folder) -> Path:
+def uninterrupted(tmp_path_factory, folder) -> Path:
     """An uninterrupted run of twelve steps."""
-    out = tmp_path_factory.mktemp("straight") / "run"
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
     run(out, folder, steps=12)
     return out
 
@@ -91,7 +91,9 @@ def teacher_from_student(old):
 )
 @catches("the teacher is restored from the student", "rcmae.trainer:load_checkpoint", teacher_from_student)
 @pytest.mark.parametrize("stops", [(1,), (5,), (11,), (2, 3, 7)])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, folder, straight, monkeypatch, stops):
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    tmp_path, folder, uninterrupted, monkeypatch, stops
+):
     for stop in stops:
         with monkeypatch.context() as patch:
             stop_at(patch, pretraining.Pretraining, stop)
@@ -101,20 +103,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, folder, 
                 run(tmp_path / "run", folder, steps=12)
             assert e.value.exit_code == 75
     run(tmp_path / "run", folder, steps=12)
-    assert weights(tmp_path / "run") == weights(straight)
+    assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
 @pytest.mark.parametrize(
     "runtime", [{"workers": 2}, {"threads": 1}, {"keep": 1, "save_every": "1s", "log_every": 1}]
 )
-def test_runtime_settings_change_nothing(tmp_path, folder, straight, runtime):
+def test_runtime_settings_change_nothing(tmp_path, folder, uninterrupted, runtime):
     run(tmp_path / "run", folder, steps=12, runtime=runtime)
-    assert weights(tmp_path / "run") == weights(straight)
+    assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
-def test_another_seed_is_another_run(tmp_path, folder, straight):
+def test_another_seed_gives_another_result(tmp_path, folder, uninterrupted):
     run(tmp_path / "run", folder, steps=12, seed=1)
-    assert weights(tmp_path / "run") != weights(straight)
+    assert weights(tmp_path / "run") != weights(uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -141,20 +143,20 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, folder, k
 
 
 def saving(out: Path, data: Path) -> None:
-    """A run that saves all the time."""
+    """A run that saves after every step."""
     torch.set_num_threads(1)
     run(out, data, steps=12, runtime={"save_every": "0.000001s", "log_every": 1})
 
 
-def test_kill_9_at_any_moment(tmp_path, folder, straight):
-    """A real process, killed while it trains and saves, then run again to its end."""
-    log, kills = tmp_path / "said", 0
-    for round, steps in enumerate((2, 1, 3, 1)):
-        process, late = start(log, saving, tmp_path / "run", folder), time.monotonic() + 60
-        while process.is_alive() and log.read_text().count("\nstep ") < steps and time.monotonic() < late:
+def test_runs_survive_sigkill_at_any_moment(tmp_path, folder, uninterrupted):
+    """A real process that is killed while it trains and saves, then resumed to the end."""
+    log, kills = tmp_path / "output.txt", 0
+    for attempt, steps in enumerate((2, 1, 3, 1)):
+        process, deadline = start(log, saving, tmp_path / "run", folder), time.monotonic() + 60
+        while process.is_alive() and log.read_text().count("\nstep ") < steps and time.monotonic() < deadline:
             time.sleep(0.001)
-        time.sleep(0.01 * round)  # not always at the same place of a step
-        assert "\nstep " in log.read_text(), "it was training"
+        time.sleep(0.01 * attempt)  # at different times within a step
+        assert "\nstep " in log.read_text(), "the process was training"
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
@@ -164,11 +166,11 @@ def test_kill_9_at_any_moment(tmp_path, folder, straight):
     done.join()
     assert done.exitcode == 0, log.read_text()
     assert kills >= 2
-    assert weights(tmp_path / "run") == weights(straight)
+    assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
-def test_a_run_directory_explains_itself(straight):
-    names = {p.name for p in straight.iterdir()}
+def test_the_contents_of_a_run_directory(uninterrupted):
+    names = {p.name for p in uninterrupted.iterdir()}
     assert names >= {
         "recipe.toml",
         "machine.json",
@@ -178,13 +180,13 @@ def test_a_run_directory_explains_itself(straight):
         "report.html",
         "snapshots",
     }
-    runtime = json.loads((straight / "machine.json").read_text())
+    runtime = json.loads((uninterrupted / "machine.json").read_text())
     assert runtime["steps"] == 12
     assert runtime["images"] == 40
-    kinds = [line["kind"] for line in read_metrics(straight)]
+    kinds = [line["kind"] for line in read_metrics(uninterrupted)]
     assert kinds.count("train") == 12
     assert "reference" in kinds
-    line = next(line for line in read_metrics(straight) if line["kind"] == "train")
+    line = next(line for line in read_metrics(uninterrupted) if line["kind"] == "train")
     assert {
         "loss",
         "reconstruction",
@@ -195,18 +197,20 @@ def test_a_run_directory_explains_itself(straight):
         "drift",
         "lr",
     } <= set(line)
-    assert load(straight)(torch.rand(1, 3, 16, 16)).cls.shape == (1, 24)
-    assert not torch.equal(load(straight, "student").vit.norm.bias, load(straight, "teacher").vit.norm.bias)
+    assert load(uninterrupted)(torch.rand(1, 3, 16, 16)).cls.shape == (1, 24)
+    assert not torch.equal(
+        load(uninterrupted, "student").vit.norm.bias, load(uninterrupted, "teacher").vit.norm.bias
+    )
 
 
-def test_the_readmes_example_runs_on_any_run(tmp_path, straight, monkeypatch):
-    """Here with images of 16 px."""
+def test_the_readmes_example_runs_on_any_run(tmp_path, uninterrupted, monkeypatch):
+    """Tested with images of 16 px."""
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    Path("runs/rcmae-bundled-digits").symlink_to(straight)
+    Path("runs/rcmae-bundled-digits").symlink_to(uninterrupted)
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(code, found := {})
-    assert (found["features"].mean.shape, found["features"].patches.shape) == ((8, 24), (8, 24, 4, 4))
+    exec(code, namespace := {})
+    assert (namespace["features"].mean.shape, namespace["features"].patches.shape) == ((8, 24), (8, 24, 4, 4))
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path, folder, monkeypatch):
@@ -223,7 +227,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path, folder, monkeypatch):
     assert steps == list(range(1, 13))
 
 
-def test_a_finished_run_stays_as_it_is(tmp_path, folder, capsys):
+def test_a_finished_run_is_not_changed_by_running_it_again(tmp_path, folder, capsys):
     run(tmp_path / "run", folder, steps=2)
     before = weights(tmp_path / "run")
     capsys.readouterr()
@@ -235,12 +239,12 @@ def test_a_finished_run_stays_as_it_is(tmp_path, folder, capsys):
     shutil.rmtree(lost)
     run(tmp_path / "run", folder, steps=2)
     assert {path.name: path.read_bytes() for path in lost.iterdir()} == files, (
-        "a lost export is written again"
+        "a missing export is written again"
     )
 
 
 @pytest.mark.parametrize(
-    ("failure", "kind", "says"),
+    ("failure", "kind", "message"),
     [
         (
             RuntimeError(
@@ -262,16 +266,16 @@ def test_a_finished_run_stays_as_it_is(tmp_path, folder, capsys):
         ),
     ],
 )
-def test_lost_processes_and_memory_are_named(tmp_path, folder, monkeypatch, failure, kind, says):
+def test_lost_processes_and_memory_are_named(tmp_path, folder, monkeypatch, failure, kind, message):
     def fail(*args):
         raise failure
 
     monkeypatch.setattr(pretraining.Pretraining, "update", fail)
-    with pytest.raises(kind, match=says):
+    with pytest.raises(kind, match=message):
         run(tmp_path / "run", folder)
 
 
-def test_a_run_is_not_continued_as_another(tmp_path, folder):
+def test_a_run_cannot_be_resumed_with_other_settings_or_data(tmp_path, folder):
     run(tmp_path / "run", folder, steps=2)
     with pytest.raises(ConfigError, match=r"was started with .*gamma 1.0 \(now 2.0\).*; use another --out"):
         run(tmp_path / "run", folder, steps=2, gamma=2.0)
@@ -364,14 +368,14 @@ def test_divergence_ends_with_the_last_good_checkpoint(tmp_path, folder, monkeyp
     assert checkpoints(tmp_path / "run" / "checkpoints")
 
 
-def test_time_is_a_number_of_steps_that_is_then_fixed(tmp_path, folder, monkeypatch):
+def test_a_time_limit_is_converted_to_a_fixed_number_of_steps(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(step_time, "measure_step", lambda run: 0.5)
     result = run(tmp_path / "run", folder, steps=None, time="8s")
     assert 8 <= result.step <= 15
     assert json.loads((tmp_path / "run" / "machine.json").read_text())["steps"] == result.step
 
 
-def test_measuring_a_step_leaves_no_trace(tmp_path, folder, straight, monkeypatch):
+def test_measuring_a_step_does_not_change_the_run(tmp_path, folder, uninterrupted, monkeypatch):
     begin = pretraining.Pretraining.begin
 
     def measured(self):
@@ -380,7 +384,7 @@ def test_measuring_a_step_leaves_no_trace(tmp_path, folder, straight, monkeypatc
 
     monkeypatch.setattr(pretraining.Pretraining, "begin", measured)
     run(tmp_path / "run", folder, steps=12)
-    assert weights(tmp_path / "run") == weights(straight)
+    assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
 def test_epochs_count_whole_batches(tmp_path, folder):
@@ -415,9 +419,9 @@ def test_bf16_and_checkpointing_and_compile_free_options_run(tmp_path, folder):
     assert all(p.isfinite().all() for p in load(tmp_path / "run").parameters())
 
 
-def test_activation_checkpointing_changes_no_weight(tmp_path, folder, straight):
+def test_activation_checkpointing_changes_no_weight(tmp_path, folder, uninterrupted):
     run(tmp_path / "run", folder, steps=12, runtime={"checkpointing": True})
-    assert weights(tmp_path / "run") == weights(straight)
+    assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
 def test_a_bad_image_is_replaced_named_once_and_changes_no_other(tmp_path, folder):
@@ -457,14 +461,14 @@ def test_the_requested_number_of_probes_is_made(total, count):
 @given(st.integers(1, 3000), st.none() | st.integers(1, 700))
 def test_log_lines_are_written_at_the_requested_steps(total, every):
     """Through the training loop, with steps that do nothing."""
-    made = Hollow(total, every)
-    made.train()
+    trainer = TrainerWithoutWork(total, every)
+    trainer.train()
     every = every or default_log_every(total)
-    assert made.logged == sorted({*range(every, total + 1, every), total})
-    assert made.saved == sorted(made.milestone_steps())
+    assert trainer.logged == sorted({*range(every, total + 1, every), total})
+    assert trainer.saved == sorted(trainer.milestone_steps())
 
 
-class Hollow(Trainer):
+class TrainerWithoutWork(Trainer):
     """A trainer whose steps do nothing, to see what the loop calls when."""
 
     def __init__(self, total: int, log_every: int | None):
@@ -496,7 +500,7 @@ class Hollow(Trainer):
     def measure(self):
         self.measured.append(self.step)
 
-    def record(self, found): ...
+    def record(self, measurement): ...
 
     def report(self): ...
 
@@ -523,7 +527,7 @@ class Hollow(Trainer):
         ({"method": "mae"}, None),
     ],
 )
-def test_a_teacher_that_is_its_student_is_noted_once(tmp_path, folder, capsys, settings, advice):
+def test_a_half_life_below_one_step_is_noted_once(tmp_path, folder, capsys, settings, advice):
     for _ in range(2):
         run(tmp_path / "run", folder, **{"steps": 2} | settings)
     noted = [
@@ -535,14 +539,14 @@ def test_a_teacher_that_is_its_student_is_noted_once(tmp_path, folder, capsys, s
     assert not advice or noted[0].endswith(f"give a {advice}")
 
 
-def test_probes_are_made_whatever_their_number(tmp_path, folder):
+def test_an_uneven_number_of_probes_is_spread_over_the_run(tmp_path, folder):
     run(tmp_path / "run", folder, steps=12, probes=5, probe_train=20, probe_test=10)
     probes = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "probe"]
     assert probes == [2, 5, 7, 10, 12]
 
 
 @pytest.mark.parametrize(
-    ("asked", "unlabeled", "says"),
+    ("requested", "unlabeled", "message"),
     [
         ((20, 10), 0, ""),
         (
@@ -559,7 +563,7 @@ def test_probes_are_made_whatever_their_number(tmp_path, folder):
     ],
 )
 def test_probes_on_few_images_report_their_number(
-    tmp_path, folder, capsys, monkeypatch, asked, unlabeled, says
+    tmp_path, folder, capsys, monkeypatch, requested, unlabeled, message
 ):
     def some(recipe, screen):
         source = pretraining.open_source(recipe.data, 3)
@@ -567,12 +571,12 @@ def test_probes_on_few_images_report_their_number(
         return source
 
     monkeypatch.setattr(pretraining, "open_images", some)
-    run(tmp_path / "run", folder, steps=1, probes=1, probe_train=asked[0], probe_test=asked[1])
+    run(tmp_path / "run", folder, steps=1, probes=1, probe_train=requested[0], probe_test=requested[1])
     out = capsys.readouterr().out
-    assert says in out if says else "were requested" not in out
+    assert message in out if message else "were requested" not in out
 
 
-def test_a_time_that_the_setup_used_up_is_refused(tmp_path, folder, monkeypatch):
+def test_a_time_limit_too_short_for_training_is_rejected(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(step_time, "measure_step", lambda run: 0.5)
     with pytest.raises(
         ConfigError, match=r"--time 4s is enough for \d steps: .*a step 0.50 s; give --time 1m for 100 steps$"
@@ -583,26 +587,26 @@ def test_a_time_that_the_setup_used_up_is_refused(tmp_path, folder, monkeypatch)
 
 
 @catches("a refused run leaves its files behind", "rcmae.engine.run:run_directory", lambda old: run_lock)
-@pytest.mark.parametrize("there", [False, True])
-def test_a_refusal_before_the_first_step_leaves_the_directory_as_it_was(tmp_path, folder, monkeypatch, there):
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_error_before_the_first_step_leaves_the_directory_unchanged(tmp_path, folder, monkeypatch, exists):
     monkeypatch.setattr(step_time, "measure_step", lambda run: 0.5)
-    out, own = (
+    out, existing = (
         tmp_path / "runs" / "mine",
         {"notes.txt": "mine", "recipe.toml": "an older attempt's", "metrics.jsonl": "and its lines"},
     )
-    if there:
+    if exists:
         out.mkdir(parents=True)
-        for name, text in own.items():
+        for name, text in existing.items():
             (out / name).write_text(text)
     with pytest.raises(ConfigError, match="--time 4s is enough for"):
         run(out, folder, steps=None, time="4s", probes=1, probe_train=20, probe_test=10)
     with pytest.raises(DataError, match="fewer than the batch"):
         run(out, folder, batch_size=64)
-    assert (tmp_path / "runs").exists() == there
-    assert not there or {path.name: path.read_text() for path in out.iterdir()} == own
+    assert (tmp_path / "runs").exists() == exists
+    assert not exists or {path.name: path.read_text() for path in out.iterdir()} == existing
 
 
-def test_a_refusal_for_bad_images_keeps_the_file_that_names_them(tmp_path):
+def test_an_error_for_bad_images_keeps_the_file_that_lists_them(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.png").write_bytes(b"no")
         if i % 4 == 0:
@@ -612,7 +616,7 @@ def test_a_refusal_for_bad_images_keeps_the_file_that_names_them(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["bad_files.jsonl"]
 
 
-def test_a_signal_in_the_middle_of_a_step_drops_the_step(tmp_path, folder, straight, monkeypatch):
+def test_a_signal_during_a_step_discards_the_step(tmp_path, folder, uninterrupted, monkeypatch):
     """The state before it is saved, and the resumed run is equal to the bit."""
     from rcmae.methods.rcmae import RCMAE
 
@@ -630,12 +634,12 @@ def test_a_signal_in_the_middle_of_a_step_drops_the_step(tmp_path, folder, strai
         with pytest.raises(Preempted, match="SIGTERM; saved at step 4"):
             run(tmp_path / "run", folder, steps=12)
     run(tmp_path / "run", folder, steps=12)
-    assert weights(tmp_path / "run") == weights(straight)
+    assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
 def test_a_signal_within_a_milestone_repeats_it_after_the_resume(tmp_path, folder, monkeypatch):
     settings = {"steps": 12, "probes": 3, "probe_train": 20, "probe_test": 10}
-    run(tmp_path / "straight", folder, **settings)
+    run(tmp_path / "uninterrupted", folder, **settings)
     score = Probes.score
 
     def signaled(probes, backbones, step):
@@ -647,10 +651,10 @@ def test_a_signal_within_a_milestone_repeats_it_after_the_resume(tmp_path, folde
         with pytest.raises(Preempted, match="SIGINT; saved at step 4"):
             run(tmp_path / "run", folder, **settings)
     run(tmp_path / "run", folder, **settings)
-    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+    assert weights(tmp_path / "run") == weights(tmp_path / "uninterrupted")
     lines = [
         [line for line in read_metrics(tmp_path / name) if line["kind"] == "probe"]
-        for name in ("straight", "run")
+        for name in ("uninterrupted", "run")
     ]
     assert lines[0] == lines[1]
 
@@ -684,8 +688,8 @@ def test_a_milestone_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, 
     def signaled(probes, backbones, step):
         signal.raise_signal(signal.SIGINT)
 
-    def killed(self, found):
-        record(self, found)
+    def killed(self, measurement):
+        record(self, measurement)
         raise KeyboardInterrupt
 
     record = pretraining.Pretraining.record
@@ -706,7 +710,7 @@ def test_a_milestone_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, 
     assert len([line for line in lines if line["kind"] == "train" and line["step"] == 4]) == 1
 
 
-def test_a_signal_before_the_first_step_ends_the_run_where_it_stands(tmp_path, folder, monkeypatch):
+def test_a_signal_before_the_first_step_ends_the_run_without_a_checkpoint(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(Probes, "baselines", lambda *args: signal.raise_signal(signal.SIGINT))
     with pytest.raises(signals.Interrupted) as e:
         run(tmp_path / "run", folder, probes=2, probe_train=20, probe_test=10)

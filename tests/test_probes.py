@@ -21,19 +21,19 @@ CLASSES = 5
 
 
 def plain_loop(train, labels, test, k):
-    """One image after the other, in float64: the class with most votes; equals by the lower index, equal
-    votes to the lower class."""
+    """One image at a time, in float64: the class with most votes; ties in similarity go to the lower index,
+    ties in votes to the lower class."""
     train, test = (
         x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1, keepdims=True) for x in (train, test)
     )
-    found = []
+    predictions = []
     for feature in test:
         similar = train @ feature
         votes = np.zeros(labels.max() + 1)
         for i in np.lexsort((np.arange(len(train)), -similar.round(6)))[:k]:
             votes[labels[i]] += np.exp(similar[i] / 0.07)
-        found.append(votes.round(6).argmax())
-    return np.array(found)
+        predictions.append(votes.round(6).argmax())
+    return np.array(predictions)
 
 
 def random_set(n=300, m=80, d=12, c=7, ties=False):
@@ -57,8 +57,8 @@ def test_knn_equals_a_plain_loop(monkeypatch, ties, columns):
     monkeypatch.setattr(knn_module, "COLUMNS", columns)
     train, labels, test = random_set(d=4 if ties else 12, ties=ties)
     votes = near(train, labels, 300).votes(test, [1, 10, 20, 300])
-    for k, of in votes.items():
-        assert (of.argmax(1).numpy() == plain_loop(train, labels, test, k)).all(), k
+    for k, scores in votes.items():
+        assert (scores.argmax(1).numpy() == plain_loop(train, labels, test, k)).all(), k
     assert (near(train, labels, 10)(test).argmax(1) == votes[10].argmax(1)).all()
 
 
@@ -74,7 +74,7 @@ def test_a_feature_is_its_own_nearest_neighbor():
     assert (predict(near(train, labels, 1), train) == labels).all()
 
 
-def test_similarity_is_that_of_directions():
+def test_similarity_ignores_the_norm_of_features():
     train, labels, test = random_set()
     long = near(train * torch.rand(len(train), 1).add(0.1) * 1e4, labels, 20)(test * 1e-4)
     torch.testing.assert_close(long, near(train, labels, 20)(test), rtol=1e-3, atol=1e-3)
@@ -90,33 +90,35 @@ def test_knn_has_a_gradient_and_the_same_predictions_with_it():
     assert (logits.argmax(1) == model(test).argmax(1)).all()
     torch.nn.functional.cross_entropy(logits, model(test).argmax(1)).backward()
     assert (x.grad.abs().sum(1) > 1e-6).all()
-    away = test + 0.5 * torch.nn.functional.normalize(x.grad, dim=1) * test.norm(dim=1, keepdim=True)
-    assert (model(away).argmax(1) != model(test).argmax(1)).float().mean() > 0.5
+    moved = test + 0.5 * torch.nn.functional.normalize(x.grad, dim=1) * test.norm(dim=1, keepdim=True)
+    assert (model(moved).argmax(1) != model(test).argmax(1)).float().mean() > 0.5
 
 
 def test_knn_with_a_gradient_does_not_save_all_pairs(monkeypatch):
     """Votes of all training features, computed in chunks: the same logits and gradient, without a saved m x n
     tensor."""
     train, labels, test = random_set()
-    model, found, kept = near(train, labels, 5), [], []
+    model, outputs, saved_sizes = near(train, labels, 5), [], []
     for columns in (8192, 70):
         monkeypatch.setattr(knn_module, "COLUMNS", columns)
         x = test.clone().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved_sizes.append(t.numel()) or t, lambda t: t
+        ):
             logits = model(x)
         logits[:, 0].sum().backward()
-        found.append((logits.detach(), x.grad))
-    assert max(kept) < len(test) * len(train) / 4
-    for one, other in zip(*found, strict=True):
+        outputs.append((logits.detach(), x.grad))
+    assert max(saved_sizes) < len(test) * len(train) / 4
+    for one, other in zip(*outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     weight = ((torch.nn.functional.normalize(test, dim=1) @ model.train_set.T - 1) / 0.07).exp()
     of_all = (weight @ torch.nn.functional.one_hot(model.labels, model.classes).float() + 1e-12).log()
-    others = found[0][0].argmax(1, keepdim=True) != torch.arange(model.classes)
-    torch.testing.assert_close(found[0][0][others], of_all[others], rtol=1e-4, atol=1e-6)
+    others = outputs[0][0].argmax(1, keepdim=True) != torch.arange(model.classes)
+    torch.testing.assert_close(outputs[0][0][others], of_all[others], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("ks", [(10, 301), (0,), ()])
-def test_an_impossible_k_is_refused(ks):
+def test_an_impossible_k_is_rejected(ks):
     with pytest.raises(ConfigError, match="1 to 300, the number of training images"):
         check_k(ks, 300)
 
@@ -124,8 +126,8 @@ def test_an_impossible_k_is_refused(ks):
 # --- LARS ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["CPU's way", "CUDA's way"])
-def test_three_steps_follow_the_formula(foreach):
+@pytest.mark.parametrize("foreach", [False, True], ids=["as on CPU", "as on CUDA"])
+def test_three_steps_of_lars_match_its_formula(foreach):
     model = nn.Linear(5, 3).double()
     optimizer = lars(model, lr=0.7)
     for group in optimizer.param_groups:
@@ -196,16 +198,18 @@ both = pytest.mark.parametrize("probe", [by_mae, by_rates])
 
 
 @both
-def test_separable_classes_are_told_apart(probe):
+def test_separable_classes_are_classified_perfectly(probe):
     train, labels, test, truth = gaussians(distance=8.0)
     assert probe(train, labels, test, truth).all()
 
 
 @both
-def test_shuffled_labels_teach_nothing(probe):
+def test_shuffled_labels_give_chance_accuracy(probe):
     train, labels, test, truth = gaussians(distance=0.2, n=500)
-    right = [probe(train, np.random.default_rng(i).permutation(labels), test, truth).mean() for i in range(3)]
-    assert np.mean(right) == pytest.approx(1 / CLASSES, abs=0.04)
+    accuracies = [
+        probe(train, np.random.default_rng(i).permutation(labels), test, truth).mean() for i in range(3)
+    ]
+    assert np.mean(accuracies) == pytest.approx(1 / CLASSES, abs=0.04)
 
 
 @both
@@ -223,7 +227,7 @@ def test_a_probe_is_a_function_of_its_seed(probe):
     train, labels, test, truth = gaussians(distance=0.3, n=300)
     state = torch.get_rng_state()
     first = probe(train, labels, test, truth)
-    assert torch.equal(state, torch.get_rng_state()), "nobody else's draws are touched"
+    assert torch.equal(state, torch.get_rng_state()), "the global generator is untouched"
     torch.rand(1)
     assert (first == probe(train, labels, test, truth)).all()
     assert (first != probe(train, labels, test, truth, seed=1)).any()
@@ -238,7 +242,7 @@ def test_scale_and_offset_of_features_do_not_matter(probe):
 
 
 @both
-def test_a_test_image_is_judged_on_its_own(probe):
+def test_predictions_do_not_depend_on_other_test_images(probe):
     train, labels, test, truth = gaussians(distance=0.3, n=300)
     assert probe(train, labels, test[:1], truth[:1])[0] == probe(train, labels, test[:50], truth[:50])[0]
 
@@ -248,13 +252,13 @@ def test_maes_step_is_lars_on_standardized_features():
     the batch's."""
     train, labels, *_ = gaussians(distance=1.0, n=256)
     options = {"steps": 1, "warmup": 0.0, "batch": 256, "base_lr": 100.0, "seed": 3}
-    answers = torch.from_numpy(labels)
-    before, after = (fit_mae(of, 16, CLASSES, **options) for of in ([], [(train, answers)]))
+    targets = torch.from_numpy(labels)
+    before, after = (fit_mae(batches, 16, CLASSES, **options) for batches in ([], [(train, targets)]))
     w = (before.weight.detach() * (1 + 1e-6) ** 0.5).requires_grad_()
     b = torch.zeros(CLASSES, requires_grad=True)
     assert w.std().item() == pytest.approx(0.01, rel=0.2) and not before.bias.any()
     x = (train - train.mean(0)) / (train.var(0, correction=0) + 1e-6).sqrt()
-    torch.nn.functional.cross_entropy(x @ w.T + b, answers).backward()
+    torch.nn.functional.cross_entropy(x @ w.T + b, targets).backward()
     running = (0.9 + 0.1 * train.var(0) + 1e-6).sqrt()
     moved = w - 100 * 0.001 * w.norm() / w.grad.norm() * w.grad
     torch.testing.assert_close(after.weight, moved / running, rtol=1e-4, atol=1e-6)
@@ -269,7 +273,7 @@ def test_maes_step_is_lars_on_standardized_features():
     lambda old: lambda labels, seed=0, fraction=0.2: np.zeros(len(labels), bool),
 )
 def test_the_rate_is_chosen_on_held_out_samples_and_the_layer_fitted_on_all():
-    """The test set is no argument, so nothing can be chosen on it."""
+    """The test set is not an argument, so it cannot influence the choice."""
     train, labels, *_ = gaussians(distance=0.5, n=500)
     chosen = fit_rates(train, labels, CLASSES, steps=200)
     assert list(chosen.held_out) == list(RATES) and chosen.held_out[chosen.rate] == max(
@@ -279,7 +283,7 @@ def test_the_rate_is_chosen_on_held_out_samples_and_the_layer_fitted_on_all():
     assert torch.equal(alone.layer.weight, chosen.layer.weight) and alone.held_out == {}
 
 
-def test_layers_do_not_disturb_one_another():
+def test_layers_of_different_rates_are_independent():
     """Three rates trained together equal each trained alone; the last one is far too high."""
     train, labels, *_ = gaussians(distance=1.0, n=500)
     rates = [1e-3, 0.1, 1e4]
@@ -289,7 +293,7 @@ def test_layers_do_not_disturb_one_another():
         torch.testing.assert_close(together.weight[..., i], alone.weight[..., 0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_learns_as_sgd_of_its_rate_does():
+def test_one_step_of_a_layer_equals_sgd():
     train, labels, *_ = gaussians(distance=1.0, n=256)
     heads = fit(train, labels, CLASSES, [0.5], 1, 256, 3)
     start = Heads(train, CLASSES, 1, torch.Generator().manual_seed(3))
@@ -300,12 +304,12 @@ def test_a_layer_learns_as_sgd_of_its_rate_does():
 
 def test_with_one_image_a_class_the_middle_rate_is_taken():
     train, labels, *_ = gaussians(distance=8.0, n=CLASSES)
-    found = fit_rates(train, labels, CLASSES, steps=10)
-    assert found.rate == RATES[len(RATES) // 2] and found.held_out == {}
+    fitted = fit_rates(train, labels, CLASSES, steps=10)
+    assert fitted.rate == RATES[len(RATES) // 2] and fitted.held_out == {}
 
 
-def test_a_feature_that_never_changes_is_not_blown_up():
-    """Zero in training; rounding errors in testing must not decide."""
+def test_a_constant_feature_is_not_amplified():
+    """A feature that is zero in training and nearly zero in testing must not dominate."""
     train, labels, test, truth = gaussians(distance=2.0, n=300)
     train[:, 0], test[:, 0] = 0, 1 / 255
     layer = fit_rates(train, labels, CLASSES, steps=300).layer
@@ -322,17 +326,17 @@ def test_attentive_probes_find_one_token_among_many(kind):
 
     def images(n):
         tokens, labels = 0.5 * torch.randn(n, 30, 16, generator=rng), torch.randint(0, 4, (n,), generator=rng)
-        place = torch.randint(0, 30, (n,), generator=rng)
-        tokens[torch.arange(n), place] = 4 * torch.eye(16)[labels] + 4 * torch.eye(16)[10]
+        position = torch.randint(0, 30, (n,), generator=rng)
+        tokens[torch.arange(n), position] = 4 * torch.eye(16)[labels] + 4 * torch.eye(16)[10]
         return tokens.half(), labels.numpy()
 
     (train, labels), (test, truth) = images(800), images(400)
     options = {"steps": 150, "rates": (1e-2, 3e-2), "heads": 5}
-    found = attentive_probe.fit_rates(kind, train, labels, 4, **options)
-    assert (predict(found.probe, test) == truth).mean() > 0.95
-    assert found.held_out[found.rate] == max(found.held_out.values())
-    again = attentive_probe.fit_rates(kind, train, labels, 4, **options | {"rates": (found.rate,)})
-    assert (predict(again.probe, test) == predict(found.probe, test)).all()
+    fitted = attentive_probe.fit_rates(kind, train, labels, 4, **options)
+    assert (predict(fitted.probe, test) == truth).mean() > 0.95
+    assert fitted.held_out[fitted.rate] == max(fitted.held_out.values())
+    again = attentive_probe.fit_rates(kind, train, labels, 4, **options | {"rates": (fitted.rate,)})
+    assert (predict(again.probe, test) == predict(fitted.probe, test)).all()
 
 
 def test_heads_divide_the_width():

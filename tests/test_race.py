@@ -53,7 +53,7 @@ TINY = [
 ]
 
 
-def test_all_start_from_the_same_encoder_and_see_the_same_images():
+def test_all_arms_start_from_the_same_encoder_and_see_the_same_images():
     first, keys = None, set()
     for arm in arms(ARMS):
         torch.manual_seed(arm.recipe.seed)
@@ -77,7 +77,7 @@ def test_averaged_mae_is_mae_to_the_bit_and_costs_what_mae_costs():
         images = Images(DigitsSource("train", 8, 16, 0), method.views(), 0, 3)
         samples = [images[(0, i)] for i in range(8)]
         if arm is averaged:
-            with torch.no_grad():  # a teacher that agrees with nobody
+            with torch.no_grad():  # a teacher with unrelated predictions
                 method.teacher.model.decoder.pred.weight.normal_()
         loss = method(default_collate([{k: v for k, v in s.items() if k != "bad"} for s in samples]), T)[
             "loss"
@@ -89,12 +89,12 @@ def test_averaged_mae_is_mae_to_the_bit_and_costs_what_mae_costs():
     assert all(torch.equal(a, b) for a, b in zip(gradient, others, strict=True))
 
 
-def test_an_arm_has_its_own_settings_and_those_of_all():
+def test_arms_combine_their_own_settings_with_common_ones():
     one, two = arms(["rcmae, half_life = 5%, crop_scale=[0.5, 1.0]", "dino"], settings=["base_lr=1e-3"])
     assert (one.recipe.teacher.half_life, one.recipe.images.crop_scale) == ("5%", (0.5, 1.0))
     assert one.recipe.optim.base_lr == two.recipe.optim.base_lr == 1e-3
     one, two = arms(["mae", "dino"], settings=["prototypes=9"])
-    assert two.recipe.dino.prototypes == 9, "and MAE has none"
+    assert two.recipe.dino.prototypes == 9, "settings that only some methods have are allowed"
     with pytest.raises(ConfigError, match="mae: 'prototypes=9' is no setting"):
         arms(["mae", "rcmae"], settings=["prototypes=9"])
     dino, averaged = arms(["dino", AVERAGED], data="photos")
@@ -125,13 +125,13 @@ def test_settings_by_name_reach_every_section_and_say_what_is_wrong():
         False,
         "2%",
     )
-    for wrong, says in (
+    for wrong, message in (
         ("dephth=2", "did you mean depth"),
         ("depth", "write key=value"),
         ("depth=two", "of type int"),
         ("images=3", "no setting"),
     ):
-        with pytest.raises(ConfigError, match=says):
+        with pytest.raises(ConfigError, match=message):
             with_settings(recipe, [wrong], "arm x")
 
 
@@ -140,13 +140,13 @@ def test_intervals_have_at_least_their_nominal_coverage(seeds, spread):
     """Arms that truly differ by 2 points, seeds that differ with the standard deviation `spread`, 1,000 test
     images per seed."""
     rng = np.random.default_rng(seeds)
-    held = 0
+    covered = 0
     for _ in range(150):
         effect = 0.02 + spread * rng.standard_normal(seeds)
         a, b = ([rng.random(1000) < 0.4 + e for e in shift] for shift in (effect, np.zeros(seeds)))
         _, low, high = interval(a, b, draws=300)
-        held += low <= 2 <= high
-    assert held >= 0.95 * 150 - 2 * (150 * 0.95 * 0.05) ** 0.5
+        covered += low <= 2 <= high
+    assert covered >= 0.95 * 150 - 2 * (150 * 0.95 * 0.05) ** 0.5
 
 
 @catches(
@@ -154,8 +154,8 @@ def test_intervals_have_at_least_their_nominal_coverage(seeds, spread):
     "rcmae.compare.race:interval",
     lambda old: lambda first, second, draws=4000: old(first, [row[::-1] for row in second], draws),
 )
-def test_an_interval_is_paired():
-    """Two arms that are correct on the same images do not differ, however hard the images and whatever the
+def test_intervals_are_paired_by_image():
+    """Two arms that are correct on the same images do not differ, for any difficulty of the images and any
     seed."""
     correct = [np.random.default_rng(i).random(500) < fraction for i, fraction in enumerate((0.2, 0.5, 0.9))]
     assert interval(correct, correct) == [0, 0, 0]
@@ -178,13 +178,15 @@ def test_the_verdict_follows_from_the_intervals():
         row("b", 42.0, a=[2, -1, 5], c=[12, 6, 18]),
         row("c", 30.0, a=[-10, -16, -4], b=[-12, -18, -6]),
     ]
-    said = verdict(rows, about)
-    assert said[0].startswith(
+    sentences = verdict(rows, about)
+    assert sentences[0].startswith(
         "With 9 FLOPs for each on x, b has the highest linear probe accuracy on mean patches (42.0 %)"
     )
-    assert ": better than c (+12.0 points, +6.0 to +18.0); " in said[0]
-    assert "inconclusive against a (+2.0 points, -1.0 to +5.0)." in said[0]
-    assert said[1].startswith("b against a: inconclusive") and said[2].startswith("c against a: worse")
+    assert ": better than c (+12.0 points, +6.0 to +18.0); " in sentences[0]
+    assert "inconclusive against a (+2.0 points, -1.0 to +5.0)." in sentences[0]
+    assert sentences[1].startswith("b against a: inconclusive") and sentences[2].startswith(
+        "c against a: worse"
+    )
 
 
 def test_the_attentive_probe_finds_one_token_among_many():
@@ -193,18 +195,18 @@ def test_the_attentive_probe_finds_one_token_among_many():
 
     def images(n):
         tokens, labels = 0.5 * torch.randn(n, 30, 16, generator=rng), torch.randint(0, 4, (n,), generator=rng)
-        place = torch.randint(0, 30, (n,), generator=rng)
-        tokens[torch.arange(n), place] = 4 * torch.eye(16)[labels] + 4 * torch.eye(16)[10]
+        position = torch.randint(0, 30, (n,), generator=rng)
+        tokens[torch.arange(n), position] = 4 * torch.eye(16)[labels] + 4 * torch.eye(16)[10]
         return tokens.half(), labels.numpy()
 
     (train, labels), (test, truth) = images(800), images(400)
-    right = attentive_correct(train, labels, test, truth)
-    assert right.mean() > 0.95
-    assert (right == attentive_correct(train, labels, test, truth)).all()
+    correct = attentive_correct(train, labels, test, truth)
+    assert correct.mean() > 0.95
+    assert (correct == attentive_correct(train, labels, test, truth)).all()
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         (["mae"], "needs two arms"),
         (["mae", "mae"], "'mae' is given twice"),
@@ -225,10 +227,10 @@ def test_the_attentive_probe_finds_one_token_among_many():
         (["mae", "rcmae", "--budget", "64 images"], "too few to probe"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, capsys, argv, says):
+def test_bad_input_is_reported_in_one_line(tmp_path, capsys, argv, message):
     assert main(["compare", "race", *argv, "--out", str(tmp_path / "race")]) == 2
     error = capsys.readouterr().err
-    assert says in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 def test_a_race_without_labels_is_refused_before_it_runs(tmp_path, capsys):
@@ -242,7 +244,7 @@ def test_a_race_without_labels_is_refused_before_it_runs(tmp_path, capsys):
     assert not (tmp_path / "race").exists()
 
 
-def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
+def test_a_race_can_be_stopped_and_resumed_and_is_not_run_twice(tmp_path, capsys):
     out = tmp_path / "race"
     argv = [
         "compare",
@@ -275,22 +277,22 @@ def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
     assert "against mae" in printed
     runs = [path.parent for path in out.glob("*/finished")]
     assert len(runs) == 4 and begun <= {run.name for run in runs}
-    found = json.loads((out / "race.json").read_text())
-    for row in found["rows"]:
+    results = json.loads((out / "race.json").read_text())
+    for row in results["rows"]:
         assert row["steps"] == 40 and row["images"] == 640
         assert [point["step"] for point in row["curve"]] == [0, 20, 40]
         assert len(row["linear"]) == len(row["attentive"]) == len(row["knn"]) == 2
-        assert row["curve"][0]["linear"] == found["rows"][0]["curve"][0]["linear"], (
+        assert row["curve"][0]["linear"] == results["rows"][0]["curve"][0]["linear"], (
             "all start from the same weights"
         )
         assert row["curve"][-1]["linear"] == row["linear"]
         seconds = [point["seconds"] for point in row["curve"]]
         assert 0 == seconds[0] < seconds[1] < seconds[2]
-    mae, averaged = found["rows"]
+    mae, averaged = results["rows"]
     assert mae["flops"] == averaged["flops"]
     last = read_metrics(Path(next(run for run in runs if run.name.startswith("mae-averaged"))))
-    said = next(line for line in reversed(last) if line["kind"] == "probe")["teacher"]["linear"]
-    assert said in averaged["linear"]
+    accuracy = next(line for line in reversed(last) if line["kind"] == "probe")["teacher"]["linear"]
+    assert accuracy in averaged["linear"]
     assert (out / "race.html").read_text().count("<svg") == 9
 
     before = {run.name: (run / "metrics.jsonl").stat().st_mtime_ns for run in runs}
@@ -300,15 +302,15 @@ def test_a_race_is_stopped_resumed_judged_and_not_run_again(tmp_path, capsys):
 
 def test_the_recorded_race_can_be_drawn_again(tmp_path):
     """Its arms still exist, each with a line style of its own."""
-    found = json.loads((Path(__file__).parent.parent / "results" / "race.json").read_text())
-    names = [row["arm"] for row in found["rows"]]
+    results = json.loads((Path(__file__).parent.parent / "results" / "race.json").read_text())
+    names = [row["arm"] for row in results["rows"]]
     assert set(names) <= set(ARMS) and len({STYLES[name] for name in ARMS}) == len(ARMS)
-    page = write_race_page(found, tmp_path).read_text()
+    page = write_race_page(results, tmp_path).read_text()
     assert all(name in page for name in names)
     assert "Averaged weights cost as much as MAE" in page
 
 
-def test_equal_flops_are_equal(tmp_path):
+def test_a_flops_budget_is_divided_by_the_cost_of_a_step(tmp_path):
     contestants = arms(["mae", "dino"], settings=["batch_size=10"])
     steps = plan(
         contestants,

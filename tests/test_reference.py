@@ -1,4 +1,4 @@
-"""Our code against a plain reference: the same function, despite all optimizations."""
+"""The optimized code computes the same function as a plain reference."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_losses_and_gradients_are_those_of_the_reference(changes):
     plain = PlainStep(
         method.student, method.visible, method.recipe.rcmae.gamma, eps=method.recipe.mae.target_eps
     )
-    with torch.no_grad():  # a teacher of its own
+    with torch.no_grad():  # a teacher that differs from the student
         other = dict(method.teacher.model.named_parameters())
         names = plain.teacher.names()
         for name, p in plain.teacher.named_parameters():
@@ -36,7 +36,7 @@ def test_losses_and_gradients_are_those_of_the_reference(changes):
     ):
         assert got.item() == pytest.approx(want.item(), rel=1e-5)
     assert losses["consistency"] > 1e-3
-    own = dict(method.student.named_parameters())
+    weights = dict(method.student.named_parameters())
     for name, p in plain.student.named_parameters():
-        mine = own[plain.student.names()[name]].grad
-        assert (mine - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-9, name
+        gradient = weights[plain.student.names()[name]].grad
+        assert (gradient - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-9, name

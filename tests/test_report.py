@@ -1,4 +1,4 @@
-"""The report: self-contained, with correct pictures, and usable whatever data is missing."""
+"""The report: self-contained, with correct pictures, and complete even if data is missing."""
 
 import html
 import json
@@ -60,7 +60,7 @@ def read(tmp_path: Path, tensors: dict, meta: dict) -> pictures.Snapshot:
 
 
 def run_directory(root: Path, teacher: bool = True, labeled: bool = True) -> Path:
-    """A small made-up run directory."""
+    """A small synthetic run directory."""
     root.mkdir(parents=True)
     (root / "recipe.toml").write_text(
         to_toml(small("rcmae" if teacher else "mae", data="images <b>of</b> mine"))
@@ -125,9 +125,9 @@ def run_directory(root: Path, teacher: bool = True, labeled: bool = True) -> Pat
             root / "snapshots" / f"{step:08d}.safetensors",
             meta | {"step": str(step)},
         )
-    for who in ("student", "teacher") if teacher else ("student",):
-        (root / "export" / who).mkdir(parents=True)
-        (root / "export" / who / "config.json").write_text("{}")
+    for network in ("student", "teacher") if teacher else ("student",):
+        (root / "export" / network).mkdir(parents=True)
+        (root / "export" / network / "config.json").write_text("{}")
     return root
 
 
@@ -136,10 +136,10 @@ def recorded(run: Path) -> Path:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if line["kind"] == "train" and "momentum" in line:
-            kept = 0.97 + 0.0003 * line["step"]
+            momentum = 0.97 + 0.0003 * line["step"]
             line |= {
-                "momentum": kept,
-                "measured_momentum": kept,
+                "momentum": momentum,
+                "measured_momentum": momentum,
                 "expected_momentum": 0.97,
                 "half_life_steps": 22.5 + line["step"],
             }
@@ -244,12 +244,12 @@ def test_curves_follow_the_numbers(tmp_path):
     )
 
 
-def test_an_alarm_is_the_first_thing_one_reads(tmp_path):
+def test_alarms_come_first_in_the_verdict(tmp_path):
     page = write_report(recorded(run_directory(tmp_path / "run"))).read_text()
     first = part(page, 'id="verdict"', "</li>")
     assert '<li class="bad">' in first
     assert "Alarm teacher-drag at step 41: the teacher is <drag>; shorten --half-life ." in words(first)
-    assert "--half-life</code>" in first, "an option is not broken over two lines"
+    assert "--half-life</code>" in first, "options do not wrap"
     events = words(part(page, 'id="events"', "</table>"))
     assert "step 7 step 7 was not finite" in events
     assert "step 41 alarm teacher-drag: the teacher is <drag>; shorten --half-life" in events
@@ -261,7 +261,7 @@ def test_no_alarms_are_reported_only_for_a_monitored_run(tmp_path):
     page = write_report(run).read_text()
     assert "larm" not in words(page).replace(str(tmp_path), "")
     assert 'id="health"' not in page
-    assert 'id="figure-advantage"' in page, "older runs hold what it needs"
+    assert 'id="figure-advantage"' in page, "older runs contain the data for this figure"
     assert 'id="figure-cosine"' not in page
     lines = [
         line
@@ -280,7 +280,7 @@ def test_a_figure_over_depth_has_a_gap_between_encoder_and_decoder():
     assert [len(curve) for curve in curves(svg)] == [2, 2, 2, 2]
 
 
-def test_a_curve_without_a_name_obeys_the_axis():
+def test_a_curve_without_a_name_uses_the_logarithmic_axis():
     """On a logarithmic axis, powers of ten are equally spaced, with a legend entry or without."""
     svg = plot([Line("", "ink", [0, 1, 2], [1.0, 10.0, 100.0])], log=True)
     one, ten, hundred = curves(svg)[0]
@@ -296,8 +296,8 @@ def test_a_smooth_curve_is_a_running_mean():
     assert np.mean(mean) == pytest.approx(np.mean(raw), abs=1)
 
 
-@pytest.mark.parametrize("who", ["student", "teacher"])
-def test_hidden_pixels_cannot_reach_the_picture(tmp_path, who):
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_hidden_pixels_cannot_reach_the_picture(tmp_path, network):
     """If every hidden pixel changes, the hidden part of the picture stays equal to the bit; visible patches
     are shown unchanged."""
     tensors, meta = snapshot()
@@ -311,20 +311,22 @@ def test_hidden_pixels_cannot_reach_the_picture(tmp_path, who):
     changed = np.where(hidden[:, None], 255 - tensors["image"], tensors["image"])
     two = read(tmp_path, tensors | {"image": changed}, meta)
     for i in range(5):
-        a, b = pictures.picture(one, i, who), pictures.picture(two, i, who)
+        a, b = pictures.picture(one, i, network), pictures.picture(two, i, network)
         assert np.array_equal(a[hidden[i]], b[hidden[i]])
         assert np.array_equal(a[~hidden[i]], tensors["image"][i].transpose(1, 2, 0)[~hidden[i]])
-        c, e = (pictures.picture(s, i, who, true_statistics=True) for s in (one, two))
-        assert not np.array_equal(c[hidden[i]], e[hidden[i]]), "the labeled column does know"
+        c, e = (pictures.picture(s, i, network, true_statistics=True) for s in (one, two))
+        assert not np.array_equal(c[hidden[i]], e[hidden[i]]), (
+            "the column with true statistics depends on hidden pixels"
+        )
         assert np.array_equal(pictures.visible(one, i), pictures.visible(two, i))
 
 
 @pytest.mark.parametrize("target", ["normalized", "pixels"])
-def test_a_perfect_prediction_is_the_picture(tmp_path, target):
+def test_a_perfect_prediction_reproduces_the_picture(tmp_path, target):
     tensors, meta = snapshot(target=target)
-    shot = read(tmp_path, tensors, meta)
+    loaded = read(tmp_path, tensors, meta)
     for i in range(5):
-        patches = pictures.cut((tensors["image"][i].transpose(1, 2, 0) / 255 - shot.mean) / shot.std, 4)[
+        patches = pictures.cut((tensors["image"][i].transpose(1, 2, 0) / 255 - loaded.mean) / loaded.std, 4)[
             tensors["hidden"][i]
         ]
         if target == "normalized":
@@ -332,9 +334,9 @@ def test_a_perfect_prediction_is_the_picture(tmp_path, target):
                 patches.var(1, ddof=1, keepdims=True) + 0.5
             )
         tensors["student"][i] = patches
-    shot = read(tmp_path, tensors, meta)
+    loaded = read(tmp_path, tensors, meta)
     for i in range(5):
-        error = pictures.picture(shot, i, "student", true_statistics=True).astype(int) - tensors["image"][
+        error = pictures.picture(loaded, i, "student", true_statistics=True).astype(int) - tensors["image"][
             i
         ].transpose(1, 2, 0)
         assert np.abs(error).max() <= 1
@@ -352,7 +354,9 @@ def test_the_page_is_complete(tmp_path, teacher, labeled):
         assert f'id="{figure}"' in page
     assert ('id="teacher"' in page) == teacher
     assert ('id="figure-probe"' in page) == ('id="scores"' in page) == labeled
-    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:|//)""", page), "nothing is fetched"
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:|//)""", page), (
+        "no external resources"
+    )
     assert "<script" not in page
     assert "images &lt;b&gt;of&lt;/b&gt; mine" in page
     assert "a&lt;b&gt;.png" in page
@@ -383,7 +387,7 @@ def test_flat_images_have_no_variance_to_explain(tmp_path):
 
 
 def test_fractions_below_zero_and_above_one_are_described_in_words(tmp_path):
-    """A loss above that of predicting zero, a teacher far behind, and a half-life of many runs."""
+    """A loss above that of predicting zero, a teacher far behind, and a half-life of many times the run."""
     run = run_directory(tmp_path / "run")
     record = re.sub('"zero": 0.8', '"zero": 0.3', (run / "metrics.jsonl").read_text())
     record = re.sub(r'"half_life_fraction": [\d.]+', '"half_life_fraction": 577.57', record)
@@ -438,35 +442,35 @@ def test_evaluations_are_shown_and_distinguished(tmp_path):
         "network": "classifier",
         "details": {"errors": {"C-style": {"fog": [10, 20, 30, 40, 50]}}},
     }
-    places = (
+    names = (
         "linear-teacher",
         "linear-teacher-mae",
         "linear-teacher-10-percent-seed-3",
         "finetune-teacher/evaluate/robustness-classifier",
     )
-    for place, content in zip(places, [record] * 3 + [shifted], strict=True):
-        (run / "evaluate" / place).parent.mkdir(parents=True, exist_ok=True)
-        (run / "evaluate" / f"{place}.json").write_text(json.dumps(content))
+    for name, content in zip(names, [record] * 3 + [shifted], strict=True):
+        (run / "evaluate" / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / "evaluate" / f"{name}.json").write_text(json.dumps(content))
     (run / "evaluate" / "worth-it").mkdir()
     (run / "evaluate" / "worth-it" / "worth-it.json").write_text(
         json.dumps({"verdict": ["With 1 % of the labels, teacher: it <paid>"]})
     )
     page = write_report(run).read_text()
     rows = part(page, 'id="evaluations"', "</table>").split("<tr>")[2:]
-    assert len(rows) == 4 and all(any(f"<code>{place}</code>" in row for row in rows) for place in places)
+    assert len(rows) == 4 and all(any(f"<code>{name}</code>" in row for row in rows) for name in names)
     assert "teacher: it &lt;paid&gt;" in part(page, 'id="worth"', "</ul>")
     assert "Accuracy by severity of corruption: C-style" in page
 
 
-def chromium(page: str, folder: Path, width: int, **asked: str) -> dict:
+def chromium(page: str, folder: Path, width: int, **expressions: str) -> dict:
     """The values of JavaScript expressions in headless Chromium, in a window of that width."""
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if not program:
         pytest.skip("no chromium on this machine; CI installs Debian's")
-    questions = ", ".join(f"{name}: {expression}" for name, expression in asked.items())
+    fields = ", ".join(f"{name}: {expression}" for name, expression in expressions.items())
     probe = (
         '<script>window.addEventListener("load", () => '
-        f"{{ document.title = JSON.stringify({{ {questions} }}) }})</script></body>"
+        f"{{ document.title = JSON.stringify({{ {fields} }}) }})</script></body>"
     )
     (folder / "probed.html").write_text(page.replace("</body>", probe))
     command = [
@@ -491,14 +495,14 @@ def chromium(page: str, folder: Path, width: int, **asked: str) -> dict:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_it(tmp_path, width):
+def test_the_page_fits_the_window_of_a_browser(tmp_path, width):
     """In headless Chromium: the figures have a size, and the page is no wider than the window."""
     page = (
         write_report(recorded(run_directory(tmp_path / "run")))
         .read_text()
         .replace("<details", "<details open")
     )
-    found = chromium(
+    layout = chromium(
         page,
         tmp_path,
         width,
@@ -509,8 +513,8 @@ def test_a_browser_shows_it(tmp_path, width):
         figures='[...document.querySelectorAll("figure svg, table.shots img")]'
         ".map(e => e.getBoundingClientRect().width)",
     )
-    assert found["over"] <= 0
-    assert len(found["figures"]) > 35
-    assert {f"figure-{name}" for name in TEACHER_FIGURES + HEALTH_FIGURES} <= set(found["names"])
-    assert found["alarm"] != "rgba(0, 0, 0, 0)", "an alarm stands out"
-    assert min(found["figures"]) > 40
+    assert layout["over"] <= 0
+    assert len(layout["figures"]) > 35
+    assert {f"figure-{name}" for name in TEACHER_FIGURES + HEALTH_FIGURES} <= set(layout["names"])
+    assert layout["alarm"] != "rgba(0, 0, 0, 0)", "alarms are highlighted"
+    assert min(layout["figures"]) > 40

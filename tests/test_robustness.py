@@ -98,35 +98,35 @@ def imagenet_c_folder(tmp_path_factory) -> Path:
 
 
 def test_imagenet_c_is_read_by_corruption_severity_and_class(imagenet_c_folder):
-    said = []
+    messages = []
     models = {"reads": Reads(3), "turned": Reads(3, order=np.array([2, 0, 1])), "swaps": Reads(3, {2: 1})}
-    found = imagenet_c(models, imagenet_c_folder, THREE, LOADING, said.append)
-    assert found["reads"].kind == IMAGENET_C and list(found["reads"].correct) == list(STANDARD)
-    wanted = {name: [0.0] * 5 for name in STANDARD} | {"frost": [0, 0, 0, 25, 25]}
-    assert found["reads"].errors == wanted
+    results = imagenet_c(models, imagenet_c_folder, THREE, LOADING, messages.append)
+    assert results["reads"].kind == IMAGENET_C and list(results["reads"].correct) == list(STANDARD)
+    expected = {name: [0.0] * 5 for name in STANDARD} | {"frost": [0, 0, 0, 25, 25]}
+    assert results["reads"].errors == expected
     assert (
-        found["swaps"].errors["fog"] == [25] * 5
-        and found["swaps"].correct["fog"].tolist() == [[True, True, True, False]] * 5
+        results["swaps"].errors["fog"] == [25] * 5
+        and results["swaps"].correct["fog"].tolist() == [[True, True, True, False]] * 5
     )
-    assert found["reads"].mean_error == pytest.approx(50 / 75) and found["reads"].mce is None, (
+    assert results["reads"].mean_error == pytest.approx(50 / 75) and results["reads"].mce is None, (
         "three classes are not ImageNet-C"
     )
-    assert found["turned"].mean_error > 50
+    assert results["turned"].mean_error > 50
     turned = imagenet_c(models, imagenet_c_folder, [THREE[1], THREE[2], THREE[0]], LOADING)["turned"]
-    assert turned.errors == wanted, "columns are found by name"
+    assert turned.errors == expected, "columns are found by name"
     assert (
-        len(said) == 15
-        and "frost, error by severity in percent: reads 0.0 0.0 0.0 25.0 25.0; turned" in said[8]
+        len(messages) == 15
+        and "frost, error by severity in percent: reads 0.0 0.0 0.0 25.0 25.0; turned" in messages[8]
     )
 
 
-def test_mce_is_given_for_the_published_set_only():
-    right = {name: np.arange(2000) >= np.array([[round(20 * ALEXNET[name])]] * 5) for name in STANDARD}
-    official = Corrupted(IMAGENET_C, right, published=True)
+def test_mce_is_computed_only_for_the_published_set():
+    correct = {name: np.arange(2000) >= np.array([[round(20 * ALEXNET[name])]] * 5) for name in STANDARD}
+    official = Corrupted(IMAGENET_C, correct, published=True)
     assert official.mce == pytest.approx(100, abs=0.03) and official.mean_error == pytest.approx(
         78.87, abs=0.1
     )
-    assert Corrupted(C_STYLE, right, published=False).mce is None
+    assert Corrupted(C_STYLE, correct, published=False).mce is None
 
 
 def test_an_incomplete_imagenet_c_is_named(imagenet_c_folder, tmp_path):
@@ -179,40 +179,40 @@ def test_an_incomplete_imagenet_c_is_named(imagenet_c_folder, tmp_path):
 @pytest.mark.parametrize("which", ["a", "r"])
 def test_predictions_are_among_the_two_hundred_classes_of_the_set(tmp_path, which):
     """Three images get a class outside of the set, and one another of its classes."""
-    classes, own = imagenet_classes(), synsets(which)
-    for wnid in own:
+    classes, members = imagenet_classes(), synsets(which)
+    for wnid in members:
         save(tmp_path / wnid / "0.jpg", classes.index(wnid), 11)
-    outside = next(i for i, wnid in enumerate(classes) if wnid not in own)
-    place = [classes.index(wnid) for wnid in own]
-    mistakes = {place[3]: outside, place[50]: outside, place[199]: outside, place[7]: place[8]}
+    outside = next(i for i, wnid in enumerate(classes) if wnid not in members)
+    column = [classes.index(wnid) for wnid in members]
+    mistakes = {column[3]: outside, column[50]: outside, column[199]: outside, column[7]: column[8]}
     order = np.random.default_rng(0).permutation(1000)
     mixed = [classes[i] for i in np.argsort(order)]
     for model, named in ((Reads(1000, mistakes), classes), (Reads(1000, mistakes, order), mixed)):
-        found = subset({"toy": model}, tmp_path, named, which, LOADING)["toy"]
-        assert np.flatnonzero(~found.among_200).tolist() == [7]
-        assert np.flatnonzero(~found.among_all).tolist() == [3, 7, 50, 199]
+        result = subset({"toy": model}, tmp_path, named, which, LOADING)["toy"]
+        assert np.flatnonzero(~result.among_200).tolist() == [7]
+        assert np.flatnonzero(~result.among_all).tolist() == [3, 7, 50, 199]
     other = {"a": "r", "r": "a"}[which]
     with pytest.raises(
         DataError, match=r"has 200 class folders; n\d+, n\d+, n\d+ and \d+ more of 200 missing"
     ):
         subset({"toy": model}, tmp_path, classes, other, LOADING)
-    (tmp_path / own[0] / "0.jpg").unlink()
-    with pytest.raises(DataError, match=f"empty class folders: {own[0]}"):
+    (tmp_path / members[0] / "0.jpg").unlink()
+    with pytest.raises(DataError, match=f"empty class folders: {members[0]}"):
         subset({"toy": model}, tmp_path, classes, which, LOADING)
     (tmp_path / "README.png").write_bytes(b"")
     with pytest.raises(DataError, match="must contain images in class folders, and nothing else"):
         subset({"toy": model}, tmp_path, classes, which, LOADING)
-    with pytest.raises(DataError, match=f"199 class folders; {own[0]} of 200 missing"):
-        (tmp_path / own[0]).rmdir()
+    with pytest.raises(DataError, match=f"199 class folders; {members[0]} of 200 missing"):
+        (tmp_path / members[0]).rmdir()
         subset({"toy": model}, tmp_path, classes, which, LOADING)
 
 
-def test_sketch_has_all_classes(tmp_path):
+def test_sketch_is_scored_among_all_classes(tmp_path):
     classes = imagenet_classes()
     for number, wnid in enumerate(classes):
         save(tmp_path / wnid / "sketch_0.JPEG", number, 8, "BMP")
-    found = sketch({"toy": Reads(1000, {5: 6, 999: 0})}, tmp_path, classes, LOADING)["toy"]
-    assert np.flatnonzero(~found).tolist() == [5, 999]
+    correct = sketch({"toy": Reads(1000, {5: 6, 999: 0})}, tmp_path, classes, LOADING)["toy"]
+    assert np.flatnonzero(~correct).tolist() == [5, 999]
     with pytest.raises(DataError, match="folders are no class of the model|1000 folders"):
         sketch({"toy": Reads(3)}, tmp_path, THREE, LOADING)
     with pytest.raises(DataError, match="is not a folder; give the folder that contains the class folders"):
@@ -274,54 +274,60 @@ def digits(count: int = 23) -> tuple[DigitsSource, np.ndarray, dict[str, nn.Modu
 
 def test_clean_images_and_their_calibration():
     source, labels, models = digits()
-    said = clean(models, source, labels, Loading((32, 32), CPU, batch=5))
-    assert said["one"].correct.all() and len(said["one"].correct) == 21 and not said["two"].correct.all()
+    results = clean(models, source, labels, Loading((32, 32), CPU, batch=5))
+    assert (
+        results["one"].correct.all()
+        and len(results["one"].correct) == 21
+        and not results["two"].correct.all()
+    )
     x = torch.from_numpy(source.images[labels >= 0]).permute(0, 3, 1, 2).float() / 255
-    np.testing.assert_allclose(said["two"].confidence, models["two"](x).softmax(1).max(1).values, rtol=1e-5)
-    gap = abs(said["one"].confidence.mean() - 1)
-    assert ece(said["one"].confidence, said["one"].correct) == pytest.approx(100 * gap), (
-        "all right: every bin is off to the same side"
+    np.testing.assert_allclose(
+        results["two"].confidence, models["two"](x).softmax(1).max(1).values, rtol=1e-5
+    )
+    gap = abs(results["one"].confidence.mean() - 1)
+    assert ece(results["one"].confidence, results["one"].correct) == pytest.approx(100 * gap), (
+        "all are correct: every bin deviates in the same direction"
     )
 
 
 def test_corrupted_images_are_those_of_corrupt_whatever_the_batch_and_workers():
     source, labels, models = digits()
-    names, severities, said = ("shot_noise", "contrast"), (1, 3, 5), []
-    found = corrupted(
-        models, source, labels, Loading((32, 32), CPU, batch=9), 3, names, severities, said.append
+    names, severities, messages = ("shot_noise", "contrast"), (1, 3, 5), []
+    results = corrupted(
+        models, source, labels, Loading((32, 32), CPU, batch=9), 3, names, severities, messages.append
     )
     known = np.flatnonzero(labels >= 0)
     for model in models:
         assert (
-            found[model].kind == C_STYLE
-            and found[model].mce is None
-            and list(found[model].correct) == list(names)
+            results[model].kind == C_STYLE
+            and results[model].mce is None
+            and list(results[model].correct) == list(names)
         )
         for name in names:
-            for row, severity in zip(found[model].correct[name], severities, strict=True):
+            for row, severity in zip(results[model].correct[name], severities, strict=True):
                 changed = np.stack([corrupt(source.images[i], name, severity, 3, int(i)) for i in known])
                 x = torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255
                 assert (row == (models[model](x).argmax(1).numpy() == labels[known])).all()
     assert (
-        0 < found["one"].mean_error < 100
-        and len(said) == 2
-        and said[0].startswith("shot_noise, error by severity in percent: one ")
+        0 < results["one"].mean_error < 100
+        and len(messages) == 2
+        and messages[0].startswith("shot_noise, error by severity in percent: one ")
     )
     again = corrupted(
         models, source, labels, Loading((32, 32), CPU, batch=4, workers=2), 3, names, severities
     )
-    assert all((again[m].correct[n] == found[m].correct[n]).all() for m in models for n in names)
+    assert all((again[m].correct[n] == results[m].correct[n]).all() for m in models for n in names)
     other = corrupted(models, source, labels, Loading((32, 32), CPU), 4, names, severities)
-    assert any((other[m].correct["shot_noise"] != found[m].correct["shot_noise"]).any() for m in models)
+    assert any((other[m].correct["shot_noise"] != results[m].correct["shot_noise"]).any() for m in models)
 
 
 def test_draws_depend_on_the_index_in_the_full_set():
-    """Also when a part of a part of it is corrupted."""
+    """Also for a subset of a subset."""
     source, labels, _ = digits(40)
     part = Subset(Subset(source, np.arange(5, 30), labels[5:30]), np.array([0, 3, 20]))
-    seen = []
+    batches = []
     corrupted(
-        {"toy": lambda x: seen.append(x) or torch.zeros(len(x), 10)},
+        {"toy": lambda x: batches.append(x) or torch.zeros(len(x), 10)},
         part,
         part.labels,
         Loading((32, 32), CPU),
@@ -329,8 +335,10 @@ def test_draws_depend_on_the_index_in_the_full_set():
         ("shot_noise",),
         (4,),
     )
-    wanted = [corrupt(source.images[i], "shot_noise", 4, 3, i) for i in (5, 8, 25)]
-    assert ((seen[0].permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8) == np.stack(wanted)).all()
+    expected = [corrupt(source.images[i], "shot_noise", 4, 3, i) for i in (5, 8, 25)]
+    assert (
+        (batches[0].permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8) == np.stack(expected)
+    ).all()
 
 
 @catches(
@@ -351,21 +359,21 @@ def test_images_are_cropped_before_corruption_and_labels_matched_by_name(tmp_pat
     source = open_source(str(tmp_path))
     labels = labels_for(source, [THREE[2], "n1", THREE[0], THREE[1]])
     assert labels.tolist() == [2, 2, 3, 3, 0, 0]
-    found = clean({"toy": Reads(4, order=np.array([2, 3, 0, 1]))}, source, labels, LOADING)["toy"]
-    assert found.correct.all()
-    seen = []
+    result = clean({"toy": Reads(4, order=np.array([2, 3, 0, 1]))}, source, labels, LOADING)["toy"]
+    assert result.correct.all()
+    batches = []
     corrupted(
-        {"toy": lambda x: seen.append(x) or torch.zeros(len(x), 4)},
+        {"toy": lambda x: batches.append(x) or torch.zeros(len(x), 4)},
         source,
         labels,
         LOADING,
         corruptions=("fog",),
     )
-    assert [tuple(x.shape) for x in seen] == [(20, 3, 8, 8), (10, 3, 8, 8)], (
-        "16 asked for: four images of five severities"
+    assert [tuple(x.shape) for x in batches] == [(20, 3, 8, 8), (10, 3, 8, 8)], (
+        "batches of at most 16 hold four images in five severities"
     )
     flat = np.tile(color(0), (8, 8, 1))
-    assert (seen[0][2].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8).tolist() == corrupt(
+    assert (batches[0][2].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8).tolist() == corrupt(
         flat, "fog", 3, 0, 0
     ).tolist()
     (tmp_path / THREE[0] / "1.png").write_bytes(b"no image")
@@ -374,7 +382,7 @@ def test_images_are_cropped_before_corruption_and_labels_matched_by_name(tmp_pat
             clean({"toy": Reads(4)}, source, labels, dataclasses.replace(LOADING, workers=workers))
         assert "\n" not in str(e.value)
         assert not multiprocessing.active_children(), (
-            "a loader process that is left would keep the interpreter from ending"
+            "a remaining loader process would keep the interpreter from exiting"
         )
     with pytest.raises(DataError, match="folders are no class of the model: n01484850"):
         labels_for(source, THREE[:2])
@@ -389,25 +397,25 @@ def test_images_are_cropped_before_corruption_and_labels_matched_by_name(tmp_pat
 
 def test_attacks_on_a_source():
     source, labels, models = digits(60)
-    attacks, said = [fgsm(0.5), pgd(0.5, steps=5, restarts=2)], []
-    found = adversarial(models, source, labels, attacks, Loading((32, 32), CPU, batch=16), 40, 0, said.append)
-    for one in found.values():
+    attacks, messages = [fgsm(0.5), pgd(0.5, steps=5, restarts=2)], []
+    results = adversarial(
+        models, source, labels, attacks, Loading((32, 32), CPU, batch=16), 40, 0, messages.append
+    )
+    for one in results.values():
         clean_right, *attacked = one.correct.values()
         assert list(one.correct) == ["clean", "FGSM 0.5/255", "PGD-5 x2 0.5/255"] and len(clean_right) == 40
         assert all((correct <= clean_right).all() for correct in attacked)
-        assert (attacked[0] == attacked[1]).all(), (
-            "a linear model is at its worst in the corner that both reach"
-        )
+        assert (attacked[0] == attacked[1]).all(), "both attacks reach the optimum of a linear model"
         assert list(one.checks) == ["PGD-5 x2 0.5/255"] and all(
             c.holds for c in one.checks["PGD-5 x2 0.5/255"].values()
         )
-    assert 0 < found["one"].correct["FGSM 0.5/255"].sum() < 40 and found["one"].correct["clean"].all()
-    assert said[0].startswith(
+    assert 0 < results["one"].correct["FGSM 0.5/255"].sum() < 40 and results["one"].correct["clean"].all()
+    assert messages[0].startswith(
         "one, PGD-5 x2 0.5/255: eps 0 equals clean: yes (100.0 % and 100.0 %, 16 images)"
     )
-    assert said[-2].startswith("one, accuracy in percent: clean 100.0, FGSM")
+    assert messages[-2].startswith("one, accuracy in percent: clean 100.0, FGSM")
     cut = adversarial(models, source, labels, attacks, Loading((32, 32), CPU, batch=7), 40)
-    assert all((cut[m].correct[a] == found[m].correct[a]).all() for m in models for a in found[m].correct)
+    assert all((cut[m].correct[a] == results[m].correct[a]).all() for m in models for a in results[m].correct)
     whole = adversarial(models, source, labels, attacks[:1], Loading((32, 32), CPU))["one"]
     assert len(whole.correct["clean"]) == 58
     with pytest.raises(ConfigError, match="two attacks have the same name"):
@@ -415,7 +423,7 @@ def test_attacks_on_a_source():
 
 
 @pytest.mark.usefixtures("drawn")
-def test_the_figure_has_a_curve_a_model_from_the_clean_accuracy_on():
+def test_severity_figures_have_a_curve_for_each_model():
     errors = {
         "student": {"fog": [10, 20, 30, 40, 50], "snow": [20, 30, 40, 50, 60]},
         "teacher": {"fog": [5] * 5, "snow": [7] * 5},
@@ -441,12 +449,12 @@ def test_the_figure_has_a_curve_a_model_from_the_clean_accuracy_on():
         | unusual
         | {"details": {"errors": {"C-style": errors["student"], "ImageNet-C": {"fog": [9] * 5}}}}
     )
-    found = figures([first, second, second | {"seed": 3}, first | {"network": "classifier"}, first])
-    assert found.keys() == {"C-style", "ImageNet-C"}
+    svgs = figures([first, second, second | {"seed": 3}, first | {"network": "classifier"}, first])
+    assert svgs.keys() == {"C-style", "ImageNet-C"}
     for name in (
         "teacher, knn probe, 10 % of labels",
         "% of labels, seed 3",
         "finetune-teacher",
         "teacher, abcdef",
     ):
-        assert name in found["C-style"]
+        assert name in svgs["C-style"]

@@ -52,7 +52,7 @@ def test_alexnet_has_an_mce_of_100():
     assert mean_corruption_error(alexnet()) == pytest.approx(100, abs=1e-9)
     assert corruption_errors(alexnet()) == pytest.approx(dict.fromkeys(ALEXNET, 100.0), abs=1e-9)
     assert mean_error(alexnet()) == pytest.approx(np.mean(list(ALEXNET.values())))
-    assert mean_error(alexnet()) < 79, "the plain mean is another number"
+    assert mean_error(alexnet()) < 79, "the unnormalized mean differs"
 
 
 def test_a_resnet_50_has_its_public_corruption_errors():
@@ -70,16 +70,16 @@ def test_a_resnet_50_has_its_public_corruption_errors():
         "impulse_noise": (23.81, 82.58),
     }
     errors = alexnet() | {name: [100 - accuracy] * 5 for name, (accuracy, _) in public.items()}
-    for name, (_, wanted) in public.items():
-        assert corruption_errors(errors)[name] == pytest.approx(wanted, abs=0.011), name
+    for name, (_, expected) in public.items():
+        assert corruption_errors(errors)[name] == pytest.approx(expected, abs=0.011), name
 
 
-def test_half_of_alexnets_errors_are_50_whatever_the_order():
+def test_half_of_alexnets_errors_give_an_mce_of_50_in_any_order():
     half = {name: [e / 2 for e in errors] for name, errors in reversed(alexnet().items())}
     assert mean_corruption_error(half) == pytest.approx(50)
 
 
-def test_a_part_of_the_corruptions_has_no_mce():
+def test_an_mce_needs_all_corruptions():
     errors = alexnet()
     fog = errors.pop("fog")
     with pytest.raises(DataError, match="missing: fog"):
@@ -93,17 +93,17 @@ def test_a_part_of_the_corruptions_has_no_mce():
 @catches(
     "the calibration error compares two means",
     "rcmae.tasks.robustness.metrics:ece",
-    lambda old: lambda confidence, right, bins=15: 100 * abs(float(confidence.mean() - right.mean())),
+    lambda old: lambda confidence, correct, bins=15: 100 * abs(float(confidence.mean() - correct.mean())),
 )
 def test_calibration_of_toys():
     draws = np.random.default_rng(0)
     confidence = draws.uniform(0.1, 1, 200_000)
-    assert ece(confidence, draws.random(200_000) < confidence) < 0.5, "right as often as it says"
+    assert ece(confidence, draws.random(200_000) < confidence) < 0.5, "calibrated"
     assert ece(confidence, draws.random(200_000) < confidence - 0.1) == pytest.approx(10, abs=0.5), (
-        "overconfident by a tenth"
+        "overconfident by 0.1"
     )
-    sure, right = np.full(10, 0.95), np.arange(10) < 6
-    assert ece(sure, right) == pytest.approx(35)
+    sure, correct = np.full(10, 0.95), np.arange(10) < 6
+    assert ece(sure, correct) == pytest.approx(35)
     two = np.array([0.62, 0.62, 0.98, 0.98])  # 50 % at 0.62 and 100 % at 0.98
     assert ece(two, np.array([True, False, True, True])) == pytest.approx(100 * (0.12 + 0.02) / 2)
 

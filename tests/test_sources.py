@@ -1,4 +1,4 @@
-"""A kind of source is one class and one line: a seventh one works with every command."""
+"""A new kind of source needs one class and one line in SOURCES, and works with every command."""
 
 import hashlib
 import json
@@ -58,20 +58,20 @@ class Stripes(Source):
 
 
 @pytest.fixture(autouse=True)
-def _seventh(monkeypatch):
+def _register(monkeypatch):
     monkeypatch.setattr(sources, "SOURCES", (Stripes, *sources.SOURCES))
 
 
-def test_a_seventh_kind_of_source_is_one_class_and_one_line(tmp_path, capsys):
+def test_a_new_kind_of_source_works_with_every_command(tmp_path, capsys):
     recipe = small(data="stripes:32", probes=1, probe_train=12, probe_test=12)
     result = pretrain(recipe, RuntimeConfig(out=tmp_path / "run", device="cpu"))
     assert result.step == 6 and result.probe
     assert "note: stripes lie or stand" in capsys.readouterr().out
-    assert main(["check", "stripes:32", "--batch-size", "8", "--json", str(tmp_path / "found.json")]) == 0
-    out, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
+    assert main(["check", "stripes:32", "--batch-size", "8", "--json", str(tmp_path / "report.json")]) == 0
+    out, report = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
     assert "note: stripes lie or stand" in out and "stripes:32: 32 images (stripes)" in out
-    assert (found["formats"], found["classes"]) == ({"pixels": 32}, {"lying": 16, "standing": 16})
-    assert found["widths"] == [32] * 3, "recipe bundled, which the kind asks for, is of 32 px"
+    assert (report["formats"], report["classes"]) == ({"pixels": 32}, {"lying": 16, "standing": 16})
+    assert report["widths"] == [32] * 3, "the size of the recipe that the kind of source names"
     common = [
         "--device",
         "cpu",
@@ -87,7 +87,7 @@ def test_a_seventh_kind_of_source_is_one_class_and_one_line(tmp_path, capsys):
     assert "note: stripes lie or stand" in out and "32 test images" in out
 
 
-def test_it_is_listed_and_used_like_all_others(capsys):
+def test_a_new_kind_of_source_is_listed_like_the_others(capsys):
     assert processes(sources.open_source("stripes:4"), None) == 0
     assert arms(["mae", "rcmae"], "stripes:32")[0].recipe.network == arms(["mae", "rcmae"])[0].recipe.network
     assert main(["check", "nowhere"]) == 3

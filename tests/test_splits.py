@@ -15,29 +15,31 @@ def labels_of(*sizes: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sizes", [(100,) * 10, (500, 300, 3, 1), (1, 1, 1), (2000, 7)])
-def test_nested_no_class_missing_and_all_at_100(sizes):
+def test_splits_are_nested_and_contain_every_class(sizes):
     labels = labels_of(*sizes)
-    found = splits(labels)
-    assert list(found) == [1, 5, 10, 100]
-    for percent, chosen in found.items():
+    subsets = splits(labels)
+    assert list(subsets) == [1, 5, 10, 100]
+    for percent, chosen in subsets.items():
         assert (
             len(chosen) == max(len(sizes), round(len(labels) * percent / 100)) and (np.diff(chosen) > 0).all()
         )
         assert (np.unique(labels[chosen]) == np.arange(len(sizes))).all()
     for small, large in ((1, 5), (5, 10), (10, 100)):
-        assert set(found[small]) <= set(found[large])
+        assert set(subsets[small]) <= set(subsets[large])
 
 
 @pytest.mark.parametrize("sizes", [(100,) * 10, (500, 300, 3, 1), (64, 65, 66)])
-def test_classes_differ_by_one_image_or_by_what_they_lack(sizes):
+def test_classes_are_balanced_up_to_one_image(sizes):
     labels = labels_of(*sizes)
     for chosen in splits(labels, percents=(1, 3.3, 5, 10, 40, 99)).values():
         count = np.bincount(labels[chosen])
-        rounds = count.max() - (count.max() > count[count < sizes].min(initial=count.max()))  # the whole ones
+        rounds = count.max() - (
+            count.max() > count[count < sizes].min(initial=count.max())
+        )  # complete rounds
         assert (np.minimum(sizes, rounds) <= count).all() and (count <= np.minimum(sizes, rounds + 1)).all()
 
 
-def test_a_function_of_labels_and_seed_only():
+def test_splits_depend_only_on_labels_and_seed():
     labels = labels_of(80, 90, 100)
     np.random.seed(0)
     first = splits(labels, seed=3)
@@ -46,10 +48,10 @@ def test_a_function_of_labels_and_seed_only():
     assert all((first[p] == again[p]).all() for p in first)
     assert (first[5] != other[5]).any()
     assert first[1].tolist() == [44, 86, 126], "published splits never change"
-    assert (splits(labels, seed=3, percents=[10])[10] == first[10]).all(), "whatever else is asked for"
+    assert (splits(labels, seed=3, percents=[10])[10] == first[10]).all(), "independent of other percentages"
 
 
-def test_the_rounds_favor_no_class():
+def test_remaining_images_are_not_always_of_the_same_classes():
     """Ten images of four classes: two classes have one more, and not the same two for every seed."""
     extra = [
         tuple(
@@ -64,18 +66,18 @@ def test_the_rounds_favor_no_class():
 def test_images_without_a_label_are_never_chosen():
     labels = labels_of(50, 50)
     labels[::3] = -1
-    found = splits(labels)
-    assert (labels[found[100]] >= 0).all() and len(found[100]) == (labels >= 0).sum()
+    subsets = splits(labels)
+    assert (labels[subsets[100]] >= 0).all() and len(subsets[100]) == (labels >= 0).sum()
 
 
 def test_a_fraction_of_every_class_is_held_out_and_never_all_of_one():
     labels = labels_of(100, 10, 2, 1)
-    held = held_out(labels)
-    assert np.bincount(labels[held], minlength=4).tolist() == [20, 2, 1, 0]
-    assert (held == held_out(labels)).all() and (held != held_out(labels, seed=1)).any()
+    chosen = held_out(labels)
+    assert np.bincount(labels[chosen], minlength=4).tolist() == [20, 2, 1, 0]
+    assert (chosen == held_out(labels)).all() and (chosen != held_out(labels, seed=1)).any()
 
 
-def test_files_are_the_same_bytes_and_know_their_labels(tmp_path):
+def test_split_files_are_reproducible_and_tied_to_their_labels(tmp_path):
     labels = labels_of(30, 40)
     one, two = (tmp_path / name for name in "ab")
     for folder in (one, two):

@@ -1,4 +1,4 @@
-"""`rcmae verify`: it confirms the training loop as it is, and detects each fault that it is made for."""
+"""`rcmae verify`: it confirms the training loop, and detects each fault that it is designed for."""
 
 import json
 
@@ -20,12 +20,12 @@ STEPS = 4
 EVERY = {"save_every": "0.000001s", "keep": 99, "log_every": 1}
 
 
-def left(out, data, method="rcmae", **runtime) -> Outcome:
+def outcome(out, data, method="rcmae", **runtime) -> Outcome:
     run(out, data, method, steps=STEPS, runtime=EVERY | runtime)
     return Outcome.read(out, STEPS)
 
 
-def broken(row) -> set[str]:
+def differing(row) -> set[str]:
     """The quantities that differ by more than float32 rounding explains, here by a factor of ten."""
     return {
         name
@@ -37,15 +37,15 @@ def broken(row) -> set[str]:
 @pytest.mark.parametrize("method", ["mae", "rcmae"])
 def test_micro_batches_equal_a_batch(tmp_path, folder, method):  # noqa: F811
     row = compare(
-        "", left(tmp_path / "1", folder, method), left(tmp_path / "4", folder, method, accumulate=4)
+        "", outcome(tmp_path / "1", folder, method), outcome(tmp_path / "4", folder, method, accumulate=4)
     )
     assert row.holds, row
     assert 0 < row.differences["gradient"] < 1e-5
     assert ("teacher" in row.differences) == (method == "rcmae")
 
 
-def test_a_teacher_that_moves_with_every_micro_batch_is_found(tmp_path, folder, monkeypatch):  # noqa: F811
-    straight = left(tmp_path / "1", folder)
+def test_a_teacher_update_in_every_micro_batch_is_detected(tmp_path, folder, monkeypatch):  # noqa: F811
+    full_batch = outcome(tmp_path / "1", folder)
     forward = RCMAE.forward
 
     def eager(method, batch, t):
@@ -53,33 +53,34 @@ def test_a_teacher_that_moves_with_every_micro_batch_is_found(tmp_path, folder, 
         return forward(method, batch, t)
 
     monkeypatch.setattr(RCMAE, "forward", eager)
-    row = compare("", straight, left(tmp_path / "4", folder, accumulate=4))
+    row = compare("", full_batch, outcome(tmp_path / "4", folder, accumulate=4))
     assert not row.holds
-    assert "teacher" in broken(row)
+    assert "teacher" in differing(row)
 
 
-def test_micro_batches_that_repeat_are_found(tmp_path, folder, monkeypatch):  # noqa: F811
-    straight = left(tmp_path / "1", folder)
+def test_repeated_micro_batches_are_detected(tmp_path, folder, monkeypatch):  # noqa: F811
+    full_batch = outcome(tmp_path / "1", folder)
     iterate = BatchSampler.__iter__
 
     def repeating(sampler):
         for i, keys in enumerate(iterate(sampler)):
-            first = keys if i % sampler.micro == 0 else first
+            if i % sampler.micro == 0:
+                first = keys
             yield first
 
     monkeypatch.setattr(BatchSampler, "__iter__", repeating)
-    row = compare("", straight, left(tmp_path / "4", folder, accumulate=4))
+    row = compare("", full_batch, outcome(tmp_path / "4", folder, accumulate=4))
     assert not row.holds
-    assert {"loss", "gradient"} <= broken(row)
+    assert {"loss", "gradient"} <= differing(row)
 
 
 @pytest.mark.parametrize("fault", ["none", "optimizer", "teacher"])
-def test_a_resume_that_forgets_is_found(tmp_path, folder, monkeypatch, fault):  # noqa: F811
-    straight = left(tmp_path / "straight", folder)
+def test_an_incomplete_resume_is_detected(tmp_path, folder, monkeypatch, fault):  # noqa: F811
+    uninterrupted = outcome(tmp_path / "uninterrupted", folder)
     with monkeypatch.context() as patch:
         stop_at(patch, pretraining.Pretraining, 2)
         with pytest.raises(Preempted):
-            left(tmp_path / "run", folder)
+            outcome(tmp_path / "run", folder)
     load = trainer.load_checkpoint
 
     def forgetful(path, method, optimizer):
@@ -91,23 +92,23 @@ def test_a_resume_that_forgets_is_found(tmp_path, folder, monkeypatch, fault):  
         return state
 
     monkeypatch.setattr(trainer, "load_checkpoint", forgetful)
-    row = compare("", straight, left(tmp_path / "run", folder), exact=True)
+    row = compare("", uninterrupted, outcome(tmp_path / "run", folder), exact=True)
     assert row.holds == (fault == "none"), row
     if fault == "none":
         assert set(row.differences.values()) == {0.0}
 
 
 @pytest.mark.slow
-def test_the_command_confirms_every_way(tmp_path, capsys, monkeypatch, folder):  # noqa: F811
-    """Except compilation, which takes a minute; `rcmae verify` itself shows that."""
-    cannot = verify._unavailable
+def test_the_command_confirms_every_variation(tmp_path, capsys, monkeypatch, folder):  # noqa: F811
+    """Except for compilation, which takes a minute."""
+    unavailable = verify._unavailable
     monkeypatch.setattr(
         verify,
         "_unavailable",
-        lambda way, kind: "left out" if "--compile" in way.flags else cannot(way, kind),
+        lambda way, kind: "left out" if "--compile" in way.flags else unavailable(way, kind),
     )
     (tmp_path / "mine.toml").write_text(to_toml(small(data=str(folder))))
-    file = tmp_path / "found.json"
+    file = tmp_path / "report.json"
     argv = [
         "verify",
         "rcmae",
@@ -126,13 +127,13 @@ def test_the_command_confirms_every_way(tmp_path, capsys, monkeypatch, folder): 
     rows = json.loads(file.read_text())["rows"]
     assert [row["holds"] for row in rows] == [True] * 4
     assert rows[1]["differences"] == {"loss": 0, "gradient": 0, "student": 0, "teacher": 0}
-    assert rows[2]["differences"]["gradient"] > 0, "two processes really ran"
+    assert rows[2]["differences"]["gradient"] > 0, "two processes ran"
 
 
 def test_a_failed_check_exits_with_1(tmp_path, capsys, monkeypatch):
     rows = [verify.Row("a = b", {"loss": 0.5}, False), verify.Row("c = d", {}, True, "needs two GPUs")]
     monkeypatch.setattr(verify, "verify", lambda recipe, **_: rows)
-    assert main(["verify", "mae", "--json", str(tmp_path / "found.json")]) == 1
+    assert main(["verify", "mae", "--json", str(tmp_path / "report.json")]) == 1
     out = capsys.readouterr().out
     assert "NO" in out
     assert "not run" in out
