@@ -130,7 +130,7 @@ class CocoSet(Source):
     def where(self, index: int) -> str:
         return self.pictures.where(int(self.chosen[index]))
 
-    def counts(self) -> Int64[np.ndarray, "n"]:
+    def counts(self) -> Int64[np.ndarray, " n"]:
         """Number of objects for training in each image."""
         before = np.concatenate([[0], np.cumsum(self.trained)])
         return np.diff(before[self.starts])[self.chosen]
