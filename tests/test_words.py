@@ -66,12 +66,11 @@ def files() -> list[str]:
 def test_standard_terms_are_used():
     wrong = []
     for name in files():
-        for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1):
-            wrong += [
-                f"{name}:{number}: {m[0]!r}: {term}"
-                for p, term in WORDS.items()
-                for m in re.finditer(p, line)
-            ]
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for pattern, term in WORDS.items():
+            for match in re.finditer(pattern, text):
+                line = 1 + text.count("\n", 0, match.start())
+                wrong.append(f"{name}:{line}: {match[0]!r}: {term}")
     assert not wrong, "\n".join(wrong)
 
 
