@@ -22,16 +22,7 @@ from tests.conftest import method_for, small
 STEPS = 24
 "Three epochs of 64 digits."
 
-SETTING = {
-    "teacher-still": "call its update after every optimizer step",
-    "teacher-moves-twice": "--ema-updates",
-    "teacher-stale": "--out",
-    "buffer-missed": "average or copy buffers too",
-    "teacher-training": "teacher.eval()",
-    "schedule-stuck": "count steps over the run",
-    "collapse": "--base-lr",
-    "low-precision": "--precision fp32",
-}
+SETTING = {"teacher-stale": "--out", "collapse": "--base-lr", "low-precision": "--precision fp32"}
 """What the line of an alarm must tell to change; of others, the setting that makes the teacher's memory
 shorter under its schedule."""
 
@@ -66,7 +57,6 @@ def printed(text: str) -> list[str]:
 def run_with_fault(name: str, out: Path, runtime: dict | None = None) -> None:
     """A run with a fault, from its start or from its resumption."""
     fault = FAULTS[name]
-    runtime = {"accumulate": fault.accumulate} | (runtime or {})
     if fault.resumes:
         with patched("rcmae.pretraining:Pretraining.update", stops_at(STEPS // 2)), pytest.raises(Preempted):
             run(out, runtime, **fault.settings)
@@ -137,18 +127,18 @@ def command(out: Path, half_life: str = "2 steps", on_alarm: str = "stop") -> in
 def test_stop_ends_the_run_and_the_same_command_resumes_it(tmp_path, capsys):
     """It stops at the step of the alarm. After the resume that alarm is known, and the weights are those of a
     run that only warns."""
-    with patched("rcmae.models.teacher:Teacher.__init__", FAULTS["the teacher is in training mode"].wrap):
+    with patched("rcmae.models.decoder:Decoder.forward", FAULTS["predictions in 16 bits"].wrap):
         assert command(tmp_path / "run") == 5
-        captured = capsys.readouterr()
+        error = capsys.readouterr().err
         assert re.fullmatch(
-            r"rcmae: error: alarm teacher-training: .*; stopped at step 1, "
+            r"rcmae: error: alarm low-precision: .*; stopped at step 3, "
             r"its checkpoint is kept; the same .*\n",
-            captured.err,
+            error,
         )
-        assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000001"
+        assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000003"
         assert command(tmp_path / "run") == 0
         assert printed(capsys.readouterr().out) == []
-        assert [(a["step"], a["name"]) for a in recorded(tmp_path / "run")] == [(1, "teacher-training")]
+        assert [(a["step"], a["name"]) for a in recorded(tmp_path / "run")] == [(3, "low-precision")]
         assert command(tmp_path / "warned", on_alarm="warn") == 0
     assert weights(tmp_path / "run") == weights(tmp_path / "warned")
 
@@ -251,11 +241,7 @@ def test_an_alarm_that_stops_the_run_is_on_its_page(tmp_path, monkeypatch):
         drawn.append(recorded(run))
 
     monkeypatch.setattr(pretraining, "write_report", draw)
-    with (
-        pytest.raises(AlarmError),
-        patched(
-            FAULTS["the teacher is in training mode"].target, FAULTS["the teacher is in training mode"].wrap
-        ),
-    ):
+    fault = FAULTS["predictions in 16 bits"]
+    with pytest.raises(AlarmError), patched(fault.target, fault.wrap):
         run(tmp_path / "run", {"on_alarm": "stop", "log_every": 1})
     assert len(drawn) == 2 and not drawn[0] and drawn[1], "at the beginning and at the end"

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.schedules import Progress
 from ..methods import Method
@@ -27,15 +27,7 @@ DRAG = -0.1
 100 steps, -0.04 was measured at the longest half-life of `adaptive` (a tenth of the run), -0.07 under
 `cosine`, and -0.17 at twice that half-life."""
 
-CAUSES = {
-    "teacher-still",
-    "teacher-moves-twice",
-    "teacher-stale",
-    "momentum-one",
-    "buffer-missed",
-    "teacher-training",
-    "schedule-stuck",
-}
+CAUSES = {"teacher-stale", "momentum-one"}
 "Faults that can cause `teacher-drag`, which is not raised after one of them."
 
 
@@ -52,22 +44,18 @@ class Alarms:
     def __init__(self, method: Method, total: int, steps_per_epoch: int, raised: Iterable[str] = ()):
         """`raised` names the alarms from before a resume, which are not raised again."""
         self.method, self.total, self.steps_per_epoch = method, total, steps_per_epoch
-        self.teacher = method.teacher
         self.raised = set(raised)
         self.consecutive: dict[str, int] = {}
-        self.first_buffers = (
-            _buffers(method.ema_source),
-            _buffers(self.teacher.model) if self.teacher is not None else {},
-        )
 
     def at_start(self, t: Progress, drift: float | None = None) -> list[Alarm]:
         """Alarms before the first step. `drift` is the distance of student and teacher according to the
         checkpoint."""
-        if self.teacher is None:
+        if self.method.teacher is None:
             return []
         alarms = []
         # The initial momentum, also in a resumed run, since a schedule may well end at 1.
-        momentum, longest = self._momentum(0), max(2.0, LONGEST * self.total)
+        first = Progress(0, self.total, self.steps_per_epoch)
+        momentum, longest = self.method.momentum_per_step(first), max(2.0, LONGEST * self.total)
         if momentum >= 1:
             text = "the teacher's momentum is 1 from the start, so it will never learn; give "
             alarms.append(Alarm("momentum-one", text + self.method.shorter_memory))
@@ -78,12 +66,6 @@ class Alarms:
                 f"{longest:,.0f} steps or less"
             )
             alarms.append(Alarm("teacher-drag", text))
-        if self._repeats():
-            text = (
-                "the momentum schedule restarts every epoch and never reaches its end; count steps over the "
-                "run, not over the epoch"
-            )
-            alarms.append(Alarm("schedule-stuck", text))
         if drift is not None:
             now = float(self.method.state(t)["drift"])
             if abs(now - drift) > 0.01 * max(drift, now):
@@ -97,34 +79,9 @@ class Alarms:
 
     def at_log(self, t: Progress, line: dict[str, float], monitor: Monitor) -> list[Alarm]:
         """Alarms from a log line and from the last comparison in `monitor`."""
-        if self.teacher is None:
+        if self.method.teacher is None:
             return []
         alarms = []
-        measured, expected = line.get("measured_momentum"), line.get("expected_momentum")
-        if measured is not None and expected is not None and 0 < expected < 1:
-            updates = math.log(min(max(measured, 1e-12), 1.0)) / math.log(expected)
-            if self._persists("still", updates < 0.01):
-                text = (
-                    f"the teacher never changes, although its momentum is {expected:.4f}; call its update "
-                    "after every optimizer step"
-                )
-                alarms.append(Alarm("teacher-still", text))
-            if self._persists("twice", updates > 1.5):
-                text = (
-                    f"the teacher is updated {updates:.1f} times per step (momentum {expected:.4f}, measured "
-                    f"{measured:.4f}), perhaps once per micro-batch; update it only after the optimizer's "
-                    "step, or give --ema-updates"
-                )
-                alarms.append(Alarm("teacher-moves-twice", text))
-        if any(m.training for m in self.teacher.model.modules()):
-            text = (
-                "the teacher is in training mode: dropout and batch statistics disturb its targets; call "
-                "teacher.eval()"
-            )
-            alarms.append(Alarm("teacher-training", text))
-        if name := self._missed_buffer():
-            text = f"the student's buffer {name} changes, the teacher's does not; average or copy buffers too"
-            alarms.append(Alarm("buffer-missed", text))
         advantage = line.get("teacher_advantage", 0.0)
         if self._persists("drag", advantage < DRAG and t.fraction > 2 / 3 and not self.raised & CAUSES):
             text = (
@@ -170,30 +127,6 @@ class Alarms:
         self.consecutive[name] = self.consecutive.get(name, 0) + 1 if present else 0
         return self.consecutive[name] >= PATIENCE
 
-    def _repeats(self) -> bool:
-        """Whether the schedule changes within an epoch and restarts with every epoch."""
-        epoch, epochs = self.steps_per_epoch, self.total // self.steps_per_epoch
-        if epochs < 2 or epoch < 2:
-            return False
-        starts = {self._momentum(k * epoch) for k in range(min(epochs, 8))} | {
-            self._momentum((epochs - 1) * epoch)
-        }
-        return len(starts) == 1 and self._momentum(epoch - 1) not in starts
-
-    def _momentum(self, step: int) -> float:
-        return float(self.method.momentum_per_step(Progress(step, self.total, self.steps_per_epoch)))
-
-    def _missed_buffer(self) -> str | None:
-        """A buffer that has changed in the student but not in the teacher."""
-        assert self.teacher is not None
-        student, teacher = _buffers(self.method.ema_source), _buffers(self.teacher.model)
-        first_student, first_teacher = self.first_buffers
-        for name in student.keys() & teacher.keys():
-            changed = not torch.equal(student[name], first_student[name])
-            if changed and torch.equal(teacher[name], first_teacher[name]):
-                return name
-        return None
-
 
 def raised_before(lines: list[dict[str, Any]], step: int) -> set[str]:
     """Names of the alarms in the records of a run that resumes at `step`.
@@ -205,10 +138,6 @@ def raised_before(lines: list[dict[str, Any]], step: int) -> set[str]:
         for a in lines
         if a["kind"] == "alarm" and (a["name"] != "teacher-stale" or a["step"] == step)
     }
-
-
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: b.detach().clone() for name, b in module.named_buffers() if b.is_floating_point()}
 
 
 def _rounded(values: Tensor) -> bool:

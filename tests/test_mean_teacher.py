@@ -1,0 +1,93 @@
+"""What holds for the teacher of every method with one, over a run: one update per optimizer step, evaluation
+mode, and no state of the student that it misses."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rcmae.pretraining as pretraining
+from rcmae.config import RuntimeConfig
+from rcmae.data.digits import DigitsSource
+from rcmae.engine.metrics import read_metrics
+from rcmae.methods import METHODS
+from rcmae.methods.mean_teacher import MeanTeacher
+from tests.conftest import small
+from tests.mutations import catches
+
+NAMES = [name for name, method in METHODS.items() if issubclass(method, MeanTeacher)]
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {name: b.clone() for name, b in module.named_buffers() if b.is_floating_point()}
+
+
+def update_per_micro_batch(old):
+    """As in the official code: the first of two updates in a step uses the student before the step."""
+    return lambda self, t, applied: self.teacher.update(self.ema_source, self.momentum(t), applied)
+
+
+def in_training_mode(old):
+    def init(self, student):
+        old(self, student)
+        self.model.train()
+
+    return init
+
+
+class TokenNorm(nn.BatchNorm1d):
+    """A norm with running statistics, for tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)  # [b, n, d]
+
+
+def running_statistics(old):
+    def init(self, **sizes):
+        old(self, **sizes)
+        self.norm = TokenNorm(sizes["width"])
+
+    return init
+
+
+@catches(
+    "the teacher is updated with every micro-batch",
+    "rcmae.methods.mean_teacher:MeanTeacher.before_step",
+    update_per_micro_batch,
+)
+@catches(
+    "the teacher is never updated",
+    "rcmae.models.teacher:Teacher.update",
+    lambda old: lambda self, student, momentum, applied=None: None,
+)
+@catches("the teacher is in training mode", "rcmae.models.teacher:Teacher.__init__", in_training_mode)
+@catches("a buffer is not averaged", "rcmae.models.decoder:Decoder.__init__", running_statistics)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_teacher_follows_the_whole_student(name, tmp_path, monkeypatch):
+    runs, first = [], {}
+    train = pretraining.Pretraining.train
+
+    def observed(run):
+        runs.append(run)
+        first.update(buffers(run.method.ema_source))
+        return train(run)
+
+    monkeypatch.setattr(pretraining, "open_source", lambda *args, **options: DigitsSource(count=64, size=16))
+    monkeypatch.setattr(pretraining.Pretraining, "train", observed)
+    runtime = RuntimeConfig(
+        out=tmp_path, device="cpu", precision="fp32", workers=0, accumulate=2, log_every=1
+    )
+    pretraining.pretrain(small(name, schedule="constant", momentum=0.7), runtime)
+    method = runs[0].method
+
+    lines = [line for line in read_metrics(tmp_path) if "measured_momentum" in line]
+    measured, expected = ([line[f"{kind}_momentum"] for line in lines] for kind in ("measured", "expected"))
+    assert len(lines) >= 4  # of six: in the warm-up, the student hardly moves
+    # A second update, or none, would be off by 0.2 at this momentum.
+    assert measured == pytest.approx(expected, abs=0.02)
+    assert expected == pytest.approx([0.7] * len(expected))
+
+    assert not any(module.training for module in method.teacher.model.modules())
+
+    for key, value in buffers(method.teacher.model).items():
+        now = dict(method.ema_source.named_buffers())[key]
+        assert torch.equal(now, first[key]) or torch.equal(now, value), key
