@@ -12,14 +12,16 @@ from benchmarks import ROOT, markdown
 from rcmae.data.digits import GENERATOR, set_hash
 from rcmae.engine.metrics import read_metrics
 from rcmae.methods.recipes import parse_recipe
+from rcmae.tasks.probe import final_scores, score_table
 
 
 def table(results: dict[str, Any]) -> str:
     """Accuracy of the last probe beside the baselines."""
     machine = results["machine"]
+    names, rows = score_table(results["scores"])
     return markdown.table(
-        ["accuracy (%) on mean-pooled patches", "linear probe", "k-NN"],
-        [[name, f"{s['linear']:.1f}", f"{s['knn']:.1f}"] for name, s in results["scores"].items()],
+        ["accuracy (%)", *names],
+        rows,
         f"Seed {results['seed']}, {results['steps']:,} steps, {results['minutes']:.1f} minutes on "
         f"{machine['threads']} cores ({machine['cpu']}, {machine['precision']}).",
     )
@@ -28,14 +30,11 @@ def table(results: dict[str, Any]) -> str:
 def main(run: Path) -> None:
     """Read the run directory, write the numbers with their conditions."""
     lines = read_metrics(run)
-    baseline = next(line for line in lines if line["kind"] == "baseline")
-    probe, last = ([line for line in lines if line["kind"] == kind][-1] for kind in ("probe", "train"))
+    last = [line for line in lines if line["kind"] == "train"][-1]
     machine = json.loads((run / "machine.json").read_text())
     assert last["step"] == machine["steps"], "the run is not finished"
-    scores = {"raw pixels": baseline["raw_pixels"], "randomly initialized encoder": baseline["random_init"]}
-    scores |= {network: probe[network] for network in ("student", "teacher")}
     results = {
-        "scores": scores,
+        "scores": final_scores(lines),
         "seed": parse_recipe((run / "recipe.toml").read_text(), "recipe").seed,
         "steps": machine["steps"],
         "minutes": last["seconds"] / 60,
@@ -45,7 +44,7 @@ def main(run: Path) -> None:
         "machine": machine,
     }
     (ROOT / "results" / "bundled.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(scores, indent=1))
+    print(json.dumps(results["scores"], indent=1))
 
 
 if __name__ == "__main__":

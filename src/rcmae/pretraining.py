@@ -37,7 +37,7 @@ from .methods.recipes import load_recipe, recipe_type
 from .models.backbone import Backbone, usual_statistics
 from .report import write_report
 from .step_time import steps_within
-from .tasks.probe import Probes, Scores, probe_set, show_table, size_note
+from .tasks.probe import KINDS, Probes, Scores, probe_set, show_table, size_note
 from .trainer import Trainer
 
 MIN_HALF_LIFE = 0.99
@@ -294,7 +294,7 @@ class Pretraining(Trainer):
         if self.world.is_main and self.recorder:
             lidar = self.recorder.lidar(self.fixed, self.step, self.step - self.last_milestone)
         if self.world.is_main and self.probes and self.step in self.probe_steps:
-            scores = self.probes.score(self.backbones(), self.step)
+            scores = self.probes.score(self.backbones(), self.step, last=self.step == self.total)
             self.method.train()  # probing left the encoder in evaluation mode
         return lidar, scores
 
@@ -308,7 +308,8 @@ class Pretraining(Trainer):
             self.scores = scores
             self.write("probe", **scores)
             text = ", ".join(
-                f"{which} linear {s['linear']:.1f} % k-NN {s['knn']:.1f} %" for which, s in scores.items()
+                f"{which} " + " ".join(f"{KINDS[kind]} {s[kind]:.1f} %" for kind in KINDS if kind in s)
+                for which, s in scores.items()
             )
             self.screen.say(f"step {self.step:,}: {text}")
 
@@ -320,7 +321,10 @@ class Pretraining(Trainer):
     def probes(self) -> Probes | None:
         """The probes during training, on rank 0; None without labels."""
         images = probe_set(self.images, self.recipe, self.screen.progress) if self.world.is_main else None
-        return Probes(images, self.out, self.device, self.precision, self.screen.progress) if images else None
+        if images is None:
+            return None
+        attentive = self.recipe.probe.attentive
+        return Probes(images, self.out, self.device, self.precision, attentive, self.screen.progress)
 
     @cached_property
     def fixed(self) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ from ..methods.recipes import digits_recipe, load_recipe, with_method
 from ..report.build import template
 from ..report.curves import Line, plot, standalone
 from ..tasks.interval import interval
-from ..tasks.probe import probe_set
+from ..tasks.probe import KINDS, probe_set
 from .cost import cost
 
 Log = Callable[[str], object]
@@ -72,9 +72,6 @@ ARMS = tuple(
     arm for name, method in METHODS.items() for arm in (*(control.name for control in method.controls), name)
 )
 "The default arms."
-
-KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
-"Probes; the verdict uses the first one, of the mean over the patches."
 
 SHARED = {"steps", "epochs", "time", "seed", "data", "probes", "probe_train", "probe_test", "attentive"}
 "Settings that are the same for all arms."
@@ -256,7 +253,7 @@ class RaceRun:
             probes=0 if flags else setting.probes,
             probe_train=setting.probe_train,
             probe_test=setting.probe_test,
-            attentive=True,
+            attentive="every",
         )
         digest = hashlib.sha256(" ".join([recipe_hash(self.recipe), data, *flags]).encode()).hexdigest()[:8]
         self.path = out / f"{re.sub(r'[^a-z0-9]+', '-', arm.name.lower()).strip('-')}-{seed}-{digest}"

@@ -136,8 +136,9 @@ class Probe(Section):
     "labeled images to fit the probes on"
     probe_test: int = 1000
     "labeled images to test the probes on"
-    attentive: bool = False
-    "also fit an attentive probe, which pools all tokens by attention"
+    attentive: Literal["last", "every", "never"] = "last"
+    """when to also fit an attentive probe, which pools all tokens by attention: for the baseline and the last
+    probe, for every probe, or never"""
 
     def rules(self) -> Rules:
         return [

@@ -257,7 +257,7 @@ def figures(result: dict[str, Any]) -> dict[str, str]:
         Line(name, colors[name], range(0, 10 * len(d["errors"]), 10), d["errors"])
         for name, d in result["descent"].items()
     ]
-    xlabel = "h, step size × eigenvalue: rare directions left, common ones right"
+    xlabel = "h, step size × eigenvalue"
     return {
         "gate": plot(
             gate_lines, ylabel="reverted fraction", xlabel="cosine of the present and the past input"

@@ -13,6 +13,7 @@ from ..engine.metrics import read_metrics
 from ..engine.run import read_json
 from ..methods import METHODS, Method
 from ..methods.recipes import parse_recipe
+from ..tasks.probe import KNN_NOTE, final_scores, score_table
 from . import pictures, severity
 from .curves import Line, column, plot
 from .files import bad_files
@@ -51,7 +52,8 @@ def render(run: Path) -> str:
         total=total,
         verdict=alarm_sentences(alarms, recorded)
         + verdict(method, train, probes, baseline, reference, bad, total),
-        table=score_table(baseline, probes),
+        scores=score_table(final_scores(lines)),
+        knn_note=KNN_NOTE,
         learning=drawn(method.figures(), train, reference or {}),
         accuracy=probe_figure(probes, baseline),
         rates=rate_figures(train),
@@ -208,18 +210,6 @@ def rate_figures(train: list[dict[str, Any]], schedule: str = "cosine") -> dict[
             [Line("norm", "ink", x, column(train, "grad_norm"))], ylabel="gradient norm", log=True
         ),
     }
-
-
-def score_table(
-    baseline: dict[str, Any] | None, probes: list[dict[str, Any]]
-) -> list[tuple[str, float, float]]:
-    """(name, linear, k-NN) of the baselines, and of student and teacher at the last probe."""
-    if not baseline:
-        return []
-    rows = {"raw pixels": baseline["raw_pixels"], "randomly initialized encoder": baseline["random_init"]}
-    if probes:
-        rows |= {name: probes[-1][name] for name in ("student", "teacher") if name in probes[-1]}
-    return [(name, s["linear"], s["knn"]) for name, s in rows.items()]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------

@@ -72,14 +72,14 @@ def plot(
     """
     settings: Any = {
         "font.family": "sans-serif",
-        "font.size": 9,
+        "font.size": 10,
         "svg.fonttype": "none",
         "svg.hashsalt": "rcmae",
         "axes.formatter.useoffset": False,
         "axes.formatter.limits": (-4, 6),
     }
     with rc_context(settings):
-        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         drawn = [line for line in lines if _draw(axes, line, markers, log)]
@@ -94,7 +94,7 @@ def plot(
                 ha="right",
                 va="bottom",
                 color=COLORS["baseline"],
-                fontsize=8,
+                fontsize=9,
             )
         if log and drawn:
             axes.set_yscale("log")
@@ -130,15 +130,15 @@ def plot(
         axes.spines[["top", "right"]].set_visible(False)
         names = [line.name for line in drawn if line.name]
         if len(names) > 1:
-            # Above the axes, where it hides no curve; many short names need less height in four columns.
+            # Above the axes, where it hides no curve; many short names need less height in three columns.
             short = len(names) > 4 and max(map(len, names)) < 15
             axes.legend(
                 loc="lower left",
                 bbox_to_anchor=(0, 1),
-                ncols=4 if short else 2,
+                ncols=3 if short else 2,
                 frameon=False,
                 labelcolor=COLORS["ink"],
-                fontsize=8,
+                fontsize=9,
                 handlelength=1.6,
                 borderpad=0.2,
             )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,14 @@ Scores = dict[str, float]
 Correct = dict[str, Bool[np.ndarray, " m"]]
 "By probe, which test images it classifies correctly."
 
+KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
+"""The probes and their names: linear and k-NN use the mean over the patches, the attentive one all tokens."""
+
+KNN_NOTE = (
+    "The linear probe is the main metric. k-NN weights all features alike, so it can favor raw pixels, whose "
+    "distances are those of color and background."
+)
+
 ShowProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """`with progress(what, total) as tick: tick(done)`, as `Screen.progress`."""
 
@@ -49,7 +58,6 @@ class ProbeSet:
     labels: Int[np.ndarray, " n"]
     test: UInt8[Tensor, "m c h w"]
     truth: Int[np.ndarray, " m"]
-    attentive: bool = False
 
     def probe_features(self, train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "m d"]) -> Correct:
         """The results of the linear and the k-NN probe on features."""
@@ -77,25 +85,24 @@ class ProbeSet:
         backbone: Backbone,
         device: torch.device,
         precision: str,
+        attentive: bool = False,
         progress: ShowProgress | None = None,
         name: str = "",
     ) -> Correct:
         """The results on a backbone: the linear and the k-NN probe use the mean over the patches, the
-        attentive one all tokens."""
+        attentive one, if requested, all tokens."""
         with (
             progress(f"probing {name}", len(self.train) + len(self.test))
             if progress
             else nullcontext(lambda done: None) as tick
         ):
-            train, tokens = features(
-                backbone, self.train, device, precision, tokens=self.attentive, tick=tick
-            )
+            train, tokens = features(backbone, self.train, device, precision, tokens=attentive, tick=tick)
             test, test_tokens = features(
                 backbone,
                 self.test,
                 device,
                 precision,
-                tokens=self.attentive,
+                tokens=attentive,
                 tick=lambda done: tick(len(self.train) + done),
             )
         correct = self.probe_features(train, test)
@@ -131,27 +138,29 @@ class Probes:
         run: Path,
         device: torch.device,
         precision: str,
+        attentive: Literal["last", "every", "never"] = "never",
         progress: ShowProgress | None = None,
     ):
-        self.set, self.folder = probe_set, run / "probes"
+        self.set, self.folder, self.attentive = probe_set, run / "probes", attentive
         self.device, self.precision, self.progress = device, precision, progress
 
     def baselines(self, random_init: Backbone) -> tuple[dict[str, Scores], float]:
         """The baselines: scores of raw pixels and of the randomly initialized encoder; and the seconds that
         probing a network takes."""
         started = time.monotonic()
-        correct = self._correct("the randomly initialized encoder", random_init)
+        correct = self._correct("the randomly initialized encoder", random_init, last=True)
         seconds = time.monotonic() - started
         return self._keep({"raw_pixels": self.set.pixels(), "random_init": correct}, 0), seconds
 
-    def score(self, backbones: dict[str, Backbone], step: int) -> dict[str, Scores]:
-        """Scores of the networks after an optimizer step."""
+    def score(self, backbones: dict[str, Backbone], step: int, last: bool) -> dict[str, Scores]:
+        """Scores of the networks after an optimizer step, which is the `last` one or not."""
         return self._keep(
-            {name: self._correct(f"the {name}", backbone) for name, backbone in backbones.items()}, step
+            {name: self._correct(f"the {name}", backbone, last) for name, backbone in backbones.items()}, step
         )
 
-    def _correct(self, name: str, backbone: Backbone) -> Correct:
-        return self.set.backbone(backbone, self.device, self.precision, self.progress, name)
+    def _correct(self, name: str, backbone: Backbone, last: bool) -> Correct:
+        attentive = self.attentive == "every" or (self.attentive == "last" and last)
+        return self.set.backbone(backbone, self.device, self.precision, attentive, self.progress, name)
 
     def _keep(self, correct: dict[str, Correct], step: int) -> dict[str, Scores]:
         self.folder.mkdir(exist_ok=True)
@@ -194,7 +203,7 @@ def probe_set(source: Source, recipe: Recipe, progress: ShowProgress | None = No
     test, truth = test[torch.from_numpy(new)], truth[new]
     if len(np.unique(labels)) < 2 or not len(truth):
         return None
-    return ProbeSet(train, labels, test, truth, p.attentive)
+    return ProbeSet(train, labels, test, truth)
 
 
 def _read(
@@ -221,17 +230,28 @@ def _read(
     )
 
 
+def final_scores(lines: list[dict[str, Any]]) -> dict[str, Scores]:
+    """From the records of a run, the scores of the baselines and, in the last probe, of every network; empty
+    without probes."""
+    baseline = next((line for line in lines if line["kind"] == "baseline"), None)
+    probe: dict[str, Any] = next((line for line in reversed(lines) if line["kind"] == "probe"), {})
+    if baseline is None:
+        return {}
+    scores = {"raw pixels": baseline["raw_pixels"], "randomly initialized encoder": baseline["random_init"]}
+    return scores | {name: s for name, s in probe.items() if isinstance(s, dict)}
+
+
+def score_table(scores: dict[str, Scores]) -> tuple[list[str], list[list[str]]]:
+    """The names of the probes, and for each network its name and accuracies in percent, empty where it was
+    not measured."""
+    kinds = [kind for kind in KINDS if any(kind in s for s in scores.values())]
+    rows = [[name, *(f"{s[k]:.1f}" if k in s else "" for k in kinds)] for name, s in scores.items()]
+    return [KINDS[k] for k in kinds], rows
+
+
 def show_table(run: Path, screen: Screen) -> None:
     """The final table: the baselines, then every network."""
-    lines = read_metrics(run)
-    baseline = next((line for line in lines if line["kind"] == "baseline"), None)
-    probe = next((line for line in reversed(lines) if line["kind"] == "probe"), None)
-    if baseline and probe:
-        rows = {"raw pixels": baseline["raw_pixels"], "randomly initialized encoder": baseline["random_init"]}
-        rows |= {name: scores for name, scores in probe.items() if isinstance(scores, dict)}
-        table = [[name, f"{s['linear']:.1f}", f"{s['knn']:.1f}"] for name, s in rows.items()]
-        screen.table(
-            f"Accuracy (%) at step {probe['step']:,}, on mean-pooled patches",
-            ["", "linear probe", "k-NN"],
-            table,
-        )
+    if scores := final_scores(read_metrics(run)):
+        names, rows = score_table(scores)
+        screen.table("Accuracy (%) after the last step", ["", *names], rows)
+        screen.say(KNN_NOTE)
