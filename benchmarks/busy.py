@@ -1,9 +1,9 @@
 """How fast is a run alone and beside a busy process, by how OpenMP's threads wait? `python -m benchmarks.busy
 [--rounds 5] [--steps 40] [--out FILE]`.
 
-Every round trains the bundled recipe once for each policy, alone and beside a process that occupies one core, in
-turn. "as set" is what `rcmae` sets by itself, "torch's" is OpenMP's own default: threads spin at the end of
-every parallel region. With waiting "passive" they sleep at once; "spin 10,000" is in between.
+Every round trains the bundled recipe once for each policy, alone and beside a process that occupies one core.
+"as set" is what `rcmae` sets by itself, "torch's" is OpenMP's own default: threads spin at the end of every
+parallel region. With "passive" they sleep at once; "spin 10,000" is in between.
 """
 
 import argparse
@@ -64,9 +64,7 @@ def table(results: dict[str, Any]) -> str:
         for neighbor in NEIGHBORS:
             values, default = speeds[neighbor][policy], speeds[neighbor]["torch's"]
             ratio = statistics.median(v / d for v, d in zip(values, default, strict=True))
-            row.append(
-                f"{statistics.median(values):.0f} [{min(values):.0f}-{max(values):.0f}], {ratio:.2f}x"
-            )
+            row.append(f"{statistics.median(values):.0f} [{min(values):.0f}-{max(values):.0f}], {ratio:.2f}x")
         rows.append(row)
     machine = results["machine"]
     note = f"images/s: median and range of {results['rounds']} interleaved rounds, and the median ratio to"

@@ -12,6 +12,7 @@ from benchmarks import (
     ROOT,
     alarms,
     bundled,
+    busy,
     commands,
     corruptions,
     detection,
@@ -28,6 +29,7 @@ from benchmarks import (
 
 TABLES: dict[str, tuple[Callable[..., str], str]] = {
     "bundled": (bundled.table, "bundled"),
+    "busy": (busy.table, "busy"),
     "step": (step.table, "step_cpu"),
     "digits": (digits_difficulty.table, "digits_difficulty"),
     "lab_linear": (lab.linear_table, "lab_linear"),
@@ -56,7 +58,7 @@ PAGES = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("bundled", "lab", "compare", "paper", "robustness", "evaluation", "detection")
+        for name in ("bundled", "running", "lab", "compare", "paper", "robustness", "evaluation", "detection")
     ),
 )
 
