@@ -6,6 +6,7 @@ to date.
 
 import json
 import re
+import textwrap
 from collections.abc import Callable
 
 from benchmarks import (
@@ -67,7 +68,21 @@ def rendered(name: str) -> str:
     """The text of a table."""
     render, files = TABLES[name]
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob(f"{files}.json"))]
-    return render(*results) if results or name == "paper" else "This has not been run yet."
+    text = render(*results) if results or name == "paper" else "This has not been run yet."
+    lines, code = [], False
+    for line in text.split("\n"):
+        code ^= line.startswith("```")
+        lines.append(_wrapped(line, code))
+    return "\n".join(lines)
+
+
+def _wrapped(line: str, code: bool) -> str:
+    """A line of prose, or a command, in the width of the pages' source; rows of tables cannot be divided."""
+    if line.startswith("|"):
+        return line
+    indent = "  " * (code or line.startswith("- "))
+    parts = textwrap.wrap(line, 150, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return (" \\\n" if code else "\n").join(parts)
 
 
 def filled(text: str) -> str:

@@ -37,8 +37,8 @@ KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"
 """The probes and their names: linear and k-NN use the mean over the patches, the attentive one all tokens."""
 
 KNN_NOTE = (
-    "The linear probe is the main metric. k-NN weights all features alike, so it can favor raw pixels, whose "
-    "distances are those of color and background."
+    "The linear probe is the main metric: distances, and so k-NN, depend most on the directions of largest "
+    "variance, which often describe color and background."
 )
 
 ShowProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
