@@ -33,11 +33,12 @@ def table(results: dict[str, Any]) -> str:
         rows,
         f"Seed {results['seed']}, {results['steps']:,} steps, {results['minutes']:.1f} minutes on "
         f"{machine['threads']} cores ({machine['cpu']}, {machine['precision']}).\n\n"
-        "The linear probe is the number to look at. Distances, and so k-NN, depend most on the directions of "
-        f"largest variance: {results['leading_variance']:.0%} of the teacher's lie in {LEADING} of "
+        "The probes of a run are fitted on 2,000 images, those of `rcmae evaluate` on all. The linear probe "
+        "is the main metric. Distances, and so k-NN, depend most on the directions of largest variance: "
+        f"{results['leading_variance']:.0%} of the variance of the teacher's features lies in {LEADING} of "
         f"{results['width']} directions, and the mean color of an image can be read from the features "
         f"(R² {results['color_r2']:.3f}). Without these directions k-NN reaches "
-        f"{results['knn_without']:.1f} %. What it lacks to raw pixels then is not explained.",
+        f"{results['knn_without']:.1f} %. We do not know why this is still below raw pixels.",
     )
 
 

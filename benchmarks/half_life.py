@@ -155,10 +155,8 @@ def verdicts(arms: dict[str, list[dict[str, float]]]) -> dict[str, str]:
             f"{low:+.1f} to {high:+.1f}{note})"
         )
         if name == "adaptive":
-            conclusion, shown = "it does not become the default", "is not"
-            if low > -MARGIN:
-                conclusion, shown = "it may be the default", "is"
-            texts[name] += f"; {conclusion}, as it {shown} shown to be less than {MARGIN:.0f} point worse"
+            good = low > -MARGIN
+            texts[name] += f"; at most {MARGIN:.0f} point worse" if good else "; off by default"
     return texts
 
 
