@@ -1,6 +1,5 @@
 """`rcmae` and `python -m rcmae`. Signals are handled before anything else is imported."""
 
-import os
 import sys
 
 from .engine import signals
@@ -8,9 +7,6 @@ from .engine import signals
 
 def main() -> int:
     """Run the command line of this process."""
-    # Beside another busy process, threads of OpenMP that spin while they wait take the core from the one they
-    # wait for. Set before torch is imported; docs/running.md has the measurement.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         with signals.handled():
             from .cli import main as run
