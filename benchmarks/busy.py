@@ -2,8 +2,8 @@
 [--rounds 5] [--steps 40] [--out FILE]`.
 
 Every round trains the bundled recipe once for each policy, alone and beside a process that occupies one core.
-By default, OpenMP's threads spin at the end of every parallel region until the others are there. With "passive"
-they sleep at once; "spin 10,000" is in between.
+By default, threads of OpenMP spin at the end of every parallel region until the others are there. With
+"passive" they sleep at once; "spin 10,000" is in between.
 """
 
 import argparse
