@@ -107,9 +107,10 @@ def section_tables(recipe: type, described: dict[type, str]) -> Iterator[str]:
 
 
 def members(cls: type) -> str:
-    """A list of the methods and properties of a class."""
+    """A list of the methods and properties of a class and of its bases in the same module."""
     rows = []
-    for node in syntax(cls).body:
+    bases = [base for base in reversed(cls.__mro__) if base.__module__ == cls.__module__]
+    for node in (node for base in bases for node in syntax(base).body):
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             name = "backbone(images)" if node.name == "forward" else f".{node.name}"
             if name.startswith(".") and not any(ast.unparse(d) == "property" for d in node.decorator_list):

@@ -67,9 +67,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "learns")
     args = parser.parse_args()
     contestants = [arm for arm in arms(BUNDLED) if arm.name in args.methods]
-    setting = RaceSettings(
-        Budget("the recipe's length", 0), args.seeds, probes=1, jobs=torch.get_num_threads()
-    )
+    budget, jobs = Budget("the recipe's length", 0), torch.get_num_threads()
+    setting = RaceSettings(budget=budget, seeds=args.seeds, probes=1, jobs=jobs)
     recipe = contestants[0].recipe
     data = open_source(recipe.data, recipe.images.channels, size=recipe.images.size).fingerprint()
     costs = {arm.name: cost(arm.recipe).flops for arm in contestants}

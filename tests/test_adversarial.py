@@ -188,4 +188,4 @@ def test_attack_names_and_invalid_attack_settings():
     with pytest.raises(ConfigError, match="eps is in 1/255 and lies in 0 to 255, not -1"):
         fgsm(-1.0)
     with pytest.raises(ConfigError, match="at least one step and at least 0 restarts, not 0 and 1"):
-        pgd(1.0, steps=0, size=1.0)
+        Attack(1.0, 0, 1.0, 1)

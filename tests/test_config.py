@@ -22,10 +22,10 @@ from rcmae.config import (
     parse_half_life,
     parse_time,
     recipe_hash,
+    replaced,
     sections,
     shipped_recipes,
     to_toml,
-    with_settings,
 )
 from rcmae.errors import ConfigError
 from rcmae.methods import METHODS
@@ -176,19 +176,18 @@ def test_a_half_life_does_not_carry_over_to_another_schedule(name):
     rejected."""
     recipe = changed(load_recipe("dino-bundled" if name == "dino" else "bundled"), half_life="7%")
     recipe = with_method(recipe, name)
-    for other in (changed(recipe, schedule="cosine"), with_settings(recipe, ["schedule=cosine"], "x")):
+    for other in (changed(recipe, schedule="cosine"), check(replaced(recipe, ["schedule=cosine"], "x"))):
         assert check(other).teacher == dataclasses.replace(recipe.teacher, schedule="cosine", half_life=None)
-    assert (
-        changed(recipe, schedule="half-life") == with_settings(recipe, ["schedule=half-life"], "x") == recipe
-    )
+    same = check(replaced(recipe, ["schedule=half-life"], "x"))
+    assert changed(recipe, schedule="half-life") == same == recipe
     with pytest.raises(ConfigError, match="half_life has no effect under schedule linear"):
-        with_settings(recipe, ["schedule=linear", "half_life=5%"], "x")
+        check(replaced(recipe, ["schedule=linear", "half_life=5%"], "x"))
     assert recipe_type(name)().teacher.memory == (0.5, "%")
 
 
 def test_a_new_training_length_replaces_the_previous_one():
     recipe = dataclasses.replace(load_recipe("bundled"), epochs=4.0, steps=None)
-    for other in (changed(recipe, time="5m"), with_settings(recipe, ["time=5m"], "x")):
+    for other in (changed(recipe, time="5m"), check(replaced(recipe, ["time=5m"], "x"))):
         assert (check(other).time, other.epochs) == ("5m", None)
 
 

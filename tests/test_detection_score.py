@@ -21,6 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from rcmae.data.digits import scene, write_coco
 from rcmae.errors import ConfigError, DataError, StorageError
 from rcmae.report import detection_figures as pictures
+from rcmae.report.pictures import data_uri
 from rcmae.tasks.detection import average_precision as ap
 from rcmae.tasks.detection.masks import Masks
 from tests.mutations import catches
@@ -763,7 +764,7 @@ def test_truth_and_detections_are_shown_side_by_side(channels):
     for k, image in enumerate(pair):
         assert (np.asarray(sheet)[32:, k * 392 : k * 392 + 384, :3] == np.asarray(image)).all()
     assert np.asarray(sheet)[-1, 387, 3] == 0, "the background is transparent"
-    uri = pictures.as_data_uri(sheet)
+    uri = data_uri(sheet, "webp", quality=85)
     assert uri.startswith("data:image/webp;base64,") and len(uri) < 100_000
     again = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
     assert np.abs(again[32:, :384, :3] - np.asarray(pair[0], float)).mean() < 12

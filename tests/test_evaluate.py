@@ -34,9 +34,8 @@ from rcmae.interop.timm_export import export
 from rcmae.models.backbone import IMAGENET, Backbone
 from rcmae.tasks import features as features_module
 from rcmae.tasks import worth
-from rcmae.tasks.context import TaskResult
 from rcmae.tasks.evaluation import TASKS as KINDS
-from rcmae.tasks.evaluation.base import EvaluationOptions, Task
+from rcmae.tasks.evaluation.base import EvaluationOptions, Task, TaskResult
 from rcmae.tasks.evaluation.worth import Worth
 from rcmae.tasks.features import extract, identity
 from rcmae.tasks.finetune import load_finetune

@@ -121,7 +121,7 @@ def test_it_learns_and_records_its_results(tmp_path, sets):
         {"backbone": "student"},
     )
     assert result.correct.mean() > 0.9
-    assert result.step == 40
+    assert result.history[-1]["step"] == 40
     assert result.history[-1]["accuracy"] == 100 * result.correct.mean()
     assert (result.confidence > 0.5).all() and (result.confidence <= 1).all()
     lines = read_metrics(tmp_path / "run")
@@ -161,7 +161,7 @@ def test_a_finished_run_can_be_scored_again_unchanged(tmp_path, sets, uninterrup
         p.name: p.read_bytes()
         for p in [uninterrupted / "test.safetensors", *(uninterrupted / "export" / "classifier").iterdir()]
     }
-    assert run(uninterrupted, sets, FULL).step == 8
+    assert run(uninterrupted, sets, FULL).history[-1]["step"] == 8
     assert weights(uninterrupted) == before
     assert {
         p.name: p.read_bytes()
@@ -398,7 +398,7 @@ def test_a_run_cannot_be_resumed_with_other_settings_or_data(tmp_path, sets):
 def test_few_images_reduce_the_batch_size(tmp_path, sets, capsys):
     few = Subset(sets[0], np.arange(0, 32, 5))
     result = run(tmp_path / "run", (few, sets[1]), dataclasses.replace(FULL, steps=2))
-    assert result.step == 2
+    assert result.history[-1]["step"] == 2
     assert "7 training images: batches of 4 instead of 8" in capsys.readouterr().out
     assert ft.load_finetune(str(tmp_path / "run" / "recipe.toml")).batch_size == 4
 
@@ -416,7 +416,12 @@ def test_a_reduced_batch_size_fits_the_ranks(images, parts, batch, group):
 
 def test_few_images_are_split_or_refused(tmp_path, sets):
     few = Subset(sets[0], np.arange(0, 32, 5))
-    assert run(tmp_path / "run", (few, sets[1]), dataclasses.replace(FULL, steps=2), accumulate=2).step == 2
+    assert (
+        run(tmp_path / "run", (few, sets[1]), dataclasses.replace(FULL, steps=2), accumulate=2).history[-1][
+            "step"
+        ]
+        == 2
+    )
     with pytest.raises(DataError, match="too few for 4 parts of a step .*: 7 training images"):
         run(tmp_path / "other", (few, sets[1]), FULL, accumulate=4)
 

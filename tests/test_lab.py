@@ -15,20 +15,17 @@ from rcmae.lab import linear_experiment, linear_model
 from rcmae.lab.gradients import bootstrap
 from rcmae.lab.health import effective_rank, health, lidar
 from rcmae.lab.linear_model import (
-    adamw_update,
+    Matrix,
     companion,
     contraction,
     descend,
     effective_momentum,
     gated_consistency,
-    lag,
-    momentum_weights,
-    residual,
     stability_limit,
     stationary_variance,
     steps_to,
 )
-from rcmae.lab.monitor import Monitor, both_gradients, relation
+from rcmae.lab.monitor import LIDAR_EVERY, Monitor, both_gradients, relation
 from tests.conftest import batch_for, method_for, small
 from tests.mutations import catches
 
@@ -52,6 +49,42 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 # --- the proposition ----------------------------------------------------------------------------------------
+
+
+def residual(s: Matrix, t: Matrix, x: Matrix, visible: Matrix, gamma: float) -> Matrix:
+    """r = (S x~ - x) + gamma (S - T) x~; the gradient of L is mean r x~'."""
+    return visible @ s.T - x + gamma * (visible @ (s - t).T)
+
+
+def lag(updates: torch.Tensor, alpha: float) -> Matrix:
+    """S_t - T_t = sum_{i=1..t} alpha^i u_{t-i}, from all updates since S_0 = T_0, oldest first.
+
+    By induction: S_t - T_t = alpha (S_t - T_t-1) = alpha ((S_t-1 - T_t-1) + u_t-1).
+    """
+    weights = alpha ** torch.arange(len(updates), 0, -1, dtype=updates.dtype)
+    return torch.einsum("t,tde->de", weights, updates)
+
+
+def momentum_weights(t: int, alpha: float, beta: float) -> torch.Tensor:
+    """Weights w_k of the past gradients, oldest first: S_t - T_t = -lr sum_k w_k g_{t-k}, for
+    v <- beta v + g, S <- S - lr v.
+
+    w_k = alpha (alpha^k - beta^k) / (alpha - beta), or k alpha^k if both are equal; alpha^k for beta = 0.
+    """
+    k = torch.arange(t, 0, -1, dtype=torch.float64)
+    return k * alpha**k if alpha == beta else alpha * (alpha**k - beta**k) / (alpha - beta)
+
+
+def adamw_update(gradients: torch.Tensor, lr: float) -> Matrix:
+    """AdamW's update u_k from all gradients g_0 .. g_k, oldest first, without weight decay.
+
+    u = -lr m / (sqrt(v) + eps), m and v the normalized averages of g and g^2 (Loshchilov and Hutter, 2019).
+    """
+    means = []
+    for beta, values in ((0.9, gradients), (0.95, gradients**2)):
+        weights = beta ** torch.arange(len(gradients) - 1, -1, -1, dtype=gradients.dtype)
+        means.append(torch.einsum("t,tde->de", weights / weights.sum(), values))
+    return -lr * means[0] / (means[1].sqrt() + 1e-8)
 
 
 @pytest.mark.parametrize("optimizer", linear_model.OPTIMIZERS)
@@ -111,7 +144,7 @@ def test_adamw_matches_its_closed_form():
     gamma, past = 0.7, history("adamw")
     gradients = torch.stack([p.reconstruction + gamma * p.consistency for p in past])
     for t, step in enumerate(past):
-        assert close(adamw_update(gradients[: t + 1], step.student, LR), step.update)
+        assert close(adamw_update(gradients[: t + 1], LR), step.update)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
@@ -370,7 +403,7 @@ def test_slow_diagnostics_are_rare_in_short_runs_and_always_made_at_the_end():
         lines = {step for step in range(1, total + 1) if step % line == 0 or step == total}
         pictures = {round(total * (i + 1) / 6) for i in range(6)}
         slow = [step for step in sorted(lines) if monitor.due(step, line)]
-        return slow, [step for step in sorted(pictures) if monitor.due_lidar(step, picture)]
+        return slow, [step for step in sorted(pictures) if monitor.due(step, picture, LIDAR_EVERY)]
 
     assert looks(6) == ([6], [6])
     assert looks(300) == ([201, 300], [300])

@@ -3,7 +3,7 @@
 import pytest
 from timm.models.vision_transformer import VisionTransformer
 
-from rcmae.tasks.layer_decay import layer_decay_groups
+from rcmae.tasks.finetune import layer_decay_groups
 
 SCALES = [
     0.003697206,

@@ -10,8 +10,7 @@ from torch import nn
 import rcmae.tasks.nearest_neighbors as knn_module
 from rcmae.errors import ConfigError
 from rcmae.tasks import attentive_probe
-from rcmae.tasks.lars import lars
-from rcmae.tasks.linear_probe import RATES, Heads, fit, fit_mae, fit_rates, predict
+from rcmae.tasks.linear_probe import RATES, Heads, fit, fit_mae, fit_rates, lars, predict
 from rcmae.tasks.nearest_neighbors import NearestNeighbors, check_k, nearest
 from tests.mutations import catches
 
@@ -182,7 +181,7 @@ def gaussians(distance: float, n: int = 2000, m: int = 4000, d: int = 16):
 
 
 def by_rates(train, labels, test, truth, seed=0):
-    return predict(fit_rates(train, labels, CLASSES, steps=300, seed=seed).layer, test) == truth
+    return predict(fit_rates(train, labels, CLASSES, steps=300, seed=seed).probe, test) == truth
 
 
 def by_mae(train, labels, test, truth, seed=0):
@@ -280,7 +279,7 @@ def test_the_rate_is_chosen_on_held_out_samples_and_the_layer_fitted_on_all():
         chosen.held_out.values()
     )
     alone = fit_rates(train, labels, CLASSES, rates=[chosen.rate], steps=200)
-    assert torch.equal(alone.layer.weight, chosen.layer.weight) and alone.held_out == {}
+    assert torch.equal(alone.probe.weight, chosen.probe.weight) and alone.held_out == {}
 
 
 def test_layers_of_different_rates_are_independent():
@@ -312,7 +311,7 @@ def test_a_constant_feature_is_not_amplified():
     """A feature that is zero in training and nearly zero in testing must not dominate."""
     train, labels, test, truth = gaussians(distance=2.0, n=300)
     train[:, 0], test[:, 0] = 0, 1 / 255
-    layer = fit_rates(train, labels, CLASSES, steps=300).layer
+    layer = fit_rates(train, labels, CLASSES, steps=300).probe
     assert (predict(layer, test) == truth).mean() > 0.9
 
 

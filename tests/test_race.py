@@ -28,7 +28,7 @@ from rcmae.compare.race import (
     verdict,
     write_race_page,
 )
-from rcmae.config import with_settings
+from rcmae.config import check, replaced
 from rcmae.data.dataset import Images
 from rcmae.data.digits import DigitsSource
 from rcmae.data.sampler import BatchSampler
@@ -116,8 +116,8 @@ def test_a_budget_is_time_flops_or_images(text, budget):
 
 
 def test_settings_by_name_reach_every_section_and_say_what_is_wrong():
-    recipe = with_settings(
-        load_recipe("dino-bundled"), ["steps=7", "depth=2", "sinkhorn=false", "half_life=2%"], "x"
+    recipe = check(
+        replaced(load_recipe("dino-bundled"), ["steps=7", "depth=2", "sinkhorn=false", "half_life=2%"], "x")
     )
     assert (recipe.steps, recipe.network.depth, recipe.dino.sinkhorn, recipe.teacher.half_life) == (
         7,
@@ -132,7 +132,7 @@ def test_settings_by_name_reach_every_section_and_say_what_is_wrong():
         ("images=3", "no setting"),
     ):
         with pytest.raises(ConfigError, match=message):
-            with_settings(recipe, [wrong], "arm x")
+            check(replaced(recipe, [wrong], "arm x"))
 
 
 @pytest.mark.parametrize(("seeds", "spread"), [(2, 0.03), (3, 0.0), (3, 0.03), (6, 0.03)])
@@ -314,7 +314,7 @@ def test_a_flops_budget_is_divided_by_the_cost_of_a_step(tmp_path):
     contestants = arms(["mae", "dino"], settings=["batch_size=10"])
     steps = plan(
         contestants,
-        RaceSettings(Budget("FLOPs", 1e12), probes=1),
+        RaceSettings(budget=Budget("FLOPs", 1e12), probes=1),
         {"mae": 1e9, "dino": 8e9},
         "",
         tmp_path,

@@ -17,7 +17,6 @@ from rcmae.data.digits import DigitsSource
 from rcmae.data.sources import Subset, open_source
 from rcmae.data.views import center
 from rcmae.errors import ConfigError, DataError
-from rcmae.report.curves import standalone
 from rcmae.report.severity import by_severity, figures
 from rcmae.tasks.robustness.adversarial import fgsm, pgd
 from rcmae.tasks.robustness.corruptions import STANDARD, corrupt
@@ -25,6 +24,7 @@ from rcmae.tasks.robustness.metrics import ALEXNET, ece, imagenet_classes
 from rcmae.tasks.robustness.sets import (
     C_STYLE,
     IMAGENET_C,
+    SEVERITIES,
     Corrupted,
     Loading,
     adversarial,
@@ -292,10 +292,8 @@ def test_clean_images_and_their_calibration():
 
 def test_corrupted_images_are_those_of_corrupt_whatever_the_batch_and_workers():
     source, labels, models = digits()
-    names, severities, messages = ("shot_noise", "contrast"), (1, 3, 5), []
-    results = corrupted(
-        models, source, labels, Loading((32, 32), CPU, batch=9), 3, names, severities, messages.append
-    )
+    names, messages = ("shot_noise", "contrast"), []
+    results = corrupted(models, source, labels, Loading((32, 32), CPU, batch=9), 3, names, messages.append)
     known = np.flatnonzero(labels >= 0)
     for model in models:
         assert (
@@ -304,7 +302,7 @@ def test_corrupted_images_are_those_of_corrupt_whatever_the_batch_and_workers():
             and list(results[model].correct) == list(names)
         )
         for name in names:
-            for row, severity in zip(results[model].correct[name], severities, strict=True):
+            for row, severity in zip(results[model].correct[name], SEVERITIES, strict=True):
                 changed = np.stack([corrupt(source.images[i], name, severity, 3, int(i)) for i in known])
                 x = torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255
                 assert (row == (models[model](x).argmax(1).numpy() == labels[known])).all()
@@ -313,11 +311,9 @@ def test_corrupted_images_are_those_of_corrupt_whatever_the_batch_and_workers():
         and len(messages) == 2
         and messages[0].startswith("shot_noise, error by severity in percent: one ")
     )
-    again = corrupted(
-        models, source, labels, Loading((32, 32), CPU, batch=4, workers=2), 3, names, severities
-    )
+    again = corrupted(models, source, labels, Loading((32, 32), CPU, batch=4, workers=2), 3, names)
     assert all((again[m].correct[n] == results[m].correct[n]).all() for m in models for n in names)
-    other = corrupted(models, source, labels, Loading((32, 32), CPU), 4, names, severities)
+    other = corrupted(models, source, labels, Loading((32, 32), CPU), 4, names)
     assert any((other[m].correct["shot_noise"] != results[m].correct["shot_noise"]).any() for m in models)
 
 
@@ -333,20 +329,18 @@ def test_draws_depend_on_the_index_in_the_full_set():
         Loading((32, 32), CPU),
         3,
         ("shot_noise",),
-        (4,),
     )
     expected = [corrupt(source.images[i], "shot_noise", 4, 3, i) for i in (5, 8, 25)]
-    assert (
-        (batches[0].permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8) == np.stack(expected)
-    ).all()
+    fourth = batches[0][3::5].permute(0, 2, 3, 1).numpy()
+    assert ((fourth * 255).round().astype(np.uint8) == np.stack(expected)).all()
 
 
 @catches(
     "images are corrupted before they are cropped",
     "rcmae.tasks.robustness.sets:_severities",
     lambda old: (
-        lambda image, index, shape, corruption, severities, seed: torch.stack(
-            [center(corrupt(image, corruption, s, seed, index), shape) for s in severities]
+        lambda image, index, shape, corruption, seed: torch.stack(
+            [center(corrupt(image, corruption, s, seed, index), shape) for s in SEVERITIES]
         )
     ),
 )
@@ -430,10 +424,6 @@ def test_severity_figures_have_a_curve_for_each_model():
     }
     svg = by_severity({"student": 95.0, "teacher": 96.0}, errors)
     assert svg.startswith("<svg") and "severity" in svg and "clean" in svg and svg.count("var(--teacher)") > 1
-    assert (
-        standalone(by_severity({"student": 95.0, "teacher": 96.0}, errors, "fog")).count("accuracy, %: fog")
-        == 1
-    )
     record = {
         "network": "teacher",
         "labels_percent": 100,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import rcmae.pretraining as pretraining
 import rcmae.trainer as trainer
@@ -49,7 +50,7 @@ def test_a_teacher_update_in_every_micro_batch_is_detected(tmp_path, folder, mon
     forward = RCMAE.forward
 
     def eager(method, batch, t):
-        method.teacher.update(method.student, method.momentum(t))
+        method.teacher.update(method.student, method.momentum(t), torch.ones(()))
         return forward(method, batch, t)
 
     monkeypatch.setattr(RCMAE, "forward", eager)

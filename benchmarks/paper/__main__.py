@@ -45,7 +45,7 @@ def run(name: str, experiment: Experiment, seeds: int, out: Path) -> dict[str, A
         folder = out / name / small.name.replace(",", "").replace(" ", "-")
         budget, jobs = parse_budget(small.budget), torch.get_num_threads()
         results = race(
-            arms(small.arms), RaceSettings(budget, seeds=seeds, probes=1, jobs=jobs), folder, print
+            arms(small.arms), RaceSettings(budget=budget, seeds=seeds, probes=1, jobs=jobs), folder, print
         )
         page = write_race_page(results, folder)
         print(*results["verdict"], page, sep="\n", flush=True)

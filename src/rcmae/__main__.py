@@ -6,7 +6,6 @@ from .engine import signals
 
 
 def main() -> int:
-    """Run the command line of this process."""
     try:
         with signals.handled():
             from .cli import main as run

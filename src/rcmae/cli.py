@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -17,12 +17,16 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from cyclopts import App, CycloptsError, Group, Parameter, Token
 from cyclopts.config import Dict
+from rich.console import Console
+from rich.table import Column, Table
 
 from . import __version__
+from .compare.settings import RaceOptions
 from .config import (
     BaseRuntimeConfig,
     Recipe,
     RuntimeConfig,
+    changed,
     check,
     flags,
     flat,
@@ -33,7 +37,8 @@ from .config import (
 )
 from .engine import signals
 from .engine.console import Screen
-from .errors import ConfigError, Preempted, RcmaeError, SettingsError, first_line, refuse
+from .errors import ConfigError, Preempted, RcmaeError, SettingsError, first_line
+from .lab.settings import GradientSettings
 from .tasks.detection.settings import DetectionOptions, ScoringOptions
 from .tasks.evaluation import TASKS
 from .tasks.evaluation.base import EvaluationOptions, Task, Which
@@ -60,8 +65,16 @@ def _integer(kind: type, tokens: Sequence[Token]) -> int:
 
 
 Integer = Annotated[int, Parameter(converter=_integer)]
+Device = Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1 or mps.")]
+Json = Annotated[Path | None, Parameter(help="Also write the results to this file.")]
+Detector = Annotated[Path, Parameter(help="A run of `rcmae detect train`, or its export/detector.")]
 Many = Parameter(consume_multiple=True, negative_iterable=())
 Flat = Parameter(name="*", negative_iterable=())
+
+
+def _flat(title: str, position: int, text: str = "") -> Parameter:
+    """`Flat`, under a heading in the help."""
+    return Parameter.combine(Flat, Parameter(group=Group(title, help=text, sort_key=position)))
 
 
 def _as_flags(section: type, how: Parameter = Flat, values: dict[str, Any] | None = None) -> None:
@@ -90,6 +103,8 @@ for options in (
     Worth,
     DetectionOptions,
     ScoringOptions,
+    GradientSettings,
+    RaceOptions,
 ):
     _as_flags(options)
 
@@ -108,12 +123,8 @@ def _pretrain(loaded: Recipe, loaded_name: str | None = None) -> Callable[..., N
         recipe_name: Annotated[str | None, Parameter(name="RECIPE")] = None,
         /,
         *,
-        recipe: Annotated[
-            cls, Parameter(name="*", negative_iterable=(), group=Group("Recipe", sort_key=1))
-        ] = cls(),  # type: ignore
-        runtime: Annotated[
-            RuntimeConfig, Parameter(name="*", negative_iterable=(), group=Group("Runtime", sort_key=99))
-        ] = RuntimeConfig(),
+        recipe: Annotated[cls, _flat("Recipe", 1)] = cls(),  # type: ignore
+        runtime: Annotated[RuntimeConfig, _flat("Runtime", 99)] = RuntimeConfig(),
     ) -> None:
         """Pre-train a Vision Transformer; a run that is already in --out resumes.
 
@@ -131,8 +142,7 @@ def _pretrain(loaded: Recipe, loaded_name: str | None = None) -> Callable[..., N
         run(recipe, runtime)
 
     for i, (name, section) in enumerate(sections(cls).items(), 2):
-        title = Group(name, help=_summary(section), sort_key=i)
-        _as_flags(section, Parameter(name="*", negative_iterable=(), group=title), values)
+        _as_flags(section, _flat(name, i, _summary(section)), values)
     _as_flags(cls, values=values)
     return pretrain
 
@@ -150,7 +160,7 @@ def check_data(
     channels: Integer | None = None,
     batch_size: Integer | None = None,
     max_corrupt_fraction: float = RuntimeConfig().max_corrupt_fraction,
-    json: Path | None = None,
+    json: Json = None,
 ) -> int:
     """Audit a data set before training: counts, sizes, unreadable files, duplicates, statistics, speed.
 
@@ -168,8 +178,6 @@ def check_data(
         Images per step [default: the recipe's].
     max_corrupt_fraction
         The fraction of unreadable images that a run would accept.
-    json
-        Also write the results to this file.
     """
     from .data.audit import audit, render, to_json
     from .data.sources import recipe_for
@@ -177,11 +185,8 @@ def check_data(
 
     _check_json(json)
     chosen = load_recipe(recipe or recipe_for(path))
-    if batch_size is not None:
-        chosen = replace(chosen, optim=replace(chosen.optim, batch_size=batch_size))
-    if channels is not None:
-        chosen = replace(chosen, images=replace(chosen.images, channels=channels))
-    check(chosen)
+    given = {"batch_size": batch_size, "channels": channels}
+    chosen = check(changed(chosen, **{key: value for key, value in given.items() if value is not None}))
     check(RuntimeConfig(max_corrupt_fraction=max_corrupt_fraction))
     result = audit(
         path, val=val, recipe=chosen, max_corrupt_fraction=max_corrupt_fraction, screen=Screen(True)
@@ -252,25 +257,22 @@ def lab_linear(*, out: Path = Path("runs/lab-linear"), seeds: Integer = 3) -> No
     seeds
         Runs per setting, each with different inputs.
     """
-    from rich.table import Table
-
-    from .lab.linear_experiment import LinearSettings, run_linear, write_linear_page
+    from .lab.linear_experiment import RELATIONS, LinearSettings, run_linear, write_linear_page
 
     if seeds < 1:
         raise ConfigError(f"seeds must be 1 or more, not {seeds}")
     _check_folder(out)
-    result = run_linear(LinearSettings(seeds=seeds), Screen(True))
-    relations = ("same", "different", "orthogonal")
+    result = run_linear(LinearSettings(seeds=seeds), Screen(True).progress)
 
     def cell(row: dict) -> str:
         return f"{row['previous']:.3f}" + ("" if row["reference"] is None else f" ({row['reference']:.3f})")
 
-    title = "Cosine of the consistency gradient with the previous step (reference values in parentheses)"
-    table = Table("optimizer", "alpha", *relations, title=title, title_justify="left")
-    for i in range(0, len(result["table"]), len(relations)):
-        rows = result["table"][i : i + len(relations)]
-        table.add_row(rows[0]["optimizer"], str(rows[0]["alpha"]), *(cell(row) for row in rows))
-    _console().print(table)
+    groups = (result["table"][i : i + len(RELATIONS)] for i in range(0, len(result["table"]), len(RELATIONS)))
+    _print_table(
+        "Cosine of the consistency gradient with the previous step (reference values in parentheses)",
+        ["optimizer", "alpha", *RELATIONS],
+        [[rows[0]["optimizer"], str(rows[0]["alpha"]), *map(cell, rows)] for rows in groups],
+    )
     for name, descent in result["descent"].items():
         _console().print(
             f"{name}: stable below a learning rate of {descent['limit']:.2f}; without noise, "
@@ -281,15 +283,7 @@ def lab_linear(*, out: Path = Path("runs/lab-linear"), seeds: Integer = 3) -> No
 
 @lab.command(name="gradients")
 def lab_gradients(
-    run: str,
-    /,
-    *,
-    batches: Integer = 24,
-    batch_size: Integer | None = None,
-    settle: Integer | None = None,
-    lr: float | None = None,
-    device: str = "auto",
-    out: Path | None = None,
+    run: str, /, *, setting: Annotated[GradientSettings, Flat] = GradientSettings(), out: Path | None = None
 ) -> None:
     """Measure on a real network how far consistency gradients oppose the previous step: on the same batch,
     with new masks, new crops, other images.
@@ -298,44 +292,29 @@ def lab_gradients(
     ----------
     run
         A run directory, or the name of a recipe for a new network.
-    batches
-        Number of steps to measure.
-    batch_size
-        Images per batch [default: the recipe's, at most 128].
-    settle
-        Steps before measuring, at the same learning rate [default: three half-lives of the teacher, 10 to
-        100].
-    lr
-        Learning rate of all steps [default: half the recipe's peak for this batch size].
-    device
-        auto, cpu, cuda, cuda:1 or mps.
     out
         Output folder for gradients.html, its figures and gradients.json [default: RUN/lab, or
         runs/lab-gradients].
     """
-    from rich.table import Table
-
-    from .lab.gradients import GradientSettings, run_gradients, write_gradients_page
+    from .lab.gradients import run_gradients, write_gradients_page
 
     out = out or (Path(run) / "lab" if Path(run).is_dir() else Path("runs/lab-gradients"))
     _check_folder(out)
-    setting = GradientSettings(batches=batches, batch_size=batch_size, settle=settle, lr=lr, device=device)
     result = run_gradients(run, setting, _console().print)
-    table = Table(
-        "after a step on batch B",
-        "similarity",
-        "cosine with the step",
-        "with AdamW's moment",
-        "ratio",
-        title_justify="left",
-    )
-    for line in result["summary"]:
-        cells = (
-            "{:.3f} [{:.3f}, {:.3f}]".format(*line[key])
-            for key in ("similarity", "previous", "moment", "ratio")
-        )
-        table.add_row(f"{line['condition']}: {line['what']}", *cells)
-    _console().print(table)
+    columns = {
+        "similarity": "similarity",
+        "previous": "cosine with the step",
+        "moment": "with AdamW's moment",
+        "ratio": "ratio",
+    }
+    rows = [
+        [
+            f"{line['condition']}: {line['what']}",
+            *("{:.3f} [{:.3f}, {:.3f}]".format(*line[key]) for key in columns),
+        ]
+        for line in result["summary"]
+    ]
+    _print_table(None, ["after a step on batch B", *columns.values()], rows)
     for _, text in result["findings"]:
         _console().print(text)
     print(f"Open {write_gradients_page(result, out)}")
@@ -350,8 +329,8 @@ def verify(
     data: str | None = None,
     steps: Integer = 5,
     batch_size: Integer = 32,
-    device: str = "auto",
-    json: Path | None = None,
+    device: Device = "auto",
+    json: Json = None,
 ) -> int:
     """Verify on this machine that training gives the same result with micro-batches, after kill and resume,
     with two processes, and compiled.
@@ -369,13 +348,7 @@ def verify(
         Steps per run.
     batch_size
         Images per step, divided into 4 micro-batches.
-    device
-        auto, cpu, cuda, cuda:1 or mps.
-    json
-        Also write the results to this file.
     """
-    from rich.table import Table
-
     from .lab.verify import to_json
     from .lab.verify import verify as run
     from .methods.recipes import digits_recipe, load_recipe, with_method
@@ -385,18 +358,13 @@ def verify(
     chosen = replace(chosen, data=data or chosen.data)
     rows = run(chosen, steps=steps, batch_size=batch_size, device=device, report=_console().print)
     parts = list(dict.fromkeys(part for row in rows for part in row.differences))
-    table = Table(
-        f"{method}, {how_many(steps, 'step')} in fp32",
-        "",
-        *parts,
-        title="Largest relative difference",
-        title_justify="left",
-    )
+    table = []
     for row in rows:
         verdict = "yes" if row.holds and row.differences else "not run" if row.holds else "NO"
         cells = (f"{row.differences[p]:.1e}" if p in row.differences else "" for p in parts)
-        table.add_row(row.name, verdict, *cells)
-    _console().print(table)
+        table.append([row.name, verdict, *cells])
+    columns = [f"{method}, {how_many(steps, 'step')} in fp32", "", *parts]
+    _print_table("Largest relative difference", columns, table)
     for row in rows:
         if row.note:
             print(f"{row.name}: {row.note}")
@@ -446,8 +414,6 @@ def compare_cost(
     out
         Output folder for cost.html and cost.json.
     """
-    from rich.table import Table
-
     from .compare.cost import count_costs, write_cost_page
     from .engine.distributed import pick_device
     from .methods import METHODS
@@ -473,49 +439,38 @@ def compare_cost(
     )
     for model in models:
         rows = [r for r in result["rows"] if r["model"] == model]
-        heads = [
-            "",
-            "GFLOP",
-            "x",
-            "saved MB",
-            "x",
-            "state GiB",
-            "peak GiB",
-            *([f"batch in {fit:g} GiB"] if fit else []),
-        ]
-        title = f"{model}, {precision}: FLOPs and saved activations per image; memory at batch {batch_size}"
-        table = Table(*heads, title=title, title_justify="left")
-        for r in rows:
-            cells = [
+        columns = ["", "GFLOP", "x", "saved MB", "x", "state GiB", "peak GiB"]
+        cells = [
+            [
+                r["name"],
                 f"{r['flops'] / 1e9:.1f}",
                 f"{r['flops_ratio']:.2f}",
                 f"{r['saved'] / 1e6:.1f}",
                 f"{r['saved_ratio']:.2f}",
-            ]
-            cells += [
                 f"{r['state'] / 2**30:.2f}",
                 f"{r['peak'] / 2**30:.1f}",
                 *([str(r["fits"])] if fit else []),
             ]
-            table.add_row(r["name"], *cells)
-        _console().print(table)
+            for r in rows
+        ]
+        _print_table(
+            f"{model}, {precision}: FLOPs and saved activations per image; memory at batch {batch_size}",
+            [*columns, *([f"batch in {fit:g} GiB"] if fit else [])],
+            cells,
+        )
         if measured_on:
-            heads = ["", "predicted GiB", "measured GiB", "ratio", "images/s"]
-            table = Table(
-                *heads,
-                title=f"{model}, {precision}, {measured_batch} images on {measured_on}",
-                title_justify="left",
-            )
-            for r in rows:
-                predicted, measured = r["predicted_peak"] / 2**30, r["measured_peak"] / 2**30
-                table.add_row(
+            cells = [
+                [
                     r["name"],
-                    f"{predicted:.2f}",
-                    f"{measured:.2f}",
-                    f"{measured / predicted:.2f}",
+                    f"{r['predicted_peak'] / 2**30:.2f}",
+                    f"{r['measured_peak'] / 2**30:.2f}",
+                    f"{r['measured_peak'] / r['predicted_peak']:.2f}",
                     f"{r['images_per_second']:.1f}",
-                )
-            _console().print(table)
+                ]
+                for r in rows
+            ]
+            title = f"{model}, {precision}, {measured_batch} images on {measured_on}"
+            _print_table(title, ["", "predicted GiB", "measured GiB", "ratio", "images/s"], cells)
     print(f"Open {write_cost_page(result, out)}")
 
 
@@ -525,12 +480,7 @@ def compare_race(
     budget: str = "4m",
     data: str | None = None,
     settings: Annotated[tuple[str, ...], Many] = (),
-    seeds: Integer = 3,
-    probes: Integer = 5,
-    probe_train: Integer = 2000,
-    probe_test: Integer = 4000,
-    jobs: Integer | None = None,
-    device: str = "auto",
+    options: Annotated[RaceOptions, Flat] = RaceOptions(),
     out: Path = Path("runs/compare-race"),
 ) -> None:
     """Compare what methods learn from the same images within an equal budget. The same command resumes.
@@ -547,62 +497,31 @@ def compare_race(
         Labeled images: a folder of classes, or another source with labels [default: the recipes'].
     settings
         Settings of all arms whose method has them: --settings model=vit_tiny_patch16 batch_size=64.
-    seeds
-        Runs per arm; arms are compared within a seed.
-    probes
-        Number of probes during a run.
-    probe_train
-        Labeled images to fit the probes on.
-    probe_test
-        Labeled images to test the probes on.
-    jobs
-        Simultaneous runs, which share the cores [default: one per core on a CPU, else 1].
-    device
-        auto, cpu, cuda, cuda:1 or mps.
     out
         Output folder for race.html, its figures, race.json and the runs.
     """
-    import os
-
-    from rich.table import Table
-
     from .compare.race import ARMS, KINDS, RaceSettings, parse_budget, race, write_race_page
     from .compare.race import arms as parse_arms
     from .engine.distributed import pick_device
 
     _check_folder(out)
-    counts = {
-        "seeds": (seeds, 2),
-        "probes": (probes, 1),
-        "probe_train": (probe_train, 1),
-        "probe_test": (probe_test, 1),
-        "jobs": (jobs, 1),
-    }
-    refuse(
-        f"{name} must be {minimum} or more, not {value}"
-        for name, (value, minimum) in counts.items()
-        if value is not None and value < minimum
-    )
-    jobs = jobs or ((os.cpu_count() or 1) if pick_device(device).type == "cpu" else 1)
-    setting = RaceSettings(parse_budget(budget), seeds, probes, probe_train, probe_test, device, jobs)
+    check(options)
+    jobs = options.jobs or ((os.cpu_count() or 1) if pick_device(options.device).type == "cpu" else 1)
+    setting = RaceSettings(**vars(options) | {"budget": parse_budget(budget), "jobs": jobs})
     result = race(parse_arms(arms or ARMS, data, settings), setting, out, _console().print)
     first = result["rows"][0]["arm"]
-    table = Table(
-        "accuracy, %",
-        "images",
-        *KINDS,
-        f"linear against {first}",
-        title=f"After {setting.budget} each",
-        title_justify="left",
-    )
-    table.columns[0].no_wrap = table.columns[-1].no_wrap = True
-    for row in result["rows"]:
-        against = row["linear against"].get(first)
-        cells = [f"{row['images']:,}", *(f"{sum(row[kind]) / len(row[kind]):.1f}" for kind in KINDS)]
-        table.add_row(row["arm"], *cells, "{:+.1f} [{:+.1f}, {:+.1f}]".format(*against) if against else "")
-    _console().print(table)
-    for text in result["verdict"]:
-        _console().print(text)
+    name, against = (Column(head, no_wrap=True) for head in ("accuracy, %", f"linear against {first}"))
+    rows = [
+        [
+            row["arm"],
+            f"{row['images']:,}",
+            *(f"{sum(row[kind]) / len(row[kind]):.1f}" for kind in KINDS),
+            _interval(row["linear against"][first]) if first in row["linear against"] else "",
+        ]
+        for row in result["rows"]
+    ]
+    _print_table(f"After {setting.budget} each", [name, "images", *KINDS, against], rows)
+    _console().print(*result["verdict"], sep="\n")
     print(f"Open {write_race_page(result, out)}")
 
 
@@ -658,8 +577,7 @@ def evaluate_worth_it(
         A run directory, an exported folder, a .safetensors, an official .pth, or timm:NAME; scratch:BACKBONE
         is the same network, randomly initialized.
     """
-    if options.out:
-        _check_folder(options.out)
+    _check_folder(options.out)
     if any(getattr(options, name) != getattr(WorthItOptions, name) for name in ("which", "labels", "seed")):
         raise ConfigError(
             "worth-it compares all networks, at --percents and over --seeds; leave out --which, --labels and "
@@ -668,34 +586,31 @@ def evaluate_worth_it(
     task.check_settings(backbone, tuning, options)
     _load_libraries()
 
-    from rich.table import Table
-
     from .tasks.context import results_folder
     from .tasks.worth import worth_it
 
     result = worth_it(backbone, task, tuning, options, _console().print)
     if not result["rows"]:  # not the first rank
         return
-    table = Table("accuracy, %", "labels", "mean", "seeds", "against scratch", title_justify="left")
-    for row in result["rows"]:
-        gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row["gain"]) if "gain" in row else ""
-        seeds = " ".join(f"{value:.1f}" for value in row["seeds"])
-        table.add_row(
-            row["arm"], f"{row['percent']:g} %", f"{sum(row['seeds']) / len(row['seeds']):.1f}", seeds, gain
-        )
-    _console().print(table)
-    for text in result["verdict"]:
-        _console().print(text)
+    rows = [
+        [
+            row["arm"],
+            f"{row['percent']:g} %",
+            f"{sum(row['seeds']) / len(row['seeds']):.1f}",
+            " ".join(f"{value:.1f}" for value in row["seeds"]),
+            _interval(row["gain"]) if "gain" in row else "",
+        ]
+        for row in result["rows"]
+    ]
+    _print_table(None, ["accuracy, %", "labels", "mean", "seeds", "against scratch"], rows)
+    _console().print(*result["verdict"], sep="\n")
     _report_of_backbone(results_folder(backbone, options))
 
 
 def _evaluate(backbone: str, task: Task, options: EvaluationOptions) -> None:
-    if options.out:
-        _check_folder(options.out)
+    _check_folder(options.out)
     task.check_settings(backbone, options)
     _load_libraries()
-
-    from rich.table import Table
 
     from .report.severity import write_figures
     from .tasks.context import results_folder
@@ -704,14 +619,14 @@ def _evaluate(backbone: str, task: Task, options: EvaluationOptions) -> None:
     records = evaluate(backbone, task, options)
     if not records:  # not the first rank
         return
-    title = f"{records[0]['task']}, %, {how_many(records[0]['test_images'], 'test image')}"
-    table = Table("", *(record["network"] for record in records), title=title, title_justify="left")
-    for name in dict.fromkeys(name for record in records for name in record["metrics"]):
-        table.add_row(
-            name,
-            *(f"{record['metrics'][name]:.2f}" if name in record["metrics"] else "" for record in records),
-        )
-    _console().print(table)
+    _print_table(
+        f"{records[0]['task']}, %, {how_many(records[0]['test_images'], 'test image')}",
+        ["", *(record["network"] for record in records)],
+        [
+            [name, *(f"{r['metrics'][name]:.2f}" if name in r["metrics"] else "" for r in records)]
+            for name in dict.fromkeys(name for record in records for name in record["metrics"])
+        ],
+    )
     folder = results_folder(backbone, options)
     for file in write_figures(records, folder):
         print(f"Open {file}")
@@ -759,8 +674,7 @@ def detect_train(
     """
     from .tasks.detection.commands import train_detector
 
-    if runtime.out:
-        _check_folder(runtime.out)
+    _check_folder(runtime.out)
     run = train_detector(backbone, options, runtime)
     if run is None:  # not the first rank
         return
@@ -769,20 +683,13 @@ def detect_train(
 
 
 @detect.command(name="eval")
-def detect_eval(checkpoint: Path, /, *, options: Annotated[ScoringOptions, Flat] = ScoringOptions()) -> None:
-    """Evaluate a detector: COCO's average precision of boxes and masks, by class and size.
-
-    Parameters
-    ----------
-    checkpoint
-        A run of `rcmae detect train`, or its export/detector.
-    """
-    from rich.table import Table
-
+def detect_eval(
+    checkpoint: Detector, /, *, options: Annotated[ScoringOptions, Flat] = ScoringOptions()
+) -> None:
+    """Evaluate a detector: COCO's average precision of boxes and masks, by class and size."""
     from .tasks.detection.commands import percent, score_detector
 
-    if options.out:
-        _check_folder(options.out)
+    _check_folder(options.out)
     result = score_detector(checkpoint, options)
     if result is None:  # not the first rank
         return
@@ -790,10 +697,8 @@ def detect_eval(checkpoint: Path, /, *, options: Annotated[ScoringOptions, Flat]
     title = f"{result['data']}, {how_many(result['test_images'], 'image')}, {result['preset']}"
     for key, heading in (("stats", "%"), ("per_class", "AP of class, %")):
         columns = [percent(result[part][key]) for part in parts]
-        table = Table(heading, *parts, title=title if key == "stats" else None, title_justify="left")
-        for name in columns[0]:
-            table.add_row(name, *(column[name] for column in columns))
-        _console().print(table)
+        rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+        _print_table(title if key == "stats" else None, [heading, *parts], rows)
     rule = result[parts[0]]["areas"]
     bounds = " and ".join(f"{bound:,.0f}" for bound in result[parts[0]]["bounds"])
     print(
@@ -805,27 +710,23 @@ def detect_eval(checkpoint: Path, /, *, options: Annotated[ScoringOptions, Flat]
 
 @detect.command(name="show")
 def detect_show(
-    checkpoint: Path,
+    checkpoint: Detector,
     /,
     *images: Path,
     out: Path = Path("runs/detect-show"),
     threshold: float = 0.5,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """Draw boxes, masks, classes and scores on images.
 
     Parameters
     ----------
-    checkpoint
-        A run of `rcmae detect train`, or its export/detector.
     images
         Image files.
     out
         Output folder.
     threshold
         Lowest score of an object that is drawn.
-    device
-        auto, cpu, cuda, cuda:1 or mps.
     """
     from .report.detection_page import show_detections
 
@@ -837,13 +738,11 @@ def detect_show(
 
 
 @detect.command(name="export")
-def detect_export(checkpoint: Path, /, *, out: Path = Path("pyramid.pt2")) -> None:
+def detect_export(checkpoint: Detector, /, *, out: Path = Path("pyramid.pt2")) -> None:
     """Export the backbone and feature pyramid of a detector with torch.export, loadable without rcmae.
 
     Parameters
     ----------
-    checkpoint
-        A run of `rcmae detect train`, or its export/detector.
     out
         The .pt2 file to write.
     """
@@ -855,39 +754,32 @@ def detect_export(checkpoint: Path, /, *, out: Path = Path("pyramid.pt2")) -> No
 @app.command(name="list")
 def list_all() -> None:
     """List data sources, methods, models and recipes."""
-    from rich.table import Table
-
     from .data.sources import SOURCES
     from .methods import METHODS
     from .methods.recipes import parse_recipe
     from .models.autoencoder import SIZES
 
-    table = Table("--data", "", "objects", title="Data", title_justify="left")
-    for kind in reversed(SOURCES):
-        table.add_row(kind.form, _summary(kind), "yes" if kind.has_objects else "")
-    _console().print(table)
-    table = Table("recipe", "method", "description", title="Recipes", title_justify="left")
+    kinds = [[kind.form, _summary(kind), "yes" if kind.has_objects else ""] for kind in reversed(SOURCES)]
+    _print_table("Data", ["--data", "", "objects"], kinds)
+    recipes = []
     for name, file in shipped_recipes().items():
         text = file.read_text(encoding="utf-8")
-        table.add_row(name, parse_recipe(text, name).method, text.splitlines()[0].lstrip("# "))
-    _console().print(table)
-    for task, command in (("finetune", "evaluate finetune"), ("detection", "detect train")):
-        title = f"Recipes of {'fine-tuning' if task == 'finetune' else task} (rcmae {command} --recipe)"
-        table = Table("recipe", "description", title=title, title_justify="left")
-        for name, file in shipped_recipes(task).items():
-            table.add_row(name, file.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
-        _console().print(table)
-    table = Table(
-        "model", "patch", "encoder", "decoder", title="Models (width x depth, heads)", title_justify="left"
-    )
-    for name, s in SIZES.items():
-        table.add_row(name, str(s.patch), *("{} x {}, {}".format(*part) for part in (s.encoder, s.decoder)))
-    table.add_row("timm:NAME", "", "any plain timm VisionTransformer", "256 x 4, 8")
-    _console().print(table)
-    table = Table("method", "", title="Methods", title_justify="left")
-    for name, method in METHODS.items():
-        table.add_row(name, _summary(method))
-    _console().print(table)
+        recipes.append([name, parse_recipe(text, name).method, text.splitlines()[0].lstrip("# ")])
+    _print_table("Recipes", ["recipe", "method", "description"], recipes)
+    for task, what, command in (
+        ("finetune", "fine-tuning", "evaluate finetune"),
+        ("detection", "detection", "detect train"),
+    ):
+        files = shipped_recipes(task).items()
+        recipes = [[k, file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")] for k, file in files]
+        _print_table(f"Recipes of {what} (rcmae {command} --recipe)", ["recipe", "description"], recipes)
+    models = [
+        [name, str(s.patch), *("{} x {}, {}".format(*part) for part in (s.encoder, s.decoder))]
+        for name, s in SIZES.items()
+    ]
+    models.append(["timm:NAME", "", "any plain timm VisionTransformer", "256 x 4, 8"])
+    _print_table("Models (width x depth, heads)", ["model", "patch", "encoder", "decoder"], models)
+    _print_table("Methods", ["method", ""], [[name, _summary(method)] for name, method in METHODS.items()])
 
 
 SLOW = {"pretrain", "check", "import", "lab", "verify", "compare", "evaluate", "detect"}
@@ -1017,9 +909,9 @@ def _prepare_pretrain(argv: list[str]) -> tuple[Dict, ...]:
     return (Dict({"pretrain": defaults}, source=f"recipe {recipe_name or 'bundled'}"),)
 
 
-def _check_folder(out: Path) -> None:
+def _check_folder(out: Path | None) -> None:
     """Raises ConfigError if --out is a file, before any work."""
-    if out.exists() and not out.is_dir():
+    if out and out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a folder")
 
 
@@ -1052,7 +944,17 @@ def _fail(message: str, code: int, label: str = "error") -> int:
     return code
 
 
-def _console():
-    from rich.console import Console
-
+def _console() -> Console:
     return Console(highlight=False)
+
+
+def _print_table(title: str | None, columns: Sequence[str | Column], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _interval(values: Sequence[float]) -> str:
+    """A mean and its interval."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*values)

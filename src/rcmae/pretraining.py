@@ -18,13 +18,13 @@ from torch import Tensor
 
 from .config import Recipe, RuntimeConfig, check, how_many, recipe_hash
 from .data.dataset import Images, measure_statistics
-from .data.loader import batches_of
 from .data.sampler import check_parts
 from .data.sources import Source, open_source
 from .engine.console import Screen, clock
+from .engine.distributed import autocast
 from .engine.metrics import read_metrics
-from .engine.optim import adamw, linear_rule
-from .engine.run import ADVICE, RunContext, check_same_recipe, describe_machine, run_context, write_json
+from .engine.optim import adamw
+from .engine.run import ADVICE, RunContext, check_same_recipe, run_context, write_json
 from .engine.schedules import Progress, cosine, fraction_of_run, spread, warmup_cosine
 from .engine.step import Mean, clip_gradients, conditional_step, set_lr, set_weight_decay
 from .errors import AlarmError, ConfigError, DataError, first_line, refuse
@@ -34,7 +34,7 @@ from .lab.recorder import Recorder
 from .lab.snapshots import SNAPSHOTS, first_batch, save_reconstructions
 from .methods import METHODS, Method
 from .methods.recipes import load_recipe, recipe_type
-from .models.backbone import Backbone, usual_statistics
+from .models.backbone import Backbone, Channels, Statistics, usual_statistics
 from .report import write_report
 from .step_time import steps_within
 from .tasks.probe import KINDS, Probes, Scores, probe_set, show_table, size_note
@@ -104,7 +104,7 @@ class Pretraining(Trainer):
         self.next_report = 0.0
         self.setup(self.method, optimizer, {"images": images.fingerprint()}, load=load_recipe)
 
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def statistics(self) -> Statistics:
         """Mean and standard deviation of each channel, for pixels in 0 to 1."""
         images, count = self.recipe.images, min(1000, len(self.images))
         if usual := usual_statistics(images):
@@ -113,9 +113,9 @@ class Pretraining(Trainer):
             measured = (
                 measure_statistics(self.images, images.channels, count, tick) if self.world.is_main else None
             )
-            return cast(tuple[tuple[float, ...], tuple[float, ...]], self.world.broadcast(measured))
+            return cast(Statistics, self.world.broadcast(measured))
 
-    def build(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Method:
+    def build(self, mean: Channels, std: Channels) -> Method:
         """The method on the device, initialized from the seed."""
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)
@@ -132,27 +132,21 @@ class Pretraining(Trainer):
         return Images(self.images, self.method.views(), self.seed, self.recipe.images.channels)
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        return batches_of(
-            self.dataset(),
-            self.sampler(start, stop),
-            self.images,
-            self.runtime.workers,
-            self.device,
-            self.bad.note,
-        )
+        return self.batches_from(self.dataset(), start, stop)
 
     # --- the step -------------------------------------------------------------------------------------------
 
     def update(self, t: Progress) -> Tensor:
         optim, parts = self.recipe.optim, self.runtime.accumulate
         if self.logs and self.recorder:
-            self.recorder.before_update(t)
-        set_lr(self.optimizer, warmup_cosine(linear_rule(optim), optim.min_lr, optim.warmup, t))
+            self.recorder.monitor.start(t)
+        peak = optim.base_lr * optim.batch_size / 256
+        set_lr(self.optimizer, warmup_cosine(peak, optim.min_lr, optim.warmup, t))
         if optim.weight_decay_end is not None:
             set_weight_decay(self.optimizer, cosine(optim.weight_decay, optim.weight_decay_end, t.fraction))
         mean = Mean(parts)
         for batch in self.micro_batches():
-            with self.autocast():
+            with autocast(self.device, self.precision):
                 losses = self.net(batch, t)  # the method's forward pass: teacher, student, loss
             (losses["loss"] / parts).backward()
             mean.add(losses)
@@ -183,17 +177,12 @@ class Pretraining(Trainer):
         else:
             self.total = cast(int, self.recipe.total_steps(len(self.images)))  # None only with a time
         parameters = sum(p.numel() for p in self.method.student.parameters())
-        about = describe_machine(self.device, self.precision) | {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "parameters": parameters,
-            "ranks": self.world.size,
+        mean, std = self.method.statistics
+        about = self.description(parameters) | {
             "images": len(self.images),
             "data": self.images.fingerprint(),
-            "recipe_hash": recipe_hash(self.recipe),
-            "steps": self.total,
-            "steps_per_epoch": self.steps_per_epoch,
-            "mean": list(self.method.statistics[0]),
-            "std": list(self.method.statistics[1]),
+            "mean": list(mean),
+            "std": list(std),
         }
         if self.world.is_main:
             write_json(self.out / "machine.json", about)
@@ -214,7 +203,7 @@ class Pretraining(Trainer):
         )
         if self.runtime.accumulate > 1 and (caveat := self.method.accumulation_caveat(self.recipe)):
             self.screen.say(f"note: --accumulate changes the result of a step: {caveat}")
-        state = self.method.state(Progress(0, self.total, self.steps_per_epoch))
+        state = self.method.state(self.progress)
         if "half_life_steps" in state:
             self.screen.say(
                 f"momentum {state['momentum']:.5f}: half-life {state['half_life_steps']:,.1f} steps, "
@@ -242,17 +231,9 @@ class Pretraining(Trainer):
         elif self.world.is_main:  # load now what milestones need, so that missing data is noticed now
             _ = self.probes, self.fixed
         if self.world.is_main and self.runtime.monitor:
-            self.recorder = Recorder(
-                self.method,
-                self.total,
-                self.steps_per_epoch,
-                self.log_every,
-                read_metrics(self.out),
-                self.step,
-            )
-            self.warn(
-                self.recorder.at_start(Progress(self.step, self.total, self.steps_per_epoch), self.drift)
-            )
+            lines = read_metrics(self.out)
+            self.recorder = Recorder(self.method, self.progress, self.log_every, lines)
+            self.warn(self.recorder.alarms.at_start(self.progress, self.drift))
         if any(self.world.any_rank(bool(self.stop_reason()))):
             self.stop(self.stop_reason())
 
@@ -320,11 +301,13 @@ class Pretraining(Trainer):
     @cached_property
     def probes(self) -> Probes | None:
         """The probes during training, on rank 0; None without labels."""
-        images = probe_set(self.images, self.recipe, self.screen.progress) if self.world.is_main else None
+        progress = self.screen.progress
+        images = probe_set(self.images, self.recipe, progress) if self.world.is_main else None
         if images is None:
             return None
-        attentive = self.recipe.probe.attentive
-        return Probes(images, self.out, self.device, self.precision, attentive, self.screen.progress)
+        return Probes(
+            images, self.out, self.device, self.precision, self.recipe.probe.attentive, self.screen.progress
+        )
 
     @cached_property
     def fixed(self) -> dict[str, Tensor]:
@@ -333,7 +316,7 @@ class Pretraining(Trainer):
     # --- saving ---------------------------------------------------------------------------------------------
 
     def more_state(self) -> dict[str, Any]:
-        drift = self.method.state(Progress(self.step, self.total, self.steps_per_epoch)).get("drift")
+        drift = self.method.state(self.progress).get("drift")
         return {"drift": None if drift is None else float(drift)}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -15,22 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from .config import how_many, parse_time, recipe_hash, to_toml
 from .data.dataset import BadFiles
+from .data.loader import batches_of
 from .data.sampler import BatchSampler, check_parts
 from .data.sources import Source
 from .engine import distributed, signals
 from .engine.checkpoint import load_checkpoint, newest, recover, replace_file, save_checkpoint
 from .engine.metrics import Metrics
-from .engine.run import (
-    RunContext,
-    changed_environment,
-    describe_environment,
-    memory_gib,
-    preempted,
-    record_recipe,
-)
+from .engine.run import RunContext, describe_machine, memory_gib, preempted, record_recipe
 from .engine.schedules import Progress, default_log_every
 from .engine.step import LogWindow, Skips
 from .errors import CheckpointError, ConfigError, DataError
@@ -132,6 +127,11 @@ class Trainer(ABC):
         """Why this rank requests the end of the run after this step; empty if it does not."""
         return ""
 
+    def batches_from(self, dataset: Dataset, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Micro-batches of a data set of the training images, for `loader`."""
+        keys, workers = self.sampler(start, stop), self.runtime.workers
+        return batches_of(dataset, keys, self.images, workers, self.device, self.bad.note)
+
     # --- starting and resuming ------------------------------------------------------------------------------
 
     def setup(
@@ -170,8 +170,13 @@ class Trainer(ABC):
             self.saved = self.step, self.last_milestone
             self.restore(state)
             self.screen.say(f"resumed from {path.name} of {how_many(self.total, 'step')} in {self.out}")
-            for note in changed_environment(state["environment"], self.environment()):
-                self.screen.say(note)
+            now = self.environment()
+            for key, then in state["environment"].items():
+                if then != now[key]:
+                    self.screen.say(
+                        f"note: {key} was {then} and is now {now[key]}: the resumed run will not be bitwise "
+                        "identical"
+                    )
         if self.world.is_main:
             step = None if path is None else self.step
             sinks = self.runtime.tensorboard, self.runtime.wandb
@@ -183,20 +188,14 @@ class Trainer(ABC):
         self.log_every = self.runtime.log_every or default_log_every(self.total)
 
     def _check_same(self, state: dict[str, Any], path: Path) -> None:
+        advice = "use another --out to start from scratch"
         if state.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path} was written by another version of rcmae; use another --out to start from scratch"
-            )
+            raise CheckpointError(f"{path} was written by another version of rcmae; {advice}")
         if state["data"] != self.data:
             part = next(k for k, v in self.data.items() if state["data"].get(k) != v).replace("_", " ")
-            raise DataError(
-                f"the data ({part}) has changed since {path} was written; use another --out to start from "
-                "scratch"
-            )
+            raise DataError(f"the data ({part}) has changed since {path} was written; {advice}")
         if state["backbone"] != self.backbone:
-            raise CheckpointError(
-                f"{path} was started from another backbone; use another --out to start from scratch"
-            )
+            raise CheckpointError(f"{path} was started from another backbone; {advice}")
         if state["recipe_hash"] != recipe_hash(self.recipe):
             raise ConfigError(
                 f"{path} was written with another recipe; use another --out, or the original recipe"
@@ -204,7 +203,26 @@ class Trainer(ABC):
 
     def environment(self) -> dict[str, Any]:
         """What must stay the same for a resumed run to be bitwise identical."""
-        return describe_environment(self.runtime, self.device, self.precision, self.world)
+        return {
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "precision": self.precision,
+            "ranks": self.world.size,
+            "accumulate": self.runtime.accumulate,
+            "threads": torch.get_num_threads(),
+            "compile": self.runtime.compile,
+        }
+
+    def description(self, parameters: int) -> dict[str, Any]:
+        """What machine.json says of every new run of `total` steps."""
+        return describe_machine(self.device, self.precision) | {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "parameters": parameters,
+            "ranks": self.world.size,
+            "recipe_hash": recipe_hash(self.recipe),
+            "steps": self.total,
+            "steps_per_epoch": self.steps_per_epoch,
+        }
 
     def bad_files(self, images: int, name: str) -> BadFiles:
         """The record of unreadable images in the run directory."""
@@ -222,6 +240,11 @@ class Trainer(ABC):
             stop=stop,
             seed=self.seed,
         )
+
+    @property
+    def progress(self) -> Progress:
+        """The progress of the run at the current step."""
+        return Progress(self.step, self.total, self.steps_per_epoch)
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -253,7 +276,7 @@ class Trainer(ABC):
         started = time.monotonic() - self.seconds
         saved = time.monotonic()
         while self.step < self.total:
-            t = Progress(self.step, self.total, self.steps_per_epoch)
+            t = self.progress
             self.logs = (self.step + 1) % self.log_every == 0 or self.step + 1 == self.total
             with nullcontext() if self.step > first else self.screen.progress("the first step", 1):
                 self.skips.note(self.update(t))
@@ -262,7 +285,7 @@ class Trainer(ABC):
             self.seconds = time.monotonic() - started
             if self.logs:
                 self.report_skipped()
-                self.log(Progress(self.step, self.total, self.steps_per_epoch))
+                self.log(self.progress)
             signaled, stops, overdue = self.world.any_rank(
                 signals.received() is not None,
                 bool(self.stop_reason()),
@@ -317,10 +340,6 @@ class Trainer(ABC):
         """A context in which a signal is raised at once, unless there are other ranks."""
         return signals.interruptible() if self.world.size == 1 else nullcontext()
 
-    def autocast(self) -> torch.autocast:
-        """Autocast to bf16 if that is the precision of the run."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
     def report_skipped(self) -> None:
         """Report the batches that were skipped since the last call. Raises DivergedError."""
         for step in self.skips.read(self.step):
@@ -353,30 +372,25 @@ class Trainer(ABC):
         """Save a checkpoint on rank 0, unless the newest one is of this step. Signals are deferred."""
         now = self.step, self.last_milestone
         if self.world.is_main and self.saved != now:
+            state = {
+                "format": FORMAT,
+                "step": self.step,
+                "total_steps": self.total,
+                "skipped": self.skipped,
+                "seconds": self.seconds,
+                "last_milestone": self.last_milestone,
+                "data": self.data,
+                "backbone": self.backbone,
+                "recipe_hash": recipe_hash(self.recipe),
+                "environment": self.environment(),
+                **self.more_state(),
+            }
+            folder, keep = self.out / "checkpoints", self.runtime.keep
             with signals.held():
-                save_checkpoint(
-                    self.out / "checkpoints", self.model, self.optimizer, self.state(), self.runtime.keep
-                )
+                save_checkpoint(folder, self.model, self.optimizer, state, keep)
         self.saved = now
 
-    def state(self) -> dict[str, Any]:
-        """The contents of a checkpoint's state.json."""
-        return {
-            "format": FORMAT,
-            "step": self.step,
-            "total_steps": self.total,
-            "skipped": self.skipped,
-            "seconds": self.seconds,
-            "last_milestone": self.last_milestone,
-            "data": self.data,
-            "backbone": self.backbone,
-            "recipe_hash": recipe_hash(self.recipe),
-            "environment": self.environment(),
-            **self.more_state(),
-        }
-
     def close(self) -> None:
-        """Close the screen and the metrics."""
         self.screen.stop()
         if self.metrics:
             self.metrics.close()

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from torch.utils.data import default_collate
 from torch.utils.flop_counter import (
     FlopCounterMode,
     conv_flop_count,
@@ -36,21 +37,22 @@ from torch.utils.flop_counter import (
 )
 
 from ..config import Recipe, changed
-from ..data.dataset import collate
 from ..engine import signals
-from ..engine.checkpoint import replace_file
+from ..engine.distributed import autocast
 from ..engine.optim import adamw
-from ..engine.run import describe_machine, write_json
+from ..engine.run import describe_machine, memory_gib
 from ..engine.schedules import Progress
 from ..errors import ConfigError, OutOfMemoryError
 from ..methods import METHODS, Method
 from ..methods.recipes import load_recipe
 from ..models import blocks
 from ..models.autoencoder import build_encoder
-from ..report.build import template
+from ..report.build import write_page
 
 PROBES = (4, 8)
 "Two batch sizes, whose difference gives the cost per image."
+
+CPU = torch.device("cpu")
 
 T = Progress(100, 1000, 10)
 "A step past warm-ups and freezes."
@@ -82,7 +84,6 @@ class Cost:
 
 
 def cost(recipe: Recipe, precision: str = "bf16") -> Cost:
-    """Count one recipe's step."""
     small, large = (_count(recipe, batch, precision) for batch in PROBES)
     slope = {
         key: (large[key] - small[key]) / (PROBES[1] - PROBES[0])
@@ -93,7 +94,7 @@ def cost(recipe: Recipe, precision: str = "bf16") -> Cost:
     return Cost(recipe.method, recipe.network.model, trained, frozen, **slope, state=state)
 
 
-def peak(recipe: Recipe, batch: int, precision: str = "bf16", like: str = "cuda") -> int:
+def peak(recipe: Recipe, batch: int, precision: str, like: str = "cuda") -> int:
     """Peak bytes of a step at that batch, with the optimizer's state; with the attention kernel of a device
     like `like`."""
     with _traced(recipe, batch, like) as (method, views):
@@ -101,7 +102,7 @@ def peak(recipe: Recipe, batch: int, precision: str = "bf16", like: str = "cuda"
         live = _LiveBytes([*method.parameters(), *method.buffers(), *views.values()])
         with live:
             for _ in range(2):  # the first step creates the optimizer's state
-                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                with autocast(CPU, precision):
                     loss = method(views, T)["loss"]
                 loss.backward()
                 del loss
@@ -110,7 +111,7 @@ def peak(recipe: Recipe, batch: int, precision: str = "bf16", like: str = "cuda"
         return live.peak
 
 
-def largest_batch(recipe: Recipe, bytes_: int, precision: str = "bf16") -> int:
+def largest_batch(recipe: Recipe, bytes_: int, precision: str) -> int:
     """The largest batch whose step needs at most so many bytes; 0 if none does."""
     # Batches large enough for activations to outweigh gradients and moments.
     small, large = (peak(recipe, batch, precision) for batch in (64, 128))
@@ -120,16 +121,9 @@ def largest_batch(recipe: Recipe, bytes_: int, precision: str = "bf16") -> int:
     return max(batch, 0) if batch > 1 or peak(recipe, 2, precision) <= bytes_ else 0
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Peak bytes on a device beyond those before the model was built, and median images per second."""
-
-    peak: int
-    images_per_second: float
-
-
-def measure(recipe: Recipe, batch: int, device: str, precision: str, steps: int = 4) -> Measured:
-    """Run real steps on random images, in a new process so that each recipe starts from the same memory."""
+def measure(recipe: Recipe, batch: int, device: str, precision: str, steps: int = 4) -> tuple[int, float]:
+    """Peak bytes on a device beyond those before the model was built, and median images per second, of real
+    steps on random images, in a new process so that each recipe starts from the same memory."""
     context = mp.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, context) as pool:
@@ -143,25 +137,27 @@ def measure(recipe: Recipe, batch: int, device: str, precision: str, steps: int 
         ) from e
 
 
-def _measure(recipe: Recipe, batch: int, name: str, precision: str, steps: int, threads: int) -> Measured:
+def _measure(
+    recipe: Recipe, batch: int, name: str, precision: str, steps: int, threads: int
+) -> tuple[int, float]:
     torch.set_num_threads(threads)
     device = torch.device(name)
     channels = recipe.images.channels
     # A first matrix product loads the libraries and allocates the workspace, which should not count.
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(device, precision):
         F.linear(
             torch.randn(8, 8, device=device, requires_grad=True), torch.randn(8, 8, device=device)
         ).sum().backward()
     before = _resident() if device.type == "cpu" else torch.cuda.memory_allocated(device)
     method = _method(recipe, batch).to(device)
     image = np.random.default_rng(0).integers(0, 256, (*recipe.images.shape, channels), dtype=np.uint8)
-    views = _collated([method.views()(image, np.random.default_rng(i)) for i in range(batch)])
+    views = default_collate([method.views()(image, np.random.default_rng(i)) for i in range(batch)])
     views = {k: v.to(device) for k, v in views.items()}
     optimizer, times = adamw(method.student, recipe.optim, 1e-4), []
     applied = torch.ones((), device=device)
     for _ in range(steps):
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             loss = method(views, T)["loss"]
         loss.backward()
         method.before_step(T, applied)
@@ -171,16 +167,11 @@ def _measure(recipe: Recipe, batch: int, name: str, precision: str, steps: int, 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    peak = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if device.type == "cpu"
-        else torch.cuda.max_memory_allocated(device)
-    )
-    return Measured(peak - before, batch / statistics.median(times[1:]))
+    peak = int(memory_gib(device) * 2**30)
+    return peak - before, batch / statistics.median(times[1:])
 
 
 def _resident() -> int:
-    """Resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -209,16 +200,10 @@ def _method(recipe: Recipe, batch: int) -> Method:
     return METHODS[recipe.method](changed(recipe, batch_size=batch), (0.5,) * channels, (0.25,) * channels)
 
 
-def _collated(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    batch = collate([{**sample, "bad": []} for sample in samples])
-    del batch["bad"]
-    return batch
-
-
 def _views(method: Method, recipe: Recipe, batch: int, mode: FakeTensorMode) -> dict[str, Tensor]:
     with unset_fake_temporarily():
         image = np.zeros((*recipe.images.shape, recipe.images.channels), np.uint8)
-        real = _collated([method.views()(image, np.random.default_rng(0))])
+        real = default_collate([method.views()(image, np.random.default_rng(0))])
     return {k: mode.from_tensor(v).expand(batch, *v.shape[1:]).clone() for k, v in real.items()}
 
 
@@ -228,7 +213,7 @@ def _count(recipe: Recipe, batch: int, precision: str) -> dict[str, Any]:
         saved = _SavedBytes({p.untyped_storage()._cdata for p in method.parameters()})
         if method.teacher is not None:
             counter.mark_teacher(method.teacher)
-        with counter, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with counter, autocast(CPU, precision):
             with saved_tensors_hooks(saved.pack, lambda t: t):
                 loss = method(views, T)["loss"]
             counter.phase = "backward"
@@ -312,7 +297,6 @@ class _LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
 
     def remove(self, key: int, size: int) -> None:
-        """Forget a storage that was freed."""
         del self.storages[key]
         self.now -= size
 
@@ -330,7 +314,6 @@ class _SavedBytes:
         self.alive: list[Any] = []
 
     def pack(self, t: Tensor) -> Tensor:
-        """Count a saved tensor."""
         storage = t.untyped_storage()
         if storage._cdata not in self.counted:
             self.counted.add(storage._cdata)
@@ -352,23 +335,22 @@ def recipes(model: str, names: Sequence[str]) -> dict[str, Recipe]:
     with torch.device("meta"):
         width = build_encoder(first.images, changed(first, model=model).network).width
     size = "s" if width <= 384 else "b"
-    by_method = {name: changed(load_recipe(f"{name}-vit{size}16-in1k"), model=model) for name in names}
+    settings: dict[str, Any] = {"model": model}
     if model not in ("vit_small_patch16", "vit_base_patch16"):
-        by_method = {name: changed(recipe, heads=None) for name, recipe in by_method.items()}
-    rows = {}
-    for name, recipe in by_method.items():
-        rows[name] = recipe
+        settings["heads"] = None
+    rows, problems = {}, []
+    for name in names:
+        recipe = rows[name] = changed(load_recipe(f"{name}-vit{size}16-in1k"), **settings)
         rows |= {variant.name: changed(recipe, **variant.settings) for variant in METHODS[name].variants}
-    if problems := [
-        text for recipe in by_method.values() for text in METHODS[recipe.method].validate(recipe)
-    ]:
+        problems += METHODS[name].validate(recipe)
+    if problems:
         raise ConfigError(f"{model}: {'; '.join(problems)}; leave them out with --methods")
     return rows
 
 
 def count_costs(
     models: Sequence[str],
-    names: Sequence[str] = tuple(METHODS),
+    names: Sequence[str],
     *,
     batch: int = 128,
     precision: str = "bf16",
@@ -401,12 +383,9 @@ def count_costs(
             if fit:
                 row["fits"] = largest_batch(recipe, int(fit * 2**30), precision)
             if device:
-                m = measure(recipe, measured_batch, device, precision)
-                row |= {
-                    "measured_peak": m.peak,
-                    "predicted_peak": peak(recipe, measured_batch, precision, like=device),
-                    "images_per_second": m.images_per_second,
-                }
+                row["measured_peak"], speed = measure(recipe, measured_batch, device, precision)
+                row["predicted_peak"] = peak(recipe, measured_batch, precision, like=device)
+                row["images_per_second"] = speed
             rows.append(row)
     about = {
         "batch": batch,
@@ -425,16 +404,10 @@ def count_costs(
 
 
 def write_cost_page(results: dict[str, Any], out: Path) -> Path:
-    """Write cost.json and cost.html; returns the path of the page."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "cost.json", results)
+    """The page of a comparison: see `write_page`."""
     names = {row["name"] for row in results["rows"]}
     notes = [
         variant.note for method in METHODS.values() for variant in method.variants if variant.name in names
     ]
-    ours = load_recipe("bundled").method
-    page = template("cost.html.j2", "rcmae.compare").render(
-        title="What a training step costs", notes=notes, ours=ours, **results
-    )
-    replace_file(out / "cost.html", page)
-    return out / "cost.html"
+    about = {"title": "What a training step costs", "notes": notes, "ours": load_recipe("bundled").method}
+    return write_page(out, "cost", "rcmae.compare", results, {}, **about)

@@ -36,31 +36,33 @@ from safetensors.numpy import load_file
 from ..config import (
     Recipe,
     changed,
+    check,
     flags,
     hint,
     how_many,
     parse_time,
     recipe_hash,
+    replaced,
     shipped_recipes,
     to_toml,
-    with_settings,
 )
 from ..data.sources import open_source, recipe_for
 from ..engine import signals
 from ..engine.checkpoint import replace_file
 from ..engine.console import clock
 from ..engine.distributed import pick_device
-from ..engine.metrics import read_metrics
-from ..engine.run import run_lock, write_json
+from ..engine.metrics import of_kind, read_metrics
+from ..engine.run import run_lock
 from ..errors import ConfigError, DataError, Preempted, ProcessError, RcmaeError, refuse
 from ..methods import METHODS
 from ..methods.mean_teacher import MeanTeacherRecipe
 from ..methods.recipes import digits_recipe, load_recipe, with_method
-from ..report.build import template
-from ..report.curves import Line, plot, standalone
-from ..tasks.interval import interval
+from ..report.build import write_page
+from ..report.curves import Line, plot
+from ..tasks.interval import interval, percents, points
 from ..tasks.probe import KINDS, probe_set
 from .cost import cost
+from .settings import RaceOptions
 
 Log = Callable[[str], object]
 "Prints a line about the progress."
@@ -82,8 +84,6 @@ MEASURED = 24
 
 @dataclass(frozen=True)
 class Arm:
-    """A contestant."""
-
     name: str
     recipe: Recipe
     network: str
@@ -109,7 +109,7 @@ def arms(names: Sequence[str], data: str | None = None, settings: Sequence[str] 
     for name, (_, *changes), (recipe, control) in zip(names, parts, bases, strict=True):
         others = {flag for other, _ in bases for flag in flags(type(other))} - flags(type(recipe)).keys()
         common = [text for text in settings if text.partition("=")[0].strip() not in others]
-        recipe = with_settings(recipe, [*common, *changes], name)
+        recipe = check(replaced(recipe, [*common, *changes], name))
         recipe = replace(recipe, data=data or recipe.data)
         cost_recipe = recipe
         if control:
@@ -184,19 +184,12 @@ def parse_budget(text: str) -> Budget:
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RaceSettings:
-    """How a race is run."""
+@dataclass(frozen=True, kw_only=True)
+class RaceSettings(RaceOptions):
+    """How a race is run, and the budget of each arm."""
 
     budget: Budget
-    seeds: int = 3
-    probes: int = 5
-    "how often each run is probed"
-    probe_train: int = 2000
-    probe_test: int = 4000
-    device: str = "auto"
     jobs: int = 1
-    "concurrent runs; they share the cores"
 
 
 def race(contestants: list[Arm], setting: RaceSettings, out: Path, log: Log) -> dict[str, Any]:
@@ -249,7 +242,9 @@ class RaceRun:
         the run."""
         self.arm, self.seed, self.steps, self.flags = arm, seed, steps, flags
         self.recipe = changed(
-            replace(arm.recipe, epochs=None, time=None, steps=steps, seed=seed),
+            arm.recipe,
+            steps=steps,
+            seed=seed,
             probes=0 if flags else setting.probes,
             probe_train=setting.probe_train,
             probe_test=setting.probe_test,
@@ -260,13 +255,18 @@ class RaceRun:
 
     @property
     def step(self) -> int:
-        """The last recorded step."""
         return max((line["step"] for line in read_metrics(self.path)), default=0)
 
     @property
     def done(self) -> bool:
-        """Whether the run is finished."""
         return (self.path / "finished").exists()
+
+    def correct(self, step: int, kind: str) -> Bool[np.ndarray, " m"]:
+        """Which test images a probe of the judged network classified correctly, at step 0 of the initial
+        encoder."""
+        network = self.arm.network if step else "random_init"
+        tensors = load_file(self.path / "probes" / f"{step:08d}.safetensors")
+        return tensors[f"{network}/{kind}"].astype(bool)
 
     def start(self, setting: RaceSettings) -> subprocess.Popen[bytes]:
         """Start the process that makes or resumes the run."""
@@ -327,8 +327,8 @@ def plan(
         runs = list({run.path: run for run in short.values()}.values())
         carry_out(runs, [1.0] * len(runs), setting, log)
         for name, run in short.items():
-            lines = [line["images_per_s"] for line in read_metrics(run.path) if line["kind"] == "train"]
-            rates[name] = statistics.median(lines[1:])  # without the warm-up
+            lines = of_kind(read_metrics(run.path), "train")[1:]  # without the warm-up
+            rates[name] = statistics.median(line["images_per_s"] for line in lines)
             log(f"{name}: {rates[name]:,.0f} images/s")
     return steps_of(contestants, setting, costs, rates)
 
@@ -356,9 +356,7 @@ def steps_of(
     return steps
 
 
-def carry_out(
-    runs: list[RaceRun], weights: list[float], setting: RaceSettings, log: Log, every: float = 30.0
-) -> None:
+def carry_out(runs: list[RaceRun], weights: list[float], setting: RaceSettings, log: Log) -> None:
     """Make the unfinished runs, `jobs` at a time. A failed run or a signal stops all of them, with their
     state saved."""
     waiting = [run for run in runs if not run.done]
@@ -379,7 +377,7 @@ def carry_out(
                         run.ended(active.pop(run).returncode)
                         finished += fraction[run.path]
                         logged = 0.0
-                    if time.monotonic() - logged > every:
+                    if time.monotonic() - logged > 30:
                         logged = time.monotonic()
                         now = finished + sum(fraction[run.path] * run.step / run.steps for run in active)
                         left = (logged - began) * (1 - now) / (now - before) if now > before else 0.0
@@ -401,14 +399,13 @@ def judge(runs: list[RaceRun], costs: dict[str, float], setting: RaceSettings) -
     """Curves, accuracies, paired differences with their intervals, and the verdict in sentences."""
     names = list(dict.fromkeys(run.arm.name for run in runs))
     by_arm = {name: [run for run in runs if run.arm.name == name] for name in names}
-    final = {
-        name: {kind: [_correct(run, run.steps, run.arm.network, kind) for run in seeds] for kind in KINDS}
-        for name, seeds in by_arm.items()
-    }
-    start = {
-        name: {kind: [_correct(run, 0, "random_init", kind) for run in seeds] for kind in KINDS}
-        for name, seeds in by_arm.items()
-    }
+    final, start = (
+        {
+            name: {kind: [run.correct(last * run.steps, kind) for run in seeds] for kind in KINDS}
+            for name, seeds in by_arm.items()
+        }
+        for last in (True, False)
+    )
     rows = []
     for name, seeds in by_arm.items():
         first, points = seeds[0], curve(seeds, costs[name])
@@ -424,8 +421,7 @@ def judge(runs: list[RaceRun], costs: dict[str, float], setting: RaceSettings) -
             "health": [_health(run) for run in seeds],
         }
         for kind in KINDS:
-            row[kind] = [100 * float(correct.mean()) for correct in final[name][kind]]
-            row[f"{kind} random_init"] = [100 * float(correct.mean()) for correct in start[name][kind]]
+            row[kind], row[f"{kind} random_init"] = percents(final[name][kind]), percents(start[name][kind])
             row[f"{kind} gain"] = interval(final[name][kind], start[name][kind])
             row[f"{kind} against"] = {
                 other: interval(final[name][kind], final[other][kind]) for other in names if other != name
@@ -444,7 +440,7 @@ def verdict(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
     groups: dict[str, list[str]] = {"better than": [], "inconclusive against": []}
     for other, (gain, low, high) in best["linear against"].items():
         group = groups["better than" if low > 0 else "inconclusive against"]
-        group.append(f"{other} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})")
+        group.append(f"{other} ({points(gain, low, high)})")
     results = "; ".join(f"{group} {', '.join(texts)}" for group, texts in groups.items() if texts)
     sentences = [
         f"With {about['budget']} for each on {about['data']}, {best['arm']} has the highest linear probe "
@@ -453,9 +449,7 @@ def verdict(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
     for row in rows[1:]:
         gain, low, high = row["linear against"][first["arm"]]
         word = "better" if low > 0 else "worse" if high < 0 else "inconclusive"
-        sentences.append(
-            f"{row['arm']} against {first['arm']}: {word} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})."
-        )
+        sentences.append(f"{row['arm']} against {first['arm']}: {word} ({points(gain, low, high)}).")
     return sentences
 
 
@@ -469,27 +463,19 @@ def curve(runs: list[RaceRun], flops: float) -> list[dict[str, Any]]:
     points, first = [], runs[0]
     arm = first.arm
     fraction = 1.0 if arm.cost_recipe == arm.recipe else flops / cost(arm.recipe).flops
-    for step in [0] + [line["step"] for line in read_metrics(first.path) if line["kind"] == "probe"]:
+    for step in [0, *(line["step"] for line in of_kind(read_metrics(first.path), "probe"))]:
         images = step * first.recipe.optim.batch_size
-        network = arm.network if step else "random_init"
         seconds = fraction * statistics.median(_seconds(run, step) for run in runs)
-        accuracies = {
-            kind: [100 * float(_correct(run, step, network, kind).mean()) for run in runs] for kind in KINDS
-        }
+        accuracies = {kind: percents([run.correct(step, kind) for run in runs]) for kind in KINDS}
         points.append(
             {"step": step, "images": images, "flops": images * flops, "seconds": seconds} | accuracies
         )
     return points
 
 
-def _correct(run: RaceRun, step: int, network: str, kind: str) -> Bool[np.ndarray, " m"]:
-    """Which test images a probe classified correctly."""
-    return load_file(run.path / "probes" / f"{step:08d}.safetensors")[f"{network}/{kind}"].astype(bool)
-
-
 def _seconds(run: RaceRun, step: int) -> float:
     """Training time up to a step, without probes and checkpoints."""
-    train = [line for line in read_metrics(run.path) if line["kind"] == "train"]
+    train = of_kind(read_metrics(run.path), "train")
     steps = np.array([0] + [line["step"] for line in train])
     rates = np.array([line["images_per_s"] for line in train]) / run.recipe.optim.batch_size
     return float(np.interp(step, steps, np.concatenate([[0], np.cumsum(np.diff(steps) / rates)])))
@@ -498,9 +484,8 @@ def _seconds(run: RaceRun, step: int) -> float:
 def _health(run: RaceRun) -> dict[str, float]:
     """The last rank and spread of the features, and what the method logs besides its loss."""
     last: dict[str, Any] = {}
-    for line in read_metrics(run.path):
-        if line["kind"] in ("train", "health"):
-            last |= line
+    for line in of_kind(read_metrics(run.path), "train", "health"):
+        last |= line
     logged = [key for key in METHODS[run.recipe.method].losses if key != "loss"]
     return {key: last[key] for key in ("rankme", "spread", *logged) if key in last}
 
@@ -523,7 +508,7 @@ AXES = {
 
 
 def write_race_page(results: dict[str, Any], out: Path) -> Path:
-    """Write race.json, the figures as SVGs and race.html; returns the path of the page."""
+    """The page of a race: see `write_page`."""
     names = [row["arm"] for row in results["rows"]]
     colors = ("student", "both", "good", "gold", "teacher")
     spare = itertools.cycle((color, style) for style in (":", "-.", "-", "--") for color in colors)
@@ -531,19 +516,9 @@ def write_race_page(results: dict[str, Any], out: Path) -> Path:
     figures = {
         f"{kind}-{axis}": _figure(results["rows"], styles, kind, axis) for kind in KINDS for axis in AXES
     }
-    write_json(out / "race.json", results)
-    for name, svg in figures.items():
-        replace_file(out / f"{name}.svg", standalone(svg))
-    page = template("race.html.j2", "rcmae.compare").render(
-        title="Which method, at equal cost",
-        figures=figures,
-        kinds=KINDS,
-        axes=AXES,
-        notes=[CONTROLS[name][1].note for name in names if name in CONTROLS],
-        **results,
-    )
-    replace_file(out / "race.html", page)
-    return out / "race.html"
+    notes = [CONTROLS[name][1].note for name in names if name in CONTROLS]
+    about = {"title": "Which method, at equal cost", "kinds": KINDS, "axes": AXES, "notes": notes}
+    return write_page(out, "race", "rcmae.compare", results, figures, **about)
 
 
 def _figure(rows: list[dict[str, Any]], styles: dict[str, tuple[str, str]], kind: str, axis: str) -> str:

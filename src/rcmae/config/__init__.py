@@ -5,8 +5,9 @@ All settings are frozen dataclasses. A recipe file is TOML with one table per se
 flag of `rcmae pretrain`, named without its section (`[images] size = 224` is `--size 224`), so the sections
 of a method must not share field names.
 """
+# ruff: noqa: F401  # the names are imported for other packages
 
-from .recipe import Images, Network, Optim, Probe, Recipe, Rules, Section, check, with_settings
+from .recipe import Images, Network, Optim, Probe, Recipe, Rules, Section, broken, check
 from .runtime import BaseRuntimeConfig, RuntimeConfig
 from .toml import (
     build,
@@ -25,35 +26,3 @@ from .toml import (
     to_toml,
 )
 from .units import how_many, parse_half_life, parse_time, readable
-
-__all__ = [
-    "BaseRuntimeConfig",
-    "Images",
-    "Network",
-    "Optim",
-    "Probe",
-    "Recipe",
-    "Rules",
-    "RuntimeConfig",
-    "Section",
-    "build",
-    "changed",
-    "check",
-    "flags",
-    "flat",
-    "hint",
-    "how_many",
-    "load_settings",
-    "parse_half_life",
-    "parse_settings",
-    "parse_time",
-    "parse_toml",
-    "readable",
-    "recipe_hash",
-    "replaced",
-    "reset_by",
-    "sections",
-    "shipped_recipes",
-    "to_toml",
-    "with_settings",
-]

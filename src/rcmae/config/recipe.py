@@ -1,16 +1,29 @@
 """Settings that change the result of a run. Those of a single method are next to its code in `methods`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from ..errors import refuse
-from .toml import flat, replaced, sections
+from .toml import flat, sections
 from .units import parse_time, readable
 
 Rules = list[tuple[bool, str]]
 "Conditions on settings, each with the error message if it does not hold."
+
+BOUNDS: dict[str, Callable[[Any], bool]] = {
+    "must be above 0": lambda v: v > 0,
+    "must be 0 or more": lambda v: v >= 0,
+    "must be 1 or more": lambda v: v >= 1,
+    "must be 2 or more": lambda v: v >= 2,
+    "must be 0 or more and below 2**63": lambda v: 0 <= v < 2**63,
+    "must be above 0 and at most 1": lambda v: 0 < v <= 1,
+    "must lie between 0 and 1": lambda v: 0 < v < 1,
+    "must lie in 0 to 1": lambda v: 0 <= v <= 1,
+    "must lie in 0 to below 1": lambda v: 0 <= v < 1,
+    "is a fraction, from 0 to 1": lambda v: 0 <= v <= 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +36,21 @@ class Section:
     def rules(self) -> Rules:
         """Conditions on the values of this section."""
         return []
+
+    def each(self, bound: str, *names: str) -> Rules:
+        """A rule for each of these settings that its value, or all values of a tuple, keep a bound, which is
+        a key of BOUNDS. None always does."""
+        rules = []
+        for name in names:
+            value = getattr(self, name)
+            parts = value if isinstance(value, tuple) else () if value is None else (value,)
+            rules.append((all(map(BOUNDS[bound], parts)), f"{name} {bound}, not {value}"))
+        return rules
+
+
+def broken(rules: Rules) -> list[str]:
+    """The messages of the rules that do not hold."""
+    return [message for holds, message in rules if not holds]
 
 
 S = TypeVar("S", bound=Section)
@@ -53,10 +81,8 @@ class Images(Section):
     def rules(self) -> Rules:
         low, high = self.crop_scale
         return [
-            (self.size > 0, f"size must be above 0, not {self.size}"),
-            (self.channels > 0, f"channels must be above 0, not {self.channels}"),
+            *self.each("must be above 0", "size", "channels", "height"),
             (0 < low <= high <= 1, f"crop_scale must satisfy 0 < low <= high <= 1, not {low} {high}"),
-            (self.height is None or self.height > 0, f"height must be above 0, not {self.height}"),
         ]
 
 
@@ -78,11 +104,8 @@ class Network(Section):
     "register tokens, in addition to the class token"
 
     def rules(self) -> Rules:
-        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "registers")}
-        return [
-            (self.registers >= 0, f"registers must be 0 or more, not {self.registers}"),
-            *((v is None or v > 0, f"{k} must be above 0, not {v}") for k, v in sizes.items()),
-        ]
+        sizes = [f.name for f in fields(self) if f.name not in ("model", "registers")]
+        return [*self.each("must be 0 or more", "registers"), *self.each("must be above 0", *sizes)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +132,14 @@ class Optim(Section):
     def rules(self) -> Rules:
         end = self.weight_decay_end
         return [
-            (self.batch_size > 0, f"batch_size must be above 0, not {self.batch_size}"),
-            (
-                self.base_lr > 0 and math.isfinite(self.base_lr),
-                f"base_lr must be above 0, not {self.base_lr}",
-            ),
-            (self.min_lr >= 0, f"min_lr must be 0 or more, not {self.min_lr}"),
+            *self.each("must be above 0", "batch_size", "base_lr", "clip"),
+            *self.each("must be 0 or more", "min_lr", "weight_decay"),
+            *self.each("must lie in 0 to below 1", "betas"),
             (0 <= self.warmup < 1, f"warmup is a fraction of the run, from 0 to below 1, not {self.warmup}"),
-            (self.weight_decay >= 0, f"weight_decay must be 0 or more, not {self.weight_decay}"),
             (
                 end is None or (end >= 0 and self.weight_decay > 0),
                 f"weight_decay_end must be 0 or more, and needs a weight_decay above 0; not {end}",
             ),
-            (all(0 <= b < 1 for b in self.betas), f"betas must lie in 0 to below 1, not {self.betas}"),
-            (self.clip is None or self.clip > 0, f"clip must be above 0, not {self.clip}"),
         ]
 
 
@@ -141,11 +158,8 @@ class Probe(Section):
     probe, for every probe, or never"""
 
     def rules(self) -> Rules:
-        return [
-            (self.probes >= 0, f"probes must be 0 or more, not {self.probes}"),
-            (self.probe_train > 0, f"probe_train must be above 0, not {self.probe_train}"),
-            (self.probe_test > 0, f"probe_test must be above 0, not {self.probe_test}"),
-        ]
+        sizes = self.each("must be above 0", "probe_train", "probe_test")
+        return [*self.each("must be 0 or more", "probes"), *sizes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +212,9 @@ class Recipe(Section):
                 f"method must be {type(self).method} in a {type(self).__name__}, not {self.method}",
             ),
             (len(lengths) <= 1, f"give one of epochs, steps and time, not {' and '.join(lengths)}"),
-            (self.epochs is None or self.epochs > 0, f"epochs must be above 0, not {self.epochs}"),
-            (self.steps is None or self.steps > 0, f"steps must be above 0, not {self.steps}"),
+            *self.each("must be above 0", "epochs", "steps"),
             readable(parse_time, self.time),
-            (0 <= self.seed < 2**63, f"seed must be 0 or more and below 2**63, not {self.seed}"),
+            *self.each("must be 0 or more and below 2**63", "seed"),
         ]
 
 
@@ -219,11 +232,5 @@ def check(settings: S) -> S:
         if isinstance(x, float)
     ]
     rules += [(math.isfinite(v), f"{k} must be a finite number, not {v}") for k, v in values]
-    refuse(message for holds, message in rules if not holds)
+    refuse(broken(rules))
     return settings
-
-
-def with_settings(recipe: S, settings: Sequence[str], source: str) -> S:
-    """The recipe with settings of any section replaced, each given as "key=value", and checked. Raises
-    ConfigError that names `source`."""
-    return check(replaced(recipe, settings, source))

@@ -48,18 +48,9 @@ class BaseRuntimeConfig(Section):
 
     def rules(self) -> Rules:
         return [
-            (self.accumulate >= 1, f"accumulate must be 1 or more, not {self.accumulate}"),
-            (self.workers is None or self.workers >= 0, f"workers must be 0 or more, not {self.workers}"),
-            (self.threads is None or self.threads >= 1, f"threads must be 1 or more, not {self.threads}"),
-            (self.keep >= 1, f"keep must be 1 or more, not {self.keep}"),
-            (
-                self.log_every is None or self.log_every >= 1,
-                f"log_every must be 1 or more, not {self.log_every}",
-            ),
-            (
-                0 <= self.max_corrupt_fraction <= 1,
-                f"max_corrupt_fraction must lie in 0 to 1, not {self.max_corrupt_fraction}",
-            ),
+            *self.each("must be 1 or more", "accumulate", "threads", "keep", "log_every"),
+            *self.each("must be 0 or more", "workers"),
+            *self.each("must lie in 0 to 1", "max_corrupt_fraction"),
             readable(parse_time, self.save_every),
         ]
 

@@ -141,21 +141,21 @@ def changed(recipe: T, **settings: Any) -> T:
 def replaced(recipe: T, settings: Sequence[str], source: str) -> T:
     """The recipe with settings of any section replaced, each given as "key=value"; unchecked. Raises
     ConfigError that names `source`."""
-    tree, section_of, changes = tomllib.loads(to_toml(recipe)), flags(type(recipe)), {}
+    tree, changes = tomllib.loads(to_toml(recipe)), {}
+    section_of = {key: tree[name] if name else tree for key, name in flags(type(recipe)).items()}
     for text in settings:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or key not in section_of:
             raise ConfigError(
                 f"{source}: {text!r} is no setting{hint(key, section_of) if equals else '; write key=value'}"
             )
-        section = tree[section_of[key]] if section_of[key] else tree
         try:
-            section[key] = tomllib.loads(f"value = {value}")["value"]
+            changes[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            section[key] = value
-        changes[key] = section[key]
+            changes[key] = value
+        section_of[key][key] = changes[key]
     for key in reset_by(recipe, changes):
-        (tree[section_of[key]] if section_of[key] else tree).pop(key, None)
+        section_of[key].pop(key, None)
     return build(type(recipe), tree, source)
 
 

@@ -136,7 +136,15 @@ def verify(path: Path) -> str | None:
 def load_checkpoint(path: Path, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load a verified checkpoint into method and optimizer and return its state. Raises CheckpointError if
     it belongs to another model."""
-    _load_weights(method, load_file(path / "model.safetensors"), path)
+    weights, expected = load_file(path / "model.safetensors"), method.state_dict()
+    mismatched = sorted(expected.keys() ^ weights.keys()) or sorted(
+        k for k in expected if expected[k].shape != weights[k].shape
+    )
+    if mismatched:
+        raise CheckpointError(
+            f"{path} belongs to another model: {mismatched[0]} does not match ({len(mismatched)} such)"
+        )
+    method.load_state_dict(weights)
     saved = load_file(path / "optimizer.safetensors")
     kinds = ("step", "exp_avg", "exp_avg_sq")
     # Parameters that are frozen at first have no state yet.
@@ -161,18 +169,6 @@ def optimizer_state(method: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 def _named(method: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [(name, p) for name, p in method.named_parameters() if id(p) in optimized]
-
-
-def _load_weights(method: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    expected = method.state_dict()
-    mismatched = sorted(expected.keys() ^ weights.keys()) or sorted(
-        k for k in expected if expected[k].shape != weights[k].shape
-    )
-    if mismatched:
-        raise CheckpointError(
-            f"{path} belongs to another model: {mismatched[0]} does not match ({len(mismatched)} such)"
-        )
-    method.load_state_dict(weights)
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

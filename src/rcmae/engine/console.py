@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import ClassVar
 
@@ -12,8 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-LOSS = {"loss": "loss"}
-"Default labels of the values shown from a log line."
+ShowProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""`with progress(what, total) as tick: tick(done)`, as `Screen.progress`."""
+
+
+@contextmanager
+def no_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar that is not shown."""
+    yield lambda done: None
 
 
 class Screen:
@@ -69,7 +75,7 @@ class Screen:
             self.say(f"step {done:>6,}/{self.total:,}  {clock(left)} left")
 
     def report(
-        self, done: int, total: int, line: dict[str, float], left: float, labels: Mapping[str, str] = LOSS
+        self, done: int, total: int, line: dict[str, float], left: float, labels: Mapping[str, str]
     ) -> None:
         """Print one log line; `left` is the expected remaining time in seconds, `labels` as in `describe`."""
         text = describe(line, labels)
@@ -150,7 +156,7 @@ class Screen:
         self.console.print(table)
 
 
-def describe(line: dict[str, float], labels: Mapping[str, str] = LOSS) -> str:
+def describe(line: dict[str, float], labels: Mapping[str, str]) -> str:
     """A metrics line as one short line of text; `labels` maps the keys to show to short names."""
     parts = [f"{short} {line[name]:.4f}" for name, short in labels.items() if line.get(name) is not None]
     parts.append(f"{line['images_per_s']:,.0f} img/s")

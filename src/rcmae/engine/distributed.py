@@ -25,7 +25,6 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
     control: Any = None
 
     @property
@@ -63,40 +62,38 @@ class World:
         return objects or []
 
 
-def start(device: torch.device) -> World:
-    """Join the process group that torchrun describes in the environment, if it does."""
+def _start(device: torch.device) -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     control = dist.new_group(backend="gloo") if device.type == "cuda" else None
-    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), control)
+    return World(dist.get_rank(), dist.get_world_size(), control)
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[World]:
-    """Join the process group, and leave it at the end unless it had been joined before."""
+    """Join the process group that torchrun describes in the environment, if it does, and leave it at the end
+    unless it had been joined before."""
     before = dist.is_initialized()
     try:
-        yield start(device)
+        yield _start(device)
     finally:
-        if not before:
-            stop()
+        if dist.is_initialized() and not before:
+            dist.destroy_process_group()
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def average(value: Tensor) -> Tensor:
     """The elementwise mean over all ranks, on the device."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if (ranks := _ranks()) > 1:
         value = value.clone()
         dist.all_reduce(value)
-        value /= dist.get_world_size()
+        value /= ranks
     return value
 
 
@@ -114,21 +111,20 @@ class _Mean(torch.autograd.Function):
 
 def mean_with_gradient(value: Tensor) -> Tensor:
     """The differentiable mean over all ranks."""
-    return _Mean.apply(value) if dist.is_initialized() and dist.get_world_size() > 1 else value
+    return _Mean.apply(value) if _ranks() > 1 else value
 
 
 def gather(rows: Tensor) -> Tensor:
     """The rows of all ranks without gradient; every rank must have the same number."""
     rows = rows.detach()
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    if (ranks := _ranks()) == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(rows) for _ in range(ranks)]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
 
 
 def rank() -> int:
-    """The rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -147,6 +143,11 @@ def wrap(method: nn.Module, world: World) -> nn.Module:
 def sync_gradients_on_last(net: nn.Module, last: bool) -> AbstractContextManager[None]:
     """A context in which gradients are all-reduced only if this is the last micro-batch."""
     return nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to bf16, if that is the precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def pick_device(name: str) -> torch.device:

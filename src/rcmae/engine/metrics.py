@@ -82,18 +82,17 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     lines = []
     if path.exists():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+            with contextlib.suppress(ValueError):
                 line = json.loads(text)
-            except ValueError:
-                continue
-            if _valid(line):
-                lines.append(line)
+                if isinstance(line, dict) and [type(line.get(k)) for k in ("kind", "step")] == [str, int]:
+                    lines.append(line)
     last = {(kind, line["step"]): line for line in lines if (kind := _measured(line))}
     return [line for line in lines if not (kind := _measured(line)) or last[kind, line["step"]] is line]
 
 
-def _valid(line: Any) -> bool:
-    return isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int
+def of_kind(lines: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
+    """The lines of these kinds."""
+    return [line for line in lines if line["kind"] in kinds]
 
 
 def _measured(line: dict[str, Any]) -> str:

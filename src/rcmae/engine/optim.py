@@ -1,4 +1,4 @@
-"""AdamW with the parameter groups and learning rate rule of masked autoencoders."""
+"""AdamW with the parameter groups of masked autoencoders."""
 
 import torch
 from torch import nn
@@ -24,8 +24,3 @@ def adamw(model: nn.Module, optim: Optim, lr: float) -> torch.optim.AdamW:
         {"params": undecayed, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=True)
-
-
-def linear_rule(optim: Optim) -> float:
-    """The learning rate for this batch size: base_lr * batch_size / 256."""
-    return optim.base_lr * optim.batch_size / 256

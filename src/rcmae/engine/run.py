@@ -88,13 +88,9 @@ def run_lock(run: Path) -> Iterator[None]:
 
     Raises ConfigError if another process holds the lock, StorageError if the directory is not writable.
     """
-    try:
+    with _writing(run):
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("a+")
-    except OSError as e:
-        raise StorageError(
-            f"cannot write the run directory {run}: {e.strerror}; choose another with --out"
-        ) from e
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,17 +101,23 @@ def run_lock(run: Path) -> Iterator[None]:
             ) from e
         if os.fstat(lock.fileno()).st_nlink == 0:
             raise ConfigError(f"{run} has just been removed by another process; run the command again")
-        try:
+        with _writing(run):
             os.ftruncate(lock.fileno(), 0)
             os.write(lock.fileno(), str(os.getpid()).encode())
-        except OSError as e:
-            raise StorageError(
-                f"cannot write the run directory {run}: {e.strerror}; choose another with --out"
-            ) from e
         try:
             yield
         finally:  # explicitly, since a loader process that is still ending has a copy of the handle
             fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+@contextmanager
+def _writing(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise StorageError(
+            f"cannot write the run directory {run}: {e.strerror}; choose another with --out"
+        ) from e
 
 
 WRITTEN = (
@@ -168,13 +170,11 @@ def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
     A run without a checkpoint counts as new: files left by an attempt that ended before its first checkpoint
     are replaced.
     """
-    path = run / "recipe.toml"
+    check_same_recipe(run, recipe, load)
     if not checkpoints(run / "checkpoints"):
-        replace_file(path, to_toml(recipe))
+        replace_file(run / "recipe.toml", to_toml(recipe))
         for path in run.glob("bad_*.jsonl"):
             path.unlink()
-        return
-    check_same_recipe(run, recipe, load)
 
 
 def check_same_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
@@ -201,10 +201,10 @@ def check_same_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> Non
 
 def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
     """Versions, hardware and commit, for comparing results. No names of users or hosts."""
-    cpu = next(
-        (x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")),
-        platform.processor(),
-    )
+    cpu = platform.processor()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return {
         "rcmae": __version__,
         "python": platform.python_version(),
@@ -219,13 +219,6 @@ def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
         "precision": precision,
         "commit": _commit(),
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
 
 
 def _commit() -> str | None:
@@ -256,30 +249,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def describe_environment(
-    runtime: BaseRuntimeConfig, device: torch.device, precision: str, world: World
-) -> dict[str, Any]:
-    """What must stay the same for a resumed run to be bitwise identical."""
-    return {
-        "torch": torch.__version__,
-        "device": device.type,
-        "precision": precision,
-        "ranks": world.size,
-        "accumulate": runtime.accumulate,
-        "threads": torch.get_num_threads(),
-        "compile": runtime.compile,
-    }
-
-
-def changed_environment(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A note for each changed value."""
-    return [
-        f"note: {k} was {v} and is now {now[k]}: the resumed run will not be bitwise identical"
-        for k, v in then.items()
-        if v != now[k]
-    ]
 
 
 ADVICE = "try --accumulate 2, --checkpointing or a smaller --batch-size"

@@ -168,6 +168,10 @@ def end_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _end(number: int) -> NoReturn:
+    end_at_once(128 + number if _code is None else _code)
+
+
 def ignore() -> None:
     """Ignore these signals: for a child process that its parent ends, and for a process that is finishing."""
     signal.set_wakeup_fd(-1)
@@ -205,7 +209,7 @@ def _handle(number: int, frame: object) -> None:
         _announce(number)
         raise_if_received()
     elif time.monotonic() - _first > SAME:
-        end_at_once(128 + number if _code is None else _code)
+        _end(number)
 
 
 def _announce(number: int) -> None:
@@ -234,7 +238,7 @@ def _watch(receive: int) -> None:
                 _announce(number)
             elif byte in NUMBERS and now - came > SAME:
                 time.sleep(tick)  # the handler ends the process, unless the main thread is inside a long call
-                end_at_once(128 + byte if _code is None else _code)
+                _end(byte)
         if _lost and _raises and not resent:
             resent, _repeated = 1, 1
             main_thread = threading.main_thread().ident
@@ -243,4 +247,4 @@ def _watch(receive: int) -> None:
         if _holds:
             held += now - before
         elif number and now - came - held > GRACE:
-            end_at_once(128 + number if _code is None else _code)
+            _end(number)

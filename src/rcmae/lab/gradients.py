@@ -10,7 +10,6 @@ are: the cosines satisfy i < ii <= iii < iv, with iv near 0.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.dataset import Images, collate, measure_statistics
+from ..config import check
+from ..data.dataset import Images, measure_statistics
 from ..data.sampler import BatchSampler
 from ..data.sources import open_source
 from ..engine.checkpoint import load_checkpoint, newest
@@ -27,14 +27,17 @@ from ..engine.console import Screen
 from ..engine.distributed import pick_device
 from ..engine.optim import adamw
 from ..engine.schedules import Progress
-from ..errors import CheckpointError, ConfigError, DataError, DivergedError, refuse
+from ..errors import CheckpointError, ConfigError, DataError, DivergedError
 from ..methods import METHODS, Method
-from ..methods.recipes import load_recipe, parse_recipe
-from ..models.backbone import usual_statistics
-from ..report.build import template
-from ..report.curves import Line, by_depth, plot, standalone
+from ..methods.diagnostics import Sentence
+from ..methods.recipes import load_recipe
+from ..models.backbone import Statistics, usual_statistics
+from ..report.build import write_page
+from ..report.curves import Line, by_depth, plot
 from ..report.files import kind_of
-from .monitor import blocks, both_gradients
+from .monitor import blocks, both_gradients, cosine, norm
+from .settings import GradientSettings
+from .snapshots import batch_of
 
 CONDITIONS = {
     "i": "same crops, same mask",
@@ -48,52 +51,20 @@ MEASURES = ("previous", "moment", "ratio")
 AdamW's first moment, and its norm over that of the present reconstruction gradient."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GradientSettings:
-    """Settings of the study."""
-
-    batches: int = 24
-    "number of measured steps"
-    batch_size: int | None = None
-    "images per batch; default: the recipe's, at most 128"
-    settle: int | None = None
-    "steps before the measured ones; default: three half-lives of the teacher, from 10 to 100"
-    lr: float | None = None
-    "learning rate of all these steps; default: half the recipe's peak for this batch, the mean of a cosine"
-    device: str = "auto"
-    "auto, cpu, cuda, cuda:1 or mps"
-
-
 class GradientStudy:
     """A method from the newest checkpoint of a run, or randomly initialized from a recipe, trained further in
     float32."""
 
     def __init__(self, run: str, setting: GradientSettings):
-        """Raises ConfigError for a method without `compare`, CheckpointError for a run without a
-        checkpoint."""
-        rules = [
-            (setting.batches >= 2, f"an interval needs 2 batches or more, not {setting.batches}"),
-            (setting.lr is None or 0 < setting.lr < math.inf, f"lr must be above 0, not {setting.lr}"),
-            (
-                setting.settle is None or setting.settle >= 0,
-                f"settle must be 0 or more, not {setting.settle}",
-            ),
-            (
-                setting.batch_size is None or setting.batch_size >= 2,
-                f"a batch needs 2 images or more, not {setting.batch_size}",
-            ),
-        ]
-        refuse(text for valid, text in rules if not valid)
+        """Raises ConfigError for invalid settings and for a method without `compare`, CheckpointError for a
+        run without a checkpoint."""
+        check(setting)
         folder = Path(run)
         is_run = (folder / "recipe.toml").exists()
         if folder.is_dir() and (kind := kind_of(folder)) != "pre-training":
             problem = f"is a run of {kind}" if kind else "is no run directory: recipe.toml is missing"
             raise ConfigError(f"{run} {problem}; give a run of `rcmae pretrain`")
-        self.recipe = (
-            parse_recipe((folder / "recipe.toml").read_text(encoding="utf-8"), run)
-            if is_run
-            else load_recipe(run)
-        )
+        self.recipe = load_recipe(str(folder / "recipe.toml") if is_run else run)
         if not METHODS[self.recipe.method].compares():
             known = " or ".join(name for name, method in METHODS.items() if method.compares())
             raise ConfigError(
@@ -113,7 +84,7 @@ class GradientStudy:
             self.device
         )
         optim = self.recipe.optim
-        self.lr = setting.lr or optim.base_lr * self.batch_size / 256 / 2
+        self.lr = setting.lr or optim.base_lr * self.batch_size / 256 / 2  # half the peak: a cosine's mean
         self.optimizer = adamw(self.method.student, optim, self.lr)
         self.step, total = 0, self.recipe.total_steps(len(self.source)) or 1000
         if is_run:
@@ -149,7 +120,7 @@ class GradientStudy:
             "whole_images": self.recipe.images.crop_scale == (1.0, 1.0) and not self.recipe.images.flip,
         }
 
-    def _statistics(self, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def _statistics(self, folder: Path) -> Statistics:
         if (folder / "machine.json").exists():
             about = json.loads((folder / "machine.json").read_text())
             return tuple(about["mean"]), tuple(about["std"])
@@ -159,9 +130,7 @@ class GradientStudy:
 
     def batch(self, indices: list[int], draw: int) -> dict[str, Tensor]:
         """Images by index; `draw` selects their random crops and masks."""
-        batch = collate([self.images[(draw, i)] for i in indices])
-        batch.pop("bad")
-        return {k: v.to(self.device) for k, v in batch.items()}
+        return batch_of([self.images[(draw, i)] for i in indices], self.device)
 
     def train(self, batch: dict[str, Tensor]) -> None:
         """One step. Raises DivergedError when the loss is not finite."""
@@ -196,17 +165,9 @@ class GradientStudy:
         rows = []
         for name, batch in batches.items():
             r, c = both_gradients(self.method, batch)
-            rows.append(
-                {
-                    "condition": name,
-                    "similarity": _similarity(features["i"], features[name]),
-                    **_relations(c, r, before, moment, names),
-                    "by_block": {
-                        block: _relations(c, r, before, moment, members)
-                        for block, members in blocks(names).items()
-                    },
-                }
-            )
+            row = {"condition": name, "similarity": _similarity(features["i"], features[name])}
+            by_block = {k: _relations(c, r, before, moment, part) for k, part in blocks(names).items()}
+            rows.append(row | _relations(c, r, before, moment, names) | {"by_block": by_block})
         return rows
 
     @torch.no_grad()
@@ -252,27 +213,22 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float, float]:
+def bootstrap(values: list[float]) -> tuple[float, float, float]:
     """Mean, and the 2.5 and 97.5 percentiles of the means of resampled batches."""
     v, rng = np.array(values), np.random.Generator(np.random.Philox(key=0))
-    means = v[rng.integers(len(v), size=(draws, len(v)))].mean(1)
+    means = v[rng.integers(len(v), size=(2000, len(v)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(v.mean()), float(low), float(high)
 
 
-def nothing_to_judge(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Why the consistency loss has no effect in this run; empty if it has one."""
+def findings(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[Sentence]:
+    """Whether the expected order of the cosines holds, part by part, from paired differences over the
+    batches."""
     if about["gamma"] == 0:
-        return "The consistency loss has weight 0 in this run"
+        why = "The consistency loss has weight 0 in this run"
+        return [("note", f"{why}, so there is nothing to judge.")]
     if not any(row["ratio"] for row in rows):
-        return "The consistency gradient is zero on every batch: teacher and student are the same"
-    return ""
-
-
-def findings(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[tuple[str, str]]:
-    """Whether the expected order of the cosines holds: (good | note, sentence) for each part of it, from
-    paired differences over the batches."""
-    if why := nothing_to_judge(rows, about):
+        why = "The consistency gradient is zero on every batch: teacher and student are the same"
         return [("note", f"{why}, so there is nothing to judge.")]
     cosines = {name: [row["previous"] for row in rows if row["condition"] == name] for name in CONDITIONS}
     sentences = []
@@ -302,8 +258,7 @@ def _signed(value: float) -> str:
 
 
 def write_gradients_page(result: dict[str, Any], out: Path) -> Path:
-    """Write gradients.json, the figures as SVG files, and gradients.html, whose path is returned."""
-    out.mkdir(parents=True, exist_ok=True)
+    """The page of a study: see `write_page`."""
     # Ordered by similarity to batch B; gray is the control.
     colors = dict(zip(CONDITIONS, ("memory3", "memory2", "memory1", "baseline"), strict=True))
     points = []
@@ -330,13 +285,8 @@ def write_gradients_page(result: dict[str, Any], out: Path) -> Path:
         "moments": by_depth(layers["moment"], "cosine with AdamW's moment", {"": 0.0}),
         "ratios": by_depth(layers["ratio"], "|∇L_c| / |∇L_r|", {"equal": 1.0}),
     }
-    (out / "gradients.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for name, svg in svgs.items():
-        (out / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
     title = f"What the teacher reverts: {result['about']['run']}"
-    page = template("gradients.html.j2", "rcmae.lab").render(title=title, figures=svgs, **result)
-    (out / "gradients.html").write_text(page, encoding="utf-8")
-    return out / "gradients.html"
+    return write_page(out, "gradients", "rcmae.lab", result, svgs, title=title)
 
 
 def _relations(
@@ -347,17 +297,9 @@ def _relations(
     names: list[str],
 ) -> dict[str, float]:
     """The measures of the consistency gradient c, restricted to the weights `names`."""
-    ratio = _norm(c, names) / max(_norm(r, names), 1e-30)
-    return {"previous": _cosine(c, before, names), "moment": _cosine(c, moment, names), "ratio": ratio}
-
-
-def _norm(gradient: dict[str, Tensor], names: list[str]) -> float:
-    return torch.stack(torch._foreach_norm([gradient[n] for n in names])).double().norm().item()
-
-
-def _cosine(a: dict[str, Tensor], b: dict[str, Tensor], names: list[str]) -> float:
-    dot = sum((a[n].double() * b[n].double()).sum().item() for n in names)
-    return dot / max(_norm(a, names) * _norm(b, names), 1e-30)
+    cs, rs, steps, moments = ([gradients[n] for n in names] for gradients in (c, r, before, moment))
+    ratio = norm(cs) / max(norm(rs), 1e-30)
+    return {"previous": cosine(cs, steps), "moment": cosine(cs, moments), "ratio": ratio}
 
 
 def _similarity(a: Tensor, b: Tensor) -> float:

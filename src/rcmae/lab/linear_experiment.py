@@ -1,7 +1,6 @@
 """`rcmae lab linear`: the paper's explanation of the mean teacher, computed on the linear model, as a table
 and a page."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..engine.console import Screen
-from ..report.build import template
-from ..report.curves import Line, plot, standalone
+from ..engine.console import ShowProgress, no_progress
+from ..report.build import write_page
+from ..report.curves import Line, plot
 from .linear_model import (
     OPTIMIZERS,
     Optimizer,
@@ -115,9 +114,7 @@ def measure(
     return dict(zip(("previous", "present", "ratio"), torch.tensor(measured).mean(0).tolist(), strict=True))
 
 
-def correction_table(
-    setting: LinearSettings, progress: Callable[[int], None] = lambda done: None
-) -> list[dict[str, Any]]:
+def correction_table(setting: LinearSettings, tick: Callable[[int], None]) -> list[dict[str, Any]]:
     """A row for every optimizer, alpha and relation: medians over the seeds, the range of the cosine with the
     previous step, and its reference value."""
     rows = []
@@ -127,33 +124,24 @@ def correction_table(
             for relation, reference in zip(RELATIONS, references, strict=True):
                 runs = [measure(setting, relation, alpha, optimizer, seed) for seed in range(setting.seeds)]
                 cosines = [run["previous"] for run in runs]
-                rows.append(
-                    {
-                        "optimizer": optimizer,
-                        "alpha": alpha,
-                        "relation": relation,
-                        "reference": reference,
-                        **{k: float(np.median([run[k] for run in runs])) for k in runs[0]},
-                        "low": min(cosines),
-                        "high": max(cosines),
-                    }
-                )
-                progress(len(rows))
+                about = {"optimizer": optimizer, "alpha": alpha, "relation": relation, "reference": reference}
+                medians = {k: float(np.median([run[k] for run in runs])) for k in runs[0]}
+                rows.append(about | medians | {"low": min(cosines), "high": max(cosines)})
+                tick(len(rows))
     return rows
 
 
-def gate(
-    setting: LinearSettings, alpha: float = 0.9, points: int = 21
-) -> tuple[list[float], list[float], list[float]]:
-    """One step, then inputs of varying similarity to its input: (cosine of both inputs, fraction of the past
-    gradient that L_c reverts according to autograd, the same according to the proposition)."""
-    rng = np.random.Generator(np.random.Philox(key=1))
+def gate(setting: LinearSettings) -> tuple[list[float], list[float], list[float]]:
+    """One step with alpha 0.9, then inputs of varying similarity to its input: (cosine of both inputs,
+    fraction of the past gradient that L_c reverts according to autograd, the same according to the
+    proposition)."""
+    rng, alpha = np.random.Generator(np.random.Philox(key=1)), 0.9
     first, orthogonal = (
         torch.from_numpy(v) for v in np.linalg.qr(rng.standard_normal((setting.width, 2)))[0].T
     )
     target = torch.from_numpy(rng.standard_normal(setting.width))
     lr, similar, measured, predicted = setting.rate, [], [], []
-    for angle in np.linspace(0, np.pi / 2, points):
+    for angle in np.linspace(0, np.pi / 2, 21):
         second = math.cos(angle) * first + math.sin(angle) * orthogonal
         past, present = descend(
             iter([(target[None], first[None]), (target[None], second[None])]),
@@ -178,23 +166,23 @@ def gate(
     return similar, measured, predicted
 
 
-def run_linear(setting: LinearSettings = LinearSettings(), screen: Screen | None = None) -> dict[str, Any]:
-    """All results on the page, as plain numbers; `screen` shows the progress."""
+def run_linear(
+    setting: LinearSettings = LinearSettings(), progress: ShowProgress = no_progress
+) -> dict[str, Any]:
+    """All results on the page, as plain numbers."""
     cells = len(OPTIMIZERS) * len(ALPHAS) * len(RELATIONS)
-    with (screen or Screen(False)).progress("measuring the corrections", cells) as tick:
+    with progress("measuring the corrections", cells) as tick:
         table = correction_table(setting, tick)
     rates = np.geomspace(1e-3, 1.2, 60).tolist()
     similar, measured, predicted = gate(setting)
-    stiff, slow = 1.0, 0.01
+    slow = 0.01
     trade, descent = {}, {}
     for name, gamma, alpha in ARMS:
         limit = stability_limit(gamma, alpha)
         sizes = [size for size in np.geomspace(0.02, 0.6, 25).tolist() if size < limit]
-        trade[name] = {
-            "speed": [1 - contraction(size * slow, gamma, alpha) for size in sizes],
-            "student": [stationary_variance(size * stiff, gamma, alpha, size**2)[0] for size in sizes],
-            "teacher": [stationary_variance(size * stiff, gamma, alpha, size**2)[1] for size in sizes],
-        }
+        speed = [1 - contraction(size * slow, gamma, alpha) for size in sizes]
+        student, teacher = zip(*(stationary_variance(h, gamma, alpha, h**2) for h in sizes), strict=True)
+        trade[name] = {"speed": speed, "student": list(student), "teacher": list(teacher)}
         fastest = 0.99 * limit
         descent[name] = {
             "limit": limit,
@@ -215,28 +203,20 @@ def run_linear(setting: LinearSettings = LinearSettings(), screen: Screen | None
     }
 
 
-def errors(rate: float, gamma: float, alpha: float, steps: int = 1000, every: int = 10) -> list[float]:
-    """The student's error in a mode at every tenth step, from 1 and without noise."""
+def errors(rate: float, gamma: float, alpha: float) -> list[float]:
+    """The student's error in a mode at every tenth of 1,000 steps, from 1 and without noise."""
     m, state, values = companion(rate, gamma, alpha), torch.ones(2, dtype=torch.float64), []
-    for step in range(steps + 1):
-        if step % every == 0:
+    for step in range(1001):
+        if step % 10 == 0:
             values.append(abs(state[0].item()))
         state = m @ state
     return values
 
 
 def write_linear_page(result: dict[str, Any], out: Path) -> Path:
-    """Write linear.json, the figures as SVG files, and linear.html, whose path is returned."""
-    out.mkdir(parents=True, exist_ok=True)
-    svgs = figures(result)
-    (out / "linear.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for name, svg in svgs.items():
-        (out / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
-    page = template("linear.html.j2", "rcmae.lab").render(
-        title="The effect of a mean teacher in a linear model", names=NAMES, figures=svgs, **result
-    )
-    (out / "linear.html").write_text(page, encoding="utf-8")
-    return out / "linear.html"
+    """The page of an experiment: see `write_page`."""
+    title = "The effect of a mean teacher in a linear model"
+    return write_page(out, "linear", "rcmae.lab", result, figures(result), title=title, names=NAMES)
 
 
 def figures(result: dict[str, Any]) -> dict[str, str]:

@@ -9,11 +9,11 @@ Student S and teacher T are [d d] matrices. A batch is x [b d], one row per samp
 u is the optimizer's update; for gradient descent u_k = -lr g_k with g_k the gradient of L at S_k. The
 proposition of the paper (Lee et al., ICLR 2023, section 3, in our derivation) and its corollaries:
 
-    S_t - T_t  = sum_i a^i u_t-i                                              `lag`: any optimizer
+    S_t - T_t  = sum_i a^i u_t-i                                              for any optimizer
     grad L_c   = (S_t - T_t) x~ x~'
                = -lr sum_i a^i (x~_t-i . x~_t) r_t-i x~_t'                    `gated_consistency`: descent
-    with momentum b, a^i becomes a (a^i - b^i) / (a - b)                      `momentum_weights`
-    with AdamW, u_k is a ratio of averages of past gradients                  `adamw_update`
+    with momentum b, a^i becomes a (a^i - b^i) / (a - b)
+    with AdamW, u_k is a ratio of averages of past gradients
 
 So the consistency gradient reverts past gradients in proportion to the similarity of their inputs to the
 present one: a conditional momentum with the sign reversed. `companion` and the functions after it derive the
@@ -31,17 +31,11 @@ from torch import Tensor
 
 Matrix = Float[Tensor, "d d"]
 Batch = Float[Tensor, "b d"]
-History = Float[Tensor, "t d d"]
 Optimizer = Literal["sgd", "momentum", "adamw"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum", "adamw")
 
 
 # --- losses and gradients -----------------------------------------------------------------------------------
-
-
-def residual(s: Matrix, t: Matrix, x: Batch, visible: Batch, gamma: float) -> Batch:
-    """r = (S x~ - x) + gamma (S - T) x~; the gradient of L is mean r x~'."""
-    return visible @ s.T - x + gamma * (visible @ (s - t).T)
 
 
 def reconstruction_gradient(s: Matrix, x: Batch, visible: Batch) -> Matrix:
@@ -54,17 +48,7 @@ def consistency_gradient(s: Matrix, t: Matrix, visible: Batch) -> Matrix:
     return (s - t) @ (visible.T @ visible) / len(visible)
 
 
-# --- the proposition and its corollaries --------------------------------------------------------------------
-
-
-def lag(updates: History, alpha: float) -> Matrix:
-    """S_t - T_t = sum_{i=1..t} alpha^i u_{t-i}, from all updates since S_0 = T_0, oldest first, of any
-    optimizer.
-
-    By induction: S_t - T_t = alpha (S_t - T_t-1) = alpha ((S_t-1 - T_t-1) + u_t-1).
-    """
-    weights = alpha ** torch.arange(len(updates), 0, -1, dtype=updates.dtype)
-    return torch.einsum("t,tde->de", weights, updates)
+# --- the proposition ----------------------------------------------------------------------------------------
 
 
 def gated_consistency(
@@ -78,44 +62,12 @@ def gated_consistency(
     of their inputs with the present ones.
 
     -lr sum_i w_i mean_jk (x~_{i,j} . x~_k) r_{i,j} x~_k', for past steps i (oldest first), their samples j
-    and present samples k. `weights` are alpha^(t-i) without momentum and `momentum_weights` with it. An input
-    without a visible value in common contributes exactly nothing.
+    and present samples k. `weights` are alpha^(t-i), or with momentum those given above. An input without a
+    visible value in common contributes exactly nothing.
     """
     gates = torch.einsum("tbd,kd->tbk", past, visible)
     total = torch.einsum("t,tbk,tbd,ke->de", weights, gates, residuals, visible)
     return -lr * total / (residuals.shape[1] * len(visible))
-
-
-def momentum_weights(t: int, alpha: float, beta: float) -> Float[Tensor, " t"]:
-    """Weights w_k of the past gradients, oldest first: S_t - T_t = -lr sum_k w_k g_{t-k}, for
-    v <- beta v + g, S <- S - lr v.
-
-    w_k = alpha (alpha^k - beta^k) / (alpha - beta), or k alpha^k if both are equal; alpha^k for beta = 0.
-    """
-    k = torch.arange(t, 0, -1, dtype=torch.float64)
-    if math.isclose(alpha, beta, abs_tol=1e-9):
-        return k * alpha**k
-    return alpha * (alpha**k - beta**k) / (alpha - beta)
-
-
-def adamw_update(
-    gradients: History,
-    weight: Matrix,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    decay: float = 0.0,
-) -> Matrix:
-    """AdamW's update u_k from all gradients g_0 .. g_k (oldest first) and S_k, in closed form.
-
-    u = -lr (m / (sqrt(v) + eps) + decay S), m and v the normalized averages of g and g^2 (Loshchilov and
-    Hutter, 2019).
-    """
-    means = []
-    for beta, values in zip(betas, (gradients, gradients**2), strict=True):
-        weights = beta ** torch.arange(len(gradients) - 1, -1, -1, dtype=gradients.dtype)
-        means.append(torch.einsum("t,tde->de", weights / weights.sum(), values))
-    return -lr * (means[0] / (means[1].sqrt() + eps) + decay * weight)
 
 
 # --- a run --------------------------------------------------------------------------------------------------

@@ -160,10 +160,6 @@ class Monitor:
                 }
         return metrics
 
-    def due_lidar(self, step: int, since: int) -> bool:
-        """As `due`, for LiDAR; `since` is the number of steps between two milestones."""
-        return self.due(step, since, LIDAR_EVERY)
-
     @torch.no_grad()
     def lidar(self, batch: dict[str, Tensor], views: int = 8) -> float | None:
         """LiDAR of the student on fixed images with `views` masks each; None for a method without masks."""
@@ -191,7 +187,7 @@ def last_layer(c: Comparison, inputs: Float[Tensor, "b m w"]) -> dict[str, float
         d = d * (c.weight * (c.weight.shape[1] / c.weight.sum(1, keepdim=True).clamp_min(1))).unsqueeze(2)
     reconstruction, consistency = (torch.einsum("bmp,bmw->pw", error, inputs) for error in (e, d))
     metrics = relation([reconstruction], [consistency], c.gamma)
-    return {f"last_{k}": v for k, v in metrics.items()} | {"output_cosine": _cosine([e], [d])}
+    return {f"last_{k}": v for k, v in metrics.items()} | {"output_cosine": cosine([e], [d])}
 
 
 def both_gradients(method: Method, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -210,17 +206,19 @@ def both_gradients(method: Method, batch: dict[str, Tensor]) -> tuple[dict[str, 
 def relation(r: list[Tensor], c: list[Tensor], gamma: float) -> dict[str, float]:
     """For the gradients r and c: their cosine, |c| / |r| (ratio), and |r + gamma c| / |r| (shrink)."""
     total = [a + gamma * b for a, b in zip(r, c, strict=True)]
-    length = max(_norm(r), 1e-30)
-    return {"cosine": _cosine(r, c), "ratio": _norm(c) / length, "shrink": _norm(total) / length}
+    length = max(norm(r), 1e-30)
+    return {"cosine": cosine(r, c), "ratio": norm(c) / length, "shrink": norm(total) / length}
 
 
-def _norm(parts: list[Tensor]) -> float:
+def norm(parts: list[Tensor]) -> float:
+    """The norm of a gradient, given by its parts."""
     return torch.stack(torch._foreach_norm(parts)).double().norm().item()
 
 
-def _cosine(a: list[Tensor], b: list[Tensor]) -> float:
+def cosine(a: list[Tensor], b: list[Tensor]) -> float:
+    """The cosine of two gradients, given by their parts."""
     dot = sum((x.double() * y.double()).sum().item() for x, y in zip(a, b, strict=True))
-    return dot / max(_norm(a) * _norm(b), 1e-30)
+    return dot / max(norm(a) * norm(b), 1e-30)
 
 
 # --- names --------------------------------------------------------------------------------------------------
@@ -240,6 +238,6 @@ def distance_by_block(student: nn.Module, teacher: nn.Module) -> dict[str, float
     s, t = (dict(m.named_parameters()) for m in (student, teacher))
     with torch.no_grad():
         return {
-            block: _norm([s[n] - t[n] for n in names]) / max(_norm([s[n] for n in names]), 1e-30)
+            block: norm([s[n] - t[n] for n in names]) / max(norm([s[n] for n in names]), 1e-30)
             for block, names in blocks([n for n, p in s.items() if p.requires_grad]).items()
         }

@@ -8,39 +8,22 @@ from torch import Tensor
 from ..engine.schedules import Progress
 from ..methods import Method
 from .alarms import Alarm, Alarms, raised_before
-from .monitor import Monitor
-
-Write = Callable[..., None]
-"""write(kind, **values) appends a line to metrics.jsonl."""
+from .monitor import LIDAR_EVERY, Monitor
 
 
 class Recorder:
     """The diagnostics of a run, which do not change its results."""
 
-    def __init__(
-        self,
-        method: Method,
-        total: int,
-        steps_per_epoch: int,
-        log_every: int,
-        lines: list[dict[str, Any]],
-        step: int,
-    ):
-        """`lines` are the records of the run up to `step`; their alarms are not raised again."""
-        self.monitor, self.log_every = Monitor(method, total), log_every
-        self.alarms = Alarms(method, total, steps_per_epoch, raised_before(lines, step))
+    def __init__(self, method: Method, t: Progress, log_every: int, lines: list[dict[str, Any]]):
+        """`lines` are the records of the run up to `t`; their alarms are not raised again."""
+        self.monitor, self.log_every = Monitor(method, t.total_steps), log_every
+        self.alarms = Alarms(method, t.total_steps, t.steps_per_epoch, raised_before(lines, t.step))
 
-    def at_start(self, t: Progress, drift: float | None) -> list[Alarm]:
-        """Alarms before the first step; see `Alarms.at_start`."""
-        return self.alarms.at_start(t, drift)
-
-    def before_update(self, t: Progress) -> None:
-        """Call before a step that will be logged."""
-        self.monitor.start(t)
-
-    def log(self, t: Progress, line: dict[str, float], write: Write) -> tuple[dict[str, float], list[Alarm]]:
-        """Further values for the log line of that step, and alarms. The slow diagnostics are written too,
-        when they are due."""
+    def log(
+        self, t: Progress, line: dict[str, float], write: Callable[..., None]
+    ) -> tuple[dict[str, float], list[Alarm]]:
+        """Further values for the log line of the step after `monitor.start`, and alarms. The slow diagnostics
+        are written by write(kind, **values) too, when they are due."""
         more = self.monitor.finish(line)
         alarms = self.alarms.at_log(t, line | more, self.monitor)
         if self.monitor.due(t.step, self.log_every) and (metrics := self.monitor.slow()):
@@ -52,4 +35,5 @@ class Recorder:
         """LiDAR on a fixed batch of two or more images, if it is due; the previous milestone was `since`
         steps ago."""
         enough = all(len(values) > 1 for values in batch.values())
-        return self.monitor.lidar(batch) if enough and self.monitor.due_lidar(step, since) else None
+        due = enough and self.monitor.due(step, since, LIDAR_EVERY)
+        return self.monitor.lidar(batch) if due else None

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import Recipe, check, to_toml
+from ..config import Recipe, changed, check, to_toml
 from ..engine import signals
 from ..engine.distributed import pick_device
-from ..engine.metrics import read_metrics
+from ..engine.metrics import of_kind, read_metrics
 from ..engine.run import describe_machine
 from ..errors import ConfigError, DivergedError, ProcessError, RcmaeError
 from ..methods import METHODS
@@ -78,8 +78,7 @@ def verify(
         raise ConfigError(f"a resume halfway needs from 2 to {PLAN:,} steps, not {steps}")
     if batch_size < 4 or batch_size % 4:
         raise ConfigError(f"4 micro-batches need a --batch-size that is a multiple of 4, not {batch_size}")
-    optim, probe = replace(recipe.optim, batch_size=batch_size, warmup=0.0), replace(recipe.probe, probes=0)
-    recipe = check(replace(recipe, epochs=None, time=None, steps=PLAN, optim=optim, probe=probe))
+    recipe = check(changed(recipe, steps=PLAN, batch_size=batch_size, warmup=0.0, probes=0))
     kind = pick_device(device).type
     variations = (
         Variation(f"1 x {batch_size} = 4 x {batch_size // 4}", ("--accumulate", "4")),
@@ -146,9 +145,7 @@ class Outcome:
         """Read a run that logged and saved every step. Raises DivergedError if a loss is not finite."""
         folder = run / "checkpoints"
         optimizer = load_file(folder / "step_00000001" / "optimizer.safetensors")
-        losses = [
-            line["loss"] for line in read_metrics(run) if line["kind"] == "train" and line["step"] <= steps
-        ]
+        losses = [line["loss"] for line in of_kind(read_metrics(run), "train") if line["step"] <= steps]
         if None in losses:
             raise DivergedError(
                 f"the loss of step {losses.index(None) + 1} is not finite; lower base_lr in the recipe"

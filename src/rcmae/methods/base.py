@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import Recipe
 from ..engine.schedules import Progress
-from ..models.backbone import Backbone
+from ..models.backbone import Backbone, Channels, Standardizing, Statistics
 from ..models.encoder import WithEncoder
 from ..models.patches import patchify
 from ..models.teacher import Teacher
@@ -45,7 +45,7 @@ class Comparison(NamedTuple):
         return ((errors * self.weight).sum(1) / self.weight.sum(1).clamp_min(1)).mean()
 
 
-class Method(Diagnostics, nn.Module):
+class Method(Diagnostics, Standardizing):
     """A method of self-supervised pre-training, one per file. Every method defines `recipe_type`, `recipe`,
     `student` and `patch`, and the first three functions. Recipes and batches are `Any` here, since each
     method narrows them to its own recipe class and to the TypedDict of its batch."""
@@ -59,21 +59,17 @@ class Method(Diagnostics, nn.Module):
     "follows the student and makes its targets; None for a method without a teacher"
     patch: int
     "side of a patch in pixels"
-    statistics: tuple[tuple[float, ...], tuple[float, ...]]
+    statistics: Statistics
     "mean and standard deviation per channel that standardize the pixels, in units of 0 to 1"
-    mean: Tensor
-    std: Tensor
     networks: tuple[str, ...] = ("student",)
     "networks that are probed and exported, the recommended one last"
     recorded: list[Comparison] | None = None
     "a list into which `forward` writes its comparison, set by the diagnostics"
 
-    def __init__(self, recipe: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, recipe: Any, mean: Channels, std: Channels) -> None:
         """`mean` and `std` standardize the pixels: a value per channel, in units of 0 to 1."""
-        super().__init__()
+        super().__init__(mean, std, white=255.0)
         self.recipe, self.teacher, self.statistics = recipe, None, (mean, std)
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     # --- what every method implements -----------------------------------------------------------------------
 
@@ -185,4 +181,4 @@ class Method(Diagnostics, nn.Module):
 
     def normalize_and_patchify(self, images: Num[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
         """Pixels from 0 to 255 to standardized patches."""
-        return patchify((images.float() - self.mean) / self.std, self.patch)
+        return patchify(self._standardize(images.float()), self.patch)

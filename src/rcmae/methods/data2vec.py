@@ -21,18 +21,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from ..config import Images, Rules, Section
+from ..config import Images, Rules, Section, broken
 from ..data.masking import visible_count
-from ..data.views import flip, random_resized_crop
 from ..engine.schedules import Progress
 from ..models.autoencoder import build_encoder
+from ..models.backbone import Channels
 from ..models.encoder import Encoder
 from ..models.patches import gather_tokens
 from ..models.teacher import Teacher
 from .base import RECORDED_VALUES
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .distillation import EncoderWithHead, StudentWithPredictor
-from .mean_teacher import MeanTeacher, MeanTeacherRecipe, TeacherSettings
+from .mae import random_crop
+from .mean_teacher import MeanTeacher, MeanTeacherRecipe, TeacherSettings, latent_rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +67,16 @@ class Data2VecSettings(Section):
     "optimizer steps in which the momentum rises linearly to `ema_end`"
 
     def rules(self) -> Rules:
-        counts = {
-            k: getattr(self, k)
-            for k in ("masks", "square", "top_blocks", "conv_depth", "conv_width", "conv_groups", "ema_steps")
-        }
+        counts = ("masks", "square", "top_blocks", "conv_depth", "conv_width", "conv_groups", "ema_steps")
         return [
-            *((v is None or v >= 1, f"{k} must be 1 or more, not {v}") for k, v in counts.items()),
-            (
-                0 < self.hidden_fraction < 1,
-                f"hidden_fraction must lie between 0 and 1, not {self.hidden_fraction}",
-            ),
-            (self.class_weight >= 0, f"class_weight must be 0 or more, not {self.class_weight}"),
+            *self.each("must be 1 or more", *counts),
+            *self.each("must lie between 0 and 1", "hidden_fraction"),
+            *self.each("must be 0 or more", "class_weight", "noise"),
+            *self.each("must lie in 0 to 1", "ema_end"),
             (
                 self.conv_kernel % 2 == 1 and self.conv_kernel > 0,
                 f"conv_kernel must be an odd number, not {self.conv_kernel}",
             ),
-            (self.noise >= 0, f"noise must be 0 or more, not {self.noise}"),
-            (0 <= self.ema_end <= 1, f"ema_end must lie in 0 to 1, not {self.ema_end}"),
         ]
 
 
@@ -140,9 +134,7 @@ class CropAndMasks:
     side: int
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
-        crop = random_resized_crop(image, self.images.shape, self.images.crop_scale, rng=rng)
-        if self.images.flip:
-            crop = flip(crop, rng)
+        crop = random_crop(image, self.images, rng)
         orders = [mask_order(self.grid, self.visible, self.side, rng) for _ in range(self.masks)]
         return {"image": crop, "orders": torch.from_numpy(np.stack(orders))}
 
@@ -153,33 +145,22 @@ class ConvDecoder(nn.Module):
     noise: Tensor
 
     def __init__(
-        self,
-        *,
-        grid: tuple[int, int],
-        hidden: int,
-        inputs: int,
-        width: int,
-        depth: int,
-        kernel: int,
-        groups: int,
-        noise: float,
+        self, s: Data2VecSettings, grid: tuple[int, int], hidden: int, inputs: int, width: int, groups: int
     ):
         super().__init__()
         self.grid = grid
         # A fixed table, so that the noise depends neither on micro-batches nor on a resume.
-        self.register_buffer("noise", noise * torch.randn(hidden, inputs))
-        widths = [inputs] + [width] * depth
+        self.register_buffer("noise", s.noise * torch.randn(hidden, inputs))
+        widths, k = [inputs] + [width] * s.conv_depth, s.conv_kernel
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, kernel, padding=kernel // 2, groups=groups) for a, b in itertools.pairwise(widths)
+            nn.Conv2d(a, b, k, padding=k // 2, groups=groups) for a, b in itertools.pairwise(widths)
         )
         self.predict = nn.Linear(width, inputs)
 
     def forward(self, tokens: Float[Tensor, "b v d"], order: Int[Tensor, "b n"]) -> Float[Tensor, "b m d"]:
         """Tokens of the visible patches, the first ones of `order`, to predictions for the hidden ones."""
-        b, n = order.shape
-        x = torch.cat([tokens.float(), self.noise.expand(b, -1, -1)], 1)  # [b, n, d], sorted by `order`
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=order.device).expand(b, n))
-        x = gather_tokens(x, rank).transpose(1, 2).unflatten(2, self.grid)  # [b, d, gh, gw]
+        x = torch.cat([tokens.float(), self.noise.expand(len(order), -1, -1)], 1)  # [b, n, d], by `order`
+        x = gather_tokens(x, order.argsort(1)).transpose(1, 2).unflatten(2, self.grid)  # [b, d, gh, gw]
         for i, convolution in enumerate(self.convolutions):
             y = convolution(x).permute(0, 2, 3, 1).float()  # [b, gh, gw, width]
             y = F.gelu(F.layer_norm(y, y.shape[-1:])).permute(0, 3, 1, 2)
@@ -203,7 +184,7 @@ class Data2Vec(MeanTeacher):
         "prediction_std": "prediction std",
     }
 
-    def __init__(self, recipe: Data2VecRecipe, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, recipe: Data2VecRecipe, mean: Channels, std: Channels):
         super().__init__(recipe, mean, std)
         s = self.settings = recipe.data2vec
         encoder = build_encoder(recipe.images, recipe.network)
@@ -211,16 +192,7 @@ class Data2Vec(MeanTeacher):
         n = math.prod(encoder.grid)
         self.visible = visible_count(n, s.hidden_fraction)
         width, groups, top_blocks = sizes(s, encoder)
-        decoder = ConvDecoder(
-            grid=encoder.grid,
-            hidden=n - self.visible,
-            inputs=encoder.width,
-            width=width,
-            depth=s.conv_depth,
-            kernel=s.conv_kernel,
-            groups=groups,
-            noise=s.noise,
-        )
+        decoder = ConvDecoder(s, encoder.grid, n - self.visible, encoder.width, width, groups)
         self.student = StudentWithPredictor(EncoderWithHead(encoder, nn.Identity()), decoder)
         self.teacher = Teacher(self.ema_source)
         self.feed_forward: list[Tensor] | None = None
@@ -238,17 +210,10 @@ class Data2Vec(MeanTeacher):
         s, depth = recipe.data2vec, len(encoder.vit.blocks)
         width, groups, top_blocks = sizes(s, encoder)
         rules = [
-            (
-                encoder.vit.has_class_token,
-                f"data2vec reads the class token, which {recipe.network.model} does not have",
-            ),
+            *latent_rules(recipe, encoder),
             (
                 1 <= top_blocks <= depth,
                 f"top_blocks must lie in 1 to the encoder's {depth} blocks, not {top_blocks}",
-            ),
-            (
-                recipe.teacher.memory[1] != "adaptive",
-                "half_life adaptive needs a reconstruction loss: give a length",
             ),
             (
                 encoder.width % groups == 0 == width % groups,
@@ -256,7 +221,7 @@ class Data2Vec(MeanTeacher):
                 f"{width}",
             ),
         ]
-        return [text for valid, text in rules if not valid]
+        return broken(rules)
 
     def views(self) -> CropAndMasks:
         s = self.settings
@@ -268,7 +233,7 @@ class Data2Vec(MeanTeacher):
         target = self.target(patches)
         classes, prediction = self.predict(patches, orders)
         with torch.autocast(prediction.device.type, enabled=False):
-            hidden = self.hidden(target, orders)  # [bk, m, d]
+            hidden = _gathered(target, orders[:, :, self.visible :])  # [bk, m, d]
             regression = self.distance(prediction, hidden)
             class_loss = self.distance(classes.float(), target.mean(1).repeat_interleave(k, 0))
         return {
@@ -278,11 +243,6 @@ class Data2Vec(MeanTeacher):
             "target_std": mean_std(hidden),
             "prediction_std": mean_std(prediction.detach()),
         }
-
-    def hidden(self, tokens: Float[Tensor, "b n d"], orders: Int[Tensor, "b k n"]) -> Float[Tensor, "bk m d"]:
-        """The tokens of the patches that each mask hides."""
-        ids = orders[:, :, self.visible :]  # [b, k, m]
-        return gather_tokens(tokens, ids.flatten(1)).unflatten(1, ids.shape[1:]).flatten(0, 1)
 
     @staticmethod
     def distance(a: Float[Tensor, "*s d"], b: Float[Tensor, "*s d"]) -> Tensor:
@@ -309,10 +269,8 @@ class Data2Vec(MeanTeacher):
         self, patches: Float[Tensor, "b n p"], orders: Int[Tensor, "b k n"]
     ) -> tuple[Float[Tensor, "bk d"], Float[Tensor, "bk m d"]]:
         """The student's class token under each mask, and its predictions for the hidden patches."""
-        b, k, _ = orders.shape
         ids = orders[:, :, : self.visible]
-        visible = gather_tokens(patches, ids.flatten(1)).view(b * k, self.visible, -1)
-        tokens = self.ema_source.encoder(visible, ids.flatten(0, 1))  # [bk, t, d]
+        tokens = self.ema_source.encoder(_gathered(patches, ids), ids.flatten(0, 1))  # [bk, t, d]
         return tokens[:, 0], self.student.predictor(tokens[:, self.prefix :], orders.flatten(0, 1))
 
     def encode(self, batch: Batch) -> Float[Tensor, "b t d"]:
@@ -367,6 +325,11 @@ class Data2Vec(MeanTeacher):
         else:
             judged = ("bad", spread + "the same output for all patches is collapse.")
         return [("note" if learns else "bad", text), judged]
+
+
+def _gathered(tokens: Float[Tensor, "b n d"], ids: Int[Tensor, "b k m"]) -> Float[Tensor, "bk m d"]:
+    """The tokens of each image at the positions of each mask."""
+    return gather_tokens(tokens, ids.flatten(1)).unflatten(1, ids.shape[1:]).flatten(0, 1)
 
 
 def sizes(s: Data2VecSettings, encoder: Encoder) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import Rules, Section
 from ..engine.schedules import Progress
+from ..models.backbone import Channels
 from ..models.heads import PrototypeHead
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .distillation import (
@@ -64,13 +65,10 @@ class DINOSettings(Section):
         temperatures = ("student_temperature", "teacher_temperature", "teacher_temperature_start")
         warmup = self.teacher_temperature_warmup
         return [
-            (self.prototypes >= 2, f"prototypes must be 2 or more, not {self.prototypes}"),
-            (
-                0 <= self.center_momentum < 1,
-                f"center_momentum must lie in 0 to below 1, not {self.center_momentum}",
-            ),
+            *self.each("must be 2 or more", "prototypes"),
+            *self.each("must lie in 0 to below 1", "center_momentum"),
             (0 <= warmup <= 1, f"teacher_temperature_warmup is a fraction of the run, not {warmup}"),
-            *((getattr(self, k) > 0, f"{k} must be above 0, not {getattr(self, k)}") for k in temperatures),
+            *self.each("must be above 0", *temperatures),
         ]
 
 
@@ -90,7 +88,7 @@ class DINO(SelfDistillation):
     student: EncoderWithHead
     losses: ClassVar[dict[str, str]] = {"loss": "loss"} | SPREAD_METRICS
 
-    def __init__(self, recipe: DINORecipe, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, recipe: DINORecipe, mean: Channels, std: Channels):
         super().__init__(recipe, mean, std)
         self.center = Center(recipe.dino.prototypes, recipe.dino.center_momentum)
 
@@ -102,10 +100,6 @@ class DINO(SelfDistillation):
         }
         names = " and ".join(name for name, used in parts.items() if used)
         return f"{names} are those of a micro-batch" if names else ""
-
-    @property
-    def ema_source(self) -> EncoderWithHead:
-        return self.student
 
     def build_head(self, inputs: int) -> PrototypeHead:
         head, s = self.recipe.head, self.recipe.dino

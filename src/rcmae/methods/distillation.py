@@ -10,16 +10,18 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
+from ..config import broken
 from ..data.augment import Crops, MultiCrop
 from ..engine.distributed import average
 from ..models.autoencoder import build_encoder
+from ..models.backbone import Channels
 from ..models.encoder import Encoder, WithEncoder
 from ..models.heads import HeadSettings
 from ..models.patches import gather_tokens
 from ..models.teacher import Teacher
 from .base import Transform
 from .diagnostics import Curve, Figure, Numbers, Sentence
-from .mean_teacher import MeanTeacher, MeanTeacherRecipe
+from .mean_teacher import MeanTeacher, MeanTeacherRecipe, latent_rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +58,10 @@ class SelfDistillation(MeanTeacher):
     b images, t tokens, d width."""
 
     recipe: SelfDistillationRecipe
+    student: "EncoderWithHead | StudentWithPredictor"
     teacher: Teacher[EncoderWithHead]
 
-    def __init__(self, recipe: SelfDistillationRecipe, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, recipe: SelfDistillationRecipe, mean: Channels, std: Channels):
         super().__init__(recipe, mean, std)
         encoder = build_encoder(recipe.images, recipe.network)
         self.patch = encoder.patch
@@ -67,8 +70,9 @@ class SelfDistillation(MeanTeacher):
         self.teacher = Teacher(self.ema_source)
 
     @property
-    @abstractmethod
-    def ema_source(self) -> EncoderWithHead: ...
+    def ema_source(self) -> EncoderWithHead:
+        student = self.student
+        return student.shared if isinstance(student, StudentWithPredictor) else student
 
     @classmethod
     def validate(cls, recipe: SelfDistillationRecipe) -> list[str]:
@@ -76,10 +80,7 @@ class SelfDistillation(MeanTeacher):
         with torch.device("meta"):
             encoder = build_encoder(recipe.images, recipe.network)
         rules = [
-            (
-                encoder.vit.has_class_token,
-                f"{recipe.method} reads the class token, which {recipe.network.model} does not have",
-            ),
+            *latent_rules(recipe, encoder),
             (
                 optim.batch_size >= 2,
                 f"{recipe.method} compares images: give a batch_size of 2 or more, not {optim.batch_size}",
@@ -92,18 +93,14 @@ class SelfDistillation(MeanTeacher):
                 not c.local_crops or c.local_size % encoder.patch == 0,
                 f"local_size {c.local_size} is not a multiple of the patch, {encoder.patch}",
             ),
-            (
-                recipe.teacher.memory[1] != "adaptive",
-                "half_life adaptive needs a reconstruction loss: give a length",
-            ),
         ]
-        return [text for valid, text in rules if not valid]
+        return broken(rules)
 
     @abstractmethod
     def build_head(self, inputs: int) -> nn.Module:
         """The head for an encoder of this width."""
 
-    def build_student(self, net: EncoderWithHead) -> nn.Module:
+    def build_student(self, net: EncoderWithHead) -> "EncoderWithHead | StudentWithPredictor":
         """The student around `net`, the part that the teacher averages."""
         return net
 
@@ -195,22 +192,10 @@ def spread_figures() -> tuple[Figure, ...]:
         "Entropy of the teacher's assignments. At the dashed line they are uniform and carry no information; "
         "far below it the teacher is confident."
     )
+    entropy, prototypes = ((Curve(key, "", "teacher"),) for key in SPREAD_METRICS)
     return (
-        Figure(
-            "figure-prototypes",
-            "prototypes in use",
-            (Curve("prototypes_used", "", "teacher"),),
-            used,
-            (("collapse", 1.0),),
-            log=True,
-        ),
-        Figure(
-            "figure-entropy",
-            "entropy, nats",
-            (Curve("entropy", "", "teacher"),),
-            confidence,
-            (("uniform", "even"),),
-        ),
+        Figure("figure-prototypes", "prototypes in use", prototypes, used, (("collapse", 1.0),), log=True),
+        Figure("figure-entropy", "entropy, nats", entropy, confidence, (("uniform", "even"),)),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import Rules, Section
 from ..data.masking import block_mask, random_order
 from ..engine.schedules import Progress
+from ..models.backbone import Channels
 from .base import Transform
 from .diagnostics import Curve, Figure, Numbers, Sentence, Variant
 from .dino import DINO, DINORecipe
@@ -46,10 +47,7 @@ class IBOTSettings(Section):
                 0 <= low <= high <= 1,
                 f"masked_fraction must satisfy 0 <= low <= high <= 1, not {self.masked_fraction}",
             ),
-            (
-                0 <= self.masked_images <= 1,
-                f"masked_images is a fraction, from 0 to 1, not {self.masked_images}",
-            ),
+            *self.each("is a fraction, from 0 to 1", "masked_images"),
         ]
 
 
@@ -110,7 +108,7 @@ class IBOT(DINO):
     average_count: int | None = None
     "see `average_shapes`"
 
-    def __init__(self, recipe: IBOTRecipe, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, recipe: IBOTRecipe, mean: Channels, std: Channels):
         super().__init__(recipe, mean, std)
         self.patch_center = Center(recipe.dino.prototypes, recipe.dino.center_momentum)
 

@@ -21,7 +21,7 @@ from ..data.masking import random_order, visible_count
 from ..data.views import flip, random_resized_crop
 from ..engine.schedules import Progress
 from ..models.autoencoder import Autoencoder, AutoencoderNetwork, build
-from ..models.backbone import Backbone
+from ..models.backbone import Backbone, Channels
 from ..models.patches import gather_tokens, standardize
 from .base import Method
 from .diagnostics import Curve, Figure, Numbers, Sentence
@@ -40,10 +40,8 @@ class MAESettings(Section):
     "added to the variance that standardizes a patch; raise it for small patches, where flat ones are noise"
 
     def rules(self) -> Rules:
-        return [
-            (0 < self.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, not {self.mask_ratio}"),
-            (self.target_eps > 0, f"target_eps must be above 0, not {self.target_eps}"),
-        ]
+        eps = self.each("must be above 0", "target_eps")
+        return [*self.each("must lie between 0 and 1", "mask_ratio"), *eps]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +63,14 @@ class Batch(TypedDict):
     "RC-MAE with different masks: the order for the teacher"
 
 
+def random_crop(
+    image: UInt8[np.ndarray, "h w c"], settings: Images, rng: np.random.Generator
+) -> UInt8[Tensor, "c ch cw"]:
+    """A random crop of an image, perhaps flipped."""
+    crop = random_resized_crop(image, settings.shape, settings.crop_scale, rng)
+    return flip(crop, rng) if settings.flip else crop
+
+
 @dataclass(frozen=True)
 class CropAndMask:
     """One random crop, and a random order of its patches (visible ones first) under each name in `orders`."""
@@ -74,11 +80,8 @@ class CropAndMask:
     orders: tuple[str, ...] = ("order",)
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
-        crop = random_resized_crop(image, self.images.shape, self.images.crop_scale, rng=rng)
-        if self.images.flip:
-            crop = flip(crop, rng)
-        orders = {name: torch.from_numpy(random_order(self.patches, rng)) for name in self.orders}
-        return {"image": crop} | orders
+        crop = random_crop(image, self.images, rng)
+        return {"image": crop} | {k: torch.from_numpy(random_order(self.patches, rng)) for k in self.orders}
 
 
 class MAE(Method):
@@ -89,7 +92,7 @@ class MAE(Method):
     student: Autoencoder
     losses: ClassVar[dict[str, str]] = {"loss": "loss", "reconstruction": "rec"}
 
-    def __init__(self, recipe: MAERecipe, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, recipe: MAERecipe, mean: Channels, std: Channels):
         super().__init__(recipe, mean, std)
         self.student = build(recipe.images, recipe.network)
         self.patch = self.student.encoder.patch
@@ -107,7 +110,6 @@ class MAE(Method):
         return CropAndMask(self.recipe.images, self.patches)
 
     def target(self, hidden: Float[Tensor, "b m p"]) -> Float[Tensor, "b m p"]:
-        """The target for the hidden patches."""
         s = self.recipe.mae
         return standardize(hidden, s.target_eps) if s.target == "normalized" else hidden
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config import Recipe, Rules, Section, parse_half_life, readable
 from ..engine.schedules import Progress, cosine, fraction_of_run
 from ..models.backbone import Backbone
+from ..models.encoder import Encoder
 from ..models.teacher import Teacher
 from .base import Method
 from .diagnostics import BlockFigure, Curve, Figure, Panel
@@ -37,8 +38,8 @@ class TeacherSettings(Section):
 
     def rules(self) -> Rules:
         return [
-            (0 <= self.momentum <= 1, f"momentum must lie in 0 to 1, not {self.momentum}"),
-            (self.ema_updates >= 1, f"ema_updates must be 1 or more, not {self.ema_updates}"),
+            *self.each("must lie in 0 to 1", "momentum"),
+            *self.each("must be 1 or more", "ema_updates"),
             readable(parse_half_life, self.half_life),
             (
                 self.half_life is None or self.schedule == "half-life",
@@ -58,6 +59,20 @@ class MeanTeacherRecipe(Recipe):
     """The recipe of every method with a mean teacher."""
 
     teacher: TeacherSettings = TeacherSettings()
+
+
+def latent_rules(recipe: MeanTeacherRecipe, encoder: Encoder) -> Rules:
+    """Rules of methods that compare features, of the class token too, instead of reconstructing pixels."""
+    return [
+        (
+            encoder.vit.has_class_token,
+            f"{recipe.method} reads the class token, which {recipe.network.model} does not have",
+        ),
+        (
+            recipe.teacher.memory[1] != "adaptive",
+            "half_life adaptive needs a reconstruction loss: give a length",
+        ),
+    ]
 
 
 class MeanTeacher(Method):
@@ -167,8 +182,8 @@ class MeanTeacher(Method):
             BlockFigure("figure-distance", "distance", "distance", distance, times=3, log=True),
         )
         drift = (
-            "Weight gap: |student − teacher| / |student|. A sudden rise means that the learning rate is too "
-            "high."
+            "Weight gap: |student − teacher| / |student|. A sudden rise means that the learning rate is "
+            "too high."
         )
         more = (Figure("figure-drift", "weight gap", (Curve("drift", "", "both"),), drift, log=True),)
         title = "More on the teacher: distance in weights"

@@ -37,12 +37,7 @@ class MoCoV3Settings(Section):
     "keep the patch embedding at its random initialization"
 
     def rules(self) -> Rules:
-        return [
-            (
-                self.student_temperature > 0,
-                f"student_temperature must be above 0, not {self.student_temperature}",
-            )
-        ]
+        return self.each("must be above 0", "student_temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +75,6 @@ class MoCoV3(SelfDistillation):
         if self.recipe.mocov3.freeze_patches:
             net.encoder.vit.patch_embed.requires_grad_(False)
         return StudentWithPredictor(net, _mlp(h.embedding, h.head_width, h.embedding))
-
-    @property
-    def ema_source(self) -> EncoderWithHead:
-        return self.student.shared
 
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         tau = self.recipe.mocov3.student_temperature

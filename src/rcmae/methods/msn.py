@@ -55,14 +55,10 @@ class MSNSettings(Section):
 
     def rules(self) -> Rules:
         return [
-            (self.prototypes >= 2, f"prototypes must be 2 or more, not {self.prototypes}"),
-            (
-                self.student_temperature > 0,
-                f"student_temperature must be above 0, not {self.student_temperature}",
-            ),
-            (self.sharpen > 0, f"sharpen must be above 0, not {self.sharpen}"),
-            (0 <= self.anchor_drop < 1, f"anchor_drop must lie in 0 to below 1, not {self.anchor_drop}"),
-            (self.entropy >= 0, f"entropy must be 0 or more, not {self.entropy}"),
+            *self.each("must be 2 or more", "prototypes"),
+            *self.each("must be above 0", "student_temperature", "sharpen"),
+            *self.each("must lie in 0 to below 1", "anchor_drop"),
+            *self.each("must be 0 or more", "entropy"),
         ]
 
 
@@ -124,10 +120,6 @@ class MSN(SelfDistillation):
 
     def build_student(self, net: EncoderWithHead) -> StudentWithPredictor:
         return StudentWithPredictor(net, Prototypes(self.recipe.msn.prototypes, self.recipe.head.embedding))
-
-    @property
-    def ema_source(self) -> EncoderWithHead:
-        return self.student.shared
 
     def views(self) -> Transform:
         return AnchoredCrops(super().views(), self.patches)

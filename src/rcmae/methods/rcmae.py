@@ -18,6 +18,7 @@ from ..config import Rules, Section
 from ..engine.distributed import average
 from ..engine.schedules import Progress
 from ..models.autoencoder import Autoencoder
+from ..models.backbone import Channels
 from ..models.patches import gather_tokens
 from ..models.teacher import Teacher
 from .base import Comparison
@@ -40,7 +41,7 @@ class RCMAESettings(Section):
     "the teacher sees the student's visible patches (the paper's S), or those of a different mask (D)"
 
     def rules(self) -> Rules:
-        return [(self.gamma >= 0, f"gamma must be 0 or more, not {self.gamma}")]
+        return self.each("must be 0 or more", "gamma")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class RCMAE(MeanTeacher, MAE):
         "schedule."
     )
 
-    def __init__(self, recipe: RCMAERecipe, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, recipe: RCMAERecipe, mean: Channels, std: Channels):
         super().__init__(recipe, mean, std)
         self.teacher = Teacher(self.student)
         # In steps, for half_life = "adaptive"; a buffer, so that checkpoints contain it. It starts at 0 and
@@ -102,19 +103,13 @@ class RCMAE(MeanTeacher, MAE):
         gamma, hidden = self.recipe.rcmae.gamma, order[:, self.visible :]
         target = self.target(gather_tokens(patches, hidden))  # [b, m, p]
         # The teacher runs first, so that its activations are freed before the student saves its own.
-        if "teacher_order" not in batch:
-            teacher = self.teacher(patches, order, self.visible)
-            return Comparison(self.student(patches, order, self.visible), target, teacher, gamma=gamma)
-        # D: consistency on the patches hidden from both; the paper does not specify the patches.
-        teacher_order, (b, n) = batch["teacher_order"], order.shape
+        teacher_order, weight = batch.get("teacher_order", order), None
         teacher = self.teacher(patches, teacher_order, self.visible)
-        # For every patch hidden from the student, its index among those hidden from the teacher; below 0 if
-        # the teacher saw it.
-        rank = torch.empty_like(order).scatter_(
-            1, teacher_order, torch.arange(n, device=order.device).expand(b, n)
-        )
-        index = gather_tokens(rank.unsqueeze(2), hidden).squeeze(2) - self.visible  # [b, m]
-        teacher, weight = gather_tokens(teacher, index.clamp_min(0)), (index >= 0).float()
+        if teacher_order is not order:
+            # D: consistency on the patches hidden from both; the paper does not specify the patches. A patch
+            # hidden from the student has an index among those hidden from the teacher, below 0 if it saw it.
+            index = teacher_order.argsort(1).gather(1, hidden) - self.visible  # [b, m]
+            teacher, weight = gather_tokens(teacher, index.clamp_min(0)), (index >= 0).float()
         return Comparison(self.student(patches, order, self.visible), target, teacher, weight, gamma)
 
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """The auto-encoder, and the named model sizes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..config import Images, Network
+from ..config import Images, Network, broken
 from ..errors import ConfigError, refuse
 from .decoder import Decoder
 from .encoder import Encoder, WithEncoder, build_vit, timm_vit
@@ -77,10 +78,7 @@ def build_encoder(images: Images, network: Network) -> Encoder:
         )
     size = SIZES[name]
     patch = network.patch or size.patch
-    width, depth, heads = (
-        getattr(network, k) or default
-        for k, default in zip(("width", "depth", "heads"), size.encoder, strict=True)
-    )
+    width, depth, heads = _given(network, "", size.encoder)
     _check(images.shape, patch, "", width, heads)
     vit = build_vit(
         size=images.shape,
@@ -98,10 +96,7 @@ def build(images: Images, network: AutoencoderNetwork) -> Autoencoder:
     """The auto-encoder of a recipe. Raises ConfigError as `build_encoder` does."""
     encoder = build_encoder(images, network)
     defaults = SIZES[network.model].decoder if network.model in SIZES else (256, 4, 8)
-    width, depth, heads = (
-        getattr(network, f"decoder_{k}") or default
-        for k, default in zip(("width", "depth", "heads"), defaults, strict=True)
-    )
+    width, depth, heads = _given(network, "decoder_", defaults)
     _check(images.shape, encoder.patch, "decoder_", width, heads)
     decoder = Decoder(
         inputs=encoder.width,
@@ -115,6 +110,12 @@ def build(images: Images, network: AutoencoderNetwork) -> Autoencoder:
     return Autoencoder(encoder, decoder)
 
 
+def _given(network: Network, part: str, defaults: tuple[int, int, int]) -> Iterator[int]:
+    """Width, depth and heads of a part, as given or by default."""
+    for name, default in zip(("width", "depth", "heads"), defaults, strict=True):
+        yield getattr(network, part + name) or default
+
+
 def _check(shape: tuple[int, int], patch: int, part: str, width: int, heads: int) -> None:
     h, w = shape
     rules = [
@@ -123,4 +124,4 @@ def _check(shape: tuple[int, int], patch: int, part: str, width: int, heads: int
         (width % heads == 0, f"{part}width {width} is not a multiple of {part}heads, {heads}"),
         (width % 4 == 0, f"{part}width {width} is not a multiple of 4"),
     ]
-    refuse(message for valid, message in rules if not valid)
+    refuse(broken(rules))

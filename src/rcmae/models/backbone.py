@@ -10,11 +10,17 @@ from torch import Tensor, nn
 
 from ..config import Images
 
+Channels = tuple[float, ...]
+"A value for each channel."
+
+Statistics = tuple[Channels, Channels]
+"Mean and standard deviation of each channel, for pixels in 0 to 1."
+
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 "Channel means and standard deviations of ImageNet for pixels in 0 to 1 (torchvision's documentation)."
 
 
-def usual_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def usual_statistics(images: Images) -> Statistics | None:
     """ImageNet's statistics if the recipe uses them, averaged over the channels for gray images; None if they
     are to be measured on the data."""
     if images.normalize != "imagenet" or images.channels not in (1, 3):
@@ -59,17 +65,33 @@ def check_images(images: Tensor, channels: int, shape: tuple[int, int] | None) -
         )
 
 
-class Backbone(nn.Module):
-    """A timm Vision Transformer and the statistics that standardize its input, which is pixels in 0 to 1."""
+class Standardizing(nn.Module):
+    """A network that standardizes its input by the mean and standard deviation of each channel."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, vit: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, mean: Channels, std: Channels, white: float = 1.0):
+        """`mean` and `std` are for pixels in 0 to 1; the input is in 0 to `white`."""
         super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, white * torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def _standardize(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return (images - self.mean) / self.std
+
+
+class StandardizingViT(Standardizing):
+    """A timm Vision Transformer of pixels in 0 to 1."""
+
+    def __init__(self, vit: VisionTransformer, mean: Channels, std: Channels):
+        super().__init__(mean, std)
         self.vit = vit
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Two tuples: the mean and the standard deviation of each channel, which standardize the input."""
+        return tuple(self.mean.flatten().tolist()), tuple(self.std.flatten().tolist())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,12 +102,20 @@ class Backbone(nn.Module):
     def channels(self) -> int:
         return self.vit.in_chans
 
+    def _standardize(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Raises ValueError for images of another type, number of channels or size."""
+        check_images(images, self.channels, self.shape if self.vit.patch_embed.strict_img_size else None)
+        return super()._standardize(images)
+
+
+class Backbone(StandardizingViT):
+    """A timm Vision Transformer and the statistics that standardize its input, which is pixels in 0 to 1."""
+
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of
         channels or size."""
-        check_images(images, self.channels, self.shape if self.vit.patch_embed.strict_img_size else None)
         vit = self.vit
-        tokens = vit.forward_features((images - self.mean) / self.std).float()  # [b, t, d]
+        tokens = vit.forward_features(self._standardize(images)).float()  # [b, t, d]
         patches = tokens[:, vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, vit.patch_embed.grid_size)
         return Features(tokens[:, 0] if vit.has_class_token else patches.mean((2, 3)), patches)
 
@@ -107,13 +137,14 @@ class RawFeatures(Features):
 class Pixels(nn.Module):
     """The baseline for every backbone: an image's pixels as its features, its patches as tokens."""
 
-    def __init__(self, shape: tuple[int, int] = (32, 32), channels: int = 3, patch: int = 4):
+    channels, patch = 3, 4
+
+    def __init__(self, shape: tuple[int, int] = (32, 32)):
         super().__init__()
-        self.shape, self.channels, self.patch = shape, channels, patch
+        self.shape = shape
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
-        """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of
-        channels or size."""
+        """As `Backbone.forward`."""
         check_images(images, self.channels, self.shape)
         h, w = (side // self.patch for side in self.shape)
         patches = F.unfold(images, self.patch, stride=self.patch).unflatten(2, (h, w))

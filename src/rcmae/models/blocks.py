@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -20,6 +20,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def initialize(network: nn.Module) -> None:
+    """Initialize all linear layers as MAE does."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 class Attention(TimmAttention):

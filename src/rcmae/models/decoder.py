@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Attention, Block
+from .blocks import Attention, Block, initialize
 from .patches import gather_tokens, sincos_positions
 
 
@@ -43,27 +43,18 @@ class Decoder(nn.Module):
         self.pred = nn.Linear(width, values)
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
         self.checkpointing = False
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        initialize(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Float[Tensor, "b t d"], order: Int[Tensor, "b n"]) -> Float[Tensor, "b m p"]:
         """Encoder tokens [prefix, visible] and the order of the patches (visible first) to predictions for
         the hidden patches."""
-        visible = tokens.shape[1] - self.prefix
+        prefix, visible = self.prefix, tokens.shape[1] - self.prefix
         hidden = order.shape[1] - visible
         x = self.embed(tokens).float()
         positions = gather_tokens(self.positions, order)  # [b, n, width]
-        x = torch.cat(
-            [
-                x[:, : self.prefix],
-                x[:, self.prefix :] + positions[:, :visible],
-                self.mask_token + positions[:, visible:],
-            ],
-            1,
-        )
+        seen, masked = x[:, prefix:] + positions[:, :visible], self.mask_token + positions[:, visible:]
+        x = torch.cat([x[:, :prefix], seen, masked], 1)
         for i, block in enumerate(self.blocks):
             last = hidden if i == len(self.blocks) - 1 else 0
             if self.checkpointing and x.requires_grad:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, first_line
-from .blocks import Attention
+from .blocks import Attention, initialize
 from .patches import gather_tokens, sincos_positions
 
 
@@ -79,11 +79,8 @@ class Encoder(nn.Module):
                 prefix = [torch.cat(prefix, 1) + vit.pos_embed[:, :embedded]]
         x = vit.norm_pre(torch.cat([*prefix, x.float()], 1))  # [b, t, d]
         for block in vit.blocks:
-            x = (
-                checkpoint(block, x, use_reentrant=False)
-                if self.checkpointing and x.requires_grad
-                else block(x)
-            )
+            saves = self.checkpointing and x.requires_grad
+            x = checkpoint(block, x, use_reentrant=False) if saves else block(x)
         return vit.norm(x)
 
 
@@ -121,10 +118,7 @@ def build_vit(
     with torch.no_grad():
         vit.pos_embed.zero_()
         vit.pos_embed[0, vit.num_prefix_tokens :] = sincos_positions(vit.patch_embed.grid_size, width)
-        for module in vit.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        initialize(vit)
         nn.init.xavier_uniform_(vit.patch_embed.proj.weight.flatten(1))
         for token in (vit.cls_token, vit.reg_token):
             if token is not None:

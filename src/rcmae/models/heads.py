@@ -22,10 +22,7 @@ class HeadSettings(Section):
     "width of the vectors that are compared: with the prototypes, or (MoCo v3) queries with keys"
 
     def rules(self) -> Rules:
-        return [
-            (self.head_width > 0, f"head_width must be above 0, not {self.head_width}"),
-            (self.embedding > 1, f"embedding must be 2 or more, not {self.embedding}"),
-        ]
+        return [*self.each("must be above 0", "head_width"), *self.each("must be 2 or more", "embedding")]
 
 
 class BatchNorm(nn.Module):

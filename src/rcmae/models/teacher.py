@@ -25,7 +25,7 @@ class Teacher(nn.Module, Generic[Network]):
             return self.model(*args)
 
     @torch.no_grad()
-    def update(self, student: nn.Module, momentum: float | Tensor, applied: Tensor | None = None) -> None:
+    def update(self, student: nn.Module, momentum: float | Tensor, applied: Tensor) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, over all trained parameters in fused
         calls.
 
@@ -35,8 +35,8 @@ class Teacher(nn.Module, Generic[Network]):
         trained: list[tuple[Tensor, Tensor]] = [(t, s) for t, s in pairs if s.requires_grad]
         old, new = [t for t, _ in trained], [s for _, s in trained]
         # On a CPU, reading `applied` waits for nothing, and no temporary is needed.
-        if applied is None or applied.device.type == "cpu":
-            if applied is None or applied:
+        if applied.device.type == "cpu":
+            if applied:
                 get_ema_multi_avg_fn(float(momentum))(old, new, 1)
             return
         step = torch._foreach_sub(new, old)

@@ -9,15 +9,20 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, Template
 from markupsafe import Markup, escape
 
 from ..config import flat, how_many, recipe_hash
-from ..engine.metrics import read_metrics
-from ..engine.run import read_json
+from ..engine.checkpoint import replace_file
+from ..engine.metrics import of_kind, read_metrics
+from ..engine.run import read_json, write_json
 from ..methods import METHODS, Method
+from ..methods.diagnostics import Sentence
 from ..methods.recipes import parse_recipe
 from ..tasks.probe import KNN_NOTE, final_scores, score_table
 from . import pictures, severity
-from .curves import Line, column, plot
+from .curves import Line, column, plot, standalone
 from .files import bad_files
 from .panels import apart, drawn, health_panel, panel
+
+Lines = list[dict[str, Any]]
+"Lines of metrics.jsonl."
 
 IMAGES = 4
 "Images with reconstructions."
@@ -27,51 +32,51 @@ SNAPSHOTS = 5
 
 
 def render(run: Path) -> str:
-    """The page as text."""
     recipe = parse_recipe((run / "recipe.toml").read_text(encoding="utf-8"), "recipe.toml")
     method, lines = METHODS[recipe.method], read_metrics(run)
     machine = read_json(run / "machine.json")
-    by_kind = {
-        kind: [line for line in lines if line.get("kind") == kind]
-        for kind in ("train", "probe", "event", "health", "alarm")
-    }
-    baseline = next((line for line in lines if line.get("kind") == "baseline"), None)
-    reference = next((line for line in lines if line.get("kind") == "reference"), None)
+    kinds = ("train", "probe", "event", "health", "alarm", "baseline", "reference")
+    train, probes, events, health, alarms, *first = (of_kind(lines, kind) for kind in kinds)
+    baseline, reference = (part[0] if part else {} for part in first)
     bad = bad_files(run / "bad_files.jsonl")
-    train, probes, health, alarms = (by_kind[kind] for kind in ("train", "probe", "health", "alarm"))
     recorded = bool(health) or any("teacher_advantage" in line for line in train)
-    panels = (panel(declared, train, [*train, *health], reference or {}) for declared in method.panels())
-    events = by_kind["event"][-20:]
-    events += [line | {"text": f"alarm {line['name']}: {line['text']}", "tone": "bad"} for line in alarms]
-    total = machine.get("steps")
+    panels = (panel(declared, train, [*train, *health], reference) for declared in method.panels())
+    raised = [line | {"text": f"alarm {line['name']}: {line['text']}", "tone": "bad"} for line in alarms]
     return template("page.html.j2").render(
         title=f"{recipe.method} on {recipe.data}",
-        run=run.resolve().name,
-        path=run.as_posix(),
-        step=train[-1]["step"] if train else 0,
-        total=total,
+        **heading(run, recipe, machine, train, bad),
         verdict=alarm_sentences(alarms, recorded)
-        + verdict(method, train, probes, baseline, reference, bad, total),
+        + verdict(method, train, probes, baseline, reference, bad, machine.get("steps")),
         scores=score_table(final_scores(lines)),
         knn_note=KNN_NOTE,
-        learning=drawn(method.figures(), train, reference or {}),
+        learning=drawn(method.figures(), train, reference),
         accuracy=probe_figure(probes, baseline),
         rates=rate_figures(train),
         panels=[p for p in panels if p],
         health=health_panel(health, method.collapse_advice),
         shots=reconstructions(run),
         strip=strip(run),
-        recipe=flat(recipe),
-        recipe_hash=recipe_hash(recipe),
-        machine=machine,
-        bad=bad,
-        events=sorted(events, key=lambda line: line["step"]),
-        export=exports(run),
+        events=sorted([*events[-20:], *raised], key=lambda line: line["step"]),
+        export=[name for name in method.networks if (run / "export" / name / "config.json").exists()],
         evaluations=evaluations(run),
-        worth=worth(run),
+        worth=read_json(run / "evaluate" / "worth-it" / "worth-it.json").get("verdict", []),
         detector=detector(run),
         severity=severity_figures(run),
     )
+
+
+def heading(run: Path, recipe: Any, machine: dict[str, Any], train: Lines, bad: Lines) -> dict[str, Any]:
+    """What every page says of its run."""
+    return {
+        "run": run.resolve().name,
+        "path": run.as_posix(),
+        "step": train[-1]["step"] if train else 0,
+        "total": machine.get("steps"),
+        "recipe": flat(recipe),
+        "recipe_hash": recipe_hash(recipe),
+        "machine": machine,
+        "bad": bad,
+    }
 
 
 def template(name: str, package: str = "rcmae.report") -> Template:
@@ -85,22 +90,33 @@ def template(name: str, package: str = "rcmae.report") -> Template:
     return environment.get_template(name)
 
 
+def write_page(
+    out: Path, name: str, package: str, results: dict[str, Any], figures: dict[str, str], **more: Any
+) -> Path:
+    """Write results as NAME.json, figures as SVG files, and from a template of `package` NAME.html, whose
+    path is returned. Raises StorageError."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{name}.json", results)
+    for figure, svg in figures.items():
+        replace_file(out / f"{figure}.svg", standalone(svg))
+    page = template(f"{name}.html.j2", package).render(figures=figures, **more, **results)
+    replace_file(out / f"{name}.html", page)
+    return out / f"{name}.html"
+
+
 # --- verdict ------------------------------------------------------------------------------------------------
 
 
 def verdict(
     method: type[Method],
-    train: list[dict[str, Any]],
-    probes: list[dict[str, Any]],
-    baseline: dict[str, Any] | None,
-    reference: dict[str, Any] | None,
+    train: Lines,
+    probes: Lines,
+    baseline: dict[str, Any],
+    reference: dict[str, Any],
     bad: Sequence[Any],
     total: int | None,
-) -> list[tuple[str, str]]:
-    """Sentences about the state of the run, the loss (by the method), the accuracy, and failures.
-
-    Each is (good | note | bad, text).
-    """
+) -> list[Sentence]:
+    """Sentences about the state of the run, the loss (by the method), the accuracy, and failures."""
     if not train:
         return [("note", "The run has not made a step yet that was recorded.")]
     step, means = train[-1]["step"], recent(train)
@@ -108,7 +124,7 @@ def verdict(
     state = "Finished" if done else "Running or stopped"
     sentences = [("good" if done else "note", f"{state} at step {step:,} of {total or 0:,}.")]
     sentences += (
-        method.judge(means, reference or {})
+        method.judge(means, reference)
         if method.losses.keys() <= means.keys()
         else [("bad", "The last losses are not finite.")]
     )
@@ -126,19 +142,14 @@ def verdict(
         text += "It learns." if learns else "Not yet better than its baselines."
         sentences.append(("good" if learns else "note", text))
     elif not baseline:
-        sentences.append(
-            (
-                "note",
-                "The images have no labels (or probes are off), so there is no accuracy to report, only the "
-                "loss.",
-            )
+        text = (
+            "The images have no labels (or probes are off), so there is no accuracy to report, only the loss."
         )
+        sentences.append(("note", text))
     return sentences + failure_sentences(train, bad)
 
 
-def failure_sentences(
-    train: list[dict[str, Any]], bad: Sequence[Any], bad_test: Sequence[Any] = ()
-) -> list[tuple[str, str]]:
+def failure_sentences(train: Lines, bad: Sequence[Any], bad_test: Sequence[Any] = ()) -> list[Sentence]:
     """Skipped steps, and unreadable images of training and of a test."""
     texts = []
     if train and train[-1].get("skipped"):
@@ -153,7 +164,7 @@ def failure_sentences(
     return [("bad", text) for text in texts]
 
 
-def alarm_sentences(alarms: list[dict[str, Any]], recorded: bool) -> list[tuple[str, str]]:
+def alarm_sentences(alarms: Lines, recorded: bool) -> list[Sentence]:
     """The alarms of a run, each with its cause and the setting to change; or that there were none."""
     if not alarms:
         return [("good", "No alarm: the run's diagnostics found no fault of training.")] if recorded else []
@@ -163,7 +174,7 @@ def alarm_sentences(alarms: list[dict[str, Any]], recorded: bool) -> list[tuple[
     ]
 
 
-def recent(train: list[dict[str, Any]]) -> dict[str, float]:
+def recent(train: Lines) -> dict[str, float]:
     """Means of all finite numbers over the last twentieth of the log lines."""
     last = train[-max(1, len(train) // 20) :]
     values = {
@@ -175,7 +186,7 @@ def recent(train: list[dict[str, Any]]) -> dict[str, float]:
 # --- figures ------------------------------------------------------------------------------------------------
 
 
-def probe_figure(probes: list[dict[str, Any]], baseline: dict[str, Any] | None) -> str | None:
+def probe_figure(probes: Lines, baseline: dict[str, Any]) -> str | None:
     """Linear probe accuracy over the steps."""
     if not probes or not baseline:
         return None
@@ -190,26 +201,23 @@ def probe_figure(probes: list[dict[str, Any]], baseline: dict[str, Any] | None) 
     return plot(lines, apart(levels), "linear probe accuracy, %", markers=True)
 
 
-def rate_figures(train: list[dict[str, Any]], schedule: str = "cosine") -> dict[str, str]:
+def rate_figures(train: Lines, schedule: str = "cosine") -> dict[str, str]:
     """Captions and figures of learning rate, speed and gradient norm."""
     if not train:
         return {}
+    waiting = "Fraction of the time spent waiting for data. Above a tenth, more --workers help."
+    figures = (
+        (f"Learning rate: warm-up, then {schedule}.", "learning rate", "lr", 1),
+        ("Images per second, without the time for probes and saving.", "images/s", "images_per_s", 1),
+        (waiting, "waiting, %", "data_wait", 100),
+        ("Norm of the gradient.", "gradient norm", "grad_norm", 1),
+    )
     x = column(train, "step")
-    return {
-        f"Learning rate: warm-up, then {schedule}.": plot(
-            [Line("learning rate", "ink", x, column(train, "lr"))], ylabel="learning rate"
-        ),
-        "Images per second, without the time for probes and saving.": plot(
-            [Line("speed", "ink", x, column(train, "images_per_s"))], ylabel="images/s"
-        ),
-        "Fraction of the time spent waiting for data. Above a tenth, more --workers help.": plot(
-            [Line("waiting", "ink", x, [None if v is None else 100 * v for v in column(train, "data_wait")])],
-            ylabel="waiting, %",
-        ),
-        "Norm of the gradient.": plot(
-            [Line("norm", "ink", x, column(train, "grad_norm"))], ylabel="gradient norm", log=True
-        ),
-    }
+    svgs = {}
+    for caption, label, key, unit in figures:
+        y = [None if value is None else unit * value for value in column(train, key)]
+        svgs[caption] = plot([Line("", "ink", x, y)], ylabel=label, log=key == "grad_norm")
+    return svgs
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -233,7 +241,7 @@ def reconstructions(run: Path) -> dict[str, Any] | None:
             row["difference x 4"] = pictures.difference(predictions["student"], predictions["teacher"])
         if s.target == "normalized":
             row["student, true contrast"] = pictures.picture(s, i, "student", true_statistics=True)
-        rows.append({name: pictures.data_uri(pixels) for name, pixels in row.items()})
+        rows.append({name: pictures.as_png(pixels) for name, pixels in row.items()})
     return {"step": s.step, "rows": rows, "normalized": s.target == "normalized", "columns": list(rows[0])}
 
 
@@ -249,7 +257,7 @@ def strip(run: Path) -> list[dict[str, Any]]:
         {
             "step": s.step,
             "pictures": [
-                pictures.data_uri(pictures.picture(s, i, "student")) for i in range(min(2, len(s.image)))
+                pictures.as_png(pictures.picture(s, i, "student")) for i in range(min(2, len(s.image)))
             ],
         }
         for s in shots
@@ -278,12 +286,6 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def worth(run: Path) -> list[str]:
-    """The verdict of `rcmae evaluate worth-it`, a sentence for each backbone and fraction of the labels."""
-    sentences: list[str] = read_json(run / "evaluate" / "worth-it" / "worth-it.json").get("verdict", [])
-    return sentences
-
-
 def detector(run: Path) -> dict[str, Any] | None:
     """The scores of a finished `rcmae detect train` in the run directory of its backbone."""
     scores = read_json(run / "detect" / "scores.json")
@@ -295,8 +297,3 @@ def severity_figures(run: Path) -> dict[str, str]:
     records = [r for r in _evaluated(run, "robustness-*").values() if r.get("details", {}).get("errors")]
     last = records[-1]["hashes"]["test"] if records else ""
     return severity.figures([r for r in records if r["hashes"]["test"] == last])
-
-
-def exports(run: Path) -> list[str]:
-    """Exported networks, the recommended one last."""
-    return [name for name in ("student", "teacher") if (run / "export" / name / "config.json").exists()]

@@ -35,11 +35,7 @@ COLORS = {name: f"#{i:02x}{i:02x}{i:02x}" for i, name in enumerate(LIGHT, 1)}
 @dataclass(frozen=True)
 class Line:
     """A curve: its name ("" keeps it out of the legend), its color (a key of COLORS), and its points; those
-    without a value are left out.
-
-    `style`: a line style of matplotlib, "o" for points only, or "band" for a broad pale line that others
-    should follow. `smooth` draws a running mean over the pale original curve.
-    """
+    without a value are left out. `style` and `smooth` are those of `methods.diagnostics.Curve`."""
 
     name: str
     color: str
@@ -66,9 +62,8 @@ def plot(
 ) -> str:
     """An SVG of curves, over steps by default, with dashed gray reference `levels` labeled at the right edge.
 
-    `symlog`: a logarithmic axis for both signs, linear up to this value. `ticks`: labels by position on the x
-    axis. `right`: name of a second y axis, and its units per unit of the first. `span`: the least range of
-    the y axis.
+    `symlog` and `span` are those of `methods.diagnostics.Figure`. `ticks`: labels by position on the x axis.
+    `right`: name of a second y axis, and its units per unit of the first.
     """
     settings: Any = {
         "font.family": "sans-serif",

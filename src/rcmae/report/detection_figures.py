@@ -1,7 +1,5 @@
 """Pictures of detections beside the ground truth, and figures of the precision."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_erosion
 from torch import Tensor
 
 from ..errors import ConfigError, StorageError
@@ -16,23 +15,11 @@ from ..tasks.detection.average_precision import Precision
 from ..tasks.detection.masks import Masks
 from .curves import Line, column, plot
 
-Color = tuple[int, int, int]
+Color = tuple[int, ...]
 Rectangle = tuple[int, int, int, int]
 
-PALETTE: tuple[Color, ...] = (
-    (255, 92, 92),
-    (72, 160, 255),
-    (120, 220, 90),
-    (255, 190, 40),
-    (190, 120, 255),
-    (40, 215, 205),
-    (255, 130, 200),
-    (200, 225, 60),
-    (255, 145, 50),
-    (230, 230, 230),
-    (60, 190, 130),
-    (225, 185, 150),
-)
+HEX = "ff5c5c 48a0ff 78dc5a ffbe28 be78ff 28d7cd ff82c8 c8e13c ff9132 e6e6e6 3cbe82 e1b996"
+PALETTE: list[Color] = [tuple(bytes.fromhex(color)) for color in HEX.split()]
 """Colors of classes 1, 2, ..., repeated after the last: bright, because photographs are mostly dark, with
 neighbors far apart in hue."""
 
@@ -73,7 +60,7 @@ def draw(
         for i in order:
             inside = np.asarray(Image.fromarray(masks[i]).resize(size, Image.Resampling.NEAREST))
             canvas[inside] = 0.6 * canvas[inside] + 0.4 * np.array(colors[i])
-            canvas[inside & ~_shrunk(inside, line)] = colors[i]
+            canvas[inside & ~binary_erosion(inside, iterations=line)] = colors[i]
     image = Image.fromarray(canvas)
     pen = ImageDraw.Draw(image)
     scaled: list[Rectangle] = [
@@ -91,14 +78,6 @@ def draw(
         pen.rectangle(area, fill=colors[i])
         pen.text(center, texts[i], (0, 0, 0), font, anchor="mm")
     return image
-
-
-def _shrunk(mask: Bool[np.ndarray, "h w"], by: int) -> Bool[np.ndarray, "h w"]:
-    """A mask without its outermost `by` pixels."""
-    for _ in range(by):
-        wide = np.pad(mask, 1)
-        mask = mask & wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
-    return mask
 
 
 def _around(box: Rectangle, grown: int, size: tuple[int, int]) -> Rectangle:
@@ -169,15 +148,8 @@ def draw_objects(
     if "scores" in tensors:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, tensors["scores"].tolist(), strict=True)]
     masks = Masks(chosen, lambda k: objects["masks"][k].cpu().numpy()) if "masks" in objects else None
-    return draw(
-        pixels,
-        tensors["boxes"].float().numpy(),
-        texts,
-        [color_of(label) for label in labels],
-        masks,
-        least,
-        most,
-    )
+    colors = [color_of(label) for label in labels]
+    return draw(pixels, tensors["boxes"].float().numpy(), texts, colors, masks, least, most)
 
 
 def save_picture(
@@ -218,13 +190,6 @@ def side_by_side(
     return sheet
 
 
-def as_data_uri(image: Image.Image) -> str:
-    """A data URI of a picture as WebP, a sixth of the size of PNG for photographs."""
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=85)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 # --- figures ------------------------------------------------------------------------------------------------
 
 PARTS = {"box": ("boxes", "ink"), "mask": ("masks", "gold")}
@@ -236,15 +201,11 @@ def curve_figure(parts: Mapping[str, Precision]) -> str:
     0.75."""
     lines = [
         Line(
-            f"{name}, IoU {iou}",
-            color,
-            np.linspace(0, 1, len(curve)).tolist(),
-            curve,
-            "-" if iou == "0.5" else "--",
+            f"{name}, IoU {iou}", color, np.linspace(0, 1, len(y)).tolist(), y, "-" if iou == "0.5" else "--"
         )
         for part, (name, color) in PARTS.items()
         if part in parts
-        for iou, curve in parts[part].curves.items()
+        for iou, y in parts[part].curves.items()
     ]
     return plot(lines, ylabel="precision", xlabel="recall")
 

@@ -7,22 +7,23 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ..config import flat, recipe_hash
 from ..data.decode import BadImage, decode
 from ..engine import distributed
 from ..engine.distributed import World
-from ..engine.metrics import read_metrics
+from ..engine.metrics import of_kind, read_metrics
 from ..engine.run import read_json, translate_errors
 from ..errors import ConfigError, DataError
+from ..methods.diagnostics import Sentence
 from ..tasks.detection.average_precision import Precision
 from ..tasks.detection.examples import read_examples
 from ..tasks.detection.files import load_detector
 from ..tasks.detection.settings import load_detect
 from ..tasks.detection.views import fit
-from .build import failure_sentences, rate_figures, template
+from .build import failure_sentences, heading, rate_figures, template
 from .curves import Line, column, plot
-from .detection_figures import as_data_uri, curve_figure, progress_figure, save_picture, side_by_side
+from .detection_figures import curve_figure, progress_figure, save_picture, side_by_side
 from .files import bad_files
+from .pictures import data_uri
 
 LOSSES = {
     "loss_objectness": "proposals: objectness",
@@ -35,12 +36,9 @@ COLORS = ("baseline", "memory1", "student", "teacher", "gold")
 
 
 def render(run: Path) -> str:
-    """The page as text."""
     recipe, lines = load_detect(str(run / "recipe.toml")), read_metrics(run)
     machine, scores = (read_json(run / name) for name in ("machine.json", "scores.json"))
-    train, val, events = (
-        [line for line in lines if line.get("kind") == kind] for kind in ("train", "val", "event")
-    )
+    train, val, events = (of_kind(lines, kind) for kind in ("train", "val", "event"))
     parts: dict[str, Precision] = {
         name: Precision(**scores[name]) for name in ("box", "mask") if name in scores
     }
@@ -55,13 +53,7 @@ def render(run: Path) -> str:
     return template("detect.html.j2").render(
         title=f"Object detection in {about.get('data_name', 'images')}, with "
         f"{about.get('backbone_name', 'a backbone')}",
-        run=run.resolve().name,
-        path=run.as_posix(),
-        step=train[-1]["step"] if train else 0,
-        total=machine.get("steps"),
-        recipe=flat(recipe),
-        recipe_hash=recipe_hash(recipe),
-        machine=machine,
+        **heading(run, recipe, machine, train, bad),
         parts=parts,
         verdict=sentences,
         curves=curve_figure(parts) if parts else None,
@@ -70,18 +62,14 @@ def render(run: Path) -> str:
         rates=rate_figures(train, recipe.schedule),
         pictures=_pictures(run),
         events=events[-20:],
-        bad=bad,
         bad_test=bad_test,
     )
 
 
 def verdict(
     scores: dict[str, Any], parts: dict[str, Precision], train: list[dict[str, Any]], total: int | None
-) -> list[tuple[str, str]]:
-    """Sentences about the state of the run, the precision, and the hardest class.
-
-    Each is (good | note | bad, text).
-    """
+) -> list[Sentence]:
+    """Sentences about the state of the run, the precision, and the hardest class."""
     if not parts:
         at = f"at step {train[-1]['step']:,} of {total or 0:,}" if train else "before a step was recorded"
         text = (
@@ -119,7 +107,7 @@ def _pictures(run: Path) -> dict[str, list[str]]:
         return {}
     classes, examples = read_examples(file)
     return {
-        kind: [as_data_uri(side_by_side(*example, classes)) for example in chosen]
+        kind: [data_uri(side_by_side(*example, classes), "webp", quality=85) for example in chosen]
         for kind, chosen in examples.items()
     }
 

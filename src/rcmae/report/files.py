@@ -4,14 +4,11 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Literal
-
-Kind = Literal["pre-training", "fine-tuning", "detection"]
 
 
-def kind_of(run: Path) -> Kind | None:
+def kind_of(run: Path) -> str | None:
     """What a run trains, by the settings in its recipe.toml; None if that is missing or invalid."""
-    kinds: dict[str, Kind] = {"method": "pre-training", "mixup": "fine-tuning", "preset": "detection"}
+    kinds = {"method": "pre-training", "mixup": "fine-tuning", "preset": "detection"}
     try:
         recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -152,38 +152,23 @@ def health_panel(health: Sequence[Numbers], advice: str) -> dict[str, Any] | Non
         "Decay of the spectrum. About 1 is considered good; far above it few directions are left, far below "
         "it there is noise."
     )
-    both, student = (Curve("rankme", "RankMe", "student"), Curve("lidar", "LiDAR", "ink")), "student"
+
+    def figure(name: str, label: str, caption: str, level: tuple[str, float], *curves: Curve) -> Figure:
+        return Figure(f"figure-{name}", label, curves, caption, (level,), markers=True)
+
+    rank, distinct = Curve("rankme", "RankMe", "student"), Curve("lidar", "LiDAR", "ink")
+    one, evenness, decay = (Curve(key, "", "student") for key in ("spread", "uniformity", "alpha_req"))
     main = (
-        Figure("figure-rank", "effective rank", both, ranks, (("collapse", 1.0),), markers=True),
-        Figure(
-            "figure-spread",
-            "spread",
-            (Curve("spread", "", student),),
-            f"{spread}{advice}.",
-            (("collapse", 0.0),),
-            markers=True,
-        ),
+        figure("rank", "effective rank", ranks, ("collapse", 1.0), rank, distinct),
+        figure("spread", "spread", f"{spread}{advice}.", ("collapse", 0.0), one),
     )
     more = (
-        Figure(
-            "figure-uniformity",
-            "uniformity",
-            (Curve("uniformity", "", student),),
-            even,
-            (("collapse", 0.0),),
-            markers=True,
-        ),
-        Figure(
-            "figure-alpha",
-            "alpha-ReQ",
-            (Curve("alpha_req", "", student),),
-            fall,
-            (("considered good", 1.0),),
-            markers=True,
-        ),
+        figure("uniformity", "uniformity", even, ("collapse", 0.0), evenness),
+        figure("alpha", "alpha-ReQ", fall, ("considered good", 1.0), decay),
     )
-    table = [
-        (MEASURES[key][0], *(f"{v:.2f}".replace("-", "−") for v in (values[0], values[-1])), MEASURES[key][1])
-        for key, values in known.items()
-    ]
+    table = []
+    for key, values in known.items():
+        name, collapsed = MEASURES[key]
+        first, last = (f"{v:.2f}".replace("-", "\N{MINUS SIGN}") for v in (values[0], values[-1]))
+        table.append((name, first, last, collapsed))
     return {"table": table, "figures": drawn(main, health, {}), "more": drawn(more, health, {})}

@@ -11,22 +11,19 @@ from .curves import Line, plot, standalone
 COLORS = ("student", "teacher", "both", "gold", "good", "memory1", "memory3", "baseline")
 
 
-def by_severity(
-    clean: Mapping[str, float], errors: Mapping[str, Mapping[str, Sequence[float]]], only: str | None = None
-) -> str:
+def by_severity(clean: Mapping[str, float], errors: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """An inline SVG with one curve per model: its accuracy on clean images (severity 0) and at severities 1,
-    2, ..., as the mean over the corruptions or of `only` one.
+    2, ..., as the mean over the corruptions.
 
     `clean`: accuracy in percent by model. `errors`: error in percent by model, corruption and severity
     (`sets.Corrupted.errors`).
     """
     lines = []
     for index, (name, by_corruption) in enumerate(errors.items()):
-        chosen = [by_corruption[only]] if only else list(by_corruption.values())
-        accuracy = [clean[name], *(100 - np.mean(chosen, 0)).tolist()]
+        accuracy = [clean[name], *(100 - np.mean(list(by_corruption.values()), 0)).tolist()]
         lines.append(Line(name, COLORS[index % len(COLORS)], range(len(accuracy)), accuracy))
     ticks = {0: "clean"} | {s: str(s) for s in range(1, max(len(line.x) for line in lines))}
-    label = f"accuracy, %: {only}" if only else "accuracy, %, mean of corruptions"
+    label = "accuracy, %, mean of corruptions"
     return plot(lines, ylabel=label, markers=True, xlabel="severity", ticks=ticks, span=5.0)
 
 
@@ -46,7 +43,6 @@ def figures(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def write_figures(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write the figures as SVG files."""
     svgs = {folder / f"severity-{kind.split(',')[0]}.svg": svg for kind, svg in figures(records).items()}
     for path, svg in svgs.items():
         path.write_text(standalone(svg), encoding="utf-8")
@@ -55,12 +51,8 @@ def write_figures(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]
 
 def _name(record: dict[str, Any]) -> str:
     """The network, or the run of a classifier, with the probe, fraction of labels and seed unless default."""
-    network, fraction, probe, seed = (
-        record["network"],
-        record["labels_percent"],
-        record["settings"]["probe"],
-        record["seed"],
-    )
+    network, fraction, seed = (record[key] for key in ("network", "labels_percent", "seed"))
+    probe = record["settings"]["probe"]
     unusual = (
         [f"{probe} probe"] * (probe != "linear")
         + [f"{fraction:g} % of labels"] * (fraction != 100)

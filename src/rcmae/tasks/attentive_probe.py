@@ -2,7 +2,6 @@
 the result."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from .linear_probe import batches, predict
+from .linear_probe import Fitted, Standard, batches, predict
 from .splits import held_out
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -61,22 +60,6 @@ class LatentPool(nn.Module):
         return self.head(self.pool(self.norm(tokens)))
 
 
-class Standard(nn.Module):
-    """Standardizes tokens channel by channel, by the mean and standard deviation of `examples`."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, examples: Float[Tensor, "n t d"]):
-        super().__init__()
-        std, mean = torch.std_mean(examples.float(), (0, 1))
-        self.register_buffer("std", torch.where(std > 1e-6, std, 1.0))
-        self.register_buffer("mean", mean)
-
-    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return (tokens.float() - self.mean) / self.std
-
-
 PROBES: dict[str, Callable[[Tensor, int, int], nn.Module]] = {
     "efficient": lambda examples, heads, classes: AttentivePool(examples, heads, classes, project=True),
     "latent": LatentPool,
@@ -86,6 +69,14 @@ PROBES: dict[str, Callable[[Tensor, int, int], nn.Module]] = {
 def heads_for(width: int, limit: int) -> int:
     """The largest number of queries or heads up to `limit` that divides the width."""
     return next(h for h in range(min(limit, width), 0, -1) if width % h == 0)
+
+
+def build(kind: str, examples: Float[Tensor, "n t d"], classes: int, heads: int, seed: int) -> nn.Module:
+    """A probe with up to `heads` queries or heads, for tokens like the `examples`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        probe = PROBES[kind](examples[:512], heads_for(examples.shape[2], heads), classes)
+    return probe.to(examples.device)
 
 
 def fit(
@@ -119,15 +110,6 @@ def in_memory(
         yield tokens[chosen], targets[chosen]
 
 
-class FittedAttentive(NamedTuple):
-    """The result of `fit_rates`: the probe, the selected learning rate, and the accuracy (in percent) of each
-    rate on the held-out part."""
-
-    probe: nn.Module
-    rate: float
-    held_out: dict[float, float]
-
-
 def fit_rates(
     kind: str,
     tokens: Float[Tensor, "n t d"],
@@ -141,7 +123,7 @@ def fit_rates(
     seed: int = 0,
     device: torch.device | None = None,
     tick: Callable[[], object] = lambda: None,
-) -> FittedAttentive:
+) -> Fitted:
     """Fit a probe of `kind` ("efficient" or "latent") at the learning rate with the best accuracy on a
     held-out fifth of the training set.
 
@@ -151,9 +133,7 @@ def fit_rates(
 
     def fitted(chosen: Int[np.ndarray, " k"], rate: float) -> nn.Module:
         part = tokens[torch.from_numpy(chosen)].to(device)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            probe = PROBES[kind](part[:512], heads_for(tokens.shape[2], heads), classes).to(part.device)
+        probe = build(kind, part, classes, heads, seed)
         return fit(probe, in_memory(part, labels[chosen], steps, batch, seed), steps, rate, tick=tick)
 
     held, scores = held_out(labels, seed), {}
@@ -165,7 +145,7 @@ def fit_rates(
             for rate in rates
         }
     rate = max(scores, key=scores.__getitem__) if scores else rates[len(rates) // 2]
-    return FittedAttentive(fitted(np.arange(len(labels)), rate), rate, scores)
+    return Fitted(fitted(np.arange(len(labels)), rate), rate, scores)
 
 
 def attentive_correct(
@@ -173,16 +153,11 @@ def attentive_correct(
     labels: Int[np.ndarray, " n"],
     test: Float[Tensor, "m t d"],
     truth: Int[np.ndarray, " m"],
-    *,
-    epochs: int = 40,
-    batch: int = 128,
-    lr: float = 0.03,
-    heads: int = 4,
-    seed: int = 0,
 ) -> Bool[np.ndarray, " m"]:
-    """Which test images the online probe classifies correctly, fitted at a fixed rate."""
+    """Which test images the online probe classifies correctly: 4 queries, fitted for 40 epochs at a fixed
+    rate."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        probe = AttentivePool(train[:512], heads, int(labels.max()) + 1).to(train.device)
-    steps = epochs * (len(train) // min(batch, len(train)))
-    return predict(fit(probe, in_memory(train, labels, steps, batch, seed), steps, lr), test) == truth
+        torch.manual_seed(0)
+        probe = AttentivePool(train[:512], 4, int(labels.max()) + 1).to(train.device)
+    steps = 40 * (len(train) // min(128, len(train)))
+    return predict(fit(probe, in_memory(train, labels, steps, 128, 0), steps, 0.03), test) == truth

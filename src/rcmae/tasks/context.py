@@ -2,13 +2,14 @@
 extraction), and its result."""
 
 import functools
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ..data.sampler import BatchSampler
 from ..data.sources import Subset
 from ..data.views import Image, center, flip, random_resized_crop
 from ..engine.console import Screen
-from ..engine.distributed import World
+from ..engine.distributed import World, autocast
 from ..models.backbone import Backbone, Features, Pixels
 from ..models.classifier import Classifier
 from .evaluation.base import EvaluationOptions
@@ -31,21 +32,6 @@ from .score import Scored, score
 from .splits import PERCENTS, read_split, write_splits
 
 T = TypeVar("T")
-
-
-class TaskResult(NamedTuple):
-    """Metrics, which test images were classified correctly, the model (pixels in 0 to 1 to logits), and the
-    settings, given or selected."""
-
-    metrics: dict[str, float]
-    correct: Bool[np.ndarray, " m"]
-    model: nn.Module
-    settings: dict[str, Any]
-    details: dict[str, Any] | None = None
-    correct_by_condition: dict[str, Bool[np.ndarray, "..."]] | None = None
-    "the same for each corruption, attack or shifted set"
-    seconds: float | None = None
-    "duration, if the work was done earlier or in parts"
 
 
 class ProbedModel(nn.Module):
@@ -61,8 +47,6 @@ class ProbedModel(nn.Module):
 
 @dataclass
 class EvaluationContext:
-    """A backbone, a labeled data set and the evaluation options, with cached feature extraction."""
-
     name: str
     which: str
     backbone: Backbone | Pixels
@@ -158,25 +142,16 @@ class EvaluationContext:
         backbone = self.backbone.to(self.device).eval()
         batches = batches_of(crops, sampler, part, self.options.workers, self.device, self.note)
         for images in self.counted("fitting on new crops", steps, batches):
-            with (
-                torch.no_grad(),
-                torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
-            ):
+            with torch.no_grad(), autocast(self.device, self.precision):
                 features = backbone(images["image"].float() / 255)
             yield features, images["label"]
 
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[], None]]:
         """A progress bar over `total` steps; call the yielded function after each step."""
-        done = 0
+        done = itertools.count(1)
         with self.screen.progress(what, total) as tick:
-
-            def step() -> None:
-                nonlocal done
-                done += 1
-                tick(done)
-
-            yield step
+            yield lambda: tick(next(done))
 
     def counted(self, what: str, total: int, steps: Iterable[T]) -> Iterator[T]:
         """The same `steps`, with a progress bar."""
@@ -197,13 +172,13 @@ def _crop(
     image: Image, draws: np.random.Generator, shape: tuple[int, int], augment: bool
 ) -> dict[str, Tensor]:
     """A random crop (0.2 to 1 of the area) and flip, as in MAE's linear probing, or the evaluation view."""
-    if not augment:
-        return {"image": center(image, shape).contiguous()}
-    return {"image": flip(random_resized_crop(image, shape, (0.2, 1.0), draws), draws).contiguous()}
+    crop = (
+        flip(random_resized_crop(image, shape, (0.2, 1.0), draws), draws) if augment else center(image, shape)
+    )
+    return {"image": crop.contiguous()}
 
 
 def results_folder(name: str, options: EvaluationOptions) -> Path:
-    """The folder for the results of a backbone."""
     if options.out:
         return options.out
     path = Path(name)

@@ -26,8 +26,8 @@ from ..engine.run import describe_machine, read_json, translate_errors, write_js
 from ..interop.load import load, load_classifier, tested_fingerprint
 from ..interop.official import read_pth
 from ..models.backbone import Backbone, Pixels
-from .context import EvaluationContext, TaskResult, results_folder, stem
-from .evaluation.base import EvaluationOptions, Task
+from .context import EvaluationContext, results_folder, stem
+from .evaluation.base import EvaluationOptions, Task, TaskResult
 from .features import identity
 
 SINGLE = "backbone"
@@ -56,8 +56,7 @@ def contexts(
     named: list[tuple[str, Backbone | Pixels]]
     if classifier:
         model, _ = classifier
-        mean, std = (tuple(x.flatten().tolist()) for x in (model.mean, model.std))
-        named, tested = [("classifier", Backbone(model.vit, mean, std))], tested_fingerprint(name)
+        named, tested = [("classifier", Backbone(model.vit, *model.statistics))], tested_fingerprint(name)
     else:
         named, tested = backbones(name, options), None
     first = named[0][1]

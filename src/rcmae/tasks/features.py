@@ -18,7 +18,7 @@ from ..data.dataset import Bad
 from ..data.loader import batches_of
 from ..data.sources import Subset
 from ..engine.checkpoint import replace_file
-from ..engine.distributed import World
+from ..engine.distributed import World, autocast
 from ..errors import CheckpointError, DataError
 from ..models.backbone import Backbone, Features, Pixels
 from .score import Centers, in_parts, rebatched
@@ -33,18 +33,14 @@ def features(
     images: UInt8[Tensor, "n c h w"],
     device: torch.device,
     precision: str = "fp32",
-    batch: int = 256,
     tokens: bool = False,
     tick: Callable[[int], None] = lambda done: None,
 ) -> tuple[Float[np.ndarray, "n d"], Float[Tensor, "n t d"] | None]:
-    """The mean over the patch tokens of each image, and with `tokens` all tokens in half precision.
-    `precision` is that of the matrix products.
-
-    `tick` receives the number of images done.
-    """
+    """The mean over the patch tokens of each image, and with `tokens` all tokens in half precision. `tick`
+    receives the number of images done."""
     backbone, means, all_tokens = backbone.to(device).eval(), [], []
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        for part in images.split(batch):
+    with autocast(device, precision):
+        for part in images.split(256):
             output = backbone(part.to(device).float() / 255)
             means.append(output.mean.cpu().numpy())
             if tokens:
@@ -108,6 +104,10 @@ def _is_complete(file: Path) -> bool:
         return False
 
 
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 @torch.no_grad()
 def extract(
     backbone: Backbone | Pixels,
@@ -119,7 +119,6 @@ def extract(
     precision: str,
     world: World,
     workers: int | None = 0,
-    batch: int = 256,
     tick: Callable[[int], None] = lambda done: None,
     note: Callable[[list[Bad]], None] = lambda bad: None,
 ) -> ExtractedFeatures:
@@ -144,19 +143,16 @@ def extract(
     for number, file in enumerate(files):
         rows = range(number * PART, min((number + 1) * PART, len(part)))
         if number % world.size == world.rank and not _is_complete(file):
-            batches: dict[str, list[Tensor]] = {
-                name: [] for name in ("cls", "mean", *(["tokens"] if tokens else []), "readable")
-            }
-            parts = batches_of(centers, in_parts(rows, batch), part, workers, device, note)
-            for images in rebatched(parts, batch, lambda done: tick(rows.start + done)):  # noqa: B023
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            batches: list[dict[str, Tensor]] = []
+            parts = batches_of(centers, in_parts(rows, 256), part, workers, device, note)
+            for images in rebatched(parts, 256, lambda done: tick(rows.start + done)):  # noqa: B023
+                with autocast(device, precision):
                     output: Features = backbone(images["image"].float() / 255)
-                batches["cls"].append(output.cls.float().cpu())
-                batches["mean"].append(output.mean.float().cpu())
+                batches.append({"cls": output.cls.float().cpu(), "mean": output.mean.float().cpu()})
                 if tokens:
-                    batches["tokens"].append(output.tokens.half().cpu())
-                batches["readable"].append(images["readable"].to(torch.uint8).cpu())
-            tensors = {name: torch.cat(values) for name, values in batches.items()}
+                    batches[-1]["tokens"] = output.tokens.half().cpu()
+                batches[-1]["readable"] = images["readable"].to(torch.uint8).cpu()
+            tensors = _joined(batches)
             if infinite := [name for name, values in tensors.items() if not values.isfinite().all()]:
                 hint = (
                     "tokens above 65,504 do not fit half precision; use knn or linear"
@@ -169,8 +165,7 @@ def extract(
             replace_file(file, save(tensors))
         tick(rows.stop)
     world.any_rank(True)  # wait until all files are written
-    loaded = [load_file(file) for file in files]
-    features = {name: torch.cat([tensors[name] for tensors in loaded]) for name in loaded[0]}
+    features = _joined([load_file(file) for file in files])
     readable = features["readable"].bool().numpy()
     if not readable.any():
         raise DataError(

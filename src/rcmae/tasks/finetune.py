@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from ..config import BaseRuntimeConfig, check, how_many, recipe_hash
 from ..data.dataset import Images
-from ..data.loader import batches_of
 from ..data.sources import Source
 from ..data.supervised import Mixing, SupervisedView, path_seed
 from ..engine.checkpoint import replace_file
@@ -33,19 +34,16 @@ from ..models.backbone import Backbone
 from ..models.classifier import Classifier, classifier
 from .features import identity
 from .finetune_recipe import FineTuneRecipe, load_finetune
-from .layer_decay import layer_decay_groups
 from .score import Scored, score
 from .supervised import ADVICE, Supervised, fitted_batch
 
 
 class FineTuned(NamedTuple):
-    """The result of fine-tuning: the classifier of the last step, its scores on the test images, and the
-    accuracy over the run."""
+    """The result of fine-tuning, for the weights of the last step."""
 
     model: Classifier
     correct: Bool[np.ndarray, " m"]
     confidence: Float[np.ndarray, " m"]
-    step: int
     history: list[dict[str, float]]
     """step, epoch and test accuracy (in percent) at each evaluation; the last one is the result"""
     seconds: float
@@ -73,15 +71,14 @@ def finetune(
         raise DataError(f"{train.name} has {how_many(len(classes), 'class')}; two or more are needed")
     for source in (train, test):
         check_labels(source, len(classes))
-    if settings.randaugment and backbone.vit.in_chans != 3:
+    if settings.randaugment and backbone.channels != 3:
         raise ConfigError(
-            f"RandAugment is for images of 3 channels, not {backbone.vit.in_chans}; give --settings "
+            f"RandAugment is for images of 3 channels, not {backbone.channels}; give --settings "
             "'randaugment='"
         )
     with run_context(runtime, runtime.out, ADVICE) as context:
-        with contextlib.closing(
-            FineTuning(backbone, train, test, classes, settings, context, about or {})
-        ) as run:
+        run = FineTuning(backbone, train, test, classes, settings, context, about or {})
+        with contextlib.closing(run):
             return run.train()
 
 
@@ -109,9 +106,23 @@ def fitted(settings: FineTuneRecipe, images: int, parts: int = 1) -> FineTuneRec
     return replace(settings, batch_size=batch, mix_group=math.gcd(settings.mix_group, batch // parts))
 
 
-class FineTuning(Supervised):
-    """A fine-tuning run."""
+def layer_decay_groups(vit: VisionTransformer, weight_decay: float, decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW, each with a `weight_decay` and an `lr_scale`, a factor of the learning rate
+    that the caller has to apply.
 
+    The scale is decay ** (depth + 1 - layer): layer 0 consists of patch embedding, position embedding, class
+    and register tokens; layers 1 to depth are the blocks; layer depth + 1 is the rest, which is the head with
+    its norm at the full rate. Vectors, position embeddings and tokens have no weight decay.
+
+    timm's rule equals MAE's if patches are averaged before the last norm (`fc_norm`), as in MAE's
+    fine-tuning. With a class token (`norm`), timm assigns that norm to the last block, MAE to the head.
+    """
+    return param_groups_layer_decay(
+        vit, weight_decay=weight_decay, no_weight_decay_list=vit.no_weight_decay(), layer_decay=decay
+    )
+
+
+class FineTuning(Supervised):
     what, rate_name = "fine-tuning", "base_lr"
     model: Classifier
 
@@ -145,8 +156,7 @@ class FineTuning(Supervised):
                 f"warmup_epochs {s.warmup_epochs:g} is not below the length of the run, {epochs:.2f} epochs"
             )
         vit = classifier(backbone, len(classes), drop_path=s.drop_path, seed=s.seed)
-        self.statistics = tuple(tuple(getattr(backbone, k).flatten().tolist()) for k in ("mean", "std"))
-        model = Classifier(vit, *self.statistics).to(self.device).train()
+        model = Classifier(vit, *backbone.statistics).to(self.device).train()
         vit.set_grad_checkpointing(self.runtime.checkpointing)
         if self.runtime.compile:
             for block in vit.blocks:
@@ -172,19 +182,17 @@ class FineTuning(Supervised):
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches of the steps from `start` to before `stop`, on the device: "image" and "label"."""
-        s, vit = self.recipe, self.model.vit
+        s, model = self.recipe, self.model
         view = SupervisedView(
-            vit.patch_embed.img_size,
-            *self.statistics,
+            model.shape,
+            *model.statistics,
             scale=s.crop_scale,
             flip=s.flip,
             randaugment=s.randaugment,
             erasing=s.erasing,
         )
-        dataset = Images(self.images, view, s.seed, vit.in_chans, labeled=True)
-        return batches_of(
-            dataset, self.sampler(start, stop), self.images, self.runtime.workers, self.device, self.bad.note
-        )
+        dataset = Images(self.images, view, s.seed, model.channels, labeled=True)
+        return self.batches_from(dataset, start, stop)
 
     def rate(self, t: Progress) -> float:
         return warmup_cosine(self.recipe.peak_lr, self.recipe.min_lr, self.warmup, t)
@@ -205,12 +213,11 @@ class FineTuning(Supervised):
 
     def score(self) -> dict[str, float]:
         """Accuracy on the test images in percent; `scored` keeps the individual results."""
-        vit = self.model.vit
         self.scored = score(
             self.model,
             self.test_set,
-            shape=vit.patch_embed.img_size,
-            channels=vit.in_chans,
+            shape=self.model.shape,
+            channels=self.model.channels,
             device=self.device,
             precision=self.precision,
             batch=self.part,
@@ -248,7 +255,7 @@ class FineTuning(Supervised):
                 f"{last:.1f} % accuracy after {how_many(self.step, 'step')}{note}, {clock(self.seconds)}"
             )
             self.screen.say(f'Load the classifier: timm.create_model("local-dir:{folder}", pretrained=True)')
-        return FineTuned(self.model, correct, confidence, self.step, self.history, self.seconds)
+        return FineTuned(self.model, correct, confidence, self.history, self.seconds)
 
 
 def _hash(labels: Int[np.ndarray, " n"] | None) -> str:

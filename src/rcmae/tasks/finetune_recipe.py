@@ -76,9 +76,12 @@ class FineTuneRecipe(Section):
         max_epochs = self.epochs or self.steps or math.inf
         return [
             ((self.epochs is None) != (self.steps is None), "give one of epochs and steps"),
-            (self.epochs is None or self.epochs > 0, f"epochs must be above 0, not {self.epochs}"),
-            (self.steps is None or self.steps > 0, f"steps must be above 0, not {self.steps}"),
-            (0 <= self.seed < 2**63, f"seed must be 0 or more and below 2**63, not {self.seed}"),
+            *self.each("must be above 0", "epochs", "steps", "batch_size", "base_lr", "clip"),
+            *self.each("must be 0 or more", "min_lr", "warmup_epochs", "weight_decay"),
+            *self.each("must lie in 0 to below 1", "drop_path", "smoothing", "betas"),
+            *self.each("must be above 0 and at most 1", "layer_decay"),
+            *self.each("is a fraction, from 0 to 1", "erasing", "mix_prob", "switch_prob"),
+            *self.each("must be 0 or more and below 2**63", "seed"),
             (0 < lo <= hi <= 1, f"crop_scale must satisfy 0 < low <= high <= 1, not {lo} {hi}"),
             (
                 self.mixup >= 0 and self.cutmix >= 0,
@@ -88,28 +91,14 @@ class FineTuneRecipe(Section):
                 not self.mixes or (self.mix_group > 0 and self.mix_group % 2 == 0),
                 f"mix_group must be even and above 0, not {self.mix_group}",
             ),
-            (0 <= self.drop_path < 1, f"drop_path must lie in 0 to below 1, not {self.drop_path}"),
-            (0 <= self.smoothing < 1, f"smoothing must lie in 0 to below 1, not {self.smoothing}"),
-            (0 < self.layer_decay <= 1, f"layer_decay must be above 0 and at most 1, not {self.layer_decay}"),
-            (self.batch_size > 0, f"batch_size must be above 0, not {self.batch_size}"),
-            (self.base_lr > 0, f"base_lr must be above 0, not {self.base_lr}"),
-            (self.min_lr >= 0, f"min_lr must be 0 or more, not {self.min_lr}"),
-            (self.warmup_epochs >= 0, f"warmup_epochs must be 0 or more, not {self.warmup_epochs}"),
             (
                 max_epochs <= 0 or self.warmup_epochs < max_epochs,
                 f"warmup_epochs {self.warmup_epochs:g} is not below the length of the run, "
                 + (f"{self.epochs:.2f} epochs" if self.epochs else f"{self.steps} steps"),
             ),
-            (self.weight_decay >= 0, f"weight_decay must be 0 or more, not {self.weight_decay}"),
-            (all(0 <= b < 1 for b in self.betas), f"betas must lie in 0 to below 1, not {self.betas}"),
-            (self.clip is None or self.clip > 0, f"clip must be above 0, not {self.clip}"),
             (
                 _is_randaugment(self.randaugment),
                 f"randaugment must be written like rand-m9-mstd0.5-inc1, not {self.randaugment!r}",
-            ),
-            *(
-                (0 <= getattr(self, k) <= 1, f"{k} is a fraction, from 0 to 1, not {getattr(self, k)}")
-                for k in ("erasing", "mix_prob", "switch_prob")
             ),
         ]
 

@@ -9,6 +9,16 @@ Correct = list[Bool[np.ndarray, " m"]]
 "For each seed, which test images were classified correctly."
 
 
+def percents(correct: Correct) -> list[float]:
+    """The accuracy of each seed in percent."""
+    return [100 * float(c.mean()) for c in correct]
+
+
+def points(mean: float, low: float, high: float) -> str:
+    """A difference and its interval in words."""
+    return f"{mean:+.1f} points, {low:+.1f} to {high:+.1f}"
+
+
 def interval(correct: Correct, others: Correct, draws: int = 4000) -> list[float]:
     """Mean difference of two arms in points, and its 95 % interval by a bootstrap over the seeds and, within
     each, the test images.

@@ -6,7 +6,7 @@ None of them selects anything on the test set.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from timm.optim import Lars
 from torch import Tensor, nn
 
 from ..engine.schedules import Progress, cosine, warmup_cosine
-from .lars import lars
 from .splits import held_out
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -34,11 +34,9 @@ def linear_correct(
     labels: Int[np.ndarray, " n"],
     test: Float[np.ndarray, "m d"],
     truth: Int[np.ndarray, " m"],
-    strength: float = 0.1,
 ) -> Bool[np.ndarray, " m"]:
-    """Which test features multinomial logistic regression on standardized features classifies correctly;
-    `strength` is sklearn's C."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=200))
+    """Which test features multinomial logistic regression on standardized features classifies correctly."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
     with warnings.catch_warnings():
         # The accuracy stops changing long before 200 iterations.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -64,6 +62,20 @@ def folded(
         layer.weight.copy_(weight / std)
         layer.bias.copy_(bias - (weight / std) @ mean)
     return layer
+
+
+def lars(model: nn.Module, lr: float) -> Lars:
+    """SGD with momentum 0.9 where the gradient g of a matrix w is first scaled to g * 0.001 |w| / |g|; no
+    weight decay.
+
+    Biases and other vectors are not scaled, nor is a matrix whose weights or gradients are all zero. Without
+    weight decay timm scales nothing unless `always_adapt` is set; its `eps`, which the formula does not have,
+    is 0. (With weight decay the two would differ: timm divides by |g| + decay |w|, MAE by |g + decay w|.)
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": matrices, "always_adapt": True}, {"params": vectors, "always_adapt": False}]
+    return Lars(groups, lr=lr, momentum=0.9, weight_decay=0.0, trust_coeff=0.001, eps=0.0)
 
 
 def fit_mae(
@@ -106,15 +118,18 @@ def fit_mae(
     return folded(norm.running_mean, std, head.weight, head.bias)
 
 
-class FittedLinear(NamedTuple):
+class Fitted(NamedTuple):
     """The result of `fit_rates`."""
 
-    layer: nn.Linear
+    probe: nn.Module
     rate: float
-    """the selected learning rate, for a batch of 256; if it is the lowest or highest of the list, a rate
-    outside it may be better"""
+    "the selected learning rate; if it is the lowest or highest of the list, a rate outside it may be better"
     held_out: dict[float, float]
-    """by rate, accuracy in percent on the held-out training images; empty if there was only one rate"""
+    "by rate, accuracy in percent on the held-out training images; empty if nothing was selected"
+
+    def record(self) -> dict[str, Any]:
+        """The learning rate and the accuracies, as JSON values."""
+        return {"rate": self.rate, "held_out": {f"{rate:g}": score for rate, score in self.held_out.items()}}
 
 
 def fit_rates(
@@ -127,9 +142,9 @@ def fit_rates(
     batch: int = 1024,
     seed: int = 0,
     tick: Callable[[], object] = lambda: None,
-) -> FittedLinear:
-    """Fit a linear layer by SGD at the learning rate with the best accuracy on a held-out fifth of the
-    training set.
+) -> Fitted:
+    """Fit a linear layer by SGD at the learning rate (for a batch of 256) with the best accuracy on a
+    held-out fifth of the training set.
 
     One layer per rate is fitted on the other four fifths, then one with the selected rate on the full set.
     Ties are broken by the lower loss, then by the lower rate. Steps, batch and rates are DINOv2's. If every
@@ -137,20 +152,8 @@ def fit_rates(
     times.
     """
     scores: dict[float, float] = {}
-    rate = rates[0]
-    if len(rates) > 1:
-        held = held_out(labels, seed)
-        if not held.any():
-            return fit_rates(
-                train,
-                labels,
-                classes,
-                rates=[rates[len(rates) // 2]],
-                steps=steps,
-                batch=batch,
-                seed=seed,
-                tick=tick,
-            )
+    rate, held = rates[len(rates) // 2], held_out(labels, seed)
+    if held.any() and len(rates) > 1:
         inside, outside = (torch.from_numpy(np.flatnonzero(part)).to(train.device) for part in (~held, held))
         heads = fit(train[inside], labels[~held], classes, rates, steps, batch, seed, tick)
         results = heads.score(train[outside], labels[held])
@@ -158,7 +161,24 @@ def fit_rates(
         rate = rates[best]
         scores = {r: 100 * accuracy for r, (accuracy, _) in zip(rates, results, strict=True)}
     head = fit(train, labels, classes, [rate], steps, batch, seed, tick)
-    return FittedLinear(folded(head.mean, head.std, head.weight[..., 0].T, head.bias[:, 0]), rate, scores)
+    layer = folded(head.norm.mean, head.norm.std, head.weight[..., 0].T, head.bias[:, 0])
+    return Fitted(layer, rate, scores)
+
+
+class Standard(nn.Module):
+    """Standardizes features channel by channel, by the mean and standard deviation of `examples`."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, examples: Float[Tensor, "*n d"]):
+        super().__init__()
+        std, mean = torch.std_mean(examples.float(), tuple(range(examples.ndim - 1)))
+        self.register_buffer("std", torch.where(std > 1e-6, std, 1.0))  # constant features are not scaled
+        self.register_buffer("mean", mean)
+
+    def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        return (x.float() - self.mean) / self.std
 
 
 class Heads(nn.Module):
@@ -167,15 +187,13 @@ class Heads(nn.Module):
 
     def __init__(self, examples: Float[Tensor, "n d"], classes: int, count: int, draws: torch.Generator):
         super().__init__()
-        std, self.mean = torch.std_mean(examples.float(), 0)
-        self.std = torch.where(std > 1e-6, std, 1.0)  # constant features are not scaled
+        self.norm = Standard(examples)
         start = 0.01 * torch.randn(examples.shape[1], classes, 1, generator=draws)
         self.weight = nn.Parameter(start.expand(-1, -1, count).clone())
         self.bias = nn.Parameter(torch.zeros(classes, count))
 
     def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b c r"]:
-        x = (x.float() - self.mean) / self.std
-        return (x @ self.weight.flatten(1)).unflatten(1, self.bias.shape) + self.bias
+        return (self.norm(x) @ self.weight.flatten(1)).unflatten(1, self.bias.shape) + self.bias
 
     @torch.no_grad()
     def score(self, x: Float[Tensor, "m d"], truth: Int[np.ndarray, " m"]) -> list[tuple[float, float]]:

@@ -1,9 +1,8 @@
 """Online probes: linear, k-NN and attentive accuracy of the backbone on a small labeled subset, measured
 during pre-training."""
 
+import functools
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +20,8 @@ from ..data.pixels import read_image
 from ..data.sources import Source
 from ..data.views import center
 from ..engine.checkpoint import replace_file
-from ..engine.console import Screen
-from ..engine.metrics import read_metrics
+from ..engine.console import Screen, ShowProgress, no_progress
+from ..engine.metrics import of_kind, read_metrics
 from ..models.backbone import Backbone
 from .attentive_probe import attentive_correct
 from .features import features
@@ -40,9 +39,6 @@ KNN_NOTE = (
     "The linear probe is the main metric: distances, and so k-NN, depend most on the directions of largest "
     "variance, which often describe color and background."
 )
-
-ShowProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""`with progress(what, total) as tick: tick(done)`, as `Screen.progress`."""
 
 
 def accuracies(correct: Correct) -> Scores:
@@ -86,25 +82,15 @@ class ProbeSet:
         device: torch.device,
         precision: str,
         attentive: bool = False,
-        progress: ShowProgress | None = None,
+        progress: ShowProgress = no_progress,
         name: str = "",
     ) -> Correct:
         """The results on a backbone: the linear and the k-NN probe use the mean over the patches, the
         attentive one, if requested, all tokens."""
-        with (
-            progress(f"probing {name}", len(self.train) + len(self.test))
-            if progress
-            else nullcontext(lambda done: None) as tick
-        ):
-            train, tokens = features(backbone, self.train, device, precision, tokens=attentive, tick=tick)
-            test, test_tokens = features(
-                backbone,
-                self.test,
-                device,
-                precision,
-                tokens=attentive,
-                tick=lambda done: tick(len(self.train) + done),
-            )
+        extract = functools.partial(features, backbone, device=device, precision=precision, tokens=attentive)
+        with progress(f"probing {name}", len(self.train) + len(self.test)) as tick:
+            train, tokens = extract(self.train, tick=tick)
+            test, test_tokens = extract(self.test, tick=lambda done: tick(len(self.train) + done))
         correct = self.probe_features(train, test)
         if tokens is not None and test_tokens is not None:
             correct["attentive"] = attentive_correct(tokens, self.labels, test_tokens, self.truth)
@@ -138,8 +124,8 @@ class Probes:
         run: Path,
         device: torch.device,
         precision: str,
-        attentive: Literal["last", "every", "never"] = "never",
-        progress: ShowProgress | None = None,
+        attentive: Literal["last", "every", "never"],
+        progress: ShowProgress,
     ):
         self.set, self.folder, self.attentive = probe_set, run / "probes", attentive
         self.device, self.precision, self.progress = device, precision, progress
@@ -148,19 +134,20 @@ class Probes:
         """The baselines: scores of raw pixels and of the randomly initialized encoder; and the seconds that
         probing a network takes."""
         started = time.monotonic()
-        correct = self._correct("the randomly initialized encoder", random_init, last=True)
+        correct = self._correct("randomly initialized encoder", random_init, last=True)
         seconds = time.monotonic() - started
         return self._keep({"raw_pixels": self.set.pixels(), "random_init": correct}, 0), seconds
 
     def score(self, backbones: dict[str, Backbone], step: int, last: bool) -> dict[str, Scores]:
         """Scores of the networks after an optimizer step, which is the `last` one or not."""
-        return self._keep(
-            {name: self._correct(f"the {name}", backbone, last) for name, backbone in backbones.items()}, step
-        )
+        correct = {name: self._correct(name, backbone, last) for name, backbone in backbones.items()}
+        return self._keep(correct, step)
 
     def _correct(self, name: str, backbone: Backbone, last: bool) -> Correct:
         attentive = self.attentive == "every" or (self.attentive == "last" and last)
-        return self.set.backbone(backbone, self.device, self.precision, attentive, self.progress, name)
+        return self.set.backbone(
+            backbone, self.device, self.precision, attentive, self.progress, f"the {name}"
+        )
 
     def _keep(self, correct: dict[str, Correct], step: int) -> dict[str, Scores]:
         self.folder.mkdir(exist_ok=True)
@@ -173,7 +160,7 @@ class Probes:
         return {network: accuracies(by_probe) for network, by_probe in correct.items()}
 
 
-def probe_set(source: Source, recipe: Recipe, progress: ShowProgress | None = None) -> ProbeSet | None:
+def probe_set(source: Source, recipe: Recipe, progress: ShowProgress = no_progress) -> ProbeSet | None:
     """The images of the probes: those that the source reserves for probes, or two parts of it; None without
     labels.
 
@@ -189,13 +176,10 @@ def probe_set(source: Source, recipe: Recipe, progress: ShowProgress | None = No
     else:
         rng = np.random.Generator(np.random.Philox(key=recipe.seed))
         classes = np.unique(source.labels[source.labels >= 0])
-        classes = classes[
-            np.linspace(0, len(classes) - 1, min(len(classes), max(2, p.probe_train // 20))).astype(int)
-        ]
-        chosen = rng.permutation(np.flatnonzero(np.isin(source.labels, classes)))[
-            : p.probe_train + p.probe_test
-        ]
-        cut = len(chosen) * p.probe_train // (p.probe_train + p.probe_test)
+        count, wanted = min(len(classes), max(2, p.probe_train // 20)), p.probe_train + p.probe_test
+        classes = classes[np.linspace(0, len(classes) - 1, count).astype(int)]
+        chosen = rng.permutation(np.flatnonzero(np.isin(source.labels, classes)))[:wanted]
+        cut = len(chosen) * p.probe_train // wanted
         read = [_read(source, part, recipe, progress) for part in (chosen[:cut], chosen[cut:])]
     (train, labels), (test, truth) = read
     train_images = {image.numpy().tobytes() for image in train}
@@ -207,15 +191,11 @@ def probe_set(source: Source, recipe: Recipe, progress: ShowProgress | None = No
 
 
 def _read(
-    source: Source, indices: np.ndarray, recipe: Recipe, progress: ShowProgress | None
+    source: Source, indices: np.ndarray, recipe: Recipe, progress: ShowProgress
 ) -> tuple[Tensor, np.ndarray]:
     assert source.labels is not None  # probe_set returns None without labels
     images, labels = [], []
-    with (
-        progress("reading labeled images for the probes", len(indices))
-        if progress
-        else nullcontext(lambda done: None) as tick
-    ):
+    with progress("reading labeled images for the probes", len(indices)) as tick:
         for done, i in enumerate(indices, 1):
             tick(done)
             try:
@@ -224,21 +204,19 @@ def _read(
                 continue  # pre-training counts and reports it
             images.append(center(image, recipe.images.shape))
             labels.append(source.labels[i])
-    shape = (0, recipe.images.channels, *recipe.images.shape)
-    return torch.stack(images) if images else torch.zeros(shape, dtype=torch.uint8), np.array(
-        labels, dtype=np.int64
-    )
+    none = torch.zeros(0, recipe.images.channels, *recipe.images.shape, dtype=torch.uint8)
+    return torch.stack(images) if images else none, np.array(labels, dtype=np.int64)
 
 
 def final_scores(lines: list[dict[str, Any]]) -> dict[str, Scores]:
     """From the records of a run, the scores of the baselines and, in the last probe, of every network; empty
     without probes."""
-    baseline = next((line for line in lines if line["kind"] == "baseline"), None)
-    probe: dict[str, Any] = next((line for line in reversed(lines) if line["kind"] == "probe"), {})
-    if baseline is None:
+    baselines, probes = of_kind(lines, "baseline"), of_kind(lines, "probe")
+    if not baselines:
         return {}
-    scores = {"raw pixels": baseline["raw_pixels"], "randomly initialized encoder": baseline["random_init"]}
-    return scores | {name: s for name, s in probe.items() if isinstance(s, dict)}
+    first, last = baselines[0], probes[-1] if probes else {}
+    scores = {"raw pixels": first["raw_pixels"], "randomly initialized encoder": first["random_init"]}
+    return scores | {name: s for name, s in last.items() if isinstance(s, dict)}
 
 
 def score_table(scores: dict[str, Scores]) -> tuple[list[str], list[list[str]]]:

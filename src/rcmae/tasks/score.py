@@ -37,16 +37,13 @@ class Centers(Dataset):
         self.source, self.shape, self.channels = source, shape, channels
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        bad: list[Bad] = []
         try:
-            return {
-                "image": center(read_image(self.source, i, self.channels), self.shape),
-                "index": i,
-                "readable": True,
-                "bad": [],
-            }
+            image = center(read_image(self.source, i, self.channels), self.shape)
         except BadImage as e:
-            black = torch.zeros(self.channels, *self.shape, dtype=torch.uint8)
-            return {"image": black, "index": i, "readable": False, "bad": [(i, self.source.where(i), str(e))]}
+            image = torch.zeros(self.channels, *self.shape, dtype=torch.uint8)
+            bad.append((i, self.source.where(i), str(e)))
+        return {"image": image, "index": i, "readable": not bad, "bad": bad}
 
 
 def in_parts(rows: Sequence[int], batch: int) -> list[list[int]]:
@@ -105,7 +102,7 @@ def score(
     dataset = Centers(test, shape, channels)
     parts = batches_of(dataset, in_parts(rows, batch), test, workers, device, note)
     for part in rebatched(parts, batch, tick):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with distributed.autocast(device, precision):
             best = model(part["image"].float() / 255).softmax(1).max(1)
         readable = part["readable"].float()
         scores[0, part["index"]] = (best.indices == labels[part["index"]]).float() * readable

@@ -40,23 +40,20 @@ def splits(
     return {p: np.sort(order[: max(len(classes), round(p * len(order) / 100))]) for p in percents}
 
 
-def held_out(labels: Labels, seed: int = 0, fraction: float = 0.2) -> Bool[np.ndarray, " n"]:
-    """Which images are held out to select a setting: this fraction of every class, at least one image, but
-    never all of them."""
+def held_out(labels: Labels, seed: int = 0) -> Bool[np.ndarray, " n"]:
+    """Which images are held out to select a setting: a fifth of every class, at least one image, but never
+    all of them."""
     size = np.bincount(labels)[labels]
-    return _ranks(labels, seed) < np.minimum(np.maximum(np.round(fraction * size), 1), size - 1)
+    return _ranks(labels, seed) < np.minimum(np.maximum(np.round(0.2 * size), 1), size - 1)
 
 
-def write_splits(
-    folder: Path, labels: Labels, seed: int = 0, percents: Sequence[float | int] = PERCENTS
-) -> list[Path]:
-    """Write one JSON file per percentage; its bytes depend on the arguments only. Raises StorageError."""
-    subsets = splits(labels, seed, percents)
+def write_splits(folder: Path, labels: Labels, seed: int, percents: Sequence[float | int] = PERCENTS) -> None:
+    """Write labels-PERCENT.json for each percentage; its bytes depend on the arguments only. Raises
+    StorageError."""
     about = {"seed": seed, "images": len(labels), "labels": _hash(labels)}
-    paths = [folder / f"labels-{p:g}.json" for p in subsets]
-    for path, (percent, chosen) in zip(paths, subsets.items(), strict=True):
-        replace_file(path, json.dumps(about | {"percent": percent, "chosen": chosen.tolist()}) + "\n")
-    return paths
+    for percent, chosen in splits(labels, seed, percents).items():
+        content = json.dumps(about | {"percent": percent, "chosen": chosen.tolist()})
+        replace_file(folder / f"labels-{percent:g}.json", content + "\n")
 
 
 def read_split(path: Path, labels: Labels) -> Int[np.ndarray, " k"]:

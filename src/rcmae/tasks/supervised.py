@@ -1,7 +1,6 @@
 """The base class of supervised trainers: the optimizer step, and scores on test images during training."""
 
 import math
-import time
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import how_many, recipe_hash
+from ..config import how_many
 from ..data.sources import Source
-from ..engine.run import RunContext, describe_machine, write_json
+from ..engine.distributed import autocast
+from ..engine.run import RunContext, write_json
 from ..engine.schedules import Progress, spread
 from ..engine.step import Mean, clip_gradients, conditional_step, set_lr
 from ..errors import DataError
@@ -90,7 +90,6 @@ class Supervised(Trainer):
         """Score the current weights on the test images; called on all ranks."""
 
     def format_scores(self, scores: dict[str, float]) -> str:
-        """Scores in words."""
         return ", ".join(f"{name} {value:.1f}" for name, value in scores.items() if not math.isnan(value))
 
     # --- implementation of Trainer --------------------------------------------------------------------------
@@ -98,22 +97,8 @@ class Supervised(Trainer):
     def begin(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
         if self.world.is_main:
-            about = (
-                describe_machine(self.device, self.precision)
-                | self.facts
-                | {
-                    "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    "parameters": parameters,
-                    "ranks": self.world.size,
-                    "recipe_hash": recipe_hash(self.recipe),
-                    "backbone": self.backbone,
-                    "steps": self.total,
-                    "steps_per_epoch": self.steps_per_epoch,
-                    "data": self.data,
-                    "about": self.about,
-                }
-            )
-            write_json(self.out / "machine.json", about)
+            more = {"backbone": self.backbone, "data": self.data, "about": self.about}
+            write_json(self.out / "machine.json", self.description(parameters) | self.facts | more)
         self.save()
         self.screen.say(
             f"{self.what} in {self.out}: {parameters / 1e6:.1f} M parameters, {self.images_in_words}"
@@ -128,7 +113,7 @@ class Supervised(Trainer):
         parts = self.runtime.accumulate
         mean = Mean(parts)
         for i, batch in enumerate(self.micro_batches()):
-            with self.autocast():
+            with autocast(self.device, self.precision):
                 losses = self.losses(batch, t.step, self.world.rank * parts + i)
             (losses["loss"] / parts).backward()
             mean.add(losses)

@@ -20,7 +20,7 @@ from .evaluate import backbones, evaluate, networks
 from .evaluation.base import EvaluationOptions
 from .evaluation.finetune import FineTune
 from .evaluation.worth import Worth
-from .interval import interval
+from .interval import interval, percents, points
 
 SCRATCH = "from scratch"
 
@@ -50,14 +50,14 @@ def worth_it(
 def _worth_it(
     name: str, task: Worth, tuning: FineTune, options: EvaluationOptions, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    out = (options.out or results_folder(name, options)) / "worth-it"
+    out = results_folder(name, options) / "worth-it"
     compared, rows = arms(name, task.against), []
     for backbone, which in compared.values():
         # A backbone that cannot be loaded must raise its error before hours of training.
         backbones(backbone, _with_network(options, which))
     total = len(task.percents) * task.seeds * len(compared)
-    percents = ", ".join(f"{percent:g}" for percent in task.percents)
-    say(f"{total} trainings: {', '.join(compared)}, on {percents} % of the labels, {task.seeds} seeds each")
+    labels = ", ".join(f"{percent:g}" for percent in task.percents)
+    say(f"{total} trainings: {', '.join(compared)}, on {labels} % of the labels, {task.seeds} seeds each")
     number = 0
     seconds: dict[float, list[float]] = {percent: [] for percent in task.percents}
     for percent in task.percents:
@@ -79,20 +79,10 @@ def _worth_it(
         if not images:  # not rank 0
             continue
         for arm, by_seed in correct.items():
-            row = {
-                "arm": arm,
-                "percent": percent,
-                "images": images,
-                "seeds": [100 * float(c.mean()) for c in by_seed],
-            }
+            row = {"arm": arm, "percent": percent, "images": images, "seeds": percents(by_seed)}
             rows.append(row | ({} if arm == SCRATCH else {"gain": interval(by_seed, correct[SCRATCH])}))
-    content = {
-        "backbone": name,
-        "data": options.data,
-        "seeds": task.seeds,
-        "rows": rows,
-        "verdict": verdict(rows),
-    }
+    about = {"backbone": name, "data": options.data, "seeds": task.seeds}
+    content = about | {"rows": rows, "verdict": verdict(rows)}
     if rows:
         write_json(out / "worth-it.json", content)
     return content
@@ -122,7 +112,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             numbers = (
                 f"{np.mean(row['seeds']):.1f} % accuracy, {np.mean(scratch['seeds']):.1f} % from scratch"
             )
-            sentences.append(f"{text} ({numbers}; {gain:+.1f} points, {low:+.1f} to {high:+.1f}).")
+            sentences.append(f"{text} ({numbers}; {points(gain, low, high)}).")
     return sentences
 
 

@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from .base import Task
+from .base import Task, TaskResult
 
 if TYPE_CHECKING:
-    from ..context import EvaluationContext, TaskResult
+    from ..context import EvaluationContext
 
 TOKENS_IN_MEMORY = 16 * 2**30
 "Bytes of tokens to cache; above this limit they are recomputed in every epoch, as in the papers."
@@ -31,8 +31,8 @@ class Attentive(Task):
     def required_features(self, context: "EvaluationContext") -> Literal["tokens"] | None:
         return "tokens" if context.token_bytes() <= TOKENS_IN_MEMORY else None
 
-    def run(self, context: "EvaluationContext") -> "TaskResult":
-        from ..context import ProbedModel, TaskResult
+    def run(self, context: "EvaluationContext") -> TaskResult:
+        from ..context import ProbedModel
 
         size = len(context.part("train"))
         batch = min(self.batch, size)
@@ -67,17 +67,13 @@ class Attentive(Task):
             )
         test = context.features("test", tokens=True)
         predictions = linear_probe.predict(fitted.probe, test.all_tokens.to(context.device))
-        held_out = {f"{rate:g}": accuracy for rate, accuracy in fitted.held_out.items()}
-        search = {"rate": fitted.rate, "held_out": held_out}
-        return fitted.probe, context.correct(predictions, test), search
+        return fitted.probe, context.correct(predictions, test), fitted.record()
 
     def _fit_streaming(
         self, context: "EvaluationContext", steps: int, batch: int
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Fit on more tokens than TOKENS_IN_MEMORY: recomputed in every epoch, from random crops, at a fixed
         learning rate (no search)."""
-        import torch
-
         from .. import attentive_probe
         from ..context import ProbedModel
 
@@ -87,15 +83,10 @@ class Attentive(Task):
         )
         rate = attentive_probe.RATES[len(attentive_probe.RATES) // 2]
         first, _ = next(context.crops(1, min(512, len(context.part("train"))), augment=False))
-        examples = first.tokens  # [n, t, d]
-        with torch.random.fork_rng():
-            torch.manual_seed(context.options.seed)
-            heads = attentive_probe.heads_for(examples.shape[2], self.queries)
-            probe = attentive_probe.PROBES[self.kind](examples, heads, len(context.set.classes)).to(
-                context.device
-            )
+        classes, seed = len(context.set.classes), context.options.seed
+        probe = attentive_probe.build(self.kind, first.tokens, classes, self.queries, seed)
         batches = (
             (features.tokens, labels) for features, labels in context.crops(steps, batch, augment=True)
         )
-        probe = attentive_probe.fit(probe, batches, steps, rate)
+        attentive_probe.fit(probe, batches, steps, rate)
         return probe, context.score(ProbedModel(context.backbone, "tokens", probe)).correct, {"rate": rate}

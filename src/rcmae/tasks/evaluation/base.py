@@ -3,13 +3,17 @@ inside the methods that need it, so that --help is quick."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from ...config import Rules, Section, check
 from ...errors import refuse
 
 if TYPE_CHECKING:
-    from ..context import EvaluationContext, TaskResult
+    import numpy as np
+    from jaxtyping import Bool
+    from torch import nn
+
+    from ..context import EvaluationContext
 
 Which = Literal["teacher", "student", "both"]
 Pool = Literal["mean", "cls"]
@@ -46,10 +50,25 @@ class EvaluationOptions(Section):
     def rules(self) -> Rules:
         return [
             (0 < self.labels <= 100, f"labels is a percentage above 0 and up to 100, not {self.labels:g}"),
-            (0 <= self.seed < 2**63, f"seed must be 0 or more and below 2**63, not {self.seed}"),
-            (self.heads is None or self.heads >= 1, f"heads must be 1 or more, not {self.heads}"),
-            (self.workers is None or self.workers >= 0, f"workers must be 0 or more, not {self.workers}"),
+            *self.each("must be 0 or more and below 2**63", "seed"),
+            *self.each("must be 1 or more", "heads"),
+            *self.each("must be 0 or more", "workers"),
         ]
+
+
+class TaskResult(NamedTuple):
+    """Metrics, which test images were classified correctly, the model (pixels in 0 to 1 to logits), and the
+    settings, given or selected."""
+
+    metrics: dict[str, float]
+    correct: "Bool[np.ndarray, ' m']"
+    model: "nn.Module"
+    settings: dict[str, Any]
+    details: dict[str, Any] | None = None
+    correct_by_condition: "dict[str, Bool[np.ndarray, '...']] | None" = None
+    "the same for each corruption, attack or shifted set"
+    seconds: float | None = None
+    "duration, if the work was done earlier or in parts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +98,16 @@ class Task:
 
     def validate(self) -> list[str]:
         """One phrase for each invalid setting. By default, numbers must be above 0."""
-        return [f"{name} must be above 0, not {x:g}" for name, x in self.numbers() if not x > 0]
+        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        numbers = [
+            (k, x) for k, v in values for x in (v if isinstance(v, tuple) else [v]) if type(x) in (int, float)
+        ]
+        return [f"{k} must be above 0, not {x:g}" for k, x in numbers if not x > 0]
 
     def check_settings(self, backbone: str, options: EvaluationOptions) -> None:
         """Raise ConfigError, before anything is loaded, for settings that are invalid for any images."""
         refuse(self.validate())
         check(options)
-
-    def numbers(self) -> list[tuple[str, float]]:
-        """The numeric settings, by name."""
-        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
-        return [
-            (k, x) for k, v in values for x in (v if isinstance(v, tuple) else [v]) if type(x) in (int, float)
-        ]
 
     def check(self, context: "EvaluationContext") -> None:
         """Raise ConfigError or DataError, before any work, if the task cannot run for this backbone on these
@@ -101,7 +117,7 @@ class Task:
         """The features that `run` needs first; None if it reads the images itself."""
         return "pooled"
 
-    def run(self, context: "EvaluationContext") -> "TaskResult":
+    def run(self, context: "EvaluationContext") -> TaskResult:
         """Fit on the training part, score on the test part. Raises the errors of `rcmae.errors`."""
         raise NotImplementedError
 

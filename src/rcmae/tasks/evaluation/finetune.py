@@ -1,13 +1,13 @@
 """End-to-end fine-tuning, as a task."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
-from .base import EvaluationOptions, Task
+from .base import EvaluationOptions, Task, TaskResult
 
 if TYPE_CHECKING:
-    from ..context import EvaluationContext, TaskResult
+    from ..context import EvaluationContext
     from ..finetune import FineTuneRecipe
 
 
@@ -32,9 +32,9 @@ class FineTune(Task):
     max_corrupt_fraction: float = 0.01
     "stop if more than this fraction of the images (and more than ten files) is unreadable"
 
-    def numbers(self) -> list[tuple[str, float]]:
+    def validate(self) -> list[str]:
         # max_corrupt_fraction may be 0.
-        return [(name, x) for name, x in super().numbers() if name != "max_corrupt_fraction"]
+        return [text for text in super().validate() if not text.startswith("max_corrupt_fraction")]
 
     def check_settings(self, backbone: str, options: EvaluationOptions) -> None:
         super().check_settings(backbone, options)
@@ -65,42 +65,25 @@ class FineTune(Task):
     def required_features(self, context: "EvaluationContext") -> None:
         return None
 
-    def run(self, context: "EvaluationContext") -> "TaskResult":
+    def run(self, context: "EvaluationContext") -> TaskResult:
         """Train in a run directory beside the result files, and score the weights of the last step."""
         from ...config import BaseRuntimeConfig
         from ...models.backbone import Backbone
-        from ..context import TaskResult, results_folder, stem
+        from ..context import results_folder, stem
         from ..finetune import finetune
         from ..robustness.metrics import ece
 
         options = context.options
         name, recipe = self.resolve_recipe(options)
         out = results_folder(context.name, options) / stem(self.name, context.which, options)
-        runtime = BaseRuntimeConfig(
-            out=out,
-            device=options.device,
-            precision=options.precision,
-            workers=options.workers,
-            accumulate=self.accumulate,
-            compile=self.compile,
-            checkpointing=self.checkpointing,
-            max_corrupt_fraction=self.max_corrupt_fraction,
-        )
-        about = {
-            "backbone": context.name,
-            "network": context.which,
-            "test": context.set.test.fingerprint()[:16],
-        }
+        own = ("accumulate", "compile", "checkpointing", "max_corrupt_fraction")
+        given: dict[str, Any] = {k: getattr(options, k) for k in ("device", "precision", "workers")}
+        runtime = BaseRuntimeConfig(out=out, **given | {k: getattr(self, k) for k in own})
+        data, train = context.set, context.part("train")
+        tested = data.test.fingerprint()[:16]
+        about = {"backbone": context.name, "network": context.which, "test": tested}
         assert isinstance(context.backbone, Backbone)  # check_settings refuses "pixels"
-        tuned = finetune(
-            context.backbone,
-            context.part("train"),
-            context.set.test,
-            context.set.classes,
-            recipe,
-            runtime,
-            about,
-        )
+        tuned = finetune(context.backbone, train, data.test, data.classes, recipe, runtime, about)
         best = max(entry["accuracy"] for entry in tuned.history)
         metrics = {"top1": 100 * float(tuned.correct.mean()), "ECE": ece(tuned.confidence, tuned.correct)}
         if context.world.is_main and best > metrics["top1"]:

@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from .base import Pool, Task
+from .base import Pool, Task, TaskResult
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..context import EvaluationContext, TaskResult
+    from ..context import EvaluationContext
 
 KS = (10, 20, 100, 200)
 "The values of k that DINO reports (its tables use 20)."
@@ -34,13 +34,13 @@ class KNN(Task):
         if self.k != KS:
             check_k(self.k, len(context.part("train")))
 
-    def run(self, context: "EvaluationContext") -> "TaskResult":
+    def run(self, context: "EvaluationContext") -> TaskResult:
         """Score every k. Raises ConfigError if a k that the user chose exceeds the number of readable
         training images."""
         import torch
 
         from ...config import how_many
-        from ..context import ProbedModel, TaskResult
+        from ..context import ProbedModel
         from ..nearest_neighbors import NearestNeighbors, check_k
 
         ks, device = self.k, context.device

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from .base import Pool, Task
+from .base import Pool, Task, TaskResult
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..context import EvaluationContext, TaskResult
+    from ..context import EvaluationContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Linear(Task):
             problems.append("batch must be 2 or more: the mae protocol standardizes within a batch")
         return problems
 
-    def run(self, context: "EvaluationContext") -> "TaskResult":
+    def run(self, context: "EvaluationContext") -> TaskResult:
         from .. import linear_probe
-        from ..context import ProbedModel, TaskResult
+        from ..context import ProbedModel
 
         pool: Pool = self.pool or ("mean" if self.protocol == "rates" else "cls")
         layer, fit_settings = (self._rates if self.protocol == "rates" else self._mae)(context, pool)
@@ -70,8 +70,7 @@ class Linear(Task):
                 seed=context.options.seed,
                 tick=tick,
             )
-        held_out = {f"{rate:g}": accuracy for rate, accuracy in fitted.held_out.items()}
-        return fitted.layer, {"batch": batch, "fit_steps": steps, "rate": fitted.rate, "held_out": held_out}
+        return fitted.probe, {"batch": batch, "fit_steps": steps} | fitted.record()
 
     def _mae(self, context: "EvaluationContext", pool: Pool) -> tuple["nn.Module", dict[str, Any]]:
         from .. import attentive_probe, linear_probe

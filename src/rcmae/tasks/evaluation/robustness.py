@@ -1,20 +1,20 @@
 """Robustness to distribution shift, corruptions and adversarial attacks."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...config import how_many
 from ...errors import ConfigError
 from .attentive import Attentive
-from .base import Task
+from .base import Task, TaskResult
 from .knn import KNN
 from .linear import Linear
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..context import EvaluationContext, TaskResult
+    from ..context import EvaluationContext
 
 PROBES: dict[str, Task] = {"linear": Linear(), "knn": KNN(), "attentive": Attentive()}
 
@@ -71,38 +71,26 @@ class Robustness(Task):
     def required_features(self, context: "EvaluationContext") -> Literal["pooled", "tokens"] | None:
         return PROBES[self.probe].required_features(context) if context.classifier is None else None
 
-    def run(self, context: "EvaluationContext") -> "TaskResult":
+    def run(self, context: "EvaluationContext") -> TaskResult:
         """Evaluate the classifier as it is, or fit a probe first."""
         from ...data.loader import processes
-        from ..context import TaskResult
         from ..robustness.sets import Loading
-        from ..robustness.study import measure_robustness, settings
+        from ..robustness.study import measure_robustness
 
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
         model: nn.Module
         model, probe_settings = (
             (context.classifier[0], {}) if context.classifier else self._fit_probe(context)
         )
-        workers = processes(context.set.test, context.options.workers)
+        test, seed, screen = context.set.test, context.options.seed, context.screen
+        workers = processes(test, context.options.workers)
         loading = Loading(context.backbone.shape, context.device, workers=workers)
         context.precision = "fp32"  # for the record: classification and attacks run without autocast
-        result = measure_robustness(
-            model,
-            self._classes(context),
-            context.set.test,
-            self,
-            loading,
-            context.options.seed,
-            context.screen,
+        metrics, details, correct = measure_robustness(
+            model, self._classes(context), test, self, loading, seed, screen
         )
-        by_condition = {k: v for k, v in result.correct.items() if k != "clean"}
-        return TaskResult(
-            result.metrics,
-            result.correct["clean"],
-            model,
-            settings(self) | probe_settings,
-            result.details,
-            by_condition,
-        )
+        clean = correct.pop("clean")
+        return TaskResult(metrics, clean, model, settings | probe_settings, details, correct)
 
     def _classes(self, context: "EvaluationContext") -> list[str]:
         """The class of each logit. Raises ConfigError for a backbone that cannot be evaluated."""

@@ -58,10 +58,10 @@ def fgsm(eps: float) -> Attack:
     return Attack(eps, 1, eps, 0)
 
 
-def pgd(eps: float, steps: int = 20, size: float | None = None, restarts: int = 1) -> Attack:
-    """By default the step size is 2.5 eps / steps, as in Madry et al.: enough to cross the box from any
-    starting point and to move along its faces."""
-    return Attack(eps, steps, 2.5 * eps / steps if size is None else size, restarts)
+def pgd(eps: float, steps: int = 20, restarts: int = 1) -> Attack:
+    """The step size is 2.5 eps / steps, as in Madry et al.: enough to cross the box from any starting point
+    and to move along its faces."""
+    return Attack(eps, steps, 2.5 * eps / steps, restarts)
 
 
 def attacked(

@@ -28,12 +28,6 @@ corruptions.
 """
 
 
-def mean_error(errors: Errors) -> float:
-    """Plain mean over corruptions and severities, in percent, for ImageNet-C or any C-style set. This is NOT
-    mCE."""
-    return float(np.mean([np.mean(e) for e in errors.values()]))
-
-
 def corruption_errors(errors: Errors) -> dict[str, float]:
     """CE by corruption: the mean error over all severities, divided by AlexNet's, in percent. Only for the
     published ImageNet-C, on which AlexNet's errors were measured.
@@ -65,30 +59,24 @@ class Bin(NamedTuple):
     accuracy: float
 
 
-def reliability(
-    confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"], bins: int = 15
-) -> list[Bin]:
-    """The table behind a reliability diagram: equal-width bins of the highest class probability (Guo et al.
-    2017)."""
-    edges = np.linspace(0, 1, bins + 1)
+def reliability(confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> list[Bin]:
+    """The table behind a reliability diagram: 15 equal-width bins of the highest class probability (Guo et
+    al. 2017)."""
+    edges = np.linspace(0, 1, 16)
     index = np.searchsorted(edges[1:-1], confidence)
     rows = []
-    for i in range(bins):
+    for i in range(15):
         inside = index == i
         means = (float(x[inside].mean()) if inside.any() else float("nan") for x in (confidence, correct))
         rows.append(Bin(float(edges[i]), float(edges[i + 1]), int(inside.sum()), *means))
     return rows
 
 
-def ece(confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"], bins: int = 15) -> float:
+def ece(confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> float:
     """Expected calibration error in percent: the mean of |accuracy - confidence| over the bins, weighted by
     their number of predictions."""
-    gaps = [
-        row.count * abs(row.accuracy - row.confidence)
-        for row in reliability(confidence, correct, bins)
-        if row.count
-    ]
-    return 100 * sum(gaps) / len(correct)
+    filled = (row for row in reliability(confidence, correct) if row.count)
+    return 100 * sum(row.count * abs(row.accuracy - row.confidence) for row in filled) / len(correct)
 
 
 def imagenet_classes() -> list[str]:

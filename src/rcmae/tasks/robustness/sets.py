@@ -11,7 +11,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -29,11 +29,12 @@ from ...data.decode import BadImage
 from ...data.files import Files
 from ...data.sources import Source, open_source
 from ...data.views import center
+from ...engine.console import ShowProgress, no_progress
 from ...errors import ConfigError, DataError
 from ..score import Scored
 from .adversarial import Attack, Check, Model, attacked, sanity
 from .corruptions import STANDARD, corrupt
-from .metrics import Errors, columns, imagenet_classes, mean_corruption_error, mean_error
+from .metrics import Errors, columns, imagenet_classes, mean_corruption_error
 
 Labels = Int[np.ndarray, " n"]
 "The index of the correct logit for each image of a source; -1 if unknown: the image is left out."
@@ -48,12 +49,6 @@ CHECKED = 100
 "Number of images for the sanity checks of an attack: each costs about six attacks."
 
 
-@contextmanager
-def no_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar that is not shown."""
-    yield lambda done: None
-
-
 @dataclass(frozen=True)
 class Loading:
     """How images are loaded: resized to `shape` (height, width), onto `device`, in batches of `batch` images,
@@ -66,8 +61,12 @@ class Loading:
     device: torch.device
     batch: int = 64
     workers: int = 0
-    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = no_progress
-    """context manager for each pass over images, like `Screen.progress`"""
+    progress: ShowProgress = no_progress
+    "for each pass over images"
+
+    def view(self) -> View:
+        """The evaluation view of an image."""
+        return functools.partial(_plain, shape=self.shape)
 
     @contextmanager
     def passes(self, what: str, total: int) -> Iterator["Loading"]:
@@ -140,16 +139,14 @@ def predictions(
     view: View,
     loading: Loading,
     variants: int = 1,
-) -> Iterator[tuple[slice, dict[str, Float[Tensor, "b s k"]]]]:
-    """For each batch, its slice of `indices` and each model's logits. `view` makes `variants` views of an
-    image."""
+) -> Iterator[tuple[slice, Float[Tensor, "m b s k"]]]:
+    """For each batch, its slice of `indices` and the logits of the m models. `view` makes `variants` views of
+    an image."""
     first = 0
     for pixels in _images(source, indices, view, loading, variants):
         flat, part = pixels.flatten(0, 1), slice(first, first + len(pixels))  # [b * s, c, h, w]
-        yield (
-            part,
-            {name: model(flat).float().unflatten(0, pixels.shape[:2]) for name, model in models.items()},
-        )
+        logits = torch.stack([model(flat).float() for model in models.values()])
+        yield part, logits.unflatten(1, pixels.shape[:2])
         first = part.stop
 
 
@@ -178,14 +175,12 @@ def clean(models: dict[str, Model], source: Source, labels: Labels, loading: Loa
     """Scores on the unchanged images, in the evaluation view. Images with a label of -1 are left out, as in
     all functions of this module."""
     indices = _known(source, labels)
-    scored = {name: Scored(np.zeros(len(indices), bool), np.zeros(len(indices))) for name in models}
-    view = functools.partial(_plain, shape=loading.shape)
-    for part, logits in predictions(models, source, indices, view, loading):
-        for name, values in logits.items():
-            confidence, predicted = (x[:, 0].cpu().numpy() for x in values.softmax(2).max(2))
-            scored[name].correct[part] = predicted == labels[indices[part]]
-            scored[name].confidence[part] = confidence
-    return scored
+    correct, confidence = (np.zeros((len(models), len(indices)), kind) for kind in (bool, float))
+    for part, logits in predictions(models, source, indices, loading.view(), loading):
+        best = logits[:, :, 0].softmax(2).max(2)  # [m, b]
+        correct[:, part] = best.indices.cpu().numpy() == labels[indices[part]]
+        confidence[:, part] = best.values.cpu().numpy()
+    return {name: Scored(*rows) for name, *rows in zip(models, correct, confidence, strict=True)}
 
 
 # Corruptions.
@@ -210,7 +205,7 @@ class Corrupted:
     @property
     def mean_error(self) -> float:
         """The plain mean over corruptions and severities, in percent; not mCE."""
-        return mean_error(self.errors)
+        return float(np.mean([np.mean(e) for e in self.errors.values()]))
 
     @property
     def mce(self) -> float | None:
@@ -220,16 +215,11 @@ class Corrupted:
 
 
 def _severities(
-    image: UInt8[np.ndarray, "h w c"],
-    index: int,
-    shape: tuple[int, int],
-    corruption: str,
-    severities: tuple[int, ...],
-    seed: int,
+    image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int], corruption: str, seed: int
 ) -> UInt8[Tensor, "s c ch cw"]:
     picture = center(image, shape).permute(1, 2, 0).numpy()
     return torch.from_numpy(
-        np.stack([corrupt(picture, corruption, s, seed, index) for s in severities])
+        np.stack([corrupt(picture, corruption, s, seed, index) for s in SEVERITIES])
     ).permute(0, 3, 1, 2)
 
 
@@ -240,33 +230,35 @@ def corrupted(
     loading: Loading,
     seed: int = 0,
     corruptions: Sequence[str] = STANDARD,
-    severities: tuple[int, ...] = SEVERITIES,
     say: Say = lambda text: None,
 ) -> dict[str, Corrupted]:
     """C-style: the evaluation view of each image is corrupted, once for all models. `say` receives a line
     after each corruption."""
     indices = _known(source, labels)
-    correct: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
+    correct = {c: np.zeros((len(models), len(SEVERITIES), len(indices)), bool) for c in corruptions}
     with loading.passes("corruptions", len(corruptions) * len(indices)) as loading:
         for corruption in corruptions:
-            view = functools.partial(
-                _severities, shape=loading.shape, corruption=corruption, severities=severities, seed=seed
-            )
-            for name in models:
-                correct[name][corruption] = np.zeros((len(severities), len(indices)), bool)
-            for part, logits in predictions(models, source, indices, view, loading, len(severities)):
-                for name, values in logits.items():
-                    correct[name][corruption][:, part] = (
-                        values.argmax(2).cpu().numpy() == labels[indices[part], None]
-                    ).T
-            say(_line(corruption, {name: correct[name][corruption] for name in models}))
-    return {name: Corrupted(C_STYLE, correct[name], published=False) for name in models}
+            view = functools.partial(_severities, shape=loading.shape, corruption=corruption, seed=seed)
+            for part, logits in predictions(models, source, indices, view, loading, len(SEVERITIES)):
+                right = logits.argmax(3).cpu().numpy() == labels[indices[part], None]  # [m, b, s]
+                correct[corruption][:, :, part] = right.swapaxes(1, 2)
+            say(_line(corruption, models, correct[corruption]))
+    return _by_model(models, C_STYLE, correct, published=False)
 
 
-def _line(corruption: str, correct: dict[str, Bool[np.ndarray, "s n"]]) -> str:
+def _by_model(
+    models: dict[str, Model], kind: str, correct: dict[str, Bool[np.ndarray, "m s n"]], published: bool
+) -> dict[str, Corrupted]:
+    return {
+        name: Corrupted(kind, {c: rows[i] for c, rows in correct.items()}, published)
+        for i, name in enumerate(models)
+    }
+
+
+def _line(corruption: str, models: dict[str, Model], correct: Bool[np.ndarray, "m s n"]) -> str:
     cells = [
-        f"{name} {' '.join(f'{100 * (1 - accuracy):.1f}' for accuracy in by_severity.mean(1))}"
-        for name, by_severity in correct.items()
+        f"{name} {' '.join(f'{error:.1f}' for error in 100 * (1 - rows.mean(1)))}"
+        for name, rows in zip(models, correct, strict=True)
     ]
     return f"{corruption}, error by severity in percent: {'; '.join(cells)}"
 
@@ -311,7 +303,7 @@ def imagenet_c(
 ) -> dict[str, Corrupted]:
     """The published set, `root/corruption/severity/wnid/*.JPEG`, with the pixels as stored. Raises DataError
     on reaching a folder with missing images (see `check_imagenet_c`)."""
-    correct: dict[str, dict[str, list[Correct]]] = {name: {c: [] for c in STANDARD} for name in models}
+    parts: dict[str, list[Bool[np.ndarray, "m n"]]] = {c: [] for c in STANDARD}
     folders = _c_folders(root)
     first, _ = published(next(iter(folders.values())), classes, classes)
     with loading.passes(IMAGENET_C, len(folders) * len(first)) as loading:
@@ -323,15 +315,11 @@ def imagenet_c(
                     "names; unpack both again"
                 )
             view = functools.partial(_stored, shape=loading.shape)
-            for name, c in _correct(models, source, labels, view, loading).items():
-                correct[name][corruption].append(c)
+            parts[corruption].append(_correct(models, source, labels, view, loading))
             if severity == SEVERITIES[-1]:
-                say(_line(corruption, {name: np.stack(correct[name][corruption]) for name in models}))
+                say(_line(corruption, models, np.stack(parts[corruption], 1)))
     complete = set(classes) == set(imagenet_classes())
-    return {
-        name: Corrupted(IMAGENET_C, {c: np.stack(parts) for c, parts in correct[name].items()}, complete)
-        for name in models
-    }
+    return _by_model(models, IMAGENET_C, {c: np.stack(rows, 1) for c, rows in parts.items()}, complete)
 
 
 # Published sets in folders.
@@ -373,13 +361,12 @@ def published(root: Path, classes: Sequence[str], wanted: Sequence[str]) -> tupl
 
 def _correct(
     models: dict[str, Model], source: Source, labels: Labels, view: View, loading: Loading
-) -> dict[str, Correct]:
-    """Which images are correct by the largest of all logits."""
+) -> Bool[np.ndarray, "m n"]:
+    """Which images are correct by the largest of all logits, for the m models."""
     indices = _known(source, labels)
-    correct = {name: np.zeros(len(indices), bool) for name in models}
+    correct = np.zeros((len(models), len(indices)), bool)
     for part, logits in predictions(models, source, indices, view, loading):
-        for name, values in logits.items():
-            correct[name][part] = values[:, 0].argmax(1).cpu().numpy() == labels[indices[part]]
+        correct[:, part] = logits[:, :, 0].argmax(2).cpu().numpy() == labels[indices[part]]
     return correct
 
 
@@ -409,14 +396,12 @@ def subset(
     source, labels = published(root, classes, wnids)
     index = torch.from_numpy(columns(classes, wnids)).to(loading.device)
     n = len(labels)
-    correct = {name: SubsetCorrect(np.zeros(n, bool), np.zeros(n, bool)) for name in models}
-    view = functools.partial(_plain, shape=loading.shape)
-    for part, logits in predictions(models, source, np.arange(n), view, loading):
-        for name, values in logits.items():
-            among_200, among_all = index[values[:, 0, index].argmax(1)], values[:, 0].argmax(1)
-            correct[name].among_200[part] = among_200.cpu().numpy() == labels[part]
-            correct[name].among_all[part] = among_all.cpu().numpy() == labels[part]
-    return correct
+    among_200, among_all = (np.zeros((len(models), n), bool) for _ in range(2))
+    for part, logits in predictions(models, source, np.arange(n), loading.view(), loading):
+        values = logits[:, :, 0]  # [m, b, k]
+        among_200[:, part] = index[values[:, :, index].argmax(2)].cpu().numpy() == labels[part]
+        among_all[:, part] = values.argmax(2).cpu().numpy() == labels[part]
+    return {name: SubsetCorrect(*rows) for name, *rows in zip(models, among_200, among_all, strict=True)}
 
 
 def sketch(
@@ -424,7 +409,7 @@ def sketch(
 ) -> dict[str, Correct]:
     """ImageNet-Sketch: 1,000 wnid folders, all classes."""
     source, labels = published(root, classes, imagenet_classes())
-    return _correct(models, source, labels, functools.partial(_plain, shape=loading.shape), loading)
+    return dict(zip(models, _correct(models, source, labels, loading.view(), loading), strict=True))
 
 
 def validation_images(root: Path, classes: Sequence[str]) -> tuple[Files, list[Int[np.ndarray, " k"]]]:
@@ -457,13 +442,13 @@ def real_labels(
     """
     source, real = validation_images(root, classes)
     indices = np.array([i for i, labels in enumerate(real) if len(labels)], dtype=np.int64)
-    correct = {name: np.zeros(len(indices), bool) for name in models}
-    view = functools.partial(_plain, shape=loading.shape)
-    for part, logits in predictions(models, source, indices, view, loading):
-        for name, values in logits.items():
-            predicted = values[:, 0].argmax(1).cpu().numpy()
-            correct[name][part] = [p in real[i] for p, i in zip(predicted, indices[part], strict=True)]
-    return correct
+    right = np.zeros((len(source), len(classes)), bool)
+    for row, labels in zip(right, real, strict=True):
+        row[labels] = True
+    correct = np.zeros((len(models), len(indices)), bool)
+    for part, logits in predictions(models, source, indices, loading.view(), loading):
+        correct[:, part] = right[indices[part], logits[:, :, 0].argmax(2).cpu().numpy()]
+    return dict(zip(models, correct, strict=True))
 
 
 def _timm(name: str) -> str:
@@ -506,7 +491,7 @@ def adversarial(
     if limit is not None and limit < len(indices):
         draws = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"limit")]))
         indices = np.sort(draws.choice(indices, limit, replace=False))
-    view = functools.partial(_plain, shape=loading.shape)
+    view = loading.view()
     conditions = ("clean", *(attack.name for attack in attacks))
     results = {name: Attacked({c: np.zeros(len(indices), bool) for c in conditions}, {}) for name in models}
     first, done = 0, 0

@@ -1,8 +1,7 @@
 """All robustness measurements of a classifier on a labeled set."""
 
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -12,25 +11,8 @@ from ...data.sources import Source, Subset
 from ...engine.console import Screen
 from ..evaluation.robustness import Robustness
 from . import metrics, sets
-from .adversarial import Attack, Model, fgsm, pgd
+from .adversarial import Model, fgsm, pgd
 from .sets import Loading
-
-
-class RobustnessResult(NamedTuple):
-    """Metrics and details for the record, which images were classified correctly in each condition, and for
-    each corrupted set the errors by corruption and severity."""
-
-    metrics: dict[str, float]
-    details: dict[str, Any]
-    correct: dict[str, Bool[np.ndarray, "..."]]
-    errors: dict[str, metrics.Errors]
-
-
-def attacks_of(task: Robustness) -> list[Attack]:
-    """FGSM and PGD at each size."""
-    return [
-        attack for eps in task.eps for attack in (fgsm(eps), pgd(eps, task.pgd_steps, restarts=task.restarts))
-    ]
 
 
 def check(task: Robustness, classes: list[str], shape: tuple[int, int]) -> None:
@@ -56,9 +38,10 @@ def measure_robustness(
     loading: Loading,
     seed: int,
     screen: Screen,
-) -> RobustnessResult:
+) -> tuple[dict[str, float], dict[str, Any], dict[str, Bool[np.ndarray, "..."]]]:
     """Measure accuracy and calibration on the clean images, then corruptions, attacks and published sets as
-    configured in `task`. Raises DataError."""
+    configured in `task`. Returns metrics and details for the record, and which images were classified
+    correctly in each condition. Raises DataError."""
     models: dict[str, Model] = {"model": model.to(loading.device).eval()}
     say, loading = screen.say, replace(loading, progress=screen.progress)
     labels = sets.labels_for(test, classes)
@@ -67,26 +50,25 @@ def measure_robustness(
     correct: dict[str, Any] = {"clean": clean.correct}
     bins = metrics.reliability(clean.confidence, clean.correct)
     details: dict[str, Any] = {"reliability": [row._asdict() for row in bins if row.count]}
-    errors: dict[str, metrics.Errors] = {}
+    by_set: list[sets.Corrupted] = []
     if task.corruptions:
         part = _sample(test, task.corrupted_images, seed)
         part_labels = sets.labels_for(part, classes)
-        corrupted = sets.corrupted(models, part, part_labels, loading, seed, say=say)["model"]
-        scores[f"mean error, {corrupted.kind}"] = corrupted.mean_error
-        errors[corrupted.kind] = corrupted.errors
-        correct |= {f"{name} (C-style)": c for name, c in corrupted.correct.items()}
+        by_set.append(sets.corrupted(models, part, part_labels, loading, seed, say=say)["model"])
     if task.imagenet_c:
-        corrupted = sets.imagenet_c(models, task.imagenet_c, classes, loading, say)["model"]
-        scores["mean error, ImageNet-C"], errors[corrupted.kind] = corrupted.mean_error, corrupted.errors
+        by_set.append(sets.imagenet_c(models, task.imagenet_c, classes, loading, say)["model"])
+    for corrupted in by_set:
+        scores[f"mean error, {corrupted.kind}"] = corrupted.mean_error
         if corrupted.mce is not None:
-            scores["mCE, ImageNet-C"] = corrupted.mce
-        correct |= {f"{name} (ImageNet-C)": c for name, c in corrupted.correct.items()}
-    for name, root in (("a", task.imagenet_a), ("r", task.imagenet_r)):
+            scores[f"mCE, {corrupted.kind}"] = corrupted.mce
+        kind = corrupted.kind.partition(",")[0]
+        correct |= {f"{name} ({kind})": c for name, c in corrupted.correct.items()}
+    for name, root in (("ImageNet-A", task.imagenet_a), ("ImageNet-R", task.imagenet_r)):
         if root:
-            result = sets.subset(models, root, classes, name, loading)["model"]
-            scores[f"ImageNet-{name.upper()}"] = 100 * float(result.among_200.mean())
-            scores[f"ImageNet-{name.upper()}, among all 1,000 classes"] = 100 * float(result.among_all.mean())
-            correct[f"ImageNet-{name.upper()}"] = result.among_200
+            result = sets.subset(models, root, classes, name[-1].lower(), loading)["model"]
+            scores[name] = 100 * float(result.among_200.mean())
+            scores[f"{name}, among all 1,000 classes"] = 100 * float(result.among_all.mean())
+            correct[name] = result.among_200
     for name, root, run in (
         ("ImageNet-Sketch", task.imagenet_sketch, sets.sketch),
         ("ReaL", task.real, sets.real_labels),
@@ -95,7 +77,12 @@ def measure_robustness(
             correct[name] = run(models, root, classes, loading)["model"]
             scores[name] = 100 * float(correct[name].mean())
     if task.attacks:
-        attacks, limit = attacks_of(task), task.attacked_images
+        limit = task.attacked_images
+        attacks = [
+            attack
+            for eps in task.eps
+            for attack in (fgsm(eps), pgd(eps, task.pgd_steps, restarts=task.restarts))
+        ]
         attacked = sets.adversarial(models, test, labels, attacks, loading, limit, seed, say)["model"]
         scores |= {
             name if name != "clean" else "clean, of the attacked images": 100 * float(c.mean())
@@ -106,12 +93,8 @@ def measure_robustness(
             attack: {name: check._asdict() for name, check in checks.items()}
             for attack, checks in attacked.checks.items()
         }
-    return RobustnessResult(scores, details | {"errors": errors}, correct, errors)
-
-
-def settings(task: Robustness) -> dict[str, Any]:
-    """The task's settings as JSON values."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(task).items()}
+    details["errors"] = {corrupted.kind: corrupted.errors for corrupted in by_set}
+    return scores, details, correct
 
 
 def _sample(source: Source, limit: int | None, seed: int) -> Source:
