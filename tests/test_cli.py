@@ -378,7 +378,7 @@ def test_messages_use_the_singular_for_one(tmp_path, capsys):
     main(["check", str(data)])
     out = capsys.readouterr().out
     assert all(
-        text in out for text in ("1 image of", "1 step (1.0 epochs)", "for 1 step. Open", "1 image (folder)")
+        text in out for text in ("1 image of", "1 step (1.0 epochs)", "for 1 step. Open", "read 1 image")
     )
     assert not re.search(r"\b1 (?:images|steps|files|classes)\b", out)
 

@@ -427,10 +427,7 @@ def test_folders_flat_and_nested_and_with_classes(tmp_path):
     classes = open_source(str(fill(tmp_path / "classes", files)))
     assert classes.classes == ["cats", "dogs"]
     assert classes.labels.tolist() == [0, 0, 1, 1, 1]
-    assert (classes.notes, flat.notes) == (
-        (f"left out of {tmp_path / 'classes'}: 1 files of other kinds",),
-        (),
-    )
+    assert (classes.left_out, flat.left_out) == ({".txt": 1, "hidden or system file(s)": 2}, {})
     one = open_source(str(fill(tmp_path / "one", {f"a/{k}": v for k, v in good(2).items()})))
     assert one.labels is None, "a single class is not a label"
     mixed = open_source(str(fill(tmp_path / "mixed", files | good(1))))
@@ -442,7 +439,8 @@ def test_folders_flat_and_nested_and_with_classes(tmp_path):
             )
         )
     )
-    assert len(parts) == 10 and parts.labels is None, "train and val are not classes"
+    assert (len(parts), parts.classes) == (5, ["cats", "dogs"]), "train and val are no classes"
+    assert parts.left_out["image(s) of the validation part"] == 5
 
 
 def test_symbolic_links_do_not_duplicate_images(tmp_path):
@@ -456,7 +454,7 @@ def test_symbolic_links_do_not_duplicate_images(tmp_path):
     (root / "nowhere.png").symlink_to(root / "gone.png")
     source = open_source(str(root))
     assert len(source) == 10
-    assert source.notes == (f"left out of {root}: 3 duplicate links, 2 broken links",)
+    assert source.left_out == {"duplicate link(s)": 1, "loop(s) of links": 2, "broken link(s)": 2}
     outside = fill(tmp_path / "outside", good(4))
     (root / "more").symlink_to(outside)
     assert len(open_source(str(root))) == 14, "a linked folder is followed, once"
@@ -596,12 +594,12 @@ def test_a_hub_row_without_an_image_or_a_label(monkeypatch):
 
 def test_an_invalid_source_is_reported_in_one_line(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"not a tar at all" * 100)
-    (tmp_path / "x.csv").write_text("a")
+    (tmp_path / "x.zip").write_text("a")
     fill(tmp_path / "empty" / "sub", {"notes.md": b"x"})
     for spec, message in (
         (tmp_path / "x.tar", "is not a complete tar file"),
-        (tmp_path / "x.csv", "is none of these: folder, list"),
-        (tmp_path / "empty", r"holds no images \(1 other files\); looked for .jpg"),
+        (tmp_path / "x.zip", "is none of these: folder, list"),
+        (tmp_path / "empty", "holds no images: read 0 images; left out 1: 1 .md; looked for .jpg"),
         (tmp_path / "none", "does not exist"),
     ):
         with pytest.raises(DataError, match=message) as e:
@@ -733,7 +731,7 @@ def test_long_work_shows_its_progress(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Screen, "progress", progress)
     audit(root, val=root, recipe=small(), screen=Screen(True))
-    assert f"{root}: 6 images (folder)" in capsys.readouterr().out
+    assert capsys.readouterr().out == 2 * f"{root}: read 6 images\n"
     assert all(
         6 in ticks_by_task[f"{what} {root}"] or ticks_by_task[f"{what} {root}"] == list(range(6))
         for what in ("reading", "comparing")

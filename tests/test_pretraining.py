@@ -481,7 +481,7 @@ class TrainerWithoutWork(Trainer):
             Path(),
         )
         self.runtime = RuntimeConfig(log_every=log_every, save_every="9d")
-        self.logged, self.saved, self.measured = [], [], []
+        self.logged, self.saved, self.measured, self.unreadable = [], [], [], []
 
     def resume_or_begin(self):
         self.log_every = self.runtime.log_every or default_log_every(self.total)

@@ -69,7 +69,8 @@ def test_a_new_kind_of_source_works_with_every_command(tmp_path, capsys):
     assert "note: stripes lie or stand" in capsys.readouterr().out
     assert main(["check", "stripes:32", "--batch-size", "8", "--json", str(tmp_path / "report.json")]) == 0
     out, report = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
-    assert "note: stripes lie or stand" in out and "stripes:32: 32 images (stripes)" in out
+    assert "note: stripes lie or stand" in out and "stripes:32 (stripes)" in out
+    assert out.count("stripes:32: read 32 images of 2 classes (lying, standing)") == 1
     assert (report["formats"], report["classes"]) == ({"pixels": 32}, {"lying": 16, "standing": 16})
     assert report["widths"] == [32] * 3, "the size of the recipe that the kind of source names"
     common = [

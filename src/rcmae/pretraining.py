@@ -180,6 +180,8 @@ class Pretraining(Trainer):
         mean, std = self.method.statistics
         about = self.description(parameters) | {
             "images": len(self.images),
+            "left_out": dict(self.images.left_out),
+            "notes": list(self.images.notes),
             "data": self.images.fingerprint(),
             "mean": list(mean),
             "std": list(std),
@@ -381,6 +383,7 @@ def open_images(recipe: Recipe, screen: Screen) -> Source:
             size=recipe.images.size,
             tick=lambda fraction: tick(round(100 * fraction)),
         )
+    screen.say(images.summary())
     for note in images.notes:
         screen.say(f"note: {note}")
     batch = recipe.optim.batch_size

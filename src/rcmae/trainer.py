@@ -66,6 +66,8 @@ class Trainer(ABC):
         check_parts(batch_size, self.world.size, self.runtime.accumulate)
         self.steps_per_epoch = len(images) // batch_size
         self.precision = distributed.pick_precision(self.runtime.precision, self.device)
+        self.unreadable: list[BadFiles] = []
+        "the records of unreadable images of this run"
         self.bad = self.bad_files(len(images), "bad_files.jsonl")
         self.metrics: Metrics | None = None
         self.step, self.total, self.skipped, self.seconds, self.last_milestone = 0, 0, 0, 0.0, 0
@@ -226,7 +228,10 @@ class Trainer(ABC):
 
     def bad_files(self, images: int, name: str) -> BadFiles:
         """The record of unreadable images in the run directory."""
-        return BadFiles(self.out, images, self.runtime.max_corrupt_fraction, self.runtime.strict, name)
+        runtime, say = self.runtime, self.screen.say
+        record = BadFiles(self.out, images, runtime.max_corrupt_fraction, runtime.strict, name, say)
+        self.unreadable.append(record)
+        return record
 
     def sampler(self, start: int, stop: int) -> BatchSampler:
         """The image indices of this rank's micro-batches."""
@@ -259,6 +264,9 @@ class Trainer(ABC):
                 self.report_skipped()
                 self.save()
                 raise
+            for record in self.unreadable:
+                if total := record.total():
+                    self.screen.say(f"{how_many(total, 'image')} could not be read: {record.path}")
             if self.world.size > 1:  # an interrupted rank would leave the others waiting
                 return self.finish()
         return self.finish()

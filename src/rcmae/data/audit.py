@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..config import Recipe, how_many
 from ..engine.console import Screen
-from .base import Source
+from .base import Source, reading
 from .decode import FORMATS, BadImage
 from .pixels import moments, read_image
 from .sources import open_source
@@ -31,11 +31,13 @@ SHOWN = 10
 @dataclass(frozen=True)
 class Audit:
     """The results. Sizes are (smallest, median, largest) in pixels; mean and std are per channel, for pixels
-    in 0 to 1."""
+    in 0 to 1. `left_out` counts the files that are no images to read, by reason."""
 
     name: str
     kind: str
     images: int
+    left_out: dict[str, int]
+    notes: list[str]
     formats: dict[str, int]
     modes: dict[str, int]
     widths: tuple[int, int, int]
@@ -98,6 +100,8 @@ def audit(
         sums, squares = sums + mean, squares + square
         if 255 * np.sqrt(np.maximum(square - mean**2, 0)).max() < FLAT:
             constant.append(source.where(i))
+    if unreadable:
+        screen.say(f"{path}: {reading(len(source), source.left_out, len(unreadable))}")
     count = len(sizes)
     mean = sums / max(count, 1)
     heights, widths = (np.array(sizes) if sizes else np.zeros((1, 2), int)).T
@@ -105,6 +109,8 @@ def audit(
         name=path,
         kind=source.kind,
         images=len(source),
+        left_out=dict(source.left_out),
+        notes=list(source.notes),
         formats=dict(formats),
         modes=dict(modes),
         widths=_range(widths),
@@ -131,7 +137,7 @@ def _indexed(path: str, recipe: Recipe, screen: Screen) -> Source:
             recipe.seed,
             lambda fraction: tick(int(100 * fraction)),
         )
-    screen.say(f"{path}: {how_many(len(source), 'image')} ({source.kind})")
+    screen.say(source.summary())
     for note in source.notes:
         screen.say(f"note: {note}")
     return source
@@ -212,11 +218,7 @@ def to_json(result: Audit) -> str:
 
 def render(result: Audit) -> Group:
     """The results for a terminal."""
-    table = Table(
-        title=f"{result.name}: {how_many(result.images, 'image')} ({result.kind})",
-        title_justify="left",
-        show_header=False,
-    )
+    table = Table(title=f"{result.name} ({result.kind})", title_justify="left", show_header=False)
     rows = {
         "formats": _counts(result.formats),
         "modes": _counts(result.modes),

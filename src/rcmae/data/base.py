@@ -4,15 +4,41 @@ A source is an index: names and offsets in a few flat arrays, so that loader pro
 """
 
 import hashlib
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif")
+from ..config import how_many
+
+OPTIONAL = {".heic": "heif", ".heif": "heif", ".hif": "heif", ".jxl": "jxl", ".dcm": "dicom"}
+"Extensions of images that need an extra, with its name."
+
+DECODERS = {"heif": "pillow_heif", "jxl": "pillow_jxl", "dicom": "pydicom"}
+"The module that an extra installs, which decodes its images."
+
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jfif", ".jpe", ".jp2", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"),
+    *(".pgm", ".avif"),  # all of these are decoded by Pillow
+    *OPTIONAL,
+)
+"Extensions of images, in lower case."
+
+
+REASONS = 8
+"Number of reasons for leaving out files that a line names."
+
+
+def missing_extra(extension: str) -> str:
+    """The extra that images with this extension need, if it is not installed; otherwise empty."""
+    extra = OPTIONAL.get(extension, "")
+    return "" if extra == "" or find_spec(DECODERS[extra]) else extra
 
 
 def silent(done: float) -> None:
@@ -50,8 +76,12 @@ class Source(ABC):
     labels: np.ndarray | None = None
     "int64 [n], -1 where unknown; None if there are no labels"
     classes: Sequence[str] = ()
+    why_unlabeled: str = ""
+    "why there are no labels, if that is worth mentioning"
+    left_out: Mapping[str, int] = MappingProxyType({})
+    "the number of files that were found and are not read, by reason, see `reading`"
     notes: Sequence[str] = ()
-    "notes for the user, for example on files that are ignored"
+    "notes for the user"
 
     # --- before opening -------------------------------------------------------------------------------------
 
@@ -93,6 +123,11 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A hash of names and sizes that does not depend on the path of the data."""
 
+    def summary(self) -> str:
+        """The number of images and classes, and of the files left out, on one line."""
+        labeled = 0 if self.labels is None else int((self.labels >= 0).sum())
+        return f"{self.name}: {reading(len(self), self.left_out, 0, self.classes, labeled)}"
+
     def for_probes(self, train: int, test: int, seed: int) -> "tuple[Source, Source] | None":
         """Additional labeled images of the same kind for fitting and testing probes; None to take them from
         this source."""
@@ -112,7 +147,7 @@ class Subset(Source):
     ):
         self.source, self.chosen = source, chosen
         self.name, self.in_memory, self.notes = source.name, source.in_memory, source.notes
-        self.classes = classes or source.classes
+        self.classes, self.left_out = classes or source.classes, source.left_out
         self.labels = labels if labels is not None or source.labels is None else source.labels[chosen]
 
     def __len__(self) -> int:
@@ -153,9 +188,50 @@ def printable(name: bytes) -> str:
 
 def numbered(labels: list[bytes]) -> tuple[Int[np.ndarray, " n"] | None, list[str]]:
     """Labels as class indices, -1 for empty labels, and the names of the classes; (None, []) if there are
-    fewer than two classes."""
-    classes = sorted(set(labels) - {b""})
+    fewer than two classes. Names that differ only in their Unicode normal form are one class."""
+    names = {label: composed(label) for label in set(labels)}
+    classes = sorted(set(names.values()) - {b""})
     if len(classes) < 2:
         return None, []
     index = {c: i for i, c in enumerate(classes)} | {b"": -1}
-    return np.array([index[label] for label in labels], dtype=np.int64), [printable(c) for c in classes]
+    indices = {label: index[name] for label, name in names.items()}
+    return np.array([indices[label] for label in labels], dtype=np.int64), [printable(c) for c in classes]
+
+
+def composed(name: bytes) -> bytes:
+    """A name in Unicode normal form C. macOS writes file names in form D, other systems mostly in form C."""
+    try:
+        return unicodedata.normalize("NFC", name.decode()).encode()
+    except UnicodeDecodeError:
+        return name
+
+
+def no_labels(why: str) -> tuple[str, ...]:
+    """The note for a reason why labels are not used, see `Source.why_unlabeled`."""
+    return (f"no labels are used: {why}",) if why else ()
+
+
+def reading(
+    images: int,
+    left_out: Mapping[str, int],
+    unreadable: int = 0,
+    classes: Sequence[str] = (),
+    labeled: int = 0,
+) -> str:
+    """What is read of the files found, on one line: "read 3,812 images; left out 190: 152 .heic (install the
+    [heif] extra), 30 duplicate links, 8 unreadable".
+
+    `images` include the unreadable ones; `labeled` of them have a label, one of `classes`. "(s)" in a reason
+    stands for the plural.
+    """
+    text = f"read {how_many(images - unreadable, 'image')}"
+    if labeled:
+        more = ", ..." if len(classes) > 4 else ""
+        text += f", {labeled:,} of them" if labeled < images else ""
+        text += f" of {how_many(len(classes), 'class')} ({', '.join(classes[:4])}{more})"
+    counts = sorted(left_out.items(), key=lambda item: -item[1])
+    if len(counts) > REASONS:
+        counts[REASONS - 1 :] = [("others", sum(n for _, n in counts[REASONS - 1 :]))]
+    counts += [("unreadable", unreadable)] if unreadable else []
+    reasons = [f"{n:,} {reason.replace('(s)', '' if n == 1 else 's')}" for reason, n in counts]
+    return f"{text}; left out {sum(n for _, n in counts):,}: {', '.join(reasons)}" if counts else text

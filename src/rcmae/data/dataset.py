@@ -99,8 +99,10 @@ class BadFiles:
         fraction: float = 0.01,
         strict: bool = False,
         name: str = "bad_files.jsonl",
+        say: Callable[[str], None] = lambda text: None,
     ):
-        self.path = run / name
+        """`say` prints a note on the first of them, when it is met."""
+        self.path, self.say = run / name, say
         self.limit, self.images, self.strict = max(10, fraction * images), images, strict
         self.known: set[int] = set()
 
@@ -108,6 +110,8 @@ class BadFiles:
         """Record the unreadable images of a batch. Raises DataError above the limit, or at any if strict,
         even if it is already recorded."""
         for index, where, reason in bad:
+            if not self.known:
+                self.say(f"note: {where} cannot be read ({reason}); {self.path.name} lists all such images")
             if index not in self.known:
                 self._record(index, where, reason)
             if self.strict:
@@ -119,6 +123,10 @@ class BadFiles:
                     f"{len(self.known)} of {self.images} images cannot be read, for example {where} "
                     f"({reason}); all are listed in {self.path}; raise --max-corrupt-fraction to continue"
                 )
+
+    def total(self) -> int:
+        """The number of unreadable images so far, over all ranks and resumes."""
+        return len(self._recorded()) if self.path.is_file() else 0
 
     def _recorded(self) -> set[int]:
         return {json.loads(line)["index"] for line in self.path.read_bytes().splitlines()}

@@ -1,23 +1,16 @@
-"""Image files: a folder of them, or a list."""
+"""Image files in a folder."""
 
-import codecs
 import errno
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import DataError
-from .base import EXTENSIONS, OpenOptions, Source, Strings, numbered, printable
-
-PARTS = {b"train", b"val", b"valid", b"validation", b"test"}
-"Folder names that denote parts of a data set, not classes."
-
-TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test")
-"Names of the two parts of a labeled set, as folders or shards (`train-000.tar`)."
+from .base import EXTENSIONS, OpenOptions, Source, Strings, no_labels, numbered, printable, reading
+from .layout import TESTING, ImageFilter, divide, hidden, part_of, select
 
 
 class Files(Source):
@@ -33,10 +26,14 @@ class Files(Source):
         sizes: list[int],
         labels: list[bytes],
         notes: tuple[str, ...] = (),
+        left_out: Mapping[str, int] | None = None,
+        why_unlabeled: str = "",
     ):
-        self.name, self.root, self.notes = name, os.fsencode(root), notes
+        self.name, self.root = name, os.fsencode(root)
         self.names, self.sizes = Strings(names), np.array(sizes, dtype=np.int64)
         self.labels, self.classes = numbered(labels)
+        self.left_out, self.why_unlabeled = left_out or {}, why_unlabeled
+        self.notes = (*notes, *no_labels(why_unlabeled))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -66,113 +63,114 @@ class Folder(Files):
 
     @classmethod
     def open(cls, spec: str, options: OpenOptions) -> "Folder":
-        names, sizes = [], []
-        ignored = Counter[str]()
-        for name, size in _walk(os.fsencode(spec), ignored, options.tick):
-            if name.lower().endswith(tuple(e.encode() for e in EXTENSIONS)):
-                names.append(name)
-                sizes.append(size)
-            else:
-                ignored["files of other kinds"] += 1
+        """If the folder is divided into parts, those for testing are left out."""
+        names: list[bytes] = []
+        sizes: list[int] = []
+        links: list[int] = []
+        found = ImageFilter()
+        for name, size, linked in _walk(os.fsencode(spec), found, options.tick):
+            if linked:
+                links.append(len(names))
+            names.append(name)
+            sizes.append(size)
         if not names:
             raise DataError(
-                f"{spec} holds no images ({ignored.total()} other files); looked for {' '.join(EXTENSIONS)}"
+                f"{spec} holds no images: {reading(0, found.left_out)}; looked for {' '.join(EXTENSIONS)}"
             )
-        tops = [name.split(b"/")[0] if b"/" in name else b"" for name in names]
-        labeled = all(tops) and not set(tops) <= PARTS  # all images in subfolders that are not parts
-        labels = tops if labeled else [b""] * len(tops)
-        counts = ", ".join(f"{n:,} {kind}" for kind, n in ignored.items())
-        notes = (f"left out of {spec}: {counts}",) if ignored else ()
-        return cls(spec, Path(spec), names, sizes, labels, notes)
+        chosen, labels, why, notes = select(names, links, found)
+        names, sizes = [names[i] for i in chosen], [sizes[i] for i in chosen]
+        return cls(spec, Path(spec), names, sizes, labels, notes, found.left_out, why)
 
     @classmethod
     def parts(cls, spec: str) -> tuple[str, str] | None:
-        return parts_of_folder(spec)
+        """Raises DataError if there is no part for testing, or several folders for one part."""
+        root, folders = Path(spec), _image_folders(Path(spec))
+        while len(folders) == 1 and not part_of(folders[0]):
+            root, folders = root / folders[0], _image_folders(root / folders[0])
+        if not any(part_of(name) == "train" for name in folders):
+            return None
+        if len(folders) == 1:
+            raise DataError(
+                f"{spec} only holds {folders[0]}/; give the other part with --val, or split the training "
+                f"images with --data {root / folders[0]}"
+            )
+        parts = divide({name: _image_folders(root / name) for name in folders})
+        found = {part: [name for name, p in parts.items() if p == part] for part in ("train", *TESTING)}
+        testing = found["val"] or found["test"]
+        if len(found["train"]) > 1 or len(testing) > 1:
+            names = ", ".join([*found["train"], *testing])
+            raise DataError(f"{spec} has several folders for a part ({names}); choose with --data and --val")
+        return (str(root / found["train"][0]), str(root / testing[0])) if parts and testing else None
 
 
-def _walk(root: bytes, ignored: Counter[str], tick: Callable[[float], None]) -> Iterator[tuple[bytes, int]]:
-    """Sorted names below the root, with sizes, without hidden ones. Each file and folder appears once, even
-    if there are links to it.
+def _walk(
+    root: bytes, found: ImageFilter, tick: Callable[[float], None]
+) -> Iterator[tuple[bytes, int, bool]]:
+    """Sorted names of the images below the root, with their sizes, and whether it is a further link to an
+    image that came before.
 
-    Links that are left out are counted in `ignored`.
+    Links are followed, except to a folder that contains them. What is left out is counted in `found`.
     """
-    visited: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int]] = set()
 
-    def walk(folder: bytes, prefix: bytes, done: float, fraction: float) -> Iterator[tuple[bytes, int]]:
+    def walk(
+        folder: bytes, prefix: bytes, above: frozenset[tuple[int, int]], done: float, fraction: float
+    ) -> Iterator[tuple[bytes, int, bool]]:
         with os.scandir(folder) as listing:
-            entries = sorted((e for e in listing if not e.name.startswith(b".")), key=lambda e: e.name)
+            entries = sorted(listing, key=lambda e: e.name)
         for number, entry in enumerate(entries):
             before = done + fraction * number / len(entries)
             tick(before)
+            if found.is_hidden(entry.name):
+                continue
             try:
                 stat = entry.stat()
             except OSError as e:
                 if e.errno in (errno.ENOENT, errno.ELOOP):
-                    ignored["broken links"] += 1
+                    found.left_out["broken link(s)"] += 1
                     continue
                 raise
-            if (stat.st_dev, stat.st_ino) in visited:
-                ignored["duplicate links"] += 1
-                continue
-            visited.add((stat.st_dev, stat.st_ino))
+            identity = stat.st_dev, stat.st_ino
             if entry.is_dir():
-                yield from walk(entry.path, prefix + entry.name + b"/", before, fraction / len(entries))
-            elif entry.is_file():
-                yield prefix + entry.name, stat.st_size
+                if identity in above:
+                    found.left_out["loop(s) of links"] += 1
+                else:
+                    yield from walk(
+                        entry.path,
+                        prefix + entry.name + b"/",
+                        above | {identity},
+                        before,
+                        fraction / len(entries),
+                    )
+            elif not entry.is_file():
+                found.left_out["special file(s)"] += 1
+            elif found.takes(name := prefix + entry.name):
+                yield name, stat.st_size, identity in seen
+                seen.add(identity)
 
     stat = os.stat(root)  # noqa: PTH116 - bytes
-    visited.add((stat.st_dev, stat.st_ino))
-    return walk(root, b"", 0.0, 1.0)
+    return walk(root, b"", frozenset({(stat.st_dev, stat.st_ino)}), 0.0, 1.0)
 
 
-def parts_of_folder(spec: str) -> tuple[str, str] | None:
-    """The training and test part of a folder, as folders or shards; None if it is not divided. Raises
-    DataError if there is only train/."""
-    root = Path(spec)
-    for train in TRAIN:
-        for test in TEST:
-            if (root / train).is_dir() and (root / test).is_dir():
-                return str(root / train), str(root / test)
-            if any(root.glob(f"{train}*.tar")) and any(root.glob(f"{test}*.tar")):
-                return str(root / f"{train}*.tar"), str(root / f"{test}*.tar")
-    if (
-        any((root / train).is_dir() for train in TRAIN)
-        and len([p for p in root.iterdir() if p.is_dir()]) == 1
-    ):
-        raise DataError(
-            f"{spec} only holds train/; give the other part with --val, or split the training images with "
-            f"--data {spec}/train"
-        )
-    return None
+def _image_folders(folder: Path) -> list[str]:
+    """The subfolders that hold images, in any depth; others, such as annotations, are no parts of a set."""
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not hidden(os.fsencode(e.name)))
+    found = ImageFilter()
+    return [n for n in names if any(found.takes(os.fsencode(f.name)) for f in files_below(folder / n, found))]
 
 
-class ListFile(Files):
-    """The files listed in a text file: one relative path per line, optionally a tab and a label."""
-
-    form, kind = "list file (.txt)", "list"
-
-    @classmethod
-    def matches(cls, spec: str) -> bool:
-        return Path(spec).suffix == ".txt" and Path(spec).is_file()
-
-    @classmethod
-    def open(cls, spec: str, options: OpenOptions) -> "ListFile":
-        root = Path(spec).parent
-        names, sizes, labels = [], [], []
-        lines = Path(spec).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-        for number, line in enumerate(lines, 1):
-            options.tick(number / len(lines))
-            if not line.strip():
-                continue
-            name, _, label = line.partition(b"\t")
-            try:
-                sizes.append(os.stat(os.path.join(os.fsencode(root), name)).st_size)  # noqa: PTH116, PTH118
-            except (FileNotFoundError, ValueError):  # ValueError: a null byte
-                raise DataError(
-                    f"{spec} line {number}: {printable(name)} does not exist; paths are relative to the list"
-                ) from None
-            names.append(name)
-            labels.append(label.strip())
-        if not names:
-            raise DataError(f"{spec} lists no images; write one path per line, optionally a tab and a label")
-        return cls(spec, root, names, sizes, labels)
+def files_below(folder: str | Path, found: ImageFilter) -> Iterator[os.DirEntry[str]]:
+    """All files in a folder and its subfolders, in no particular order. Hidden ones are counted in
+    `found`."""
+    pending, visited = [os.fspath(folder)], set[tuple[int, int]]()
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if found.is_hidden(os.fsencode(entry.name)):
+                    continue
+                if not entry.is_dir():
+                    yield entry
+                elif (identity := (entry.stat().st_dev, entry.stat().st_ino)) not in visited:
+                    visited.add(identity)
+                    pending.append(entry.path)

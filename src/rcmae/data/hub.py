@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError, first_line, optional
-from .base import OpenOptions, Source
+from .base import OpenOptions, Source, no_labels
+from .layout import MULTI_LABEL, part_of
 
 SCHEME = "hub:"
 
@@ -33,12 +34,13 @@ class Hub(Source):
             splits = optional("datasets", "hub").get_dataset_split_names(spec.removeprefix(SCHEME))
         except (OSError, ValueError) as e:
             raise DataError(f"{spec} cannot be loaded: {type(e).__name__}: {e}") from e
-        for test in ("validation", "val", "test"):
-            if test in splits:
-                return f"{spec}:train", f"{spec}:{test}"
+        by_part = {part_of(split): split for split in reversed(splits)}
+        testing = by_part.get("val") or by_part.get("test")
+        if "train" in by_part and testing:
+            return f"{spec}:{by_part['train']}", f"{spec}:{testing}"
         raise DataError(
-            f"{spec} has no split named validation or test (it has {', '.join(splits)}); choose one with "
-            f"--val {SCHEME}NAME:SPLIT"
+            f"{spec} has no split for training and one for validation or test (it has {', '.join(splits)}); "
+            f"choose them with --data and --val {SCHEME}NAME:SPLIT"
         )
 
     def __init__(self, name: str):
@@ -52,7 +54,13 @@ class Hub(Source):
         self.column = next((k for k, v in kinds.items() if type(v).__name__ == "Image"), None)
         if self.column is None:
             raise DataError(f"{name} has no image column; its columns are {', '.join(kinds)}")
-        label = next((k for k, v in kinds.items() if type(v).__name__ == "ClassLabel"), None)
+        label, *others = [k for k, v in kinds.items() if type(v).__name__ == "ClassLabel"] or [None]
+        multiple = [k for k, v in kinds.items() if type(getattr(v, "feature", None)).__name__ == "ClassLabel"]
+        if others:
+            self.notes = (f"labels are the column {label} of {name}, not {', '.join(others)}",)
+        elif multiple and label is None:
+            self.why_unlabeled = MULTI_LABEL.format("an image", f"column {multiple[0]} of {name}")
+            self.notes = no_labels(self.why_unlabeled)
         self.name = name
         self.classes = kinds[label].names if label else []
         self.labels = (

@@ -9,20 +9,28 @@ from jaxtyping import Int
 from ..config import how_many
 from ..errors import DataError
 from .base import Source, Subset
-from .sources import kind_of, open_source
+from .sources import open_source, parts_of
 
 TEST_EVERY = 5
 "Without a validation part, every fifth image of each class is held out."
 
+NO_LABELS = (
+    ", or only one class: there must be a folder for each class, a list with labels, or shards with .cls or "
+    ".json files"
+)
+
 
 @dataclass(frozen=True)
 class Labeled:
-    """Two parts with labels from 0 to len(classes) - 1, and notes for the user."""
+    """Two parts with labels from 0 to len(classes) - 1."""
 
     train: Subset
     test: Subset
     classes: list[str]
     notes: tuple[str, ...] = ()
+    "notes for the user"
+    read: tuple[str, ...] = ()
+    "a line for each source: what was read of it, and what was left out"
 
 
 def open_labeled(
@@ -31,14 +39,13 @@ def open_labeled(
     """Open `data` that has a training and a test part, such as a folder with train/ and val/, or one labeled
     set, with `val` as its test part.
 
-    Without `val`, one set is split: every fifth image of each class is for testing. For an already trained
-    classifier, `tested` is the start of the fingerprint of its test images: if they are the same, it is
-    tested on them, since it was trained on the others, otherwise on all. `size` is that of generated
-    images. Raises DataError if there are no labels, fewer than two classes, or test classes that the training
-    part lacks.
+    Of a `val` that is itself divided, the test part is used. Without `val`, one set is split: every fifth
+    image of each class is for testing. For an already trained classifier, `tested` is the start of the
+    fingerprint of its test images: if they are the same, it is tested on them, since it was trained on the
+    others, otherwise on all. `size` is that of generated images. Raises DataError if there are no labels,
+    fewer than two classes, too few images to split, or test classes that the training part lacks.
     """
-    kind = kind_of(data)
-    parts = (data, val) if val else kind.parts(data) if kind else None
+    parts = (data, (parts_of(val) or (val, val))[1]) if val else parts_of(data)
     if parts:
         return _join(*(open_source(part, channels, size) for part in parts))
     source = open_source(data, channels, size)
@@ -48,20 +55,37 @@ def open_labeled(
         held_out[np.flatnonzero(labels == label)[TEST_EVERY - 1 :: TEST_EVERY]] = True
     known = labels >= 0
     train, test = (Subset(source, np.flatnonzero(part & known)) for part in (~held_out, held_out))
-    note = f"{data} has no validation part: every {TEST_EVERY}th image of each class is held out for testing"
+    notes = [
+        f"{data} has no validation part: every {TEST_EVERY}th image of each class is held out for testing"
+    ]
     if tested is not None and not (tested and test.fingerprint().startswith(tested)):
         train = test = Subset(source, np.flatnonzero(known))
-        note = (
+        notes = [
             f"{data} has no validation part: testing on all images, possibly including the classifier's "
             "training images"
-        )
-    return _checked(train, test, (note, *_unlabeled(source, labels)))
+        ]
+    elif few := _too_few(source, labels):
+        if not len(test):
+            raise DataError(
+                f"{data} has too few images of each class to hold out every {TEST_EVERY}th: {few}; add "
+                "images, or give others for testing with --val"
+            )
+        notes.append(f"classes with too few images to hold out every {TEST_EVERY}th are not tested: {few}")
+    return _checked(train, test, (*notes, *_unlabeled(source, labels)), (source,))
+
+
+def _too_few(source: Source, labels: Int[np.ndarray, " n"]) -> str:
+    """The classes of which no image is held out, with their numbers of images."""
+    counts = np.bincount(labels[labels >= 0], minlength=len(source.classes))
+    pairs = zip(source.classes, counts.tolist(), strict=True)
+    return _some([f"{name} has {count}" for name, count in pairs if count < TEST_EVERY])
 
 
 def _join(train: Source, test: Source) -> Labeled:
     """Two sources, with the test labels renumbered by class name to those of the training part."""
     index = {name: i for i, name in enumerate(train.classes)}
-    train_labels, test_labels = _labels(train), _labels(test)
+    train_labels = _labels(train)
+    test_labels = _labels(test, f"; give other images with --val, or split those of --data {train.name}")
     if unknown := [name for name in test.classes if name not in index]:
         raise DataError(
             f"{test.name} has {_count(unknown)} that {train.name} lacks: {_some(unknown)}; the class folders "
@@ -73,15 +97,14 @@ def _join(train: Source, test: Source) -> Labeled:
         Subset(train, known[0], train_labels[known[0]], train.classes),
         Subset(test, known[1], renumbered[test_labels[known[1]]], train.classes),
     )
-    return _checked(*parts, (*_unlabeled(train, train_labels), *_unlabeled(test, test_labels)))
+    notes = (*_unlabeled(train, train_labels), *_unlabeled(test, test_labels), *_untested(parts[1]))
+    return _checked(*parts, notes, (train, test))
 
 
-def _labels(source: Source) -> Int[np.ndarray, " n"]:
+def _labels(source: Source, advice: str = "") -> Int[np.ndarray, " n"]:
     if source.labels is None:
-        raise DataError(
-            f"{source.name} has no labels, or only one class: there must be a folder for each class, or "
-            "shards with .cls files"
-        )
+        why = f": {source.why_unlabeled}" if source.why_unlabeled else NO_LABELS
+        raise DataError(f"{source.name} has no labels{why}{advice}")
     if (largest := source.labels.max(initial=-1)) >= len(source.classes):
         image = source.where(int(source.labels.argmax()))
         raise DataError(
@@ -91,18 +114,22 @@ def _labels(source: Source) -> Int[np.ndarray, " n"]:
     return source.labels
 
 
-def _checked(train: Subset, test: Subset, notes: tuple[str, ...]) -> Labeled:
+def _checked(train: Subset, test: Subset, notes: tuple[str, ...], sources: tuple[Source, ...]) -> Labeled:
     for part in (train, test):
         if not len(part):
             raise DataError(f"{part.name} has no labeled image")
-    classes, train_labels, test_labels = list(train.classes), _labels(train), _labels(test)
+    classes, train_labels = list(train.classes), _labels(train)
     if len(np.unique(train_labels)) < 2:
         raise DataError(f"{train.name} has images of only one class ({classes[train_labels[0]]})")
     if missing := [classes[i] for i in np.setdiff1d(np.arange(len(classes)), train_labels)]:
         raise DataError(f"{train.name} has no image of {_count(missing)}: {_some(missing)}")
-    if untested := [classes[i] for i in np.setdiff1d(np.arange(len(classes)), test_labels)]:
-        notes = (*notes, f"{test.name} has no test image of {_count(untested)}: {_some(untested)}")
-    return Labeled(train, test, classes, (*notes, *dict.fromkeys([*train.notes, *test.notes])))
+    notes += tuple(dict.fromkeys([*train.notes, *test.notes]))
+    return Labeled(train, test, classes, notes, tuple(source.summary() for source in sources))
+
+
+def _untested(test: Subset) -> tuple[str, ...]:
+    untested = [test.classes[i] for i in np.setdiff1d(np.arange(len(test.classes)), _labels(test))]
+    return (f"{test.name} has no test image of {_count(untested)}: {_some(untested)}",) if untested else ()
 
 
 def _unlabeled(source: Source, labels: Int[np.ndarray, " n"]) -> tuple[str, ...]:

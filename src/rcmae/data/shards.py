@@ -1,11 +1,14 @@
 """Tar shards in the WebDataset layout, indexed once for random access."""
 
-import fnmatch
 import glob
 import hashlib
+import json
 import os
+import posixpath
+import re
 import tarfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,25 @@ import numpy as np
 
 from ..config import how_many
 from ..errors import DataError
-from .base import EXTENSIONS, OpenOptions, Source, Strings, numbered, printable
-from .files import parts_of_folder
+from .base import EXTENSIONS, OpenOptions, Source, Strings, no_labels, numbered, printable, reading
+from .files import files_below
+from .layout import LABEL_NAMES, TESTING, ImageFilter, part_of, select
 
 OPEN_SHARDS = 64
 "Open shards per process; systems typically allow 1,024 open files."
 
 
+LARGEST_LABEL = 2**20
+"Bytes that are read of a .cls or .json file."
+
+_LABEL_KEY = re.compile(rb'"(' + "|".join(LABEL_NAMES).encode() + rb')"\s*:', re.IGNORECASE)
+
+
 class Shards(Source):
-    """Images in tar files, with labels in .cls files next to them."""
+    """Images in tar files, with labels in the .cls or .json files of their samples, or in class folders.
+
+    As in WebDataset, files whose names are the same up to the first dot are a sample.
+    """
 
     form, kind = "tar shards (folder or pattern)", "tar"
 
@@ -32,57 +45,70 @@ class Shards(Source):
         names: list[bytes],
         extents: list[tuple[int, int, int]],
         labels: list[bytes],
+        notes: tuple[str, ...] = (),
+        left_out: Mapping[str, int] | None = None,
+        why_unlabeled: str = "",
     ):
         """`extents`: for each image the index of its shard, and its offset and size in bytes."""
         self.name, self.shards = name, [str(s) for s in shards]
         self.names, self.extents = Strings(names), np.array(extents, dtype=np.int64)
         self.labels, self.classes = numbered(labels)
+        self.left_out, self.why_unlabeled = left_out or {}, why_unlabeled
+        self.notes = (*notes, *no_labels(why_unlabeled))
         self.opened: OrderedDict[int, int] = OrderedDict()
 
     @classmethod
     def matches(cls, spec: str) -> bool:
-        return bool(tars_of(spec))
+        return bool(tars_of(_part(spec)[0], ImageFilter()))
 
     @classmethod
     def open(cls, spec: str, options: OpenOptions) -> "Shards":
-        shards = tars_of(spec)
-        names, extents, labels = [], [], []
+        """If the shards, or the folders in them, are parts of a set, those for testing are left out, unless
+        the spec ends with the name of a part: "shards:val"."""
+        found, (base, part) = ImageFilter(), _part(spec)
+        shards = tars_of(base, found)
+        kinds = _parts(shards)
+        by_shard = part in kinds.values() if part else _is_divided(kinds)
+        if by_shard:
+            if not part:
+                testing = Counter(TESTING[kind] for kind in kinds.values() if kind in TESTING)
+                found.left_out.update({f"shard(s) of the {kind} part": n for kind, n in testing.items()})
+            shards = [s for s, kind in kinds.items() if (kind == part if part else kind not in TESTING)]
+        names: list[bytes] = []
+        labels: list[bytes] = []
+        extents: list[tuple[int, int, int]] = []
+        links: list[int] = []
         for number, shard in enumerate(shards):
-            classes: dict[bytes, bytes] = {}
-            images: list[tuple[bytes, int, int]] = []
-            total = max(shard.stat().st_size, 1)
             try:
-                with tarfile.open(shard, "r:") as tar:
-                    for member in tar:
-                        options.tick((number + min(1, member.offset / total)) / len(shards))
-                        name = os.fsencode(member.name)
-                        key, _, extension = name.rpartition(b".")
-                        if not member.isfile():
-                            continue
-                        if extension == b"cls" and (file := tar.extractfile(member)):
-                            classes[key] = file.read(256).strip()
-                        elif b"." + extension.lower() in (e.encode() for e in EXTENSIONS):
-                            images.append((name, member.offset_data, member.size))
+                samples = _samples(shard, found, lambda done: options.tick((number + done) / len(shards)))  # noqa: B023
             except PermissionError:
                 raise
             except (tarfile.TarError, EOFError, OSError) as e:
                 raise DataError(
                     f"{shard} is not a complete tar file ({e}); compressed shards must be unpacked to .tar"
                 ) from e
-            for name, offset, size in images:
+            for name, offset, size, label in samples:
+                if extents and extents[-1][:2] == (number, offset):
+                    links.append(len(names))
                 names.append(name)
                 extents.append((number, offset, size))
-                labels.append(classes.get(name.rpartition(b".")[0], b""))
-        if not names:
+                labels.append(label)
+        paths = [name.removeprefix(b"./") for name in names]
+        chosen, labels, why, notes = select(paths, links, found, labels, "" if by_shard else part)
+        if not chosen:
             raise DataError(
-                f"{spec} holds no images in {how_many(len(shards), 'tar file')}; looked for "
-                f"{' '.join(EXTENSIONS)}"
+                f"{spec} holds no images in {how_many(len(shards), 'tar file')}: "
+                f"{reading(0, found.left_out)}; looked for {' '.join(EXTENSIONS)}"
             )
-        return cls(spec, shards, names, extents, labels)
+        names, extents = [names[i] for i in chosen], [extents[i] for i in chosen]
+        return cls(spec, shards, names, extents, labels, notes, found.left_out, why)
 
     @classmethod
     def parts(cls, spec: str) -> tuple[str, str] | None:
-        return parts_of_folder(spec) if Path(spec).is_dir() else None
+        kinds = _parts(tars_of(_part(spec)[0], ImageFilter()))
+        if _part(spec)[1] or not _is_divided(kinds):
+            return None
+        return f"{spec}:train", f"{spec}:{next(kind for kind in TESTING if kind in kinds.values())}"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -108,45 +134,151 @@ class Shards(Source):
         return digest.hexdigest()
 
 
-def tars_of(spec: str) -> list[Path]:
-    """The tar files of a spec: a file, a pattern, or a folder that holds only tar files. Raises DataError if
-    some are missing."""
-    path = Path(spec)
-    if path.suffix == ".tar" and path.is_file():
-        return [path]
-    if path.is_dir():
-        tars = []
-        with os.scandir(path) as entries:
-            for entry in entries:  # stops at the first image or subfolder
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir() or Path(entry.name).suffix.lower() in EXTENSIONS:
-                    return []
-                tars += [Path(entry.path)] if entry.name.endswith(".tar") else []
-        return sorted(tars)
+def _samples(
+    shard: Path, found: ImageFilter, tick: Callable[[float], None]
+) -> list[tuple[bytes, int, int, bytes]]:
+    """The image of each sample in a shard, in the order of their data: name, offset, size, and label (empty
+    for none). `tick` is called with the fraction read.
+
+    Links are resolved. Raises the errors of tarfile and OSError.
+    """
+    images: dict[bytes, tuple[tuple[int, bytes], bytes, int, int]] = {}
+    labels: dict[bytes, bytes] = {}
+    texts: dict[bytes, bytes] = {}
+    total = max(shard.stat().st_size, 1)
+    with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+
+        def add(name: bytes, offset: int, size: int) -> None:
+            folder, slash, base = name.rpartition(b"/")
+            stem, _, suffix = base.partition(b".")
+            key, suffix = folder + slash + stem, suffix.lower()
+            if suffix in (b"cls", b"json"):
+                file.seek(offset)
+                content = file.read(min(size, LARGEST_LABEL))
+                if suffix == b"cls":
+                    labels[key] = content.strip()
+                elif label := _json_label(content, found):
+                    texts[key] = label
+            elif found.takes(name.removeprefix(b"./")):
+                # The plainest extension is that of the image: .jpg rather than .seg.png.
+                image = ((suffix.count(b"."), suffix), name, offset, size)
+                if other := images.get(key):
+                    found.left_out["further image(s) of a sample"] += 1
+                images[key] = min(image, other or image)
+
+        links = []
+        for member in tar:
+            tick(min(1, member.offset / total))
+            name = os.fsencode(member.name)
+            if member.isdir() or any(map(found.is_hidden, name.removeprefix(b"./").split(b"/"))):
+                continue
+            if member.isfile():
+                add(name, member.offset_data, member.size)
+            elif member.islnk() or member.issym():
+                links.append(member)
+            else:
+                found.left_out["special file(s)"] += 1
+        members = {posixpath.normpath(m.name): m for m in tar.getmembers()} if links else {}
+        for member in links:
+            if target := _target(members, member):
+                add(os.fsencode(member.name), target.offset_data, target.size)
+            else:
+                found.left_out["broken link(s)"] += 1
+    labels = texts | labels
+    found.left_out.update("label(s) without an image" for key in labels if key not in images)
+    return sorted(
+        ((name, offset, size, labels.get(key, b"")) for key, (_, name, offset, size) in images.items()),
+        key=lambda sample: sample[1],
+    )
+
+
+def _target(members: dict[str, tarfile.TarInfo], link: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """The file that a link in a tar file leads to, over any number of links; None if there is none."""
+    for _ in range(20):
+        path = link.linkname
+        if link.issym():
+            path = posixpath.join(posixpath.dirname(link.name), path)
+        target = members.get(posixpath.normpath(path))
+        if target is None or target.isfile():
+            return target
+        link = target
+    return None
+
+
+def _json_label(content: bytes, found: ImageFilter) -> bytes:
+    """The label in the JSON file of a sample, empty if it has none; several are separated by "|"."""
+    if not _LABEL_KEY.search(content):
+        return b""
+    try:
+        values = json.loads(content)
+    except ValueError:
+        found.left_out["damaged .json"] += 1
+        return b""
+    by_name = {key.lower(): value for key, value in values.items()} if isinstance(values, dict) else {}
+    label: Any = next((by_name[name] for name in LABEL_NAMES if by_name.get(name) is not None), [])
+    return "|".join(map(str, label if isinstance(label, list) else [label])).encode()
+
+
+def _part(spec: str) -> tuple[str, str]:
+    """A spec without the name of a part at its end, and the part: ("shards", "val") for "shards:val"."""
+    match = re.fullmatch("(.+):(train|val|test)", spec, re.DOTALL)
+    return (match[1], match[2]) if match and not Path(spec).exists() else (spec, "")
+
+
+def _parts(shards: list[Path]) -> dict[Path, str]:
+    """The part of a set that each shard is called after, or a folder below the one that all are in."""
+    shared = os.path.commonpath([shard.parent for shard in shards]) if shards else ""
+    return {shard: part_of(str(shard.relative_to(shared))) for shard in shards}
+
+
+def _is_divided(kinds: Mapping[Path, str]) -> bool:
+    """Whether there are shards for training and others for testing."""
+    return "train" in kinds.values() and not TESTING.keys().isdisjoint(kinds.values())
+
+
+def tars_of(spec: str, found: ImageFilter) -> list[Path]:
+    """The tar files of a spec: a file, a pattern, or a folder that holds tar files and no images. Raises
+    DataError if some are missing.
+
+    Other files of a folder are counted in `found`.
+    """
+    if Path(spec).is_dir():
+        return _tars_below(spec, found)
     patterns = _expand_braces(spec)
-    missing = [p for p in patterns if len(patterns) > 1 and not glob.has_magic(p) and not Path(p).exists()]
-    if missing:
+    matching = {pattern: _matching(pattern) for pattern in patterns}
+    missing = [pattern for pattern, paths in matching.items() if not paths]
+    if missing and len(patterns) > 1:
         raise DataError(
             f"{missing[0]} does not exist ({len(missing)} of {len(patterns)} shards of {spec} are missing)"
         )
-    return sorted(
-        Path(path)
-        for pattern in patterns
-        for path in glob.glob(pattern)  # noqa: PTH207 - patterns may be absolute
-        if fnmatch.fnmatch(path, "*.tar")
-    )
+    return sorted(path for paths in matching.values() for path in paths if path.suffix == ".tar")
+
+
+def _tars_below(folder: str, found: ImageFilter) -> list[Path]:
+    """The tar files in a folder and its subfolders; none if there is an image."""
+    tars = []
+    for entry in files_below(folder, found):
+        if entry.name.endswith(".tar"):
+            tars.append(Path(entry.path))
+        elif found.takes(os.fsencode(entry.name)):
+            return []
+    return sorted(tars)
+
+
+def _matching(pattern: str) -> list[Path]:
+    """The files of a pattern. Brackets in the name of a file or folder that exists are no pattern."""
+    path = Path(pattern)
+    if path.exists():
+        return [path]
+    parent = next(folder for folder in path.parents if folder.exists())
+    whole = os.path.join(glob.escape(str(parent)), path.relative_to(parent))  # noqa: PTH118
+    return [Path(found) for found in glob.glob(whole)]  # noqa: PTH207 - unlike Path.glob, leaves out hidden files
 
 
 def _expand_braces(spec: str) -> list[str]:
     """The file names of WebDataset's 'x-{000..003}.tar'."""
-    head, brace, rest = spec.partition("{")
-    inner, closed, tail = rest.partition("}")
-    first, dots, last = inner.partition("..")
-    if not (brace and closed and dots and first.isdigit() and last.isdigit()):
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
+    if not found:
         return [spec]
-    return [
-        f"{head}{i:0{len(first)}d}{end}"
-        for i in range(int(first), int(last) + 1)
-        for end in _expand_braces(tail)
-    ]
+    numbers = [f"{i:0{len(found[1])}d}" for i in range(int(found[1]), int(found[2]) + 1)]
+    return [spec[: found.start()] + i + rest for i in numbers for rest in _expand_braces(spec[found.end() :])]

@@ -9,11 +9,22 @@ from ..config import hint
 from ..errors import ConfigError, DataError
 from .base import OpenOptions, Source, Subset, printable, silent
 from .digits import DigitsSource, ScenesSource
-from .files import Folder, ListFile
+from .files import Folder
 from .hub import Hub
+from .lists import ListFile
 from .shards import Shards
 
-__all__ = ["SOURCES", "Source", "Subset", "forms", "kind_of", "open_source", "recipe_for", "similar_forms"]
+__all__ = [
+    "SOURCES",
+    "Source",
+    "Subset",
+    "forms",
+    "kind_of",
+    "open_source",
+    "parts_of",
+    "recipe_for",
+    "similar_forms",
+]
 
 SOURCES: tuple[type[Source], ...] = (ScenesSource, DigitsSource, Hub, Shards, ListFile, Folder)
 "The first kind that matches is used, so specific ones come first. Help lists them in reverse order."
@@ -29,6 +40,13 @@ def kind_of(spec: str) -> type[Source] | None:
     """The kind that matches the spec, if any. Raises DataError if the path is not readable."""
     with _translate_errors(spec):
         return next((kind for kind in SOURCES if spec.strip() and kind.matches(spec)), None)
+
+
+def parts_of(spec: str) -> tuple[str, str] | None:
+    """The specs of the training part and the test part; None if the set is not divided. Raises DataError."""
+    kind = kind_of(spec)
+    with _translate_errors(spec):
+        return kind.parts(spec) if kind else None
 
 
 def recipe_for(spec: str) -> str:

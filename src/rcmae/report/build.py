@@ -9,6 +9,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, Template
 from markupsafe import Markup, escape
 
 from ..config import flat, how_many, recipe_hash
+from ..data.base import reading
 from ..engine.checkpoint import replace_file
 from ..engine.metrics import of_kind, read_metrics
 from ..engine.run import read_json, write_json
@@ -46,7 +47,8 @@ def render(run: Path) -> str:
         title=f"{recipe.method} on {recipe.data}",
         **heading(run, recipe, machine, train, bad),
         verdict=alarm_sentences(alarms, recorded)
-        + verdict(method, train, probes, baseline, reference, bad, machine.get("steps")),
+        + verdict(method, train, probes, baseline, reference, bad, machine.get("steps"))
+        + data_sentences(machine, len(bad)),
         scores=score_table(final_scores(lines)),
         knn_note=KNN_NOTE,
         learning=drawn(method.figures(), train, reference),
@@ -162,6 +164,13 @@ def failure_sentences(train: Lines, bad: Sequence[Any], bad_test: Sequence[Any] 
         images = how_many(len(bad_test), "test image")
         texts.append(f"{images} could not be read: all objects there count as missed; listed below.")
     return [("bad", text) for text in texts]
+
+
+def data_sentences(machine: dict[str, Any], unreadable: int) -> list[Sentence]:
+    """What was read of the files found, and what was left out, if machine.json says so."""
+    if "left_out" not in machine:
+        return []
+    return [("note", f"Data: {reading(machine['images'], machine['left_out'], unreadable)}.")]
 
 
 def alarm_sentences(alarms: Lines, recorded: bool) -> list[Sentence]:

@@ -67,8 +67,8 @@ def contexts(
         f"{task.name}: {len(data.train):,} training and {how_many(len(data.test), 'test image')} of "
         f"{how_many(len(data.classes), 'class')}"
     )
-    for note in data.notes:
-        screen.say(f"note: {note}")
+    for text in (*data.read, *(f"note: {note}" for note in data.notes)):
+        screen.say(text)
     result = [
         EvaluationContext(name, which, backbone, data, options, device, world, screen, precision, classifier)
         for which, backbone in named
@@ -155,6 +155,7 @@ def record(task: Task, context: EvaluationContext, result: TaskResult, seconds: 
         "seed": options.seed,
         "data": options.data,
         "val": options.val,
+        "read": list(context.set.read),
         "notes": list(context.set.notes),
         "hashes": hashes | {"request": request},
         "seconds": round(result.seconds or seconds, 1),

@@ -177,7 +177,13 @@ class FineTuning(Supervised):
         images = (
             f"{how_many(len(train), 'image')} of {how_many(len(classes), 'class')}, {len(test):,} to test on"
         )
-        facts = {"train_images": len(train), "test_images": len(test), "classes": len(classes)}
+        facts = {
+            "train_images": len(train),
+            "test_images": len(test),
+            "classes": len(classes),
+            "left_out": dict(train.left_out),
+            "test_left_out": dict(test.left_out),
+        }
         self.learn(model, optimizer, data, identity(backbone), load_finetune, images, **facts)
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
