@@ -28,10 +28,11 @@ METHODS: dict[str, dict] = {
 METHODS["ibot"] |= {"sinkhorn": True, "head_norm": True, "patch_head": "masked"}
 
 
-def random_init(images: CocoSet, world: World = World()) -> list[dict]:
+def random_init(data: CocoSet, world: World = World()) -> list[dict]:
     """Detections of a randomly initialized detector."""
     model = detector(test_detection_train.backbone(), 10, test_detection_train.TINY)
-    return predict(model, images, size=64, channels=3, device=test_detection_train.CPU, batch=2, world=world)
+    cpu = test_detection_train.CPU
+    return predict(model, data, size=64, channels=3, device=cpu, batch=2, world=world).results
 
 
 def main(out: Path, data: Path, case: str) -> int:

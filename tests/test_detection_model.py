@@ -665,6 +665,11 @@ def test_impossible_settings_are_reported_in_one_line():
             {"size": 8},
             "size 8 is too small for a map of scale 0.5 of patches of 8 px; leave out the scale",
         ),
+        (
+            VisionTransformer(**options),
+            {"size": 16, "preset": "benchmarking"},
+            "size 16 is too small for a map of scale 0.5 of patches of 8 px; leave out the scale",
+        ),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)) as e:
             small(Backbone(vit, MEAN, STD), **changes)

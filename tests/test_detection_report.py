@@ -144,7 +144,7 @@ def test_images_that_could_not_be_read_are_named(copy):
     text = page(copy)
     verdict = words(part(text, 'id="verdict"', "</ul>"))
     assert "1 image could not be read; others were used instead" in verdict
-    assert "2 test images could not be read: all objects there count as missed" in verdict
+    assert "2 test images could not be read: left out of the scores, listed below." in verdict
     assert cells(text, "bad") == [["a<b>.png", "truncated"]] and cells(text, "bad-test") == [
         ["c.png", "truncated"],
         ["d.png", "truncated"],

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ from rcmae.tasks.detection.coco import open_coco, open_test, sample_images
 from rcmae.tasks.detection.commands import run_folder
 from rcmae.tasks.detection.examples import read_examples
 from rcmae.tasks.detection.files import load_detector
-from rcmae.tasks.detection.predict import predict
+from rcmae.tasks.detection.predict import Predictions, predict
 from rcmae.tasks.detection.settings import DetectionOptions, DetectionRecipe, check, load_detect
 from tests.conftest import stop_at
 from tests.mutations import catches
@@ -165,8 +167,8 @@ def test_the_files_of_a_run_agree(sets, uninterrupted):
         and loaded.category_ids == list(range(1, 11))
         and loaded.settings == TINY
     )
-    assert predict(loaded.model, sets[1], size=64, channels=3, device=CPU, batch=3) == results, (
-        "the exported detector gives the results"
+    assert predict(loaded.model, sets[1], size=64, channels=3, device=CPU, batch=3) == (results, []), (
+        "the exported detector is the result"
     )
     classes, examples = read_examples(out / "examples.safetensors")
     assert classes == loaded.classes and [len(kept) for kept in examples.values()] == [4, 4]
@@ -354,9 +356,86 @@ def test_an_unreadable_test_image_is_named_and_has_no_detections(tmp_path, sets,
         note=unreadable.extend,
     )
     assert [(bad[0], bad[1].endswith("000001.png")) for bad in unreadable] == [(1, True)]
-    assert results == [r for r in uninterrupted[1].results if r["image_id"] != 2] and len(results) < len(
-        uninterrupted[1].results
+    assert results.unreadable == unreadable
+    assert results.results == [r for r in uninterrupted[1].results if r["image_id"] != 2]
+    assert len(results.results) < len(uninterrupted[1].results)
+
+
+def everything_found(monkeypatch, *unreadable: int) -> None:
+    """Let detection return the ground truth, except for some images that cannot be read."""
+
+    def found(model, data, *, note=lambda bad: None, **how):
+        bad = [(i, data.where(i), "truncated") for i in unreadable]
+        note(bad)
+        ids = {data.image_id(i) for i in range(len(data))} - {data.image_id(i) for i in unreadable}
+        return Predictions(
+            [{**a, "score": 0.9} for a in data.truth["annotations"] if a["image_id"] in ids], bad
+        )
+
+    monkeypatch.setattr(dt, "predict", found)
+    monkeypatch.setattr(commands, "predict", found)
+
+
+@catches(
+    "objects in unreadable test images count as missed",
+    "rcmae.tasks.detection.predict:Predictions.readable",
+    lambda old: lambda self, data: data,
+)
+def test_scores_are_those_of_the_readable_images_with_the_count_beside_them(
+    tmp_path, sets, monkeypatch, capsys
+):
+    everything_found(monkeypatch, 2)
+    test = sets[1]
+    detected = run(tmp_path / "run", sets, SHORT)
+    assert (detected.box.stats["AP"], detected.mask.stats["AP"]) == pytest.approx((1, 1))
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert out.count("mask AP50 100.0 on 3 of 4 test images (1 could not be read)") == 2, (
+        "scored, and at the end"
     )
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert (scores["test_images"], scores["unreadable"]) == (4, [test.where(2)])
+    _, examples = read_examples(tmp_path / "run" / "examples.safetensors")
+    assert (len(examples["first"]), examples["worst"]) == (3, []), "nothing is missed"
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "mask AP 100.0 on 3 of 4 test images (1 could not be read)." in page
+
+    write_coco(tmp_path / "set", "test", 4, size=64)
+    command = ["detect", "eval", str(tmp_path / "run"), "--data", str(tmp_path / "set"), "--device", "cpu"]
+    assert main(command) == 0
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "scored are 3 of 4 test images (1 could not be read), for example" in out and "(truncated)" in out
+    scores = json.loads((tmp_path / "run" / "eval" / "scores.json").read_text())
+    assert scores["mask"]["stats"]["AP"] == pytest.approx(1) and len(scores["unreadable"]) == 1
+    everything_found(monkeypatch, 0, 1, 2, 3)
+    assert main(command) == 3
+    assert (
+        "0 of 4 test images (4 could not be read), and no object is left to score" in capsys.readouterr().err
+    )
+
+
+def test_pictures_lie_in_the_run_and_tell_what_is_on_them(tmp_path, uninterrupted, capsys):
+    shutil.copytree(uninterrupted[0] / "export", tmp_path / "run" / "export")
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    for checkpoint in ("run", "run/export/detector"):
+        shutil.rmtree(tmp_path / "run" / "show", ignore_errors=True)
+        command = ["detect", "show", str(tmp_path / checkpoint), str(tmp_path / "a.png"), "--device", "cpu"]
+        assert main([*command, "--threshold", "1"]) == 0
+        out = capsys.readouterr().out.replace("\n", " ")
+        assert f"Open {tmp_path}/run/show/a.png: no object with a score of 1 or more; " in out
+        best = re.search(r"the best score is (0\.\d\d)|nothing was detected", out)
+        assert best and [f.name for f in (tmp_path / "run" / "show").iterdir()] == ["a.png"]
+    assert main([*command, "--threshold", "0"]) == 0
+    out = capsys.readouterr().out
+    assert bool(re.search(r"a.png: [1-9]\d* objects?$", out, re.MULTILINE)) == bool(best[1])
+
+
+def test_a_window_larger_than_the_image_is_noted(tmp_path, sets, monkeypatch, capsys):
+    monkeypatch.setattr(dt.DetectionTraining, "train", lambda self: None)
+    for window, mentioned in ((8, False), (9, True)):
+        run(tmp_path / str(window), sets, dataclasses.replace(TINY, window=window))
+        out = capsys.readouterr().out.replace("\n", " ")
+        assert (f"a window of {window} x {window} patches contains the whole grid of 8 x 8" in out) == mentioned
 
 
 # --- data sets of other tools -------------------------------------------------------------------------------
@@ -519,7 +598,10 @@ def test_class_names_and_channels_must_match_the_detector(tmp_path, uninterrupte
         )
     )
     assert main(["detect", "eval", str(uninterrupted[0]), "--data", str(tmp_path / "set")]) == 3
-    assert "has other categories than" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert "categories that are not those of the detector: 10 (1: letter 0, not 0" in (
+        err := capsys.readouterr().err
+    )
+    assert err.count("\n") == 1
     vit = build_vit(size=32, channels=1, patch=8, width=24, depth=2, heads=2, registers=0)
     export(Backbone(vit, (0.5,), (0.25,)), tmp_path / "gray", {})
     assert main(["detect", "train", str(tmp_path / "gray")]) == 2
@@ -574,7 +656,23 @@ def test_detectors_of_student_and_teacher_have_different_folders(tmp_path):
             4,
             "nowhere contains no detector; give a finished run of `rcmae detect train`",
         ),
-        (["detect", "eval", "RUN", "--data", "FOREIGN"], 3, "has other categories than"),
+        (["detect", "eval", "RUN", "--data", "FOREIGN"], 3, "categories that are not those of the detector"),
+        (
+            ["detect", "show", "RUN", "none.png", "--threshold", "nan"],
+            2,
+            "threshold must lie in 0 to 1, not nan",
+        ),
+        (
+            ["detect", "train", "BACKBONE", "--settings", "size=60"],
+            2,
+            "size 60 is no multiple of the backbone's",
+        ),
+        (
+            ["detect", "train", "BACKBONE", "--settings", "batch_size=0"],
+            2,
+            "batch_size must be above 0, not 0",
+        ),
+        (["detect", "train", "BACKBONE", "--settings", "window=-1"], 2, "window must be 0 or more, not -1"),
         (["detect", "eval", "RUN", "--batch", "0"], 2, "error: --batch must be 1 or more, not 0"),
         (["detect", "train", "nowhere"], 4, "nowhere does not exist"),
         (
@@ -590,6 +688,8 @@ def test_bad_input_is_reported_in_one_line(
     tmp_path, uninterrupted, foreign, capsys, monkeypatch, argv, code, message
 ):
     monkeypatch.chdir(tmp_path)
-    assert main([{"RUN": str(uninterrupted[0]), "FOREIGN": str(foreign)}.get(a, a) for a in argv]) == code
+    export(backbone(), tmp_path / "backbone", {})
+    names = {"RUN": str(uninterrupted[0]), "FOREIGN": str(foreign), "BACKBONE": "backbone"}
+    assert main([names.get(a, a) for a in argv]) == code
     err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()

@@ -983,8 +983,8 @@ FAILURES = [
         (["detect", "train", "X", "--accumulate", "0"], "accumulate must be 1 or more, not 0"),
         (["detect", "train", "X", "--device", "tpu"], "'tpu' is not a valid device"),
         (
-            ["detect", "train", "X", "--images", "0", "--heads", "0"],
-            "--images must be 1 or more, not 0; --heads must be 1 or more, not 0",
+            ["detect", "train", "X", "--train-images", "0", "--heads", "0"],
+            "--train-images must be 1 or more, not 0; --heads must be 1 or more, not 0",
         ),
         (
             ["detect", "train", "X", "--settings", "steps=3"],

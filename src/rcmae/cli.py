@@ -688,13 +688,15 @@ def detect_eval(
 ) -> None:
     """Evaluate a detector: COCO's average precision of boxes and masks, by class and size."""
     from .tasks.detection.commands import percent, score_detector
+    from .tasks.detection.predict import images_scored
 
     _check_folder(options.out)
     result = score_detector(checkpoint, options)
     if result is None:  # not the first rank
         return
     parts = [part for part in ("box", "mask") if part in result]
-    title = f"{result['data']}, {how_many(result['test_images'], 'image')}, {result['preset']}"
+    images = images_scored(result["test_images"], len(result["unreadable"]))
+    title = f"{result['data']}, {images}, {result['preset']}"
     for key, heading in (("stats", "%"), ("per_class", "AP of class, %")):
         columns = [percent(result[part][key]) for part in parts]
         rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
@@ -713,7 +715,7 @@ def detect_show(
     checkpoint: Detector,
     /,
     *images: Path,
-    out: Path = Path("runs/detect-show"),
+    out: Path | None = None,
     threshold: float = 0.5,
     device: Device = "auto",
 ) -> None:
@@ -724,17 +726,23 @@ def detect_show(
     images
         Image files.
     out
-        Output folder.
+        Output folder; default: show/ in the run.
     threshold
-        Lowest score of an object that is drawn.
+        Lowest score of an object that is drawn, 0 to 1.
     """
     from .report.detection_page import show_detections
+    from .tasks.detection.files import run_of
 
     if not images:
         raise ConfigError("no images given: rcmae detect show CHECKPOINT IMAGE...")
+    out = out or run_of(checkpoint) / "show"
     _check_folder(out)
-    for written in show_detections(checkpoint, images, out, threshold, device):
-        print(f"Open {written}")
+    for path, scores in show_detections(checkpoint, images, out, threshold, device):
+        if above := sum(score >= threshold for score in scores):
+            print(f"Open {path}: {how_many(above, 'object')}")
+        else:
+            best = f"the best score is {scores[0]:.2f}" if scores else "nothing was detected"
+            print(f"Open {path}: no object with a score of {threshold:g} or more; {best}")
 
 
 @detect.command(name="export")

@@ -162,7 +162,7 @@ def failure_sentences(train: Lines, bad: Sequence[Any], bad_test: Sequence[Any] 
         texts.append(f"{images} could not be read; others were used instead (listed below).")
     if bad_test:
         images = how_many(len(bad_test), "test image")
-        texts.append(f"{images} could not be read: all objects there count as missed; listed below.")
+        texts.append(f"{images} could not be read: left out of the scores, listed below.")
     return [("bad", text) for text in texts]
 
 

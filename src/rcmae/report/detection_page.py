@@ -3,7 +3,7 @@ image."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from ..methods.diagnostics import Sentence
 from ..tasks.detection.average_precision import Precision
 from ..tasks.detection.examples import read_examples
 from ..tasks.detection.files import load_detector
+from ..tasks.detection.predict import images_scored
 from ..tasks.detection.settings import load_detect
 from ..tasks.detection.views import fit
 from .build import failure_sentences, heading, rate_figures, template
@@ -80,7 +81,7 @@ def verdict(
     box, mask = (parts[name].stats for name in ("box", "mask"))
     text = (
         f"Finished: box AP {_percent(box['AP'])}, mask AP {_percent(mask['AP'])} on "
-        f"{scores['test_images']:,} test images."
+        f"{images_scored(scores['test_images'], len(scores.get('unreadable', [])))}."
     )
     sentences = [("good", text)]
     text = (
@@ -112,10 +113,17 @@ def _pictures(run: Path) -> dict[str, list[str]]:
     }
 
 
+class Shown(NamedTuple):
+    """A picture of `show_detections`, and the scores of all detections in descending order."""
+
+    path: Path
+    scores: list[float]
+
+
 def show_detections(
     checkpoint: Path, images: Sequence[Path], out: Path, threshold: float = 0.5, device: str = "auto"
-) -> Iterator[Path]:
-    """Write pictures with boxes, masks, classes and scores of at least `threshold`; yields the path of each.
+) -> Iterator[Shown]:
+    """Write pictures with boxes, masks, classes and scores of at least `threshold`, one after the other.
 
     Raises the errors of `rcmae.errors`; DataError for unreadable images after all others are written.
     """
@@ -139,6 +147,6 @@ def show_detections(
             model = loaded.model.to(target)
             [detected] = model.detect([fit(pixels, loaded.settings.size).to(target)], [pixels.shape[:2]])
         save_picture(pixels, detected, loaded.classes, out / name, threshold)
-        yield out / name
+        yield Shown(out / name, detected["scores"].tolist())
     if bad:
         raise DataError(f"cannot read the image {'; '.join(bad)}")

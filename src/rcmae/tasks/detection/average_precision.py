@@ -14,8 +14,8 @@ import torch
 
 from ...engine.metrics import optional
 from ...errors import DataError
-from .coco import is_number, run_length_code
-from .masks import Masks
+from .annotations import is_number, whole
+from .masks import Masks, run_length_code
 
 Kind = Literal["bbox", "segm"]
 "Boxes or masks, in COCO's terms."
@@ -38,6 +38,9 @@ STATS = (
 )
 """COCO's twelve metrics in its order: average precision and recall over IoU 0.5 to 0.95, with at most 1, 10
 or 100 detections per image, and by size."""
+
+KINDS: dict[str, Kind] = {"box": "bbox", "mask": "segm"}
+"The two kinds by their names in files and messages."
 
 BOUNDS = (32.0**2, 96.0**2)
 "COCO's areas in pixels between small, medium and large objects, made for its images."
@@ -191,6 +194,8 @@ def load_results(path: Path, truth: Mapping[str, Any]) -> list[dict[str, Any]]:
         )
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     for n, entry in enumerate(entries):
+        if isinstance(entry, dict):
+            entry |= {key: whole(entry.get(key)) for key in ("image_id", "category_id")}
         if fault := _fault(entry, sizes):
             raise DataError(f"entry {n} of the results {path} {fault}")
         if entry.get("segmentation") is not None:
@@ -295,6 +300,18 @@ def evaluate(
         bounds=(low, high),
         backend=api.name,
     )
+
+
+def evaluate_all(
+    truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    areas: Literal["auto", "coco", "relative"] = "auto",
+) -> dict[str, Precision]:
+    """`evaluate` for boxes and masks, as far as the results have them; by name."""
+    kinds = kinds_of(results)
+    return {
+        name: evaluate(truth, results, kind, areas=areas) for name, kind in KINDS.items() if kind in kinds
+    }
 
 
 def misses(

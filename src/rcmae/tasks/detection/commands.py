@@ -7,24 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from ...config import BaseRuntimeConfig, check, recipe_hash, replaced, shipped_recipes
-from ...data.dataset import Bad
 from ...data.sources import recipe_for
 from ...engine import distributed
 from ...engine.checkpoint import replace_file
 from ...engine.console import Screen
 from ...engine.run import describe_machine, translate_errors, write_json
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError
 from ...interop.load import load
-from .average_precision import evaluate, kinds_of, library, load_results
-from .coco import CocoSet, open_coco, open_test, sample_images
-from .files import Loaded, load_detector
+from .average_precision import evaluate_all, library, load_results
+from .coco import open_coco, open_test, sample_images
+from .files import load_detector
 from .model import export_pyramid
-from .predict import predict
+from .predict import Predictions, images_scored, predict
 from .settings import DetectionOptions, DetectionRecipe, ScoringOptions, load_detect
 from .train import train
 from .windows import check_backbone
-
-PARTS = {"box": "bbox", "mask": "segm"}
 
 
 def train_detector(name: str, options: DetectionOptions, runtime: BaseRuntimeConfig) -> Path | None:
@@ -45,22 +42,25 @@ def train_detector(name: str, options: DetectionOptions, runtime: BaseRuntimeCon
         settings = settings_of(recipe, options.settings)
     library()
     check_backbone(backbone.vit, settings)  # before reading annotations, which takes minutes for a large set
-    images, test = open_coco(options.data, options.val, channels=backbone.channels)
-    if options.images is not None:
-        images = sample_images(images, options.images)
-    about = {
-        "backbone_name": name,
-        "network": options.which,
-        "data_name": options.data,
-        "val_name": options.val,
-        "images": options.images,
-        "recipe": recipe,
-    }
     out = runtime.out or run_folder(name, options.which)
     with distributed.process_group(device) as world:
-        for line in (f"recipe {recipe}", *(f"note: {note}" for note in (*images.notes, *test.notes))):
-            Screen(world.is_main).say(line)
-        train(backbone, images, test, settings, replace(runtime, out=out), about)
+        screen = Screen(world.is_main)
+        with screen.progress(f"reading the annotations of {options.data}", 1):
+            data, test = open_coco(options.data, options.val, channels=backbone.channels)
+        if options.train_images is not None:
+            data = sample_images(data, options.train_images)
+        about = {
+            "backbone_name": name,
+            "network": options.which,
+            "data_name": options.data,
+            "val_name": options.val,
+            "upright": data.upright,
+            "recipe": recipe,
+        }
+        screen.say(f"recipe {recipe}, trained on {data.name}, tested on {test.name}")
+        for note in (*data.notes, *(f"test part: {note}" for note in test.notes)):
+            screen.say(f"note: {note}")
+        train(backbone, data, test, settings, replace(runtime, out=out), about)
         return out if world.is_main else None
 
 
@@ -96,28 +96,23 @@ def score_detector(checkpoint: Path, options: ScoringOptions) -> dict[str, Any] 
     )
     precision = distributed.pick_precision(options.precision, device)
     channels = loaded.model.mean.shape[1]
-    test = open_test(data, channels=channels)
-    if differ := [f"{k} {v}" for k, v in _classes(test).items() ^ _classes(loaded).items()]:
-        some = ", ".join(sorted(differ)[:4])
-        raise DataError(
-            f"{test.name} has other categories than {checkpoint} was trained on, for example {some}; give "
-            "--data with the same categories"
-        )
     out, advice = options.out or checkpoint / "eval", "try a smaller --batch"
     with (
         distributed.process_group(device) as world,
         translate_errors(device, world, advice),
         Screen(world.is_main) as screen,
     ):
+        with screen.progress(f"reading the annotations of {data}", 1):
+            categories = dict(zip(loaded.category_ids, loaded.classes, strict=True))
+            upright = loaded.about.get("upright")
+            test = open_test(data, channels=channels, categories=categories, upright=upright)
         for line in test.notes:
             screen.say(f"note: {line}")
-        unreadable: list[Bad] = []
-        truth = test.truth
         if options.results:
-            results = load_results(options.results, truth)
+            predictions = Predictions(load_results(options.results, test.truth), [])
         else:
             with screen.progress(f"detecting in {test.name}", len(range(0, len(test), world.size))) as tick:
-                results = predict(
+                predictions = predict(
                     loaded.model,
                     test,
                     size=loaded.settings.size,
@@ -127,20 +122,15 @@ def score_detector(checkpoint: Path, options: ScoringOptions) -> dict[str, Any] 
                     batch=options.batch,
                     workers=options.workers,
                     world=world,
-                    note=unreadable.extend,
                     tick=tick,
                 )
-        unreadable = [bad for part in world.gather(unreadable) for bad in part]
         if not world.is_main:
             return None
-        for _, path, reason in unreadable:
-            screen.say(f"note: {path} cannot be read ({reason}); it has no detections")
-        kinds = kinds_of(results)
-        scores = {
-            name: evaluate(truth, results, kind, areas=options.areas)._asdict()
-            for name, kind in PARTS.items()
-            if kind in kinds
-        }
+        results, unreadable = predictions
+        if unreadable:
+            shown = ", ".join(f"{path} ({reason})" for _, path, reason in unreadable[:3])
+            screen.say(f"note: scored are {images_scored(len(test), len(unreadable))}, for example {shown}")
+        scores = evaluate_all(predictions.readable(test).truth, results, options.areas)
         content = {
             "checkpoint": str(checkpoint),
             "results": options.results and str(options.results),
@@ -152,7 +142,7 @@ def score_detector(checkpoint: Path, options: ScoringOptions) -> dict[str, Any] 
             "recipe_hash": recipe_hash(loaded.settings),
             "detector": loaded.about,
             "machine": describe_machine(device, precision),
-            **scores,
+            **{name: precision._asdict() for name, precision in scores.items()},
         }
         out.mkdir(parents=True, exist_ok=True)
         if options.results:
@@ -161,10 +151,6 @@ def score_detector(checkpoint: Path, options: ScoringOptions) -> dict[str, Any] 
             replace_file(out / "coco_results.json", json.dumps(results))
             write_json(out / "scores.json", content)
         return content
-
-
-def _classes(data: CocoSet | Loaded) -> dict[int, str]:
-    return dict(zip(data.category_ids, data.classes, strict=True))
 
 
 def write_program(checkpoint: Path, out: Path) -> Path:

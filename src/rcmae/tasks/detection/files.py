@@ -51,6 +51,11 @@ def export(
     )
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run directory of a detector, which may be given as RUN/export/detector."""
+    return checkpoint.parents[1] if checkpoint.parts[-2:] == ("export", "detector") else checkpoint
+
+
 def load_detector(path: Path) -> Loaded:
     """Load an exported detector from its folder or from its run. Raises CheckpointError."""
     folder = next((f for f in (path / "export" / "detector", path) if (f / "config.json").exists()), None)

@@ -65,9 +65,9 @@ class DetectionRecipe(Section):
     clip: float | None = None
     "maximum norm of the gradient; default: no clipping"
 
-    def total_steps(self, images: int) -> int:
+    def total_steps(self, train_images: int) -> int:
         """Number of optimizer steps on this number of training images."""
-        return self.steps or max(1, round((self.epochs or 0) * (images // self.batch_size)))
+        return self.steps or max(1, round((self.epochs or 0) * (train_images // self.batch_size)))
 
     def rules(self) -> Rules:
         lo, hi = self.jitter
@@ -118,12 +118,13 @@ class DetectionOptions(Section):
     """Options of `rcmae detect train`, in addition to those of the runtime."""
 
     data: str = "bundled:scenes"
-    "a folder with annotations/*.json and images, a JSON file, or a source with objects (`rcmae list`)"
+    """a folder in COCO's layout or exported by Roboflow, CVAT, Label Studio or FiftyOne, a JSON file, or a
+    source with objects (`rcmae list`)"""
     val: str | None = None
     "the folder or JSON file to score on, if data does not contain it"
     which: Literal["teacher", "student"] = "teacher"
     "which network of a run or an official checkpoint"
-    images: int | None = None
+    train_images: int | None = None
     "train on this number of images only; larger subsets contain smaller ones, equal for all backbones"
     heads: int | None = None
     "number of attention heads, for weights that come without a configuration"
@@ -134,7 +135,7 @@ class DetectionOptions(Section):
     "changes to the recipe: --settings epochs=25 size=512"
 
     def rules(self) -> Rules:
-        values = {"images": self.images, "heads": self.heads}
+        values = {"train_images": self.train_images, "heads": self.heads}
         return [
             (value is None or value >= 1, f"{name} must be 1 or more, not {value}")
             for name, value in values.items()

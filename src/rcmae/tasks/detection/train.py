@@ -4,7 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from ...interop.timm_export import architecture_of, blueprint
 from ...models.backbone import Backbone
 from ..features import identity
 from ..supervised import ADVICE, Supervised, fitted_batch
-from .average_precision import Precision, evaluate, library
+from .average_precision import Precision, evaluate_all, library
 from .coco import CocoSet
 from .examples import write_examples
 from .files import export
 from .model import Detector, detector, groups
-from .predict import predict
+from .predict import Predictions, images_scored, predict
 from .settings import DetectionRecipe, check, load_detect
 from .views import Detections, Jitter, detection_batches
 
@@ -113,6 +113,12 @@ class DetectionTraining(Supervised):
                 f"{how_many(crowded, 'training image')}; a view has at most that many, and others count as "
                 "background (--settings max_instances=N)"
             )
+        grid = s.size // backbone.vit.patch_embed.patch_size[0]
+        if s.window > grid:
+            context.screen.say(
+                f"note: a window of {s.window} x {s.window} patches contains the whole grid of {grid} x "
+                f"{grid}, so attention is global in all blocks"
+            )
         if s.warmup_steps >= self.total:
             raise ConfigError(
                 f"warmup_steps {s.warmup_steps} is not below the run's {self.total} steps; give --settings "
@@ -137,14 +143,14 @@ class DetectionTraining(Supervised):
         batch_norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         self.running_statistics = [buffer for m in batch_norms for buffer in m.buffers()]
         self.bad_test = self.bad_files(len(test), "bad_test_files.jsonl")
-        self.scored: tuple[list[dict[str, Any]], Precision, Precision] | None = None
+        self.scored: tuple[Predictions, dict[str, Precision]] | None = None
         data = {"train": train.fingerprint(), "test": test.fingerprint(), "classes": train.classes}
-        images = (
+        about_data = (
             f"{how_many(len(train), 'image')} of {how_many(len(train.classes), 'class')}, {len(test):,} to "
             "test on"
         )
         facts = {"train_images": len(train), "test_images": len(test), "classes": len(train.classes)}
-        self.learn(model, optimizer, data, identity(backbone), load_detect, images, **facts)
+        self.learn(model, optimizer, data, identity(backbone), load_detect, about_data, **facts)
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Micro-batches of the steps from `start` to before `stop`, on the device: "image", and "targets" by
@@ -184,7 +190,7 @@ class DetectionTraining(Supervised):
 
     def score(self) -> dict[str, float]:
         """Average precision of boxes and masks in percent."""
-        results = predict(
+        predictions = predict(
             self.model,
             self.test_set,
             size=self.recipe.size,
@@ -196,50 +202,54 @@ class DetectionTraining(Supervised):
             world=self.world,
             note=self.bad_test.note,
         )
-        scores: tuple[Precision, Precision] | None = None
+        scores: dict[str, Precision] = {}
         if self.world.is_main:
-            truth = self.test_set.truth
-            scores = evaluate(truth, results, "bbox"), evaluate(truth, results, "segm")
-        box, mask = cast(tuple[Precision, Precision], self.world.broadcast(scores))
-        self.scored = results, box, mask
+            scores = evaluate_all(predictions.readable(self.test_set).truth, predictions.results)
+        scores = self.world.broadcast(scores)
+        self.scored = predictions, scores
         fractions = {
             f"{kind} {name}": precision.stats[name]
-            for kind, precision in (("box", box), ("mask", mask))
+            for kind, precision in scores.items()
             for name in ("AP", "AP50")
         }
-        # open_coco refuses a set without objects, so AP exists.
+        # A set without objects is refused, so AP exists.
         return {name: 100 * value for name, value in fractions.items() if value is not None}
+
+    def format_scores(self, scores: dict[str, float]) -> str:
+        """Also the number of test images, if some of them could not be read."""
+        assert self.scored is not None  # set by score()
+        images = images_scored(len(self.test_set), unreadable := len(self.scored[0].unreadable))
+        return super().format_scores(scores) + (f" on {images}" if unreadable else "")
 
     def finish(self) -> Detected:
         """Write the results of the last weights on the test images, and export the detector."""
         if self.scored is None:
             self.score()
         assert self.scored is not None  # set by score()
-        results, box, mask = self.scored
+        predictions, scores = self.scored
         self.model.eval()
         if self.world.is_main:
-            replace_file(self.out / "coco_results.json", json.dumps(results))
+            replace_file(self.out / "coco_results.json", json.dumps(predictions.results))
             facts = {
                 "train_images": len(self.images),
                 "test_images": len(self.test_set),
+                "unreadable": [path for _, path, _ in predictions.unreadable],
                 "preset": self.recipe.preset,
-            }
-            facts |= {
                 "step": self.step,
                 "recipe_hash": recipe_hash(self.recipe),
                 "data": self.data,
                 "backbone": self.backbone,
             }
-            write_json(
-                self.out / "scores.json", self.about | facts | {"box": box._asdict(), "mask": mask._asdict()}
-            )
+            precisions = {name: precision._asdict() for name, precision in scores.items()}
+            write_json(self.out / "scores.json", self.about | facts | precisions)
             folder = self.out / "export" / "detector"
             about = self.about | {"step": self.step, "recipe_hash": recipe_hash(self.recipe)}
             export(self.model, folder, self.images, self.recipe, self.architecture, about)
-            write_examples(self.out / "examples.safetensors", self.test_set, results, self.channels)
+            readable = predictions.readable(self.test_set)
+            write_examples(self.out / "examples.safetensors", readable, predictions.results, self.channels)
             last = {name: value for name, value in self.history[-1].items() if name not in ("step", "epoch")}
             self.screen.say(
                 f"{self.format_scores(last)} after {how_many(self.step, 'step')}, {clock(self.seconds)}; the "
                 f"detector is in {folder}"
             )
-        return Detected(self.model, results, box, mask, self.history)
+        return Detected(self.model, predictions.results, scores["box"], scores["mask"], self.history)
