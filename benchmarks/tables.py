@@ -23,6 +23,7 @@ from benchmarks import (
     half_life,
     lab,
     learns,
+    loader,
     monitor_cost,
     paper,
     step,
@@ -45,6 +46,7 @@ TABLES: dict[str, tuple[Callable[..., str], str]] = {
     "race": (commands.race_table, "race"),
     "race_verdict": (commands.race_verdict, "race"),
     "learns": (learns.table, "learns"),
+    "loader": (loader.table, "loader"),
     "paper": (paper.table, "paper_*"),
     "corruptions": (corruptions.table, "corruptions"),
     "evaluation": (evaluation.table, "evaluation"),
@@ -59,7 +61,17 @@ PAGES = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("bundled", "running", "lab", "compare", "paper", "robustness", "evaluation", "detection")
+        for name in (
+            "bundled",
+            "running",
+            "data",
+            "lab",
+            "compare",
+            "paper",
+            "robustness",
+            "evaluation",
+            "detection",
+        )
     ),
 )
 

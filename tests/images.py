@@ -30,14 +30,58 @@ def tiff(values: np.ndarray, **options) -> bytes:
     return file.getvalue()
 
 
-def huge_png(side: int = 30_000) -> bytes:
-    """A PNG whose header declares side x side pixels, in a few hundred bytes."""
+def photograph(h: int, w: int) -> np.ndarray:
+    """A photograph, enlarged if needed, with the noise of a sensor, uint8 [h, w, 3]."""
+    from sklearn.datasets import load_sample_images
+
+    image = Image.fromarray(load_sample_images().images[0]).resize((w, h), Image.Resampling.LANCZOS)
+    noise = np.random.default_rng(0).normal(0, 3, (h, w, 1))
+    return (np.asarray(image) + noise).clip(0, 255).round().astype(np.uint8)
+
+
+def dicom(values: np.ndarray, bits: int, interpretation: str = "MONOCHROME2", **tags) -> bytes:
+    """A DICOM file of stored values [h, w], [f, h, w] or RGB [h, w, 3], of which `bits` are used."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
+        SecondaryCaptureImageStorage,
+        generate_uid(),
+    )
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
+    colors = values.shape[-1] == 3
+    data.Rows, data.Columns = values.shape[:2] if colors else values.shape[-2:]
+    data.SamplesPerPixel, data.PhotometricInterpretation = 3 if colors else 1, interpretation
+    data.BitsAllocated, data.BitsStored, data.HighBit = 8 * values.dtype.itemsize, bits, bits - 1
+    data.PixelRepresentation, data.PlanarConfiguration = int(values.dtype.kind == "i"), 0
+    data.PixelData = values.tobytes()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    file = io.BytesIO()
+    data.save_as(file)
+    return file.getvalue()
+
+
+def png(width: int, height: int, bits: int, color_type: int, rows: bytes) -> bytes:
+    """A PNG of any header and rows, each with its leading filter byte."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def huge_png(side: int = 30_000) -> bytes:
+    """A PNG whose header says side x side, in a few hundred bytes."""
+    return png(side, side, 8, 2, bytes(1000))
+
+
+def planes(pixels: np.ndarray) -> np.ndarray:
+    """8-bit pixels [h, w, c] as 16-bit planes [c, h, w]."""
+    return np.moveaxis(pixels.astype(np.uint16) * 257, 2, 0).copy()
 
 
 def odd() -> dict[str, tuple[bytes, np.ndarray]]:
@@ -68,6 +112,45 @@ def odd() -> dict[str, tuple[bytes, np.ndarray]]:
         "16 bit.png": (encode(gray.astype(np.uint16) * 257), gray),
         "16 bit.tif": (encode(gray.astype(np.uint16) * 257, "TIFF"), gray),
         "16 bit rgb.tif": (tiff(rgb.astype(np.uint16) * 257, photometric="rgb"), gray),
+        "16 bit planes.tif": (tiff(planes(rgb), photometric="rgb", planarconfig="separate"), gray),
+        "16 bit planes big endian.tif": (
+            tiff(planes(rgb), photometric="rgb", planarconfig="separate", byteorder=">"),
+            gray,
+        ),
+        "16 bit tiled planes.tif": (
+            tiff(planes(rgb), photometric="rgb", planarconfig="separate", tile=(16, 16)),
+            gray,
+        ),
+        "16 bit planes alpha.tif": (
+            tiff(
+                planes(see_through), photometric="rgb", planarconfig="separate", extrasamples=["unassalpha"]
+            ),
+            white_above,
+        ),
+        "16 bit planes of any bands.tif": (
+            tiff(planes(rgb), photometric="minisblack", planarconfig="separate", extrasamples=[0, 0]),
+            gray,
+        ),
+        "16 bit gray alpha.tif": (
+            tiff(
+                np.moveaxis(planes(see_through[..., 2:]), 0, 2).copy(),
+                photometric="minisblack",
+                planarconfig="contig",
+                extrasamples=["unassalpha"],
+            ),
+            white_above,
+        ),
+        "8 bit planes infrared.tif": (
+            tiff(
+                np.concatenate([np.moveaxis(rgb, 2, 0), 255 - gray[None]]),
+                photometric="rgb",
+                planarconfig="separate",
+                extrasamples=[0],
+            ),
+            gray,
+        ),
+        "12 bit.tif": (tiff(gray.astype(np.uint16) * 16, bitspersample=12), gray),
+        "imagej channels.tif": (tiff(np.stack([gray] * 3), imagej=True, metadata={"axes": "CYX"}), gray),
         "32 bit.tif": (encode(gray.astype(np.int32) * 257, "TIFF"), gray),
         "16 bit big endian.tif": (tiff(gray.astype(">u2") * 257, byteorder=">"), gray),
         "16 bit dark.tif": (encode(gray.astype(np.uint16) * 64, "TIFF"), gray // 4),

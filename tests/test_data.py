@@ -403,7 +403,7 @@ def test_no_readable_image_is_left(tmp_path):
 def test_a_missing_file_is_replaced_by_another_image(tmp_path):
     source = open_source(str(fill(tmp_path, good())))
     (tmp_path / "00.png").unlink()
-    _, used, bad = Images(source, VIEW, 0).read(0)
+    _, used, bad = Images(source, VIEW, 0).readable(0, lambda i: read_image(source, i, 3))
     assert bad[0][2] == "No such file or directory"
     assert used != 0
 

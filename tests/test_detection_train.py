@@ -435,7 +435,9 @@ def test_a_window_larger_than_the_image_is_noted(tmp_path, sets, monkeypatch, ca
     for window, mentioned in ((8, False), (9, True)):
         run(tmp_path / str(window), sets, dataclasses.replace(TINY, window=window))
         out = capsys.readouterr().out.replace("\n", " ")
-        assert (f"a window of {window} x {window} patches contains the whole grid of 8 x 8" in out) == mentioned
+        assert (
+            f"a window of {window} x {window} patches contains the whole grid of 8 x 8" in out
+        ) == mentioned
 
 
 # --- data sets of other tools -------------------------------------------------------------------------------

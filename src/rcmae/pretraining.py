@@ -382,6 +382,7 @@ def open_images(recipe: Recipe, screen: Screen) -> Source:
             recipe.images.channels,
             size=recipe.images.size,
             tick=lambda fraction: tick(round(100 * fraction)),
+            value_range=recipe.images.range,
         )
     screen.say(images.summary())
     for note in images.notes:

@@ -198,7 +198,8 @@ def race(contestants: list[Arm], setting: RaceSettings, out: Path, log: Log) -> 
     if setting.budget.kind == "images":  # fails early; other budgets must be counted or measured first
         steps_of(contestants, setting, {}, {})
     recipe = contestants[0].recipe
-    source = open_source(recipe.data, recipe.images.channels, size=recipe.images.size)
+    images = recipe.images
+    source = open_source(recipe.data, images.channels, size=images.size, value_range=images.range)
     probed = changed(recipe, probes=1, probe_train=setting.probe_train, probe_test=setting.probe_test)
     if probe_set(source, probed) is None:
         raise DataError(

@@ -68,6 +68,9 @@ class Images(Section):
     "channels of an image; other than 1 or 3 needs multi-band TIFF and the [tiff] extra"
     normalize: Literal["imagenet", "data"] = "imagenet"
     "mean and standard deviation for normalization: ImageNet's, or measured on the data"
+    range: Literal["data", "dtype"] = "data"
+    """what is white in 16-bit images: the largest value of the bits that the data use (8, 10, 12, 14 or 16),
+    or 65,535"""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     "range of the area of a random crop, as a fraction of the image; 1 1: the whole image"
     flip: bool = True

@@ -136,6 +136,7 @@ def _indexed(path: str, recipe: Recipe, screen: Screen) -> Source:
             recipe.images.size,
             recipe.seed,
             lambda fraction: tick(int(100 * fraction)),
+            recipe.images.range,
         )
     screen.say(source.summary())
     for note in source.notes:

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ..config import Images, Rules, Section
-from .views import flip, random_resized_crop
+from .views import Image, flip, random_resized_crop
 
 JITTER = 0.8
 "Probability of color jitter (SimCLR's, which all later methods use)."
@@ -64,7 +64,7 @@ class MultiCrop:
     images: Images
     crops: Crops
 
-    def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Image, rng: np.random.Generator) -> dict[str, Tensor]:
         c = self.crops
         views = [
             self._view(
@@ -81,7 +81,7 @@ class MultiCrop:
 
     def _view(
         self,
-        image: UInt8[np.ndarray, "h w c"],
+        image: Image,
         shape: tuple[int, int],
         scale: tuple[float, float],
         rng: np.random.Generator,

@@ -82,6 +82,8 @@ class Source(ABC):
     "the number of files that were found and are not read, by reason, see `reading`"
     notes: Sequence[str] = ()
     "notes for the user"
+    bits: int = 16
+    "bits that its unsigned 16-bit values use: 2**bits - 1 is white; see `pixels.measure_bits`"
 
     # --- before opening -------------------------------------------------------------------------------------
 
@@ -147,6 +149,7 @@ class Subset(Source):
     ):
         self.source, self.chosen = source, chosen
         self.name, self.in_memory, self.notes = source.name, source.in_memory, source.notes
+        self.bits = source.bits
         self.classes, self.left_out = classes or source.classes, source.left_out
         self.labels = labels if labels is not None or source.labels is None else source.labels[chosen]
 

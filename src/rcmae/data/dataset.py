@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +19,18 @@ from ..engine import signals
 from ..errors import DataError, RcmaeError, StorageError
 from .base import Source
 from .decode import BadImage
-from .pixels import moments, read_image
+from .pixels import moments, open_image, read_image
 from .sampler import Key
-from .views import rng
+from .views import Image, rng
 
 ATTEMPTS = 20
 "Number of substitutes tried for an unreadable image."
+
+STATISTICS_SIDE = 256
+"""Images are measured at no less than this many pixels along a side, near the size of training crops, since
+decoding large JPEGs to all their pixels takes minutes."""
+
+T = TypeVar("T")
 
 Bad = tuple[int, str, str]
 "An unreadable image: (index, name, reason)."
@@ -40,7 +46,7 @@ class Images(Dataset):
     def __init__(
         self,
         source: Source,
-        view: Callable[[np.ndarray, np.random.Generator], dict[str, Tensor]],
+        view: Callable[[Image, np.random.Generator], dict[str, Tensor]],
         seed: int,
         channels: int = 3,
         labeled: bool = False,
@@ -52,34 +58,37 @@ class Images(Dataset):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
-        image, used, bad = self.read(index)
-        sample: dict[str, Any] = self.view(image, rng(self.seed, epoch, index))
+
+        def sample_of(i: int) -> dict[str, Any]:
+            return self.view(open_image(self.source, i, self.channels), rng(self.seed, epoch, index))
+
+        sample, used, bad = self.readable(index, sample_of)
         if self.labeled:
             assert self.source.labels is not None
             sample["label"] = int(self.source.labels[used])
         return sample | {"bad": bad}
 
-    def pixels(self, index: int) -> np.ndarray:
-        """Image `index`, uint8 [h, w, channels]. Raises BadImage."""
-        return read_image(self.source, index, self.channels)
-
-    def read(self, index: int) -> tuple[np.ndarray, int, list[Bad]]:
-        """The image or its substitute, the index of the one used, and the unreadable ones.
+    def readable(self, index: int, read: Callable[[int], T]) -> tuple[T, int, list[Bad]]:
+        """`read` of the image or, while that raises BadImage, of a substitute, the index of the one used, and
+        the unreadable ones.
 
         Raises DataError if no substitute can be read either.
         """
         bad: list[Bad] = []
-        others = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 2, 0, index])).integers(
-            len(self.source), size=ATTEMPTS
-        )
-        for i in (index, *map(int, others)):
+        for i in self._candidates(index):
             try:
-                return self.pixels(i), i, bad
+                return read(i), i, bad
             except BadImage as e:
                 bad.append((i, self.source.where(i), str(e)))
         raise DataError(
             f"{bad[0][1]} cannot be read ({bad[0][2]}), nor can {ATTEMPTS} others; run `rcmae check`"
         )
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The image, then its substitutes."""
+        yield index
+        others = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 2, 0, index]))
+        yield from map(int, others.integers(len(self.source), size=ATTEMPTS))
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -159,7 +168,7 @@ def measure_statistics(
     for done, i in enumerate(chosen):
         tick(done)
         try:
-            mean, square = moments(read_image(source, int(i), channels))
+            mean, square = moments(read_image(source, int(i), channels, least=STATISTICS_SIDE))
         except BadImage:
             continue
         # Every image has the same weight, whatever its size.

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from ..config import how_many
 from ..errors import DataError
 from .base import Source, Subset
+from .pixels import measure_bits
 from .sources import open_source, parts_of
 
 TEST_EVERY = 5
@@ -34,7 +35,13 @@ class Labeled:
 
 
 def open_labeled(
-    data: str, val: str | None = None, *, channels: int = 3, size: int = 32, tested: str | None = None
+    data: str,
+    val: str | None = None,
+    *,
+    channels: int = 3,
+    size: int = 32,
+    tested: str | None = None,
+    value_range: str = "data",
 ) -> Labeled:
     """Open `data` that has a training and a test part, such as a folder with train/ and val/, or one labeled
     set, with `val` as its test part.
@@ -42,13 +49,17 @@ def open_labeled(
     Of a `val` that is itself divided, the test part is used. Without `val`, one set is split: every fifth
     image of each class is for testing. For an already trained classifier, `tested` is the start of the
     fingerprint of its test images: if they are the same, it is tested on them, since it was trained on the
-    others, otherwise on all. `size` is that of generated images. Raises DataError if there are no labels,
-    fewer than two classes, too few images to split, or test classes that the training part lacks.
+    others, otherwise on all. `size` is that of generated images, `value_range` as in `open_source`. Raises
+    DataError if there are no labels, fewer than two classes, too few images to split, or test classes that
+    the training part lacks.
     """
     parts = (data, (parts_of(val) or (val, val))[1]) if val else parts_of(data)
     if parts:
-        return _join(*(open_source(part, channels, size) for part in parts))
-    source = open_source(data, channels, size)
+        train, test = (open_source(part, channels, size, value_range="dtype") for part in parts)
+        if value_range == "data":
+            measure_bits((train, test), channels)
+        return _join(train, test)
+    source = open_source(data, channels, size, value_range=value_range)
     labels = _labels(source)
     held_out = np.zeros(len(labels), dtype=bool)
     for label in range(len(source.classes)):

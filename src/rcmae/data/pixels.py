@@ -1,20 +1,31 @@
 """Images of a source as pixels, and their moments."""
 
 import errno
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ..config import how_many
 from ..errors import StorageError
+from . import decode
 from .base import Source
-from .decode import BadImage, decode
+from .decode import BadImage
+from .views import Image
+
+DEPTHS = (8, 10, 12, 14, 16)
+"Bits that the values of cameras and scanners have."
+
+PROBED, MEASURED = 32, 200
+"Images read to find whether there are 16-bit ones, and to find the bits that these use."
 
 PIECE = 2**20
 "Pixels counted at once, which limits the memory and the time until a signal is handled."
 
 
-def read_image(source: Source, index: int, channels: int, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """Image `index`, uint8 [h, w, channels]. Raises BadImage, also if its (height, width) is not `shape`.
+def open_image(source: Source, index: int, channels: int, shape: tuple[int, int] | None = None) -> Image:
+    """Image `index`, which a crop decodes no further than it needs. Raises BadImage, also if its (height,
+    width) is not `shape`.
 
     EXIF orientation is ignored if the stored image already has the shape.
     """
@@ -27,13 +38,61 @@ def read_image(source: Source, index: int, channels: int, shape: tuple[int, int]
                 "--workers"
             ) from e
         raise BadImage(e.strerror or "cannot be read") from e
-    pixels = raw if isinstance(raw, np.ndarray) else decode(raw, channels, shape=shape)
-    if shape and pixels.shape[:2] != shape:
+    if isinstance(raw, np.ndarray):
+        image: Image = raw
+    else:
+        image = decode.open_image(raw, channels, shape=shape, bits=source.bits)
+    if shape and image.shape[:2] != shape:
         raise BadImage(
-            f"is {pixels.shape[1]} x {pixels.shape[0]} pixels, not {shape[1]} x {shape[0]} as its "
+            f"is {image.shape[1]} x {image.shape[0]} pixels, not {shape[1]} x {shape[0]} as its "
             "annotations say"
         )
-    return pixels
+    return image
+
+
+def read_image(
+    source: Source, index: int, channels: int, shape: tuple[int, int] | None = None, least: int | None = None
+) -> UInt8[np.ndarray, "h w {channels}"]:
+    """All pixels of `open_image`; with `least`, of a JPEG at the smallest scale that has as many along each
+    side."""
+    image = open_image(source, index, channels, shape)
+    return image if isinstance(image, np.ndarray) else image.pixels(least)
+
+
+def measure_bits(sources: Sequence[Source], channels: int) -> None:
+    """Set `bits` of the parts of a set to the smallest of `DEPTHS` that holds the unsigned 16-bit values of a
+    fixed random sample, and add a note if they use fewer than 16. Images with larger values are then
+    unreadable."""
+    largest, count = max(_largest_value(source, channels) for source in sources)
+    bits = next(bits for bits in DEPTHS if largest < 2**bits)
+    if largest and bits < 16:
+        for source in sources:
+            source.bits = bits
+        sources[0].notes = (
+            *sources[0].notes,
+            f"the 16-bit images of {sources[0].name} use {bits} bits (values up to {largest:,} in "
+            f"{how_many(count, 'image')}): {2**bits - 1:,} is white; with --range dtype, 65,535 is",
+        )
+
+
+def _largest_value(source: Source, channels: int) -> tuple[int, int]:
+    """The largest unsigned 16-bit value in a sample, 0 without any, and the number of images that have
+    them."""
+    chosen = np.random.Generator(np.random.Philox(key=1)).permutation(len(source))[:MEASURED].tolist()
+    largest = count = 0
+    for number, i in enumerate(chosen):
+        if source.in_memory or largest >= 2 ** DEPTHS[-2] or (number == PROBED and not count):
+            break
+        if source.where(i).lower().endswith((".jpg", ".jpeg")):  # which cannot have 16 bits
+            continue
+        try:
+            raw = source.read(i)
+            values = None if isinstance(raw, np.ndarray) else decode.sixteen_bits(raw, channels)
+        except (OSError, BadImage):
+            continue  # reported when it is used
+        if values is not None:
+            largest, count = max(largest, int(values.max())), count + 1
+    return largest, count
 
 
 def moments(pixels: UInt8[np.ndarray, "h w c"]) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:

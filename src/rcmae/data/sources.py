@@ -12,6 +12,7 @@ from .digits import DigitsSource, ScenesSource
 from .files import Folder
 from .hub import Hub
 from .lists import ListFile
+from .pixels import measure_bits
 from .shards import Shards
 
 __all__ = [
@@ -60,10 +61,16 @@ def similar_forms(spec: str) -> list[str]:
 
 
 def open_source(
-    spec: str, channels: int = 3, size: int = 32, seed: int = 0, tick: Callable[[float], None] = silent
+    spec: str,
+    channels: int = 3,
+    size: int = 32,
+    seed: int = 0,
+    tick: Callable[[float], None] = silent,
+    value_range: str = "data",
 ) -> Source:
     """Open the source that matches `spec`; `size` and `seed` are for generated images, `tick` is called with
-    the fraction of the images indexed.
+    the fraction of the images indexed. With the `value_range` "dtype", 65,535 is white in 16-bit images even
+    if they use fewer bits.
 
     Raises DataError or ConfigError.
     """
@@ -71,7 +78,10 @@ def open_source(
         raise ConfigError(f"--data is empty; give a {forms()}")
     if kind := kind_of(spec):
         with _translate_errors(spec):
-            return kind.open(spec, OpenOptions(channels, size, seed, tick))
+            source = kind.open(spec, OpenOptions(channels, size, seed, tick))
+            if value_range == "data":
+                measure_bits([source], channels)
+            return source
     if known := similar_forms(spec):
         raise ConfigError(f"there is no {spec}{hint(spec, known) or '; there is ' + ' and '.join(known)}")
     if Path(spec).exists():

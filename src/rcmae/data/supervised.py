@@ -14,6 +14,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from . import views
 from .views import flip, random_resized_crop
 
 
@@ -75,7 +76,7 @@ class SupervisedView:
         self.erase = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
         self.mean, self.std = (torch.tensor(s).view(-1, 1, 1) for s in (mean, std))
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: views.Image, rng: np.random.Generator) -> dict[str, Tensor]:
         """`image`: uint8 [c, h, w]; with random erasing float32 [c, h, w], pixels in 0 to 1 except for the
         noise."""
         crop = random_resized_crop(image, self.shape, self.scale, rng)

@@ -12,7 +12,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-Image = UInt8[np.ndarray, "h w c"]
+from .decode import Picture
+
+Image = UInt8[np.ndarray, "h w c"] | Picture
 
 
 def rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -33,10 +35,8 @@ def random_resized_crop(
     With scale (1, 1), an image that already has the shape is returned unchanged.
     """
     h, w = image.shape[:2]
-    if scale == (1.0, 1.0) and (h, w) == tuple(shape):
-        return torch.from_numpy(image).permute(2, 0, 1)
-    top, left, height, width = crop_box(h, w, scale, ratio, rng)
-    return _resize(image[top : top + height, left : left + width], shape)
+    whole = scale == (1.0, 1.0) and (h, w) == tuple(shape)
+    return _resized(image, (0, 0, h, w) if whole else crop_box(h, w, scale, ratio, rng), shape)
 
 
 def crop_box(
@@ -46,7 +46,7 @@ def crop_box(
     none of ten draws fits."""
     low, high = np.log(ratio)
     areas, aspects = rng.uniform(*scale, 10) * h * w, np.exp(rng.uniform(low, high, 10))
-    for area, aspect in zip(areas, aspects, strict=True):
+    for area, aspect in zip(areas.tolist(), aspects.tolist(), strict=True):
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < width <= w and 0 < height <= h:
             return int(rng.integers(h - height + 1)), int(rng.integers(w - width + 1)), height, width
@@ -65,15 +65,21 @@ def center(image: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
     image that already has the shape is returned unchanged."""
     h, w = image.shape[:2]
     if (h, w) == tuple(shape):
-        return torch.from_numpy(image).permute(2, 0, 1)
+        return _resized(image, (0, 0, h, w), shape)
     fraction = 224 / 256 * min(h / shape[0], w / shape[1])
     height, width = (
         min(side, max(1, round(fraction * target))) for side, target in zip((h, w), shape, strict=True)
     )
-    top, left = (h - height) // 2, (w - width) // 2
-    return _resize(image[top : top + height, left : left + width], shape)
+    return _resized(image, ((h - height) // 2, (w - width) // 2, height, width), shape)
 
 
-def _resize(part: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
-    pixels = torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1)
+def _resized(
+    image: Image, box: tuple[int, int, int, int], shape: tuple[int, int]
+) -> UInt8[Tensor, "c ch cw"]:
+    top, left, height, width = box
+    if isinstance(image, Picture):
+        part = image.crop(box, shape)
+    else:
+        part = np.ascontiguousarray(image[top : top + height, left : left + width])
+    pixels = torch.from_numpy(part).permute(2, 0, 1)
     return resize(pixels, list(shape), InterpolationMode.BICUBIC, antialias=True)

@@ -72,7 +72,10 @@ class GradientStudy:
                 f"compared here; give a run of {known}"
             )
         self.device = pick_device(setting.device)
-        self.source = open_source(self.recipe.data, self.recipe.images.channels, size=self.recipe.images.size)
+        images = self.recipe.images
+        self.source = open_source(
+            self.recipe.data, images.channels, size=images.size, value_range=images.range
+        )
         self.batch_size = setting.batch_size or min(self.recipe.optim.batch_size, 128)
         if len(self.source) < 2 * self.batch_size:
             raise DataError(

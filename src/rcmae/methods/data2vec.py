@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..config import Images, Rules, Section, broken
 from ..data.masking import visible_count
+from ..data.views import Image
 from ..engine.schedules import Progress
 from ..models.autoencoder import build_encoder
 from ..models.backbone import Channels
@@ -133,7 +134,7 @@ class CropAndMasks:
     visible: int
     side: int
 
-    def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Image, rng: np.random.Generator) -> dict[str, Tensor]:
         crop = random_crop(image, self.images, rng)
         orders = [mask_order(self.grid, self.visible, self.side, rng) for _ in range(self.masks)]
         return {"image": crop, "orders": torch.from_numpy(np.stack(orders))}

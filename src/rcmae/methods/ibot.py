@@ -11,11 +11,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from ..config import Rules, Section
 from ..data.masking import block_mask, random_order
+from ..data.views import Image
 from ..engine.schedules import Progress
 from ..models.backbone import Channels
 from .base import Transform
@@ -74,7 +75,7 @@ class MaskedCrops:
     grid: tuple[int, int]
     settings: IBOTSettings
 
-    def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Image, rng: np.random.Generator) -> dict[str, Tensor]:
         return self.crops(image, rng) | {"masked": torch.stack([self._mask(rng) for _ in range(2)])}
 
     def _mask(self, rng: np.random.Generator) -> Tensor:

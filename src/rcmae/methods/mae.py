@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import Images, Recipe, Rules, Section
 from ..data.masking import random_order, visible_count
-from ..data.views import flip, random_resized_crop
+from ..data.views import Image, flip, random_resized_crop
 from ..engine.schedules import Progress
 from ..models.autoencoder import Autoencoder, AutoencoderNetwork, build
 from ..models.backbone import Backbone, Channels
@@ -63,9 +63,7 @@ class Batch(TypedDict):
     "RC-MAE with different masks: the order for the teacher"
 
 
-def random_crop(
-    image: UInt8[np.ndarray, "h w c"], settings: Images, rng: np.random.Generator
-) -> UInt8[Tensor, "c ch cw"]:
+def random_crop(image: Image, settings: Images, rng: np.random.Generator) -> UInt8[Tensor, "c ch cw"]:
     """A random crop of an image, perhaps flipped."""
     crop = random_resized_crop(image, settings.shape, settings.crop_scale, rng)
     return flip(crop, rng) if settings.flip else crop
@@ -79,7 +77,7 @@ class CropAndMask:
     patches: int
     orders: tuple[str, ...] = ("order",)
 
-    def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Image, rng: np.random.Generator) -> dict[str, Tensor]:
         crop = random_crop(image, self.images, rng)
         return {"image": crop} | {k: torch.from_numpy(random_order(self.patches, rng)) for k in self.orders}
 

@@ -12,11 +12,12 @@ from typing import ClassVar, cast
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..config import Rules, Section
 from ..data.masking import random_order
+from ..data.views import Image
 from ..engine.schedules import Progress
 from ..models.heads import mlp
 from .base import Transform
@@ -85,7 +86,7 @@ class AnchoredCrops:
     crops: Transform
     patches: int
 
-    def __call__(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Image, rng: np.random.Generator) -> dict[str, Tensor]:
         return self.crops(image, rng) | {"anchor_order": torch.from_numpy(random_order(self.patches, rng))}
 
 

@@ -61,7 +61,12 @@ def contexts(
         named, tested = backbones(name, options), None
     first = named[0][1]
     data = open_labeled(
-        options.data, options.val, channels=first.channels, size=first.shape[1], tested=tested
+        options.data,
+        options.val,
+        channels=first.channels,
+        size=first.shape[1],
+        tested=tested,
+        value_range=options.range,
     )
     screen.say(
         f"{task.name}: {len(data.train):,} training and {how_many(len(data.test), 'test image')} of "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import Recipe, how_many
 from ..data.decode import BadImage
-from ..data.pixels import read_image
+from ..data.pixels import open_image
 from ..data.sources import Source
 from ..data.views import center
 from ..engine.checkpoint import replace_file
@@ -199,10 +199,10 @@ def _read(
         for done, i in enumerate(indices, 1):
             tick(done)
             try:
-                image = read_image(source, int(i), recipe.images.channels)
+                image = open_image(source, int(i), recipe.images.channels)
+                images.append(center(image, recipe.images.shape))
             except BadImage:
                 continue  # pre-training counts and reports it
-            images.append(center(image, recipe.images.shape))
             labels.append(source.labels[i])
     none = torch.zeros(0, recipe.images.channels, *recipe.images.shape, dtype=torch.uint8)
     return torch.stack(images) if images else none, np.array(labels, dtype=np.int64)

@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..data.dataset import Bad, read_image
+from ..data.dataset import Bad
 from ..data.decode import BadImage
 from ..data.loader import batches_of
+from ..data.pixels import open_image
 from ..data.sources import Source
 from ..data.views import center
 from ..engine import distributed
@@ -39,7 +40,7 @@ class Centers(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         bad: list[Bad] = []
         try:
-            image = center(read_image(self.source, i, self.channels), self.shape)
+            image = center(open_image(self.source, i, self.channels), self.shape)
         except BadImage as e:
             image = torch.zeros(self.channels, *self.shape, dtype=torch.uint8)
             bad.append((i, self.source.where(i), str(e)))

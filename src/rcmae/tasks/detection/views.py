@@ -112,12 +112,9 @@ class Detections(Images):
         super().__init__(source, jitter, seed, channels)  # type: ignore[arg-type]
         self.jitter = jitter
 
-    def pixels(self, index: int) -> np.ndarray:
-        return self.source.pixels(index, self.channels)
-
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
-        image, taken, bad = self.read(index)
+        image, taken, bad = self.readable(index, lambda i: self.source.pixels(i, self.channels))
         return self.jitter(image, self.source.objects(taken), rng(self.seed, epoch, index)) | {"bad": bad}
 
 

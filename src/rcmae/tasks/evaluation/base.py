@@ -28,6 +28,9 @@ class EvaluationOptions(Section):
     list`"""
     val: str | None = None
     "the images to score on, if data does not contain them"
+    range: Literal["data", "dtype"] = "data"
+    """what is white in 16-bit images: the largest value of the bits that the data use (8, 10, 12, 14 or 16),
+    or 65,535; as in pre-training"""
     which: Which = "teacher"
     "which network of a run or an official checkpoint; both evaluates both"
     labels: float = 100.0

@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...data import sources
-from ...data.dataset import plain_errors, quiet_worker, read_image
+from ...data.dataset import plain_errors, quiet_worker
 from ...data.decode import BadImage
 from ...data.files import Files
+from ...data.pixels import open_image
 from ...data.sources import Source, open_source
-from ...data.views import center
+from ...data.views import Image, center
 from ...engine.console import ShowProgress, no_progress
 from ...errors import ConfigError, DataError
 from ..score import Scored
@@ -40,7 +41,7 @@ Labels = Int[np.ndarray, " n"]
 "The index of the correct logit for each image of a source; -1 if unknown: the image is left out."
 Correct = Bool[np.ndarray, " n"]
 Say = Callable[[str], object]
-View = Callable[[UInt8[np.ndarray, "h w c"], int], UInt8[Tensor, "s c ch cw"]]
+View = Callable[[Image, int], UInt8[Tensor, "s c ch cw"]]
 "An image and its index to the input of the models: s variants of the image."
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -103,7 +104,7 @@ class _Views(Dataset):
             while isinstance(source, sources.Subset):  # random draws depend on the index in the full set
                 origin = int(source.chosen[origin])
                 source = source.source
-            return self.view(read_image(self.source, index, 3), origin)
+            return self.view(open_image(self.source, index, 3), origin)
         except BadImage as e:
             raise DataError(
                 f"{self.source.where(index)} cannot be read ({e}); fix it, or remove it and mention that "
@@ -165,9 +166,7 @@ def labels_for(source: Source, classes: Sequence[str]) -> Labels:
     return index[source.labels]
 
 
-def _plain(
-    image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int]
-) -> UInt8[Tensor, "1 c ch cw"]:
+def _plain(image: Image, index: int, shape: tuple[int, int]) -> UInt8[Tensor, "1 c ch cw"]:
     return center(image, shape)[None]
 
 
@@ -215,7 +214,7 @@ class Corrupted:
 
 
 def _severities(
-    image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int], corruption: str, seed: int
+    image: Image, index: int, shape: tuple[int, int], corruption: str, seed: int
 ) -> UInt8[Tensor, "s c ch cw"]:
     picture = center(image, shape).permute(1, 2, 0).numpy()
     return torch.from_numpy(
@@ -263,15 +262,13 @@ def _line(corruption: str, models: dict[str, Model], correct: Bool[np.ndarray, "
     return f"{corruption}, error by severity in percent: {'; '.join(cells)}"
 
 
-def _stored(
-    image: UInt8[np.ndarray, "h w c"], index: int, shape: tuple[int, int]
-) -> UInt8[Tensor, "1 c h w"]:
+def _stored(image: Image, index: int, shape: tuple[int, int]) -> UInt8[Tensor, "1 c h w"]:
     if image.shape[:2] != shape:
         raise BadImage(
             f"{image.shape[0]} x {image.shape[1]}, but the model takes {shape[0]} x {shape[1]}: ImageNet-C "
             "is used as stored"
         )
-    return torch.from_numpy(image).permute(2, 0, 1)[None]
+    return center(image, shape)[None]
 
 
 def _c_folders(root: Path) -> dict[tuple[str, int], Path]:
