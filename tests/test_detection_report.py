@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import rcmae.tasks.detection.train as dt
 from rcmae.cli import main
@@ -135,6 +137,19 @@ def test_the_page_is_complete(copy):
     )
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
+
+
+def test_examples_of_an_earlier_version_are_one_line(copy, capsys):
+    """They had other names for the same things."""
+    file = copy / "examples.safetensors"
+    with safe_open(file, "np") as f:
+        about, pixels = f.metadata()["about"], {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    save_file(pixels, file, {"about": about.replace('"predictions"', '"found"')})
+    assert main(["report", str(copy)]) == 4
+    error = capsys.readouterr().err.strip()
+    assert "is of an earlier version or damaged; the same `rcmae detect train`" in error and "\n" not in error
+    file.unlink()
+    assert 'id="first"' not in page(copy)
 
 
 def test_images_that_could_not_be_read_are_named(copy):

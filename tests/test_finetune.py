@@ -309,6 +309,21 @@ def test_a_classifier_keeps_its_logits_through_export_and_import(tmp_path, regis
         import_classifier(tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_pwee_patch16_reg1_gap_256", "a ParallelScalingBlock is not a plain block"),
+        ("test_vit4", "so this one cannot be exported: fc_norm is RmsNorm instead of LayerNorm"),
+    ],
+)
+def test_a_network_that_cannot_be_tuned_or_exported_is_refused_before_a_run(tmp_path, sets, name, message):
+    size = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    other = Backbone(timm.create_model(name, num_classes=0, **size), *STATISTICS)
+    with pytest.raises(ConfigError, match=message):
+        ft.finetune(other, *sets, ["dark", "bright"], PLAIN, RuntimeConfig(out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_exported_classifier_is_the_result(tmp_path, sets):
     result = run(tmp_path / "run", sets)
     model, classes = import_classifier(tmp_path / "run" / "export" / "classifier")

@@ -14,12 +14,15 @@ import rcmae
 import rcmae.interop.official as official
 import rcmae.methods.rcmae
 from benchmarks import parity
+from rcmae.cli import main
 from rcmae.errors import CheckpointError, ConfigError
 from rcmae.interop.load import load
 from rcmae.interop.timm_export import export
+from rcmae.interop.weights import read_weights
 from rcmae.methods import reconstruction_loss
 from rcmae.models.autoencoder import build
 from rcmae.models.backbone import Backbone
+from rcmae.models.patches import sincos_positions
 from tests.conftest import GOLDEN, method_for, small
 from tests.mutations import catches
 
@@ -89,7 +92,7 @@ def test_an_invalid_backbone_is_reported_in_one_line(tmp_path):
         load(tmp_path, "pupil")
     export(method_for(small()).backbone(), tmp_path / "b", {})
     (tmp_path / "b" / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match="damaged or not ours"):
+    with pytest.raises(CheckpointError, match="is not a complete .safetensors file"):
         load(tmp_path / "b")
 
 
@@ -99,7 +102,7 @@ def test_official_files_are_imported(tmp_path, name, networks, reference):
     lines = official.import_pth(GOLDEN / f"{name}_official_layout.pth", out, heads=(3, 2))
     assert "ViT 24 x 2, patch 8, 32 px" in lines[0]
     assert sorted(p.name for p in (out / "export").iterdir()) == sorted(networks)
-    raw = official.read_pth(GOLDEN / f"{name}_official_layout.pth")
+    raw = read_weights(GOLDEN / f"{name}_official_layout.pth")
     for which in networks:
         vit = load(out, which).vit
         direct = load(GOLDEN / f"{name}_official_layout.pth", which, heads=3).vit.state_dict()
@@ -114,7 +117,7 @@ def test_official_files_are_imported(tmp_path, name, networks, reference):
 
 
 def test_heads_are_required_where_the_file_does_not_have_them():
-    state = official.read_pth(GOLDEN / "mae_official_layout.pth").student
+    state = read_weights(GOLDEN / "mae_official_layout.pth").student
     with pytest.raises(CheckpointError, match="give --heads and --decoder-heads"):
         official.autoencoder(state)
     with pytest.raises(CheckpointError, match="an encoder without its decoder"):
@@ -127,7 +130,7 @@ def test_heads_are_required_where_the_file_does_not_have_them():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({3: torch.zeros(2)}, "not a dict of named tensors"),
+        ({3: torch.zeros(2)}, "has unknown encoder.vit.3"),
         ({"pos_embed": torch.zeros(3)}, "are not those of an official"),
         ({"patch_embed.proj.weight": torch.zeros(3)}, "are not those of an official"),
         ({"decoder_embed.weight": torch.tensor(3.0)}, "are not those of an official"),
@@ -152,7 +155,7 @@ def test_unexpected_weights_are_reported_in_one_line(tmp_path, change, message):
 
 
 def test_weights_without_blocks_are_reported_in_one_line():
-    state = official.read_pth(GOLDEN / "mae_official_layout.pth").student
+    state = read_weights(GOLDEN / "mae_official_layout.pth").student
     with pytest.raises(CheckpointError, match="are not those of an official"):
         official.shape_of({k: v for k, v in state.items() if not k.startswith("decoder_blocks")}, (3, 2))
 
@@ -185,7 +188,7 @@ def test_code_in_a_pickle_is_not_executed(tmp_path):
     (tmp_path / "old.pth").write_bytes(pickle.dumps({"model": Bomb(trace)}))
     for name in ("evil.pth", "old.pth"):
         with pytest.raises(CheckpointError):
-            official.read_pth(tmp_path / name)
+            read_weights(tmp_path / name)
     assert not trace.exists()
 
 
@@ -201,13 +204,52 @@ def test_an_invalid_checkpoint_is_reported_in_one_line(tmp_path, content, messag
     if content is not None:
         (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
-        official.read_pth(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
 
 
 def test_a_foreign_checkpoint_is_recognized_by_its_keys(tmp_path):
     torch.save({"weights": {}, "step": 3}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"neither `student` nor `model` \(found: weights, step\)"):
-        official.read_pth(tmp_path / "x.pth")
+    with pytest.raises(
+        CheckpointError, match="no Vision Transformer with timm's names .*; it has weights, step"
+    ):
+        read_weights(tmp_path / "x.pth")
+
+
+def test_a_wrong_shape_of_the_images_is_noticed_in_the_positions_of_the_decoder(tmp_path):
+    recipe = small(height=8)
+    state = {
+        f"decoder_{k.removeprefix('decoder.')}"
+        if k.startswith("decoder.")
+        else k.removeprefix("encoder.vit."): v
+        for k, v in build(recipe.images, recipe.network).state_dict().items()
+    }
+    state["mask_token"] = state.pop("decoder_mask_token")
+    positions = torch.cat([torch.zeros(1, 16), sincos_positions((2, 4), 16)])
+    torch.save({"model": state | {"decoder_pos_embed": positions[None]}}, tmp_path / "x.pth")
+    for size, message in (
+        (None, "not those of one square"),
+        ((16, 8), "decoder_pos_embed is not that of images"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            official.import_pth(tmp_path / "x.pth", tmp_path / "out", heads=(2, 2), size=size)
+    argv = [
+        "import",
+        str(tmp_path / "x.pth"),
+        "--out",
+        str(tmp_path / "out"),
+        "--heads",
+        "2",
+        "--decoder-heads",
+        "2",
+    ]
+    assert main([*argv, "--size", "16", "--height", "8"]) == 0
+    assert load(tmp_path / "out").shape == (8, 16)
+    assert "height = 8" in (tmp_path / "out" / "recipe.toml").read_text()
+    torch.save({"model": state, "model_ema": {k: v + 1 for k, v in state.items()}}, tmp_path / "y.pth")
+    with pytest.raises(
+        CheckpointError, match="has model and model_ema instead of the student and the teacher"
+    ):
+        official.import_pth(tmp_path / "y.pth", tmp_path / "y")
 
 
 def test_parity_with_the_official_code(capsys):

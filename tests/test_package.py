@@ -239,7 +239,7 @@ def test_pickle_is_never_written_and_read_only_by_the_import():
     for path in SOURCE.rglob("*.py"):
         text = path.read_text()
         assert "torch.save(" not in text, path
-        assert ("torch.load(" in text) == (path.name == "official.py"), path
+        assert ("torch.load(" in text) == (path.name == "weights.py"), path
         assert "pickle.load" not in text, path
 
 

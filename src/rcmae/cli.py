@@ -218,6 +218,8 @@ def import_official(
     out: Path | None = None,
     heads: Integer | None = None,
     decoder_heads: Integer | None = None,
+    size: Integer | None = None,
+    height: Integer | None = None,
 ) -> None:
     """Convert an official MAE or RC-MAE checkpoint (.pth) to a folder that rcmae and timm can load, without
     executing pickled code.
@@ -232,13 +234,20 @@ def import_official(
         Attention heads of the encoder, if its width is not that of a named model.
     decoder_heads
         Attention heads of the decoder, likewise.
+    size
+        Side of the images in pixels (width, if height is given) [default: that of a square].
+    height
+        Height of images that are not square.
     """
     from .interop.official import import_pth
 
     if (heads is None) != (decoder_heads is None):
         raise ConfigError("give --heads and --decoder-heads together")
     pair = None if heads is None or decoder_heads is None else (heads, decoder_heads)
-    for line in import_pth(file, out or file.with_suffix(""), pair):
+    if height is not None and size is None:
+        raise ConfigError("give --height and --size together")
+    shape = None if size is None else (height or size, size)
+    for line in import_pth(file, out or file.with_suffix(""), pair, shape):
         print(line)
 
 

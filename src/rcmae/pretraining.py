@@ -28,7 +28,7 @@ from .engine.run import ADVICE, RunContext, check_same_recipe, run_context, writ
 from .engine.schedules import Progress, cosine, fraction_of_run, spread, warmup_cosine
 from .engine.step import Mean, clip_gradients, conditional_step, set_lr, set_weight_decay
 from .errors import AlarmError, ConfigError, DataError, first_line, refuse
-from .interop.timm_export import PLAIN, export
+from .interop.timm_export import export
 from .lab.alarms import Alarm
 from .lab.recorder import Recorder
 from .lab.snapshots import SNAPSHOTS, first_batch, save_reconstructions
@@ -332,8 +332,6 @@ class Pretraining(Trainer):
         """Write one folder per network, which timm can load."""
         if not self.world.is_main:
             return
-        model = self.recipe.network.model
-        architecture = model.removeprefix("timm:") if model.startswith("timm:") else PLAIN
         about = {
             "method": self.recipe.method,
             "step": self.step,
@@ -341,7 +339,7 @@ class Pretraining(Trainer):
             "data": self.data["images"],
         }
         for which, backbone in self.backbones().items():
-            export(backbone, self.out / "export" / which, about | {"network": which}, architecture)
+            export(backbone, self.out / "export" / which, about | {"network": which})
 
     def report(self) -> None:
         """Write report.html. A failure does not end the run, and reports take at most a twentieth of its

@@ -3,13 +3,13 @@ timm."""
 
 import copy
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from timm.models.vision_transformer import VisionTransformer
 
@@ -18,49 +18,79 @@ from ..methods import METHODS
 from ..methods.recipes import load_recipe
 from ..models.backbone import Backbone
 from ..models.classifier import Classifier
-from .official import official_backbone, plain_backbone, plain_classifier, read_pth
-from .timm_export import import_backbone, import_classifier
+from .plain import plain_backbone, plain_classifier
+from .timm_export import FILES, import_backbone, import_classifier
+from .weights import KINDS, check_finite, read_weights
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-NAMES = "a run directory, an exported folder, a .safetensors, an official .pth or timm:NAME"
+NAMES = f"a run directory, an exported folder, weights ({', '.join(KINDS)}) or timm:NAME"
+LOCAL = "timm:local-dir:"
+"timm's name of a folder, which is read like any other."
 
 
-def load(path: str | Path, which: str = "teacher", heads: int | None = None, seed: int = 0) -> Backbone:
-    """A backbone by path or name: a run, an export folder or its file, bare weights, an official `.pth`, or
-    "timm:NAME"; "scratch:..." is the same network, randomly initialized with `seed`.
+def load(
+    path: str | Path,
+    which: str = "teacher",
+    heads: int | None = None,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+) -> Backbone:
+    """A backbone by path or name, in evaluation mode: a run, a folder exported by rcmae or timm, a file of
+    weights with timm's names, or "timm:NAME"; "scratch:..." is the same network, randomly initialized with
+    `seed`.
 
-    `which` selects the teacher or the student of a run or an official checkpoint; for a method without a
-    teacher, it is always the student. `heads` is the number of attention heads for bare weights, whose shapes
-    do not reveal it. Raises CheckpointError or ConfigError.
+    `which` selects the teacher or the student of a run or a file that has both, also if they have names such
+    as `state_dict_ema` and `state_dict`; without a teacher, it is always the student. `heads` (the number of
+    attention heads) and `size` (height and width of the images) are for bare weights, whose shapes do not
+    reveal them; what is assumed or left out is logged in one line. Raises CheckpointError or ConfigError.
     """
     if which not in ("student", "teacher"):
         raise ConfigError(f"which must be student or teacher, not {which!r}")
     name = str(path)
     if name.startswith("scratch:"):
-        return scratch(name.removeprefix("scratch:"), which, seed, heads)
+        return scratch(name.removeprefix("scratch:"), which, seed, heads, size).eval()
+    name = name.removeprefix(LOCAL)
     if name.startswith("timm:"):
-        return _timm(name)
-    path = Path(path)
+        return _timm(name).eval()
+    path = Path(name)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give {NAMES}")
-    if path.suffix in (".pth", ".pt"):
-        return official_backbone(path, which, heads)
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path} is not a known kind of checkpoint; give {NAMES}")
-        if path.name == "model.safetensors" and (path.parent / "config.json").exists():
-            return import_backbone(path.parent)
-        try:
-            return plain_backbone(load_file(path), path, heads)
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{path} is not a complete .safetensors file: {first_line(e)}") from e
-    return import_backbone(_folder(path, which))
+    if path.is_dir():
+        return import_backbone(_folder(path, which)).eval()
+    if not name.endswith(KINDS):
+        raise CheckpointError(f"{path} is not a known kind of checkpoint; give {NAMES}")
+    if not is_bare(path):
+        return import_backbone(path.parent).eval()
+    weights = read_weights(path)
+    backbone, text = plain_backbone(weights.select(which), path, heads, size)
+    _note(path, text, *weights.describe(which, backbone.vit.state_dict()))
+    return backbone.eval()
 
 
-def scratch(name: str, which: str = "teacher", seed: int = 0, heads: int | None = None) -> Backbone:
+def is_bare(path: Path) -> bool:
+    """Whether a path is a file of weights without a configuration beside it."""
+    configured = path.name in FILES and (path.parent / "config.json").exists()
+    return path.is_file() and str(path).endswith(KINDS) and not configured
+
+
+def _note(path: Path, *phrases: str) -> None:
+    """Log what was understood of a file, on the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("rcmae").warning("note: %s: %s", path, "; ".join(phrases))
+
+
+def scratch(
+    name: str,
+    which: str = "teacher",
+    seed: int = 0,
+    heads: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> Backbone:
     """The network of a backbone, randomly initialized: as by its method for a run, as by timm otherwise."""
+    name = name.removeprefix(LOCAL)
     path = Path(name) / "recipe.toml"
-    backbone = _timm(name, pretrained=False) if name.startswith("timm:") else load(name, which, heads)
+    timms = name.startswith("timm:")
+    backbone = _timm(name, pretrained=False) if timms else load(name, which, heads, size=size)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if path.exists():
@@ -72,42 +102,54 @@ def scratch(name: str, which: str = "teacher", seed: int = 0, heads: int | None 
     return backbone
 
 
-def load_classifier(path: str | Path, heads: int | None = None) -> tuple[Classifier, list[str]] | None:
-    """A classifier by path or name, and the names of its outputs: a fine-tuning run, an exported folder, an
-    official `.pth`, or timm:NAME. None for a network without a classification head.
+def load_classifier(
+    path: str | Path, which: str = "teacher", heads: int | None = None, size: tuple[int, int] | None = None
+) -> tuple[Classifier, list[str]] | None:
+    """A classifier by path or name, in evaluation mode, and the names of its outputs: a fine-tuning run, a
+    folder exported by rcmae or timm, a file of weights, or timm:NAME. None for a network without a
+    classification head.
 
-    The names of 1,000 unnamed classes are ImageNet's wnids; other classes without names give an empty list.
-    Raises CheckpointError or ConfigError.
+    `which`, `heads` and `size` are those of `load`. The names of 1,000 unnamed classes are ImageNet's wnids;
+    other classes without names give an empty list. Raises CheckpointError or ConfigError.
     """
-    name = str(path).removeprefix("timm:local-dir:")
+    name = str(path).removeprefix(LOCAL)
     path = Path(name)
+    names: list[str] = []
     if name == "pixels" or name.startswith("scratch:"):
         return None
     if name.startswith("timm:"):
         vit, statistics = _timm_vit(name)
-        model = Classifier(vit, *statistics) if vit.num_classes else None
-    elif path.suffix in (".pth", ".pt") and path.exists():
-        model = plain_classifier(
-            {k: v for k, v in read_pth(path).student.items() if not k.startswith("decoder_")}, path, heads
-        )
+        if not vit.num_classes:
+            return None
+        model = Classifier(vit, *statistics)
+    elif folder := _classifier_folder(path):
+        if not _config(folder).get("num_classes"):
+            return None
+        model, names = import_classifier(folder)
+    elif is_bare(path):
+        weights = read_weights(path)
+        plain = plain_classifier(weights.select(which), path, heads, size)
+        if plain is None:
+            return None
+        model, text = plain
+        _note(path, text, *weights.describe(which, model.vit.state_dict()))
     else:
-        folder = _classifier_folder(path)
-        return import_classifier(folder) if folder and _config(folder).get("num_classes") else None
-    if model is None:
         return None
-    count = model.vit.num_classes
-    return model, ImageNetInfo("imagenet-1k").label_names() if count == 1000 else []
+    if not names and model.vit.num_classes == 1000:
+        names = ImageNetInfo("imagenet-1k").label_names()
+    return model.eval(), names
 
 
 def tested_fingerprint(path: str | Path) -> str:
     """The start of the fingerprint of the images on which a fine-tuned classifier was tested; empty if it is
     not recorded."""
-    folder = _classifier_folder(Path(str(path).removeprefix("timm:local-dir:")))
+    folder = _classifier_folder(Path(str(path).removeprefix(LOCAL)))
     return str((_config(folder).get("rcmae") or {}).get("test", "")) if folder else ""
 
 
 def _classifier_folder(path: Path) -> Path | None:
-    return next((f for f in (path, path / "export" / "classifier") if (f / "config.json").exists()), None)
+    folder = path.parent if path.name in FILES else path
+    return next((f for f in (folder, folder / "export" / "classifier") if (f / "config.json").exists()), None)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -118,18 +160,20 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _timm(name: str, pretrained: bool = True) -> Backbone:
-    vit, statistics = _timm_vit(name, pretrained, num_classes=0)
+    vit, statistics = _timm_vit(name, pretrained)
+    vit.reset_classifier(0)  # not by an argument of create_model, with which timm ignores missing weights
     return Backbone(vit, *statistics)
 
 
-def _timm_vit(name: str, pretrained: bool = True, **options: Any) -> tuple[VisionTransformer, Statistics]:
-    """A Vision Transformer of timm, and the mean and the standard deviation of its images."""
+def _timm_vit(name: str, pretrained: bool = True) -> tuple[VisionTransformer, Statistics]:
+    """A Vision Transformer of timm with its head, and the mean and the standard deviation of its images."""
     try:
-        vit = timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, **options)
+        vit = timm.create_model(name.removeprefix("timm:"), pretrained=pretrained)
     except Exception as e:  # an unknown name, no network, a hub that refuses
         raise ConfigError(f"timm cannot load {name.removeprefix('timm:')!r}: {first_line(e)}") from e
     if not isinstance(vit, VisionTransformer):
-        raise ConfigError(f"{name} is not a Vision Transformer")
+        raise ConfigError(f"{name} is timm's {type(vit).__name__}, not its VisionTransformer")
+    check_finite(vit.state_dict(), f"{name}: ")
     config = cast(dict[str, Any], vit.pretrained_cfg)  # set by timm, unknown to the type checker
     return vit, (tuple(config["mean"]), tuple(config["std"]))
 

@@ -4,44 +4,45 @@ timm loads as `local-dir:FOLDER`."""
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 
 from ..engine.checkpoint import write_folder
 from ..errors import CheckpointError, first_line
 from ..models.backbone import Backbone
+from ..models.blueprint import architecture_of, blueprint
 from ..models.classifier import Classifier
+from .weights import mismatches, read_weights
 
-# A timm architecture that passes every argument on to VisionTransformer.
-PLAIN = "vit_base_patch16_224"
+FILES = ("model.safetensors", "pytorch_model.bin")
+"Names of the weights in a folder, ours and timm's; the first one that exists is read."
 
 
 def export(
     network: Backbone | Classifier,
     folder: Path,
     metadata: dict[str, Any],
-    architecture: str = PLAIN,
+    architecture: str | None = None,
     classes: Sequence[str] = (),
 ) -> None:
     """Write a backbone or a classifier. `metadata` (recipe hash, step, network, ...) is "rcmae" in
-    config.json; `classes`, the names of a classifier's outputs in order, are timm's `label_names`."""
+    config.json; `architecture` is the timm name that builds it (default: that of the ViT); `classes`, the
+    names of a classifier's outputs in order, are timm's `label_names`.
+
+    Raises ConfigError as `blueprint` does, and StorageError.
+    """
     vit = network.vit
-    pool = vit.global_pool if vit.num_classes else ""
     mean, std = (v.flatten().tolist() for v in (network.mean, network.std))
-    size, plan = vit.patch_embed.img_size, blueprint(vit, architecture)
-    config = {
-        "architecture": architecture,
+    config = blueprint(vit, architecture or architecture_of(vit)) | {
         "num_classes": vit.num_classes,
         "num_features": vit.embed_dim,
-        "global_pool": pool,
-        "model_args": plan["model_args"] | {"global_pool": pool} | ({"fc_norm": True} if pool else {}),
+        "global_pool": vit.global_pool,
         "pretrained_cfg": {
             "num_classes": vit.num_classes,
-            "input_size": [vit.in_chans, *size],
+            "input_size": [vit.in_chans, *vit.patch_embed.img_size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": 224 / 256,
@@ -63,54 +64,30 @@ def export(
 
 
 def import_backbone(folder: Path) -> Backbone:
-    """Read a backbone that `export` wrote. Raises CheckpointError if it is missing, damaged or of another
-    kind."""
+    """Read a backbone that `export` or timm's `save_for_hf` wrote; the head of one of timm's is dropped.
+    Raises CheckpointError if it is missing, damaged or of another kind, or not finite."""
     vit, config = _read(folder)
-    if vit.num_classes:
+    if vit.num_classes and "rcmae" in config:
         raise CheckpointError(
             f"{folder} is a classifier of {vit.num_classes} classes instead of a backbone; "
             "`import_classifier` reads it"
         )
+    vit.reset_classifier(0)
     return Backbone(vit, *_statistics(config))
 
 
 def import_classifier(folder: Path) -> tuple[Classifier, list[str]]:
-    """Read a classifier that `export` wrote, and the names of its classes. Raises CheckpointError as
-    `import_backbone` does."""
+    """Read a classifier that `export` or timm's `save_for_hf` wrote, and the names of its classes, if it has
+    any. Raises CheckpointError as `import_backbone` does."""
     vit, config = _read(folder)
     if not vit.num_classes:
         raise CheckpointError(
             f"{folder} is a backbone without a head; give a folder that fine-tuning has written"
         )
-    names = config.get("label_names") or [str(i) for i in range(vit.num_classes)]
-    return Classifier(vit, *_statistics(config)), names
-
-
-def blueprint(vit: VisionTransformer, architecture: str) -> dict[str, Any]:
-    """The `architecture` and the `model_args` with which `timm.create_model` builds a ViT of this shape, as
-    JSON."""
-    size, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
-    args: dict[str, Any] = {"img_size": list(size), "in_chans": vit.in_chans}
-    if architecture == PLAIN:
-        args |= {
-            "patch_size": list(patch),
-            "embed_dim": vit.embed_dim,
-            "depth": len(vit.blocks),
-            "num_heads": vit.blocks[0].get_submodule("attn").num_heads,
-            "reg_tokens": vit.num_reg_tokens,
-        }
-    if not vit.has_class_token:
-        args["class_token"] = False
-    if vit.no_embed_class:
-        args["no_embed_class"] = True
-    if hasattr(vit.blocks[0].ls1, "gamma"):
-        args["init_values"] = 1e-5  # adds the layer scale; its values are in the weights
-    return {"architecture": architecture, "model_args": args}
-
-
-def architecture_of(vit: VisionTransformer) -> str:
-    """The timm name that builds the ViT."""
-    return (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or PLAIN
+    names = config.get("label_names") or []
+    if isinstance(names, dict):  # timm's form for class numbers with gaps
+        names = [names.get(str(i), str(i)) for i in range(vit.num_classes)]
+    return Classifier(vit, *_statistics(config)), list(names)
 
 
 def _statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -118,19 +95,30 @@ def _statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float,
 
 
 def _read(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The network of a folder with its head, and its config.json."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
-        weights = load_file(folder / "model.safetensors")
-        classes = config.get("num_classes", 0)
-        vit = timm.create_model(
-            config["architecture"], pretrained=False, num_classes=classes, **config["model_args"]
-        )
-        vit.load_state_dict(weights)
+        if "architecture" not in config and "model_type" in config:
+            raise CheckpointError(f"{folder} is a {config['model_type']} of transformers; give one of timm")
         _statistics(config)
+        vit = timm.create_model(
+            config["architecture"],
+            pretrained=False,
+            pretrained_cfg=config["pretrained_cfg"],
+            **{k: config[k] for k in ("num_classes", "global_pool") if k in config}
+            | config.get("model_args", {}),
+        )
     except FileNotFoundError as e:
-        raise CheckpointError(
-            f"{folder} is not an exported network: {Path(e.filename or 'model.safetensors').name} is missing"
-        ) from e
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, OSError) as e:
+        raise CheckpointError(f"{folder} is not an exported network: config.json is missing") from e
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, OSError) as e:
         raise CheckpointError(f"{folder} is damaged or not ours: {first_line(e)}") from e
-    return cast(VisionTransformer, vit), config
+    if not isinstance(vit, VisionTransformer):
+        raise CheckpointError(f"{folder} is timm's {type(vit).__name__}, not its VisionTransformer")
+    file = next((folder / name for name in FILES if (folder / name).exists()), None)
+    if file is None:
+        raise CheckpointError(f"{folder} is not an exported network: {FILES[0]} is missing")
+    state = read_weights(file).student
+    if problems := mismatches(state, vit.state_dict()):
+        raise CheckpointError(f"{folder} is damaged or not ours: {problems}")
+    vit.load_state_dict(state)
+    return vit, config

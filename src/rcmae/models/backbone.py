@@ -65,6 +65,19 @@ def check_images(images: Tensor, channels: int, shape: tuple[int, int] | None) -
         )
 
 
+def check_range(images: Tensor) -> None:
+    """Raises ValueError for images with values far from 0 to 1, such as 0 to 255 or standardized pixels.
+    Resizing overshoots by less than the half that is allowed."""
+    if torch.compiler.is_compiling():
+        return
+    low, high = (value.item() for value in images.detach().aminmax())
+    if low < -0.5 or high > 1.5:
+        raise ValueError(
+            f"images have values from {low:.3g} to {high:.3g} instead of 0 to 1; divide 8-bit pixels by 255, "
+            "and leave it to the network to standardize them"
+        )
+
+
 class Standardizing(nn.Module):
     """A network that standardizes its input by the mean and standard deviation of each channel."""
 
@@ -109,14 +122,20 @@ class StandardizingViT(Standardizing):
 
 
 class Backbone(StandardizingViT):
-    """A timm Vision Transformer and the statistics that standardize its input, which is pixels in 0 to 1."""
+    """A timm Vision Transformer and the statistics that standardize its input, which is pixels in 0 to 1.
+
+    Its features are the tokens of timm's `forward_features`, without the head and its pooling.
+    """
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of
-        channels or size."""
-        vit = self.vit
-        tokens = vit.forward_features(self._standardize(images)).float()  # [b, t, d]
-        patches = tokens[:, vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, vit.patch_embed.grid_size)
+        channels, size or range of values."""
+        vit, embed = self.vit, self.vit.patch_embed
+        standardized = self._standardize(images)
+        check_range(images)
+        tokens = vit.forward_features(standardized).float()  # [b, t, d]
+        grid = embed.grid_size if embed.strict_img_size else embed.dynamic_feat_size(images.shape[-2:])
+        patches = tokens[:, vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
         return Features(tokens[:, 0] if vit.has_class_token else patches.mean((2, 3)), patches)
 
 

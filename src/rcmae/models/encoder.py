@@ -6,13 +6,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from timm.layers import resample_abs_pos_embed
+from timm.layers import Attention as TimmAttention
+from timm.layers import PatchDropout, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, first_line
 from .blocks import Attention, initialize
+from .blueprint import architecture_of, blueprint
 from .patches import gather_tokens, sincos_positions
 
 
@@ -127,22 +129,36 @@ def build_vit(
     return vit
 
 
+NEEDS = "pre-training needs a plain VisionTransformer with plain attention"
+
+
 def timm_vit(name: str, *, size: int | tuple[int, int], channels: int) -> VisionTransformer:
     """Any plain timm Vision Transformer by name, with timm's positions and initialization.
 
-    Raises ConfigError when timm does not know the name or the model is of another kind.
+    Raises ConfigError when timm does not know the name, or for a network that `Encoder` does not compute or
+    that cannot be exported.
     """
     options: dict[str, Any] = {"img_size": size, "in_chans": channels, "num_classes": 0, "global_pool": ""}
     try:
-        vit = timm.create_model(name, pretrained=False, attn_layer=Attention, **options)
-    except (RuntimeError, TypeError, AssertionError) as e:
-        if "attn_layer" in str(e):
-            raise ConfigError(
-                f"timm:{name} is not a plain VisionTransformer, which pre-training needs"
-            ) from e
+        vit = timm.create_model(name, pretrained=False, **options)
+    except Exception as e:  # an unknown name, a model without these arguments, no network
         raise ConfigError(f"timm cannot build {name!r} as a Vision Transformer: {first_line(e)}") from e
-    if type(vit) is not VisionTransformer or type(vit.patch_embed).__name__ != "PatchEmbed":
+    if type(vit) is not VisionTransformer:
+        raise ConfigError(f"timm:{name} is timm's {type(vit).__name__}; {NEEDS}")
+    if type(vit.patch_embed).__name__ != "PatchEmbed":
+        raise ConfigError(f"timm:{name} has a {type(vit.patch_embed).__name__}; {NEEDS}")
+    for block in vit.blocks:
+        attn = getattr(block, "attn", block)
+        gated = getattr(attn, "gate", None) is not None
+        if type(attn) is not TimmAttention or gated:
+            raise ConfigError(f"timm:{name} has {'gated ' * gated}{type(attn).__name__}; {NEEDS}")
+        if attn.attn_drop.p or vit.pos_drop.p or isinstance(vit.patch_drop, PatchDropout):
+            raise ConfigError(f"timm:{name} drops patches, positions or attention; {NEEDS} without that")
+        attn.__class__ = Attention  # the same parameters with another kernel
+    (h, w), (height, width) = vit.patch_embed.img_size, vit.patch_embed.patch_size
+    if height != width or h % height or w % width:
         raise ConfigError(
-            f"timm:{name} is a {type(vit).__name__}; pre-training needs a plain VisionTransformer"
+            f"size {h} x {w} is not a multiple of a square patch: timm:{name} has {height} x {width}"
         )
+    blueprint(vit, architecture_of(vit))  # refuses now what cannot be exported later
     return vit

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..data.decode import BadImage, decode
@@ -12,7 +13,7 @@ from ..engine import distributed
 from ..engine.distributed import World
 from ..engine.metrics import of_kind, read_metrics
 from ..engine.run import read_json, translate_errors
-from ..errors import ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError
 from ..methods.diagnostics import Sentence
 from ..tasks.detection.average_precision import Precision
 from ..tasks.detection.examples import read_examples
@@ -102,11 +103,17 @@ def _percent(value: float | None) -> str:
 
 
 def _pictures(run: Path) -> dict[str, list[str]]:
-    """A picture for each example, by kind."""
+    """A picture for each example, by kind. Raises CheckpointError for examples that cannot be read."""
     file = run / "examples.safetensors"
     if not file.exists():
         return {}
-    classes, examples = read_examples(file)
+    try:
+        classes, examples = read_examples(file)
+    except (LookupError, TypeError, ValueError, SafetensorError) as e:
+        raise CheckpointError(
+            f"{file} is of an earlier version or damaged; the same `rcmae detect train` writes it again, and "
+            "without it the page has no pictures"
+        ) from e
     return {
         kind: [data_uri(side_by_side(*example, classes), "webp", quality=85) for example in chosen]
         for kind, chosen in examples.items()

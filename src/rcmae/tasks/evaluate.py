@@ -23,8 +23,8 @@ from ..engine.checkpoint import replace_file
 from ..engine.console import Screen
 from ..engine.distributed import World
 from ..engine.run import describe_machine, read_json, translate_errors, write_json
-from ..interop.load import load, load_classifier, tested_fingerprint
-from ..interop.official import read_pth
+from ..interop.load import is_bare, load, load_classifier, tested_fingerprint
+from ..interop.weights import read_weights
 from ..models.backbone import Backbone, Pixels
 from .context import EvaluationContext, results_folder, stem
 from .evaluation.base import EvaluationOptions, Task, TaskResult
@@ -39,7 +39,10 @@ def backbones(name: str, options: EvaluationOptions) -> list[tuple[str, Backbone
     if name == "pixels":
         return [(SINGLE, Pixels())]
     return [
-        (which, load(name, "teacher" if which == SINGLE else which, options.heads, options.seed))
+        (
+            which,
+            load(name, "teacher" if which == SINGLE else which, options.heads, options.seed, options.shape),
+        )
         for which in networks(name, options.which)
     ]
 
@@ -52,7 +55,10 @@ def contexts(
     device = distributed.pick_device(options.device)
     precision = distributed.pick_precision(options.precision, device)
     # Weights are loaded before the data, which may take long to open.
-    classifier = load_classifier(name, options.heads) if task.takes_classifiers else None
+    which = "student" if options.which == "student" else "teacher"
+    classifier = (
+        load_classifier(name, which, options.heads, options.shape) if task.takes_classifiers else None
+    )
     named: list[tuple[str, Backbone | Pixels]]
     if classifier:
         model, _ = classifier
@@ -93,10 +99,10 @@ def networks(name: str, which: str) -> list[str]:
         if exported == ["student"] and which != "student":
             load(name, "teacher")  # raises an error if the teacher was lost
             return ["student"]
-    elif path.suffix not in (".pth", ".pt"):
+    elif not is_bare(path):
         return [SINGLE]
-    elif read_pth(path).teacher is None:
-        return ["student"]
+    elif read_weights(path).teacher is None:
+        return [SINGLE if path.suffix == ".safetensors" else "student"]
     return ["student", "teacher"] if which == "both" else [which]
 
 

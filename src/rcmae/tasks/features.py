@@ -82,7 +82,7 @@ class ExtractedFeatures(NamedTuple):
 def identity(backbone: Backbone | Pixels) -> str:
     """Sixteen hex digits that identify a backbone: its weights, image statistics and architecture."""
     heads = (
-        [block.get_submodule("attn").num_heads for block in backbone.vit.blocks]
+        [m.num_heads for block in backbone.vit.blocks for m in block.modules() if hasattr(m, "num_heads")]
         if isinstance(backbone, Backbone)
         else backbone.patch
     )

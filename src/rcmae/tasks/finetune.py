@@ -29,8 +29,9 @@ from ..engine.console import clock
 from ..engine.run import RunContext, run_context
 from ..engine.schedules import Progress, warmup_cosine
 from ..errors import ConfigError, DataError
-from ..interop.timm_export import architecture_of, export
+from ..interop.timm_export import export
 from ..models.backbone import Backbone
+from ..models.blueprint import architecture_of, blueprint
 from ..models.classifier import Classifier, classifier
 from .features import identity
 from .finetune_recipe import FineTuneRecipe, load_finetune
@@ -76,6 +77,8 @@ def finetune(
             f"RandAugment is for images of 3 channels, not {backbone.channels}; give --settings "
             "'randaugment='"
         )
+    # Before anything is written: some networks cannot be fine-tuned, or not be exported afterwards.
+    blueprint(classifier(backbone, len(classes)), architecture_of(backbone.vit))
     with run_context(runtime, runtime.out, ADVICE) as context:
         run = FineTuning(backbone, train, test, classes, settings, context, about or {})
         with contextlib.closing(run):
@@ -252,7 +255,7 @@ class FineTuning(Supervised):
                 "recipe_hash": recipe_hash(self.recipe),
             }
             folder = self.out / "export" / "classifier"
-            export(self.model, folder, about, architecture_of(self.model.vit), self.classes)
+            export(self.model, folder, about, classes=self.classes)
             best, last = max(h["accuracy"] for h in self.history), self.history[-1]["accuracy"]
             note = ""
             if best > last:

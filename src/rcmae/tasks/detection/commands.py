@@ -14,6 +14,7 @@ from ...engine.console import Screen
 from ...engine.run import describe_machine, translate_errors, write_json
 from ...errors import ConfigError
 from ...interop.load import load
+from ...models.blueprint import architecture_of, blueprint
 from .average_precision import evaluate_all, library, load_results
 from .coco import open_coco, open_test, sample_images
 from .files import load_detector
@@ -36,12 +37,14 @@ def train_detector(name: str, options: DetectionOptions, runtime: BaseRuntimeCon
     if not options.recipe and recipe not in shipped_recipes("detection"):
         recipe = "vitdet-base"
     settings = settings_of(recipe, options.settings)
-    backbone = load(name, options.which, options.heads, settings.seed)
+    backbone = load(name, options.which, options.heads, settings.seed, options.shape)
     if options.recipe is None and recipe == "vitdet-base" and backbone.vit.embed_dim >= 1024:
         recipe = "vitdet-large"
         settings = settings_of(recipe, options.settings)
     library()
-    check_backbone(backbone.vit, settings)  # before reading annotations, which takes minutes for a large set
+    # Before reading annotations, which takes minutes for a large set.
+    check_backbone(backbone.vit, settings)
+    blueprint(backbone.vit, architecture_of(backbone.vit))
     out = runtime.out or run_folder(name, options.which)
     with distributed.process_group(device) as world:
         screen = Screen(world.is_main)

@@ -202,7 +202,7 @@ def rebuild(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Detector:
-    """A detector to load weights into: `architecture` is the `interop.timm_export.blueprint` of the
+    """A detector to load weights into: `architecture` is the `models.blueprint.blueprint` of the
     backbone's ViT."""
     vit = timm.create_model(
         architecture["architecture"], pretrained=False, num_classes=0, **architecture["model_args"]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...config import Rules, Section, check, load_settings, parse_settings, shipped_recipes
+from ..evaluation.base import WeightsOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def load_detect(name: str) -> DetectionRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionOptions(Section):
+class DetectionOptions(WeightsOptions):
     """Options of `rcmae detect train`, in addition to those of the runtime."""
 
     data: str = "bundled:scenes"
@@ -126,8 +127,6 @@ class DetectionOptions(Section):
     "which network of a run or an official checkpoint"
     train_images: int | None = None
     "train on this number of images only; larger subsets contain smaller ones, equal for all backbones"
-    heads: int | None = None
-    "number of attention heads, for weights that come without a configuration"
     recipe: str | None = None
     """a detection recipe (`rcmae list`) or TOML file; default: the recipe for the data, else vitdet-base
     (vitdet-large for a width of 1,024 or more)"""
@@ -135,11 +134,7 @@ class DetectionOptions(Section):
     "changes to the recipe: --settings epochs=25 size=512"
 
     def rules(self) -> Rules:
-        values = {"train_images": self.train_images, "heads": self.heads}
-        return [
-            (value is None or value >= 1, f"{name} must be 1 or more, not {value}")
-            for name, value in values.items()
-        ]
+        return [*super().rules(), *self.each("must be 1 or more", "train_images")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from ...engine.console import clock
 from ...engine.run import RunContext, run_context, write_json
 from ...engine.schedules import Progress, warmup_cosine
 from ...errors import ConfigError, DataError
-from ...interop.timm_export import architecture_of, blueprint
 from ...models.backbone import Backbone
+from ...models.blueprint import architecture_of, blueprint
 from ..features import identity
 from ..supervised import ADVICE, Supervised, fitted_batch
 from .average_precision import Precision, evaluate_all, library

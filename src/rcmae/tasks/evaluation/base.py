@@ -20,7 +20,30 @@ Pool = Literal["mean", "cls"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(Section):
+class WeightsOptions(Section):
+    """What weights do not reveal that come without a configuration."""
+
+    heads: int | None = None
+    "number of attention heads, for weights that come without a configuration"
+    size: int | None = None
+    "side of the images (width, if height is given), for such weights"
+    height: int | None = None
+    "height of images that are not square, for such weights"
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Height and width of the images, if given."""
+        return None if self.size is None else (self.height or self.size, self.size)
+
+    def rules(self) -> Rules:
+        return [
+            (self.height is None or self.size is not None, "height needs size, which is then the width"),
+            *self.each("must be 1 or more", "heads", "size", "height"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(WeightsOptions):
     """Options of every task."""
 
     data: str = "bundled:digits"
@@ -37,8 +60,6 @@ class EvaluationOptions(Section):
     "percentage of the training labels that are used; the same images for every backbone"
     seed: int = 0
     "seed of the split, the order of the images and the random initialization"
-    heads: int | None = None
-    "number of attention heads, for weights that come without a configuration"
     device: str = "auto"
     "auto, cpu, cuda, cuda:1 or mps"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -52,9 +73,9 @@ class EvaluationOptions(Section):
 
     def rules(self) -> Rules:
         return [
+            *super().rules(),
             (0 < self.labels <= 100, f"labels is a percentage above 0 and up to 100, not {self.labels:g}"),
             *self.each("must be 0 or more and below 2**63", "seed"),
-            *self.each("must be 1 or more", "heads"),
             *self.each("must be 0 or more", "workers"),
         ]
 
