@@ -89,7 +89,7 @@ def test_the_command_writes_its_page_and_leaves_the_run_alone(finished, tmp_path
     assert main([*argv, "--out", str(tmp_path / "page")]) == 0
     out = capsys.readouterr().out
     assert all(f"{name}:" in out for name in CONDITIONS)
-    assert "no effect on other images:" in out
+    assert "effect on other images:" in out
     assert sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*") if p.is_file()) == files
     study = json.loads((tmp_path / "page" / "gradients.json").read_text())
     assert len(study["rows"]) == 12
@@ -127,11 +127,12 @@ def test_findings_say_when_theory_does_not_hold():
         return findings(rows, {"whole_images": False, "gamma": 1.0})
 
     as_expected = findings_for((-0.9, -0.5, -0.4, 0.0))
-    assert [tone for tone, _ in as_expected] == ["good"] * 4
+    assert [tone for tone, _ in as_expected] == [*["good"] * 4, "note"]
+    assert "other images: none found" in as_expected[4][1]
     upside_down = findings_for((-0.1, -0.5, -0.5, -0.6))
     assert "the order is reversed" in upside_down[0][1]
     assert "no difference" in upside_down[1][1]
-    assert "all images have in common" in upside_down[3][1]
+    assert "effect on other images: the step is reverted" in upside_down[4][1]
 
 
 def test_failures_are_reported_in_one_line(tmp_path, capsys, folder, finished):  # noqa: F811

@@ -49,12 +49,12 @@ from ..models import blocks
 from ..models.autoencoder import build_encoder
 from ..report.build import write_page
 
-PROBES = (4, 8)
+COUNTED_BATCHES = (4, 8)
 "Two batch sizes, whose difference gives the cost per image."
 
 CPU = torch.device("cpu")
 
-T = Progress(100, 1000, 10)
+MID_RUN = Progress(100, 1000, 10)
 "A step past warm-ups and freezes."
 
 
@@ -84,9 +84,9 @@ class Cost:
 
 
 def cost(recipe: Recipe, precision: str = "bf16") -> Cost:
-    small, large = (_count(recipe, batch, precision) for batch in PROBES)
+    small, large = (_count(recipe, batch, precision) for batch in COUNTED_BATCHES)
     slope = {
-        key: (large[key] - small[key]) / (PROBES[1] - PROBES[0])
+        key: (large[key] - small[key]) / (COUNTED_BATCHES[1] - COUNTED_BATCHES[0])
         for key in ("student_forward", "teacher_forward", "backward", "saved")
     }
     trained, frozen = small["trained"], small["frozen"]
@@ -103,7 +103,7 @@ def peak(recipe: Recipe, batch: int, precision: str, like: str = "cuda") -> int:
         with live:
             for _ in range(2):  # the first step creates the optimizer's state
                 with autocast(CPU, precision):
-                    loss = method(views, T)["loss"]
+                    loss = method(views, MID_RUN)["loss"]
                 loss.backward()
                 del loss
                 optimizer.step()
@@ -158,12 +158,12 @@ def _measure(
     for _ in range(steps):
         start = time.perf_counter()
         with autocast(device, precision):
-            loss = method(views, T)["loss"]
+            loss = method(views, MID_RUN)["loss"]
         loss.backward()
-        method.before_step(T, applied)
+        method.before_step(MID_RUN, applied)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        method.after_step(T, applied)
+        method.after_step(MID_RUN, applied)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
@@ -215,7 +215,7 @@ def _count(recipe: Recipe, batch: int, precision: str) -> dict[str, Any]:
             counter.mark_teacher(method.teacher)
         with counter, autocast(CPU, precision):
             with saved_tensors_hooks(saved.pack, lambda t: t):
-                loss = method(views, T)["loss"]
+                loss = method(views, MID_RUN)["loss"]
             counter.phase = "backward"
             loss.backward()
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad)

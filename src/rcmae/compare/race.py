@@ -215,7 +215,7 @@ def race(contestants: list[Arm], setting: RaceSettings, out: Path, log: Log) -> 
     with run_lock(out), signals.handled():
         costs = {arm.name: cost(arm.cost_recipe).flops for arm in contestants}
         steps = plan(contestants, setting, costs, data, out, log)
-        # Not seed 0, on which recipes are tuned.
+        # Not seed 0, on which all recipes were tuned; the recipe files name the other seeds of some.
         runs = [
             RaceRun(arm, seed, out, steps[arm.name], setting, data)
             for seed in range(1, setting.seeds + 1)
@@ -363,7 +363,7 @@ def carry_out(runs: list[RaceRun], weights: list[float], setting: RaceSettings, 
     waiting = [run for run in runs if not run.done]
     fraction = {run.path: weight / sum(weights) for run, weight in zip(runs, weights, strict=True)}
     finished = sum(fraction[run.path] for run in runs if run not in waiting)
-    before = finished + sum(fraction[run.path] * run.step / run.steps for run in waiting)
+    at_start = finished + sum(fraction[run.path] * run.step / run.steps for run in waiting)
     began = logged = time.monotonic()
     active: dict[RaceRun, subprocess.Popen[bytes]] = {}
     with signals.held():  # until the runs, which end with this process, have saved
@@ -380,10 +380,11 @@ def carry_out(runs: list[RaceRun], weights: list[float], setting: RaceSettings, 
                         logged = 0.0
                     if time.monotonic() - logged > 30:
                         logged = time.monotonic()
-                        now = finished + sum(fraction[run.path] * run.step / run.steps for run in active)
-                        left = (logged - began) * (1 - now) / (now - before) if now > before else 0.0
+                        progress = finished + sum(fraction[run.path] * run.step / run.steps for run in active)
+                        rate = (progress - at_start) / (logged - began)
+                        left = (1 - progress) / rate if rate > 0 else 0.0
                         done = len(runs) - len(waiting) - len(active)
-                        log(f"{done} of {len(runs)} runs, {now:.0%}, {clock(left)} left")
+                        log(f"{done} of {len(runs)} runs, {progress:.0%}, {clock(left)} left")
         except signals.Interrupted as e:
             raise Preempted(f"by {e}; every run is saved, run the same command again") from e
         finally:

@@ -223,7 +223,7 @@ def _watch(receive: int) -> None:
     """The watchdog, in its own thread since the main one may be inside a long call: acknowledge the signal,
     then end the process after GRACE seconds."""
     global _repeated
-    number, came, held, now, tick = 0, 0.0, 0.0, 0.0, 0.1
+    number, received_at, held_seconds, now, tick = 0, 0.0, 0.0, 0.0, 0.1
     resent = 0  # bytes still to come from signals that this thread sent
     while True:
         before, ready = now, select.select([receive], [], [], tick if number else None)[0]
@@ -234,9 +234,9 @@ def _watch(receive: int) -> None:
             if resent and byte == number:
                 resent -= 1
             elif byte in NUMBERS and not number:
-                number, came, before = byte, now, now
+                number, received_at, before = byte, now, now
                 _announce(number)
-            elif byte in NUMBERS and now - came > SAME:
+            elif byte in NUMBERS and now - received_at > SAME:
                 time.sleep(tick)  # the handler ends the process, unless the main thread is inside a long call
                 _end(byte)
         if _lost and _raises and not resent:
@@ -245,6 +245,6 @@ def _watch(receive: int) -> None:
             assert main_thread is not None  # it has started
             signal.pthread_kill(main_thread, number)
         if _holds:
-            held += now - before
-        elif number and now - came - held > GRACE:
+            held_seconds += now - before
+        elif number and now - received_at - held_seconds > GRACE:
             _end(number)

@@ -248,11 +248,12 @@ def findings(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[Sentence
         if (lower, upper) == ("ii", "iii") and about["whole_images"]:
             text += " This recipe uses full images, so the new crops are the same crops."
         sentences.append(("good" if low > 0 else "note", text))
-    mean, low, high = bootstrap(cosines["iv"])
-    zero = low <= 0 <= high
-    verdict = "holds" if zero else "does not hold, the teacher reverts what all images have in common"
-    text = f"no effect on other images: {verdict} ({_signed(mean)}, {_signed(low)} to {_signed(high)})."
-    sentences.append(("good" if zero else "note", text))
+    for name, tone_if_found in (("i", "good"), ("iv", "note")):
+        mean, low, high = bootstrap(cosines[name])
+        found = not low <= 0 <= high
+        verdict = "the step is reverted" if high < 0 else "the step is repeated" if found else "none found"
+        text = f"effect on {CONDITIONS[name]}: {verdict} ({_signed(mean)}, {_signed(low)} to {_signed(high)})."
+        sentences.append((tone_if_found if found else "note", text))
     return sentences
 
 

@@ -89,7 +89,9 @@ class Monitor:
         self.method.recorded = []
         if self.teacher is not None:
             self.expected = self.method.momentum_per_step(t)
-            self.before = [(s.clone(), t.clone()) for s, t in self._slices(self.teacher)]
+            self.before = [
+                (student.clone(), teacher.clone()) for student, teacher in self._slices(self.teacher)
+            ]
 
     def _slices(self, teacher: Teacher[Any]) -> list[tuple[Tensor, Tensor]]:
         """The first values of some weights of (student, teacher), spread over the network."""
