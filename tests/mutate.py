@@ -66,6 +66,9 @@ def run(tests: list[str], mutation: str = "") -> tuple[int, str]:
 def main(words: list[str]) -> int:
     """Print a line per mutation. Returns 0 only if each makes its test fail (not crash) and the original code
     passes."""
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
     slices = [tuple(map(int, word.split("/"))) for word in words if re.fullmatch(r"\d+/\d+", word)]
     with ProcessPoolExecutor(1, FORK) as pool:
         tests = pool.submit(tests_by_mutation).result()

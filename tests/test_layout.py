@@ -349,6 +349,14 @@ def test_only_loops_of_folders_are_dropped(tmp_path):
     assert open_source(str(root)).left_out == {"loop(s) of links": 2}
 
 
+def test_a_link_to_itself_is_no_folder(tmp_path):
+    for name in ("a.png", "train", "val"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    with pytest.raises(DataError, match="holds no images: read 0 images; left out 3: 3 broken links"):
+        open_source(str(tmp_path))
+    assert parts_of(str(tmp_path)) is None
+
+
 def test_links_in_tar_files(tmp_path):
     spec = shard(
         tmp_path / "x.tar",

@@ -25,11 +25,10 @@ DECODERS = {"heif": "pillow_heif", "jxl": "pillow_jxl", "dicom": "pydicom"}
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jfif", ".jpe", ".jp2", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"),
-    *(".pgm", ".avif"),  # all of these are decoded by Pillow
+    *(".pgm", ".avif"),
     *OPTIONAL,
 )
-"Extensions of images, in lower case."
-
+"Extensions of images, in lower case. Pillow alone decodes those that are not in `OPTIONAL`."
 
 REASONS = 8
 "Number of reasons for leaving out files that a line names."

@@ -155,7 +155,7 @@ def _walk(
 def _image_folders(folder: Path) -> list[str]:
     """The subfolders that hold images, in any depth; others, such as annotations, are no parts of a set."""
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not hidden(os.fsencode(e.name)))
+        names = sorted(e.name for e in entries if not hidden(os.fsencode(e.name)) and _is_folder(e))
     found = ImageFilter()
     return [n for n in names if any(found.takes(os.fsencode(f.name)) for f in files_below(folder / n, found))]
 
@@ -169,8 +169,17 @@ def files_below(folder: str | Path, found: ImageFilter) -> Iterator[os.DirEntry[
             for entry in entries:
                 if found.is_hidden(os.fsencode(entry.name)):
                     continue
-                if not entry.is_dir():
+                if not _is_folder(entry):
                     yield entry
                 elif (identity := (entry.stat().st_dev, entry.stat().st_ino)) not in visited:
                     visited.add(identity)
                     pending.append(entry.path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as e:
+        if e.errno == errno.ELOOP:  # a link to itself
+            return False
+        raise

@@ -5,7 +5,7 @@ import csv
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..config import how_many
@@ -26,7 +26,7 @@ UTF8 = ("utf-8", "surrogateescape")
 Lines = list[tuple[int, str]]
 "The lines that are not empty, with their numbers."
 
-Readings = list[tuple[int, list[tuple[str, str]]]]
+Readings = Iterable[tuple[int, Iterable[tuple[str, str]]]]
 "By line, the ways to read it as a path and a label (empty for none); the first existing path is meant."
 
 
@@ -52,12 +52,16 @@ class ListFile(Files):
         sizes: list[int] = []
         for n, pairs in readings:
             options.tick(n / len(content))
-            encoded = ((path.encode(*UTF8), label.strip().encode(*UTF8)) for path, label in pairs)
-            sized = ((path, label, _size(root, path)) for path, label in encoded)
-            name, label, size = next((each for each in sized if each[2] is not None), (b"", b"", None))
-            if size is None:
-                missing = printable(pairs[0][0].encode(*UTF8))
-                raise DataError(f"{spec} line {n}: {missing} does not exist; paths are relative to the list")
+            missing = []
+            for path, text in pairs:
+                name, label = path.encode(*UTF8), text.strip().encode(*UTF8)
+                if (size := _size(root, name)) is not None:
+                    break
+                missing.append(printable(name))
+            else:
+                raise DataError(
+                    f"{spec} line {n}: {missing[0]} does not exist; paths are relative to the list"
+                )
             if found.takes(name):
                 names.append(name)
                 labels.append(label)
@@ -93,7 +97,7 @@ def _read(spec: str, root: bytes, lines: Lines) -> tuple[Readings, str]:
     exists = any(_exists(root, path) for path, _ in _pairs(first))
     header = not exists and not any(cell.endswith(EXTENSIONS) for cell in cells)
     if Path(spec).suffix.lower() == ".txt" and not (header and {*cells} & {*PATH_NAMES, *LABEL_NAMES}):
-        return [(n, _pairs(line)) for n, line in lines], ""
+        return ((n, _pairs(line)) for n, line in lines), ""
     separated = re.search("[\t,;]", first) or Path(spec).suffix.lower() != ".txt"
     delimiter = max(",\t;", key=first.count) if separated else " "
     try:
@@ -107,7 +111,7 @@ def _read(spec: str, root: bytes, lines: Lines) -> tuple[Readings, str]:
     body = rows[1:] if header else rows
     column, label, why = _columns(root, rows[0] if header else [], body)
     numbers = [n for n, _ in lines[len(rows) - len(body) :]]
-    return [(n, [(row[column], label(row))]) for n, row in zip(numbers, body, strict=True)], why
+    return ((n, [(row[column], label(row))]) for n, row in zip(numbers, body, strict=True)), why
 
 
 def _columns(
@@ -141,12 +145,16 @@ def _names(header: list[str]) -> list[str]:
     return [cell.strip().lower().replace(" ", "_") for cell in header]
 
 
-def _pairs(line: str) -> list[tuple[str, str]]:
+def _pairs(line: str) -> Iterator[tuple[str, str]]:
     """The ways to read a line without a header as a path and a label. Paths may contain spaces and commas."""
-    tab, (path, _, label) = "\t" in line, line.partition("\t")
-    splits = line.rsplit(None, 1), line.split(None, 1), line.rsplit(",", 1), line.split(",", 1)
-    pairs = [(line, ""), (line.strip(), ""), *((s[0], s[1]) for s in splits if len(s) == 2)]
-    return [(path, label), *pairs] if tab else pairs
+    if "\t" in line:
+        path, _, label = line.partition("\t")
+        yield path, label
+    yield line, ""
+    yield line.strip(), ""
+    for parts in (line.rsplit(None, 1), line.split(None, 1), line.rsplit(",", 1), line.split(",", 1)):
+        if len(parts) == 2:
+            yield parts[0], parts[1]
 
 
 def _exists(root: bytes, path: str) -> bool:

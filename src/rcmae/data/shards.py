@@ -23,7 +23,6 @@ from .layout import LABEL_NAMES, TESTING, ImageFilter, part_of, select
 OPEN_SHARDS = 64
 "Open shards per process; systems typically allow 1,024 open files."
 
-
 LARGEST_LABEL = 2**20
 "Bytes that are read of a .cls or .json file."
 

@@ -252,7 +252,9 @@ def findings(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[Sentence
         mean, low, high = bootstrap(cosines[name])
         found = not low <= 0 <= high
         verdict = "the step is reverted" if high < 0 else "the step is repeated" if found else "none found"
-        text = f"effect on {CONDITIONS[name]}: {verdict} ({_signed(mean)}, {_signed(low)} to {_signed(high)})."
+        text = (
+            f"effect on {CONDITIONS[name]}: {verdict} ({_signed(mean)}, {_signed(low)} to {_signed(high)})."
+        )
         sentences.append((tone_if_found if found else "note", text))
     return sentences
 

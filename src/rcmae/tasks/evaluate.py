@@ -74,12 +74,14 @@ def contexts(
         tested=tested,
         value_range=options.range,
     )
+    for line in data.read:
+        screen.say(line)
     screen.say(
         f"{task.name}: {len(data.train):,} training and {how_many(len(data.test), 'test image')} of "
         f"{how_many(len(data.classes), 'class')}"
     )
-    for text in (*data.read, *(f"note: {note}" for note in data.notes)):
-        screen.say(text)
+    for note in data.notes:
+        screen.say(f"note: {note}")
     result = [
         EvaluationContext(name, which, backbone, data, options, device, world, screen, precision, classifier)
         for which, backbone in named
