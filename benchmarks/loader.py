@@ -211,7 +211,7 @@ def make(path: Path, pictures: list[Image.Image], kind: Set) -> Path:
 def rates(path: Path, count: int, loaders: dict[str, Loader], rounds: int) -> dict[str, list[float]]:
     """Images per second of processor time of each loader in each round, after one to warm up."""
     epochs = {name: loader(path) for name, loader in loaders.items()}
-    found: dict[str, list[float]] = {name: [] for name in loaders}
+    speeds: dict[str, list[float]] = {name: [] for name in loaders}
     for number in range(rounds + 1):
         order = list(epochs)
         random.Random(number).shuffle(order)
@@ -221,22 +221,22 @@ def rates(path: Path, count: int, loaders: dict[str, Loader], rounds: int) -> di
             seconds = time.process_time() - start
             assert read == count, f"{name} read {read} of {count} images"
             if number:
-                found[name].append(count / seconds)
-    return found
+                speeds[name].append(count / seconds)
+    return speeds
 
 
-def row(kind: str, name: str, found: dict[str, list[float]]) -> dict[str, Any]:
+def row(kind: str, name: str, speeds: dict[str, list[float]]) -> dict[str, Any]:
     """The numbers of a loader on a set; the ratio is that to `REFERENCE` in the same round."""
-    own = found[name]
-    ratios = [a / b for a, b in zip(own, found[REFERENCE], strict=True)]
+    values = speeds[name]
+    ratios = [a / b for a, b in zip(values, speeds[REFERENCE], strict=True)]
     return {
         "set": kind,
         "loader": name,
-        "images_per_second": statistics.median(own),
-        "range": [min(own), max(own)],
+        "images_per_second": statistics.median(values),
+        "range": [min(values), max(values)],
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
-        "cores": DEMAND / statistics.median(own),
+        "cores": DEMAND / statistics.median(values),
     }
 
 
@@ -290,8 +290,8 @@ def main() -> int:
             sets[kind] = {"images": facts.images, "kilobytes": size}
             measured = rates(path, facts.images, loaders, options.rounds)
             for name in loaders:
-                rows.append(found := row(kind, name, measured))
-                speed = f"{found['images_per_second']:8.1f} images/s {found['ratio']:5.2f}x"
+                rows.append(speeds := row(kind, name, measured))
+                speed = f"{speeds['images_per_second']:8.1f} images/s {speeds['ratio']:5.2f}x"
                 print(f"{kind:30} {name:16} {speed}", flush=True)
     if options.out:
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from rcmae.cli import main
-from rcmae.compare.cost import T, _Phases, _SavedBytes, cost, largest_batch, peak, recipes
+from rcmae.compare.cost import MID_RUN, _Phases, _SavedBytes, cost, largest_batch, peak, recipes
 from rcmae.methods import METHODS
 from rcmae.methods.recipes import load_recipe
 from tests.conftest import batch_for, method_for, small
@@ -73,7 +73,7 @@ def test_estimated_activation_memory_matches_a_real_step(name):
         method = method_for(recipe)
         count = _SavedBytes({p.untyped_storage()._cdata for p in method.parameters()})
         with saved_tensors_hooks(count.pack, lambda t: t):
-            method(batch_for(method, size=size), T)
+            method(batch_for(method, size=size), MID_RUN)
         saved.append(count.bytes)
     assert cost(recipe, "fp32").saved == pytest.approx((saved[1] - saved[0]) / 4, rel=0.02)
 

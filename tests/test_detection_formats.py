@@ -77,12 +77,12 @@ def save(file: Path, content: dict) -> dict:
 
 def overlap(data: CocoSet) -> float:
     """The least intersection over union of the mask and the red pixels of an image."""
-    found = []
+    overlaps = []
     for i in range(len(data)):
         pixels, [mask] = data.pixels(i).astype(int), data.objects(i).masks
         red = pixels[..., 0] - pixels[..., 1] > 80
-        found.append((red & mask).sum() / (red | mask).sum())
-    return min(found)
+        overlaps.append((red & mask).sum() / (red | mask).sum())
+    return min(overlaps)
 
 
 # --- layouts ------------------------------------------------------------------------------------------------
@@ -129,8 +129,8 @@ def test_names_of_image_files_lead_to_them_by_their_end(tmp_path, name):
     part(tmp_path / "b", "result.json", "images", seed=20)
     train, _ = open_coco(str(tmp_path / "a"), str(tmp_path / "b"))
     assert overlap(train) == 1
-    said = [note for note in train.notes if "found by the end of their names: 3 (" in note]
-    assert len(said) == (not name.startswith("images")), "nothing is left out of images\\a.png"
+    notes = [note for note in train.notes if "found by the end of their names: 3 (" in note]
+    assert len(notes) == (not name.startswith("images")), "nothing is left out of images\\a.png"
 
 
 def test_a_name_never_leads_out_of_the_folder_nor_two_names_to_one_file(tmp_path):
@@ -366,9 +366,9 @@ def with_root(name: str, used: bool = False):
 @pytest.mark.parametrize("name", ["things", "disc"])
 def test_a_root_category_without_objects_is_no_class(tmp_path, name):
     data = changed(tmp_path, with_root(name), with_root(name))
-    for found in open_coco(data):
-        assert (found.category_ids, found.classes) == ([1, 2], ["disc", "square"])
-        assert f"categories without objects that only group others, left out: 1 ({name})" in found.notes
+    for part in open_coco(data):
+        assert (part.category_ids, part.classes) == ([1, 2], ["disc", "square"])
+        assert f"categories without objects that only group others, left out: 1 ({name})" in part.notes
 
 
 def test_a_root_category_with_objects_in_either_part_is_a_class(tmp_path):

@@ -364,7 +364,7 @@ def test_an_unreadable_test_image_is_named_and_has_no_detections(tmp_path, sets,
 def everything_found(monkeypatch, *unreadable: int) -> None:
     """Let detection return the ground truth, except for some images that cannot be read."""
 
-    def found(model, data, *, note=lambda bad: None, **how):
+    def perfect(model, data, *, note=lambda bad: None, **how):
         bad = [(i, data.where(i), "truncated") for i in unreadable]
         note(bad)
         ids = {data.image_id(i) for i in range(len(data))} - {data.image_id(i) for i in unreadable}
@@ -372,8 +372,8 @@ def everything_found(monkeypatch, *unreadable: int) -> None:
             [{**a, "score": 0.9} for a in data.truth["annotations"] if a["image_id"] in ids], bad
         )
 
-    monkeypatch.setattr(dt, "predict", found)
-    monkeypatch.setattr(commands, "predict", found)
+    monkeypatch.setattr(dt, "predict", perfect)
+    monkeypatch.setattr(commands, "predict", perfect)
 
 
 @catches(

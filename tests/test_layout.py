@@ -1,4 +1,4 @@
-"""What is read of the files that people have, as which classes and parts, and what is said of the rest."""
+"""What is read of people's files, as which classes and parts, and what is reported of the rest."""
 
 import io
 import json
@@ -67,7 +67,7 @@ def samples(count: int = 4, names: str = "xy") -> list[tuple[str, bytes | str]]:
     ]
 
 
-def found(spec: Path | str) -> dict[str, list[str]]:
+def read_images(spec: Path | str) -> dict[str, list[str]]:
     """The names of the images that are read, without their folders, by class ("" without a label)."""
     source = open_source(str(spec))
     labels = [-1] * len(source) if source.labels is None else source.labels
@@ -174,7 +174,7 @@ def test_folders_that_are_no_classes_are_refused_for_a_reason(tmp_path, files, w
 def test_a_class_may_have_one_subfolder_of_a_common_name(tmp_path):
     """As in Tiny ImageNet, with images/ in each class."""
     fill(tmp_path, *numbered("n01/images", 3), *numbered("n02/images", 3))
-    assert list(found(tmp_path)) == ["n01", "n02"]
+    assert list(read_images(tmp_path)) == ["n01", "n02"]
 
 
 def test_folders_without_images_are_no_parts_and_no_classes(tmp_path):
@@ -204,7 +204,7 @@ def column(kind: str, **attributes) -> object:
 
 
 def test_splits_and_labels_of_the_hub(monkeypatch):
-    """The same names of parts; of several label columns the first is used, and said."""
+    """The same names of parts; of several label columns the first is used, and that is reported."""
     label = column("ClassLabel", names=["x", "y"])
     tables = {
         "two": Table(img=column("Image"), fine=label, coarse=label),
@@ -276,7 +276,7 @@ def test_companions_in_tar_files_are_no_images(tmp_path):
                   for folder in ("", "__MACOSX/")]  # fmt: skip
     spec = shard(tmp_path / "x.tar", *companions, *samples(), ("notes.md", "x"), (".DS_Store", "x"))
     fill(tmp_path, "._x.tar", "x.parquet", content=b"x")
-    assert found(tmp_path) == {"x": ["0.png", "2.png"], "y": ["1.png", "3.png"]}
+    assert read_images(tmp_path) == {"x": ["0.png", "2.png"], "y": ["1.png", "3.png"]}
     assert open_source(str(tmp_path)).left_out == {"hidden or system file(s)": 18, ".md": 1, ".parquet": 1}
     assert open_source(str(spec)).left_out == {"hidden or system file(s)": 17, ".md": 1}
 
@@ -331,12 +331,12 @@ def test_links_balance_classes_but_add_nothing_without_labels(tmp_path):
     (labeled / "b" / "shared.png").hardlink_to(labeled / "a" / "0.png")
     (labeled / "c").symlink_to("a")
     source = open_source(str(labeled))
-    assert {k: len(v) for k, v in found(labeled).items()} == {"a": 2, "b": 6, "c": 2}
+    assert {k: len(v) for k, v in read_images(labeled).items()} == {"a": 2, "b": 6, "c": 2}
     assert source.left_out == {} and source.notes[0].startswith("6 labeled images linked to other images")
     flat = fill(tmp_path / "flat", "0.png", "1.png")
     (flat / "again.png").symlink_to("0.png")
     (flat / "hard.png").hardlink_to(flat / "1.png")
-    assert found(flat) == {"": ["0.png", "1.png"]}
+    assert read_images(flat) == {"": ["0.png", "1.png"]}
     assert open_source(str(flat)).summary().endswith("read 2 images; left out 2: 2 duplicate links")
 
 
@@ -345,7 +345,7 @@ def test_only_loops_of_folders_are_dropped(tmp_path):
     (root / "a" / "loop").symlink_to(root)
     (root / "c").symlink_to(outside / "c")
     (outside / "c" / "back").symlink_to(outside)
-    assert {k: len(v) for k, v in found(root).items()} == {"a": 5, "b": 5, "c": 5}
+    assert {k: len(v) for k, v in read_images(root).items()} == {"a": 5, "b": 5, "c": 5}
     assert open_source(str(root)).left_out == {"loop(s) of links": 2}
 
 
@@ -415,7 +415,7 @@ def test_a_sample_is_one_image_with_its_label(tmp_path):
         sample = [(name, content.get(name.rsplit(".", 1)[1], picture(i))) for i, name in enumerate(members)]
         spec = shard(tmp_path / "x.tar", *sample, *other)
         best = next(n for n in ("0.jpg", "0.png", "0.left.png") if n in {m.split("/")[-1] for m in members})
-        assert found(spec) == {"x": [best], "y": ["1.png"]}, members
+        assert read_images(spec) == {"x": [best], "y": ["1.png"]}, members
         pictures = sum(name.lower().endswith(("png", "jpg")) for name in members)
         assert open_source(str(spec)).left_out["further image(s) of a sample"] == pictures - 1
 
@@ -442,7 +442,7 @@ def test_labels_in_json(tmp_path, text, label):
         ("2.png", picture(2)),
         ("2.cls", "z"),
     ]
-    assert found(shard(tmp_path / "x.tar", *members))[label] == ["0.png"]
+    assert read_images(shard(tmp_path / "x.tar", *members))[label] == ["0.png"]
 
 
 def test_labels_without_images_and_damaged_ones_are_counted(tmp_path):
@@ -491,7 +491,7 @@ def test_lists_as_tools_write_them(tmp_path, name, text):
         files[1] = "a/1.png"  # in a table with spaces, paths have none
         fill(tmp_path, files[1])
     (tmp_path / name).write_text(text.format(*files))
-    result = found(tmp_path / name)
+    result = read_images(tmp_path / name)
     count = text.count("{")
     labels = {"cat": ["0.png", "2.png"][: count - 1], "dog": ["1.png"]}
     if "cat" not in text:
@@ -551,7 +551,7 @@ def test_lists_that_cannot_be_read_say_why(tmp_path):
     with pytest.raises(DataError, match="no labels: no column of the table is called label or class"):
         open_labeled(str(tmp_path / "list.csv"))
     (tmp_path / "list.txt").write_text("a/0.png\na/1.png\na/0.png\n")
-    assert open_source(str(tmp_path / "list.txt")).notes == ("listed again, and kept: 1 image",)
+    assert open_source(str(tmp_path / "list.txt")).notes == ("repeated lines of images, all kept: 1",)
 
 
 # --- what commands say --------------------------------------------------------------------------------------

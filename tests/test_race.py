@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from rcmae.cli import main
-from rcmae.compare.cost import T
+from rcmae.compare.cost import MID_RUN
 from rcmae.compare.race import (
     ARMS,
     STYLES,
@@ -79,9 +79,9 @@ def test_averaged_mae_is_mae_to_the_bit_and_costs_what_mae_costs():
         if arm is averaged:
             with torch.no_grad():  # a teacher with unrelated predictions
                 method.teacher.model.decoder.pred.weight.normal_()
-        loss = method(default_collate([{k: v for k, v in s.items() if k != "bad"} for s in samples]), T)[
-            "loss"
-        ]
+        loss = method(
+            default_collate([{k: v for k, v in s.items() if k != "bad"} for s in samples]), MID_RUN
+        )["loss"]
         loss.backward()
         losses.append((loss, [p.grad for p in method.student.parameters() if p.grad is not None]))
     (loss, gradient), (other, others) = losses

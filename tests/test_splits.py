@@ -90,7 +90,7 @@ def test_split_files_are_reproducible_and_tied_to_their_labels(tmp_path):
     with pytest.raises(DataError, match=r"labels-10.json was written for other labels"):
         read_split(paths[2], 1 - labels)
     paths[0].write_text(json.dumps([1, 2]))
-    with pytest.raises(DataError, match="is no split"):
+    with pytest.raises(DataError, match="is not a split"):
         read_split(paths[0], labels)
 
 

@@ -178,7 +178,9 @@ def test_a_lone_average_is_named(tmp_path, caplog):
 def test_it_is_not_guessed_which_of_several_networks_is_meant(tmp_path, prefixes, named):
     states = [prefixed(vit().state_dict(), prefix) for prefix in prefixes]
     file = write(tmp_path / "x.pth", {k: v for state in states for k, v in state.items()})
-    with pytest.raises(CheckpointError, match=f"has {len(prefixes)} networks \\({named}\\) that are no pair"):
+    with pytest.raises(
+        CheckpointError, match=f"has {len(prefixes)} networks \\({named}\\) that are not a pair"
+    ):
         load(file)
 
 

@@ -102,7 +102,9 @@ class Pretraining(Trainer):
         self.recorder: Recorder | None = None
         self.alarm: Alarm | None = None
         self.next_report = 0.0
-        self.setup(self.method, optimizer, {"images": images.fingerprint()}, load=load_recipe)
+        # Bits: what is white in 16-bit images is measured on a sample of them.
+        data = {"images": images.fingerprint(), "range_of_16-bit_images": f"{images.bits} bits"}
+        self.setup(self.method, optimizer, data, load=load_recipe)
 
     def statistics(self) -> Statistics:
         """Mean and standard deviation of each channel, for pixels in 0 to 1."""

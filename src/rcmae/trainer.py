@@ -30,7 +30,7 @@ from .engine.schedules import Progress, default_log_every
 from .engine.step import LogWindow, Skips
 from .errors import CheckpointError, ConfigError, DataError
 
-FORMAT = 3
+FORMAT = 4
 "Version of the format of a checkpoint's state.json."
 
 

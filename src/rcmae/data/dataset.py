@@ -138,7 +138,9 @@ class BadFiles:
         return len(self._recorded()) if self.path.is_file() else 0
 
     def _recorded(self) -> set[int]:
-        return {json.loads(line)["index"] for line in self.path.read_bytes().splitlines()}
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        # A kill may have cut the last line.
+        return {json.loads(line)["index"] for line in lines if line.endswith(b"\n")}
 
     def _record(self, index: int, where: str, reason: str) -> None:
         """Append a line, unless another rank, or the run before it resumed, has written it. Raises
@@ -146,7 +148,7 @@ class BadFiles:
         try:
             with self.path.open("ab") as f:
                 fcntl.flock(f, fcntl.LOCK_EX)
-                f.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut the last line
+                f.truncate(self.path.read_bytes().rfind(b"\n") + 1)
                 self.known |= self._recorded()
                 if index not in self.known:
                     f.write(json.dumps({"index": index, "where": where, "reason": reason}).encode() + b"\n")

@@ -67,19 +67,20 @@ class Folder(Files):
         names: list[bytes] = []
         sizes: list[int] = []
         links: list[int] = []
-        found = ImageFilter()
-        for name, size, linked in _walk(os.fsencode(spec), found, options.tick):
+        image_filter = ImageFilter()
+        for name, size, linked in _walk(os.fsencode(spec), image_filter, options.tick):
             if linked:
                 links.append(len(names))
             names.append(name)
             sizes.append(size)
         if not names:
             raise DataError(
-                f"{spec} holds no images: {reading(0, found.left_out)}; looked for {' '.join(EXTENSIONS)}"
+                f"{spec} holds no images: {reading(0, image_filter.left_out)}; looked for "
+                f"{' '.join(EXTENSIONS)}"
             )
-        chosen, labels, why, notes = select(names, links, found)
+        chosen, labels, why, notes = select(names, links, image_filter)
         names, sizes = [names[i] for i in chosen], [sizes[i] for i in chosen]
-        return cls(spec, Path(spec), names, sizes, labels, notes, found.left_out, why)
+        return cls(spec, Path(spec), names, sizes, labels, notes, image_filter.left_out, why)
 
     @classmethod
     def parts(cls, spec: str) -> tuple[str, str] | None:
@@ -95,21 +96,21 @@ class Folder(Files):
                 f"images with --data {root / folders[0]}"
             )
         parts = divide({name: _image_folders(root / name) for name in folders})
-        found = {part: [name for name, p in parts.items() if p == part] for part in ("train", *TESTING)}
-        testing = found["val"] or found["test"]
-        if len(found["train"]) > 1 or len(testing) > 1:
-            names = ", ".join([*found["train"], *testing])
+        by_part = {part: [name for name, p in parts.items() if p == part] for part in ("train", *TESTING)}
+        testing = by_part["val"] or by_part["test"]
+        if len(by_part["train"]) > 1 or len(testing) > 1:
+            names = ", ".join([*by_part["train"], *testing])
             raise DataError(f"{spec} has several folders for a part ({names}); choose with --data and --val")
-        return (str(root / found["train"][0]), str(root / testing[0])) if parts and testing else None
+        return (str(root / by_part["train"][0]), str(root / testing[0])) if parts and testing else None
 
 
 def _walk(
-    root: bytes, found: ImageFilter, tick: Callable[[float], None]
+    root: bytes, image_filter: ImageFilter, tick: Callable[[float], None]
 ) -> Iterator[tuple[bytes, int, bool]]:
     """Sorted names of the images below the root, with their sizes, and whether it is a further link to an
     image that came before.
 
-    Links are followed, except to a folder that contains them. What is left out is counted in `found`.
+    Links are followed, except to a folder that contains them. What is left out is counted in `image_filter`.
     """
     seen: set[tuple[int, int]] = set()
 
@@ -121,19 +122,19 @@ def _walk(
         for number, entry in enumerate(entries):
             before = done + fraction * number / len(entries)
             tick(before)
-            if found.is_hidden(entry.name):
+            if image_filter.is_hidden(entry.name):
                 continue
             try:
                 stat = entry.stat()
             except OSError as e:
                 if e.errno in (errno.ENOENT, errno.ELOOP):
-                    found.left_out["broken link(s)"] += 1
+                    image_filter.left_out["broken link(s)"] += 1
                     continue
                 raise
             identity = stat.st_dev, stat.st_ino
             if entry.is_dir():
                 if identity in above:
-                    found.left_out["loop(s) of links"] += 1
+                    image_filter.left_out["loop(s) of links"] += 1
                 else:
                     yield from walk(
                         entry.path,
@@ -143,8 +144,8 @@ def _walk(
                         fraction / len(entries),
                     )
             elif not entry.is_file():
-                found.left_out["special file(s)"] += 1
-            elif found.takes(name := prefix + entry.name):
+                image_filter.left_out["special file(s)"] += 1
+            elif image_filter.takes(name := prefix + entry.name):
                 yield name, stat.st_size, identity in seen
                 seen.add(identity)
 
@@ -156,18 +157,22 @@ def _image_folders(folder: Path) -> list[str]:
     """The subfolders that hold images, in any depth; others, such as annotations, are no parts of a set."""
     with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries if not hidden(os.fsencode(e.name)) and _is_folder(e))
-    found = ImageFilter()
-    return [n for n in names if any(found.takes(os.fsencode(f.name)) for f in files_below(folder / n, found))]
+    image_filter = ImageFilter()
+    return [
+        n
+        for n in names
+        if any(image_filter.takes(os.fsencode(f.name)) for f in files_below(folder / n, image_filter))
+    ]
 
 
-def files_below(folder: str | Path, found: ImageFilter) -> Iterator[os.DirEntry[str]]:
+def files_below(folder: str | Path, image_filter: ImageFilter) -> Iterator[os.DirEntry[str]]:
     """All files in a folder and its subfolders, in no particular order. Hidden ones are counted in
-    `found`."""
+    `image_filter`."""
     pending, visited = [os.fspath(folder)], set[tuple[int, int]]()
     while pending:
         with os.scandir(pending.pop()) as entries:
             for entry in entries:
-                if found.is_hidden(os.fsencode(entry.name)):
+                if image_filter.is_hidden(os.fsencode(entry.name)):
                     continue
                 if not _is_folder(entry):
                     yield entry

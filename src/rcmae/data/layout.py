@@ -71,9 +71,9 @@ class ImageFilter:
 
     def is_hidden(self, name: bytes) -> bool:
         """Whether a file or folder is hidden, see `hidden`; it is counted if so."""
-        if found := hidden(name):
+        if is_hidden := hidden(name):
             self.left_out["hidden or system file(s)"] += 1
-        return found
+        return is_hidden
 
     def vanished(self, names: Sequence[bytes]) -> tuple[str, ...]:
         """A note on folders of which no image is read for lack of an extra, given the names of the images
@@ -102,8 +102,8 @@ def part_of(name: str) -> str:
     The first word that denotes a part counts, in any case and with any prefix or suffix: "train2017",
     "seg_train", "Validation Set", "imagenet1k-val-0001.tar", "testA".
     """
-    found = _PARTS.search(_words(name))
-    return (found.lastgroup or "") if found else ""
+    match = _PARTS.search(_words(name))
+    return (match.lastgroup or "") if match else ""
 
 
 def _words(name: str) -> str:
@@ -172,7 +172,7 @@ def arrange(names: Sequence[bytes]) -> Layout:
         if slash:
             inner, slash, _ = rest.partition(b"/")
             inside[top].add(inner if slash else b"")
-    folders = {os.fsdecode(top): found for top, found in inside.items()}
+    folders = {os.fsdecode(top): names for top, names in inside.items()}
     if parts := divide(folders):
         return _divided(names, [os.fsdecode(top) for top in tops], parts)
     no_labels, no_parts = [b""] * len(names), [""] * len(names)
@@ -231,7 +231,7 @@ class Selection(NamedTuple):
 def select(
     names: Sequence[bytes],
     links: Collection[int],
-    found: ImageFilter,
+    image_filter: ImageFilter,
     labels: Sequence[bytes] = (),
     part: str = "",
 ) -> Selection:
@@ -239,19 +239,21 @@ def select(
 
     Labels are `labels`, if any image has one, otherwise by folder. `links` are the images that are further
     links to another one: they are kept if they have a label, since classes are balanced so. What is left out
-    is counted in `found`.
+    is counted in `image_filter`.
     """
     layout, given = arrange(names), any(labels)
     known, why = (labels, several_labels(names, labels)) if given else (layout.labels, layout.why_unlabeled)
     if why:
         known = [b""] * len(names)
     chosen = [i for i, p in enumerate(layout.parts) if (p == part if part else p not in TESTING)]
-    notes = () if given else (*layout.notes, *found.vanished(names))
+    notes = () if given else (*layout.notes, *image_filter.vanished(names))
     if not part:
-        found.left_out.update(f"image(s) of the {TESTING[p]} part" for p in layout.parts if p in TESTING)
+        image_filter.left_out.update(
+            f"image(s) of the {TESTING[p]} part" for p in layout.parts if p in TESTING
+        )
     if copies := set(links).intersection(chosen):
         dropped = {i for i in copies if not known[i]}
-        found.left_out.update("duplicate link(s)" for _ in dropped)
+        image_filter.left_out.update("duplicate link(s)" for _ in dropped)
         chosen = [i for i in chosen if i not in dropped]
         if kept := len(copies) - len(dropped):
             notes += (

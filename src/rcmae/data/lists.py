@@ -42,7 +42,7 @@ class ListFile(Files):
 
     @classmethod
     def open(cls, spec: str, options: OpenOptions) -> "ListFile":
-        root, found = os.fsencode(Path(spec).parent), ImageFilter(any_kind=True)
+        root, image_filter = os.fsencode(Path(spec).parent), ImageFilter(any_kind=True)
         content = Path(spec).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         lines = [(n, line.decode(*UTF8)) for n, line in enumerate(content, 1)]
         lines = [(n, line) for n, line in lines if line.strip()]
@@ -62,7 +62,7 @@ class ListFile(Files):
                 raise DataError(
                     f"{spec} line {n}: {missing[0]} does not exist; paths are relative to the list"
                 )
-            if found.takes(name):
+            if image_filter.takes(name):
                 names.append(name)
                 labels.append(label)
                 sizes.append(size)
@@ -70,9 +70,9 @@ class ListFile(Files):
             raise DataError(f"{spec} lists no images; write one path per line, optionally a tab and a label")
         repeated, differently = _repeated(names, labels)
         why = why or differently or several_labels(names, labels)
-        notes = (f"listed again, and kept: {how_many(repeated, 'image')}",) if repeated else ()
+        notes = (f"repeated lines of images, all kept: {repeated}",) if repeated else ()
         labels = [b""] * len(names) if why else labels
-        return cls(spec, Path(spec).parent, names, sizes, labels, notes, found.left_out, why)
+        return cls(spec, Path(spec).parent, names, sizes, labels, notes, image_filter.left_out, why)
 
 
 def _repeated(names: list[bytes], labels: list[bytes]) -> tuple[int, str]:
@@ -164,9 +164,9 @@ def _exists(root: bytes, path: str) -> bool:
 def _size(root: bytes, path: bytes) -> int | None:
     """The size in bytes of a file by its path in the list; None if there is no such file."""
     try:
-        found = os.stat(os.path.join(root, path))  # noqa: PTH116, PTH118 - bytes
+        status = os.stat(os.path.join(root, path))  # noqa: PTH116, PTH118 - bytes
     except PermissionError:
         raise
     except (OSError, ValueError):  # ValueError: a null byte
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None

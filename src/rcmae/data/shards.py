@@ -64,14 +64,16 @@ class Shards(Source):
     def open(cls, spec: str, options: OpenOptions) -> "Shards":
         """If the shards, or the folders in them, are parts of a set, those for testing are left out, unless
         the spec ends with the name of a part: "shards:val"."""
-        found, (base, part) = ImageFilter(), _part(spec)
-        shards = tars_of(base, found)
+        image_filter, (base, part) = ImageFilter(), _part(spec)
+        shards = tars_of(base, image_filter)
         kinds = _parts(shards)
         by_shard = part in kinds.values() if part else _is_divided(kinds)
         if by_shard:
             if not part:
                 testing = Counter(TESTING[kind] for kind in kinds.values() if kind in TESTING)
-                found.left_out.update({f"shard(s) of the {kind} part": n for kind, n in testing.items()})
+                image_filter.left_out.update(
+                    {f"shard(s) of the {kind} part": n for kind, n in testing.items()}
+                )
             shards = [s for s, kind in kinds.items() if (kind == part if part else kind not in TESTING)]
         names: list[bytes] = []
         labels: list[bytes] = []
@@ -79,7 +81,11 @@ class Shards(Source):
         links: list[int] = []
         for number, shard in enumerate(shards):
             try:
-                samples = _samples(shard, found, lambda done: options.tick((number + done) / len(shards)))  # noqa: B023
+                samples = _samples(
+                    shard,
+                    image_filter,
+                    lambda done: options.tick((number + done) / len(shards)),  # noqa: B023
+                )
             except PermissionError:
                 raise
             except (tarfile.TarError, EOFError, OSError) as e:
@@ -93,14 +99,14 @@ class Shards(Source):
                 extents.append((number, offset, size))
                 labels.append(label)
         paths = [name.removeprefix(b"./") for name in names]
-        chosen, labels, why, notes = select(paths, links, found, labels, "" if by_shard else part)
+        chosen, labels, why, notes = select(paths, links, image_filter, labels, "" if by_shard else part)
         if not chosen:
             raise DataError(
                 f"{spec} holds no images in {how_many(len(shards), 'tar file')}: "
-                f"{reading(0, found.left_out)}; looked for {' '.join(EXTENSIONS)}"
+                f"{reading(0, image_filter.left_out)}; looked for {' '.join(EXTENSIONS)}"
             )
         names, extents = [names[i] for i in chosen], [extents[i] for i in chosen]
-        return cls(spec, shards, names, extents, labels, notes, found.left_out, why)
+        return cls(spec, shards, names, extents, labels, notes, image_filter.left_out, why)
 
     @classmethod
     def parts(cls, spec: str) -> tuple[str, str] | None:
@@ -134,7 +140,7 @@ class Shards(Source):
 
 
 def _samples(
-    shard: Path, found: ImageFilter, tick: Callable[[float], None]
+    shard: Path, image_filter: ImageFilter, tick: Callable[[float], None]
 ) -> list[tuple[bytes, int, int, bytes]]:
     """The image of each sample in a shard, in the order of their data: name, offset, size, and label (empty
     for none). `tick` is called with the fraction read.
@@ -156,35 +162,35 @@ def _samples(
                 content = file.read(min(size, LARGEST_LABEL))
                 if suffix == b"cls":
                     labels[key] = content.strip()
-                elif label := _json_label(content, found):
+                elif label := _json_label(content, image_filter):
                     texts[key] = label
-            elif found.takes(name.removeprefix(b"./")):
+            elif image_filter.takes(name.removeprefix(b"./")):
                 # The plainest extension is that of the image: .jpg rather than .seg.png.
                 image = ((suffix.count(b"."), suffix), name, offset, size)
                 if other := images.get(key):
-                    found.left_out["further image(s) of a sample"] += 1
+                    image_filter.left_out["further image(s) of a sample"] += 1
                 images[key] = min(image, other or image)
 
         links = []
         for member in tar:
             tick(min(1, member.offset / total))
             name = os.fsencode(member.name)
-            if member.isdir() or any(map(found.is_hidden, name.removeprefix(b"./").split(b"/"))):
+            if member.isdir() or any(map(image_filter.is_hidden, name.removeprefix(b"./").split(b"/"))):
                 continue
             if member.isfile():
                 add(name, member.offset_data, member.size)
             elif member.islnk() or member.issym():
                 links.append(member)
             else:
-                found.left_out["special file(s)"] += 1
+                image_filter.left_out["special file(s)"] += 1
         members = {posixpath.normpath(m.name): m for m in tar.getmembers()} if links else {}
         for member in links:
             if target := _target(members, member):
                 add(os.fsencode(member.name), target.offset_data, target.size)
             else:
-                found.left_out["broken link(s)"] += 1
+                image_filter.left_out["broken link(s)"] += 1
     labels = texts | labels
-    found.left_out.update("label(s) without an image" for key in labels if key not in images)
+    image_filter.left_out.update("label(s) without an image" for key in labels if key not in images)
     return sorted(
         ((name, offset, size, labels.get(key, b"")) for key, (_, name, offset, size) in images.items()),
         key=lambda sample: sample[1],
@@ -204,14 +210,14 @@ def _target(members: dict[str, tarfile.TarInfo], link: tarfile.TarInfo) -> tarfi
     return None
 
 
-def _json_label(content: bytes, found: ImageFilter) -> bytes:
+def _json_label(content: bytes, image_filter: ImageFilter) -> bytes:
     """The label in the JSON file of a sample, empty if it has none; several are separated by "|"."""
     if not _LABEL_KEY.search(content):
         return b""
     try:
         values = json.loads(content)
     except ValueError:
-        found.left_out["damaged .json"] += 1
+        image_filter.left_out["damaged .json"] += 1
         return b""
     by_name = {key.lower(): value for key, value in values.items()} if isinstance(values, dict) else {}
     label: Any = next((by_name[name] for name in LABEL_NAMES if by_name.get(name) is not None), [])
@@ -235,14 +241,14 @@ def _is_divided(kinds: Mapping[Path, str]) -> bool:
     return "train" in kinds.values() and not TESTING.keys().isdisjoint(kinds.values())
 
 
-def tars_of(spec: str, found: ImageFilter) -> list[Path]:
+def tars_of(spec: str, image_filter: ImageFilter) -> list[Path]:
     """The tar files of a spec: a file, a pattern, or a folder that holds tar files and no images. Raises
     DataError if some are missing.
 
-    Other files of a folder are counted in `found`.
+    Other files of a folder are counted in `image_filter`.
     """
     if Path(spec).is_dir():
-        return _tars_below(spec, found)
+        return _tars_below(spec, image_filter)
     patterns = _expand_braces(spec)
     matching = {pattern: _matching(pattern) for pattern in patterns}
     missing = [pattern for pattern, paths in matching.items() if not paths]
@@ -253,13 +259,13 @@ def tars_of(spec: str, found: ImageFilter) -> list[Path]:
     return sorted(path for paths in matching.values() for path in paths if path.suffix == ".tar")
 
 
-def _tars_below(folder: str, found: ImageFilter) -> list[Path]:
+def _tars_below(folder: str, image_filter: ImageFilter) -> list[Path]:
     """The tar files in a folder and its subfolders; none if there is an image."""
     tars = []
-    for entry in files_below(folder, found):
+    for entry in files_below(folder, image_filter):
         if entry.name.endswith(".tar"):
             tars.append(Path(entry.path))
-        elif found.takes(os.fsencode(entry.name)):
+        elif image_filter.takes(os.fsencode(entry.name)):
             return []
     return sorted(tars)
 
@@ -271,13 +277,13 @@ def _matching(pattern: str) -> list[Path]:
         return [path]
     parent = next(folder for folder in path.parents if folder.exists())
     whole = os.path.join(glob.escape(str(parent)), path.relative_to(parent))  # noqa: PTH118
-    return [Path(found) for found in glob.glob(whole)]  # noqa: PTH207 - unlike Path.glob, leaves out hidden files
+    return [Path(path) for path in glob.glob(whole)]  # noqa: PTH207 - unlike Path.glob, leaves out hidden files
 
 
 def _expand_braces(spec: str) -> list[str]:
     """The file names of WebDataset's 'x-{000..003}.tar'."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
-    if not found:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
+    if not match:
         return [spec]
-    numbers = [f"{i:0{len(found[1])}d}" for i in range(int(found[1]), int(found[2]) + 1)]
-    return [spec[: found.start()] + i + rest for i in numbers for rest in _expand_braces(spec[found.end() :])]
+    numbers = [f"{i:0{len(match[1])}d}" for i in range(int(match[1]), int(match[2]) + 1)]
+    return [spec[: match.start()] + i + rest for i in numbers for rest in _expand_braces(spec[match.end() :])]

@@ -49,15 +49,15 @@ class Weights:
     def describe(self, which: str, used: Collection[str]) -> list[str]:
         """Phrases on which network is taken, if there are two or it is an average, and on what is left out;
         `used` are the names of the parameters that are taken."""
-        mine, *others = self.prefixes if which == "student" else self.prefixes[::-1]
-        phrases = [f"took {_label(mine)}"] if others or _is_average(mine) else []
+        chosen, *others = self.prefixes if which == "student" else self.prefixes[::-1]
+        phrases = [f"took {_label(chosen)}"] if others or _is_average(chosen) else []
         if others:
             role = "teacher" if which == "student" else "student"
             phrases.append(f"--which {role} takes {_label(others[0])}")
         skipped = set()
         for name in self.names:
             owner = _owner(name, self.prefixes)
-            if owner is None or (owner == mine and name[len(mine) :] not in used):
+            if owner is None or (owner == chosen and name[len(chosen) :] not in used):
                 skipped.add(max((_departure(name, prefix) for prefix in self.prefixes), key=len))
         return phrases + ([f"left out {', '.join(sorted(skipped))}"] if skipped else [])
 
@@ -75,15 +75,15 @@ def read_weights(path: Path) -> Weights:
         raise CheckpointError(f"{path} is one of several files of the same weights; save them as one file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors = {name: value for name, value in _flat(content) if isinstance(value, Tensor)}
-    found = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
-    if not found:
+    present_prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
+    if not present_prefixes:
         present = ", ".join([*tensors][:4]) or ", ".join(map(str, [*content][:4])) or "nothing"
         raise CheckpointError(
             f"{path} has no Vision Transformer with timm's names ({FIRST}, ...); it has {present}"
         )
-    states: dict[str, State] = {prefix: {} for prefix in found}
+    states: dict[str, State] = {prefix: {} for prefix in present_prefixes}
     for name, value in tensors.items():
-        if (owner := _owner(name, found)) is not None:
+        if (owner := _owner(name, present_prefixes)) is not None:
             states[owner][name[len(owner) :]] = value.float() if value.is_floating_point() else value
     distinct: dict[str, State] = {}  # the official code of RC-MAE writes both networks twice
     for prefix, state in states.items():
@@ -94,14 +94,14 @@ def read_weights(path: Path) -> Weights:
     prefixes = tuple(sorted(distinct, key=_is_average))
     if len(prefixes) > 1 and [_is_average(prefix) for prefix in prefixes] != [False, True]:
         raise CheckpointError(
-            f"{path} has {len(prefixes)} networks ({', '.join(map(_label, prefixes))}) that are no pair of a "
+            f"{path} has {len(prefixes)} networks ({', '.join(map(_label, prefixes))}) that are not a pair of a "
             "network and its average; save the one to load as a file of its own"
         )
     return Weights(
         student=distinct[prefixes[0]],
         teacher=distinct[prefixes[1]] if len(prefixes) > 1 else None,
         prefixes=prefixes,
-        names=tuple(name for name in tensors if _owner(name, found) in (None, *prefixes)),
+        names=tuple(name for name in tensors if _owner(name, present_prefixes) in (None, *prefixes)),
         epoch=content.get("epoch"),
     )
 

@@ -250,12 +250,14 @@ def findings(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[Sentence
         sentences.append(("good" if low > 0 else "note", text))
     for name, tone_if_found in (("i", "good"), ("iv", "note")):
         mean, low, high = bootstrap(cosines[name])
-        found = not low <= 0 <= high
-        verdict = "the step is reverted" if high < 0 else "the step is repeated" if found else "none found"
+        significant = not low <= 0 <= high
+        verdict = (
+            "the step is reverted" if high < 0 else "the step is repeated" if significant else "none found"
+        )
         text = (
             f"effect on {CONDITIONS[name]}: {verdict} ({_signed(mean)}, {_signed(low)} to {_signed(high)})."
         )
-        sentences.append((tone_if_found if found else "note", text))
+        sentences.append((tone_if_found if significant else "note", text))
     return sentences
 
 

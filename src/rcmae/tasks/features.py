@@ -169,6 +169,6 @@ def extract(
     readable = features["readable"].bool().numpy()
     if not readable.any():
         raise DataError(
-            f"none of {how_many(len(part), 'image')} of {part.name} can be read; look with `rcmae check`"
+            f"none of {how_many(len(part), 'image')} of {part.name} can be read; run `rcmae check`"
         )
     return ExtractedFeatures(features["cls"], features["mean"], part.labels, readable, features.get("tokens"))

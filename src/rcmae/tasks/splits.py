@@ -64,7 +64,7 @@ def read_split(path: Path, labels: Labels) -> Int[np.ndarray, " k"]:
         chosen, label_hash = np.array(content["chosen"], dtype=np.int64), content["labels"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(
-            f"{path} is no split: `rcmae evaluate` writes one for each percentage of the labels"
+            f"{path} is not a split: `rcmae evaluate` writes one for each percentage of the labels"
         ) from e
     if label_hash != _hash(labels):
         raise DataError(

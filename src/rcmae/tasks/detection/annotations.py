@@ -174,12 +174,12 @@ class Part:
 
     def use_categories(self, expected: Mapping[int, str], owner: str) -> None:
         """Take the categories of `owner`, which must include those of this part."""
-        own = self.categories
+        listed = self.categories
         if wrong := [
-            f"{k}: {v}, not {expected.get(k, 'listed')}" for k, v in own.items() if expected.get(k) != v
+            f"{k}: {v}, not {expected.get(k, 'listed')}" for k, v in listed.items() if expected.get(k) != v
         ]:
             self.wrong[f"categories that are not those of {owner}"] = wrong
-        elif missing := [f"{k}: {name}" for k, name in expected.items() if k not in own]:
+        elif missing := [f"{k}: {name}" for k, name in expected.items() if k not in listed]:
             self.noted[f"categories that only {owner} lists"] = missing
             self.data["categories"] = [{"id": k, "name": name} for k, name in expected.items()]
 

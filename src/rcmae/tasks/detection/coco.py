@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int64, UInt8
 
 from ...config import hint, how_many
 from ...data.base import OpenOptions, Source, Strings
-from ...data.pixels import read_image
+from ...data.pixels import measure_bits, read_image
 from ...data.sources import SOURCES, kind_of, similar_forms
 from ...errors import ConfigError, DataError
 from .annotations import Part, drop_groups
@@ -208,6 +208,7 @@ def open_coco(
             ),
         ]
     )
+    measure_bits((train, test), channels)
     return train, test
 
 
@@ -230,6 +231,7 @@ def open_test(
     advice = "give --data a folder or JSON file of this part"
     part = _part(data, TEST, images, OpenOptions(channels, size), True, advice)
     [test] = _validated([part], categories, upright)
+    measure_bits([test], channels)
     return test
 
 

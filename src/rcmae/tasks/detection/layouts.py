@@ -52,8 +52,10 @@ def _json_files(folder: Path) -> list[Path]:
     """The JSON files in annotations/, or else in the folder itself."""
     for place in (folder / "annotations", folder):
         files = place.iterdir() if place is folder or place.is_dir() else ()
-        if found := sorted(f for f in files if f.suffix.lower() == ".json" and not f.name.startswith(".")):
-            return found
+        if json_files := sorted(
+            f for f in files if f.suffix.lower() == ".json" and not f.name.startswith(".")
+        ):
+            return json_files
     return []
 
 
@@ -75,7 +77,7 @@ def find_annotations(spec: str, parts: tuple[str, ...], alone: bool, advice: str
         files = annotation_files(Path(spec))
     except OSError as e:
         raise DataError(f"{spec} cannot be read: {e.strerror}; {advice}") from e
-    named = [_with_objects([file for file, own in files.items() if own == part]) for part in parts]
+    named = [_with_objects([file for file, of_part in files.items() if of_part == part]) for part in parts]
     candidates, *unused = list(filter(None, named)) or [[]]
     if alone and not candidates and (len(files) == 1 or not any(files.values())):
         candidates = best if len(best := _with_objects(list(files))) == 1 else []

@@ -76,9 +76,9 @@ class FineTune(Task):
         options = context.options
         name, recipe = self.resolve_recipe(options)
         out = results_folder(context.name, options) / stem(self.name, context.which, options)
-        own = ("accumulate", "compile", "checkpointing", "max_corrupt_fraction")
+        names = ("accumulate", "compile", "checkpointing", "max_corrupt_fraction")
         given: dict[str, Any] = {k: getattr(options, k) for k in ("device", "precision", "workers")}
-        runtime = BaseRuntimeConfig(out=out, **given | {k: getattr(self, k) for k in own})
+        runtime = BaseRuntimeConfig(out=out, **given | {k: getattr(self, k) for k in names})
         data, train = context.set, context.part("train")
         tested = data.test.fingerprint()[:16]
         about = {"backbone": context.name, "network": context.which, "test": tested}
