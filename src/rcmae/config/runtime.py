@@ -38,8 +38,8 @@ class BaseRuntimeConfig(Section):
     log_every: int | None = None
     "steps between lines of metrics.jsonl; default: a hundredth of the run, at most 50"
     strict: bool = False
-    """stop at the first unreadable image that the run comes to, which may be at the end of its first epoch, or
-    never in a short run; `rcmae check` reads all images beforehand"""
+    """stop at the first unreadable image that the run comes to, which may be at the end of its first epoch,
+    or never in a short run; `rcmae check` reads all images beforehand"""
     max_corrupt_fraction: float = 0.01
     "stop if more than this fraction of the images (and more than ten files) is unreadable"
     tensorboard: bool = False

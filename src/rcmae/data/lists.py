@@ -8,7 +8,6 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ..config import how_many
 from ..errors import DataError
 from .base import EXTENSIONS, OpenOptions, printable
 from .files import Files

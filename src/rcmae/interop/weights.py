@@ -94,8 +94,8 @@ def read_weights(path: Path) -> Weights:
     prefixes = tuple(sorted(distinct, key=_is_average))
     if len(prefixes) > 1 and [_is_average(prefix) for prefix in prefixes] != [False, True]:
         raise CheckpointError(
-            f"{path} has {len(prefixes)} networks ({', '.join(map(_label, prefixes))}) that are not a pair of a "
-            "network and its average; save the one to load as a file of its own"
+            f"{path} has {len(prefixes)} networks ({', '.join(map(_label, prefixes))}) that are not a pair "
+            "of a network and its average; save the one to load as a file of its own"
         )
     return Weights(
         student=distinct[prefixes[0]],
