@@ -251,7 +251,7 @@ def test_the_drop_path_rate_rises_linearly_with_depth():
     [
         ({"size": 80}, [40, 20, 10, 5, 3]),
         ({"size": 80, "scales": (2.0, 1.0)}, [20, 10, 5]),
-        ({"size": 24, **PLAIN_ATTENTION}, [12, 6, 3, 1, 1]),
+        ({"size": 32, **PLAIN_ATTENTION}, [16, 8, 4, 2, 1]),
         ({"size": 32, "scales": (1.0,)}, [4, 2]),
     ],
 )
@@ -653,12 +653,12 @@ def test_impossible_settings_are_reported_in_one_line():
     parallel = VisionTransformer(**options, block_fn=ParallelScalingBlock)
     for vit, changes, message in (
         (Other(**options), {}, "a Other is no plain VisionTransformer"),
-        (parallel, {}, "a ParallelScalingBlock is no plain block"),
+        (parallel, {}, "a ParallelScalingBlock is not a plain block"),
         (odd, {}, "the backbone's patches of 8 x 4 px are not square"),
         (
             VisionTransformer(**options),
             {"size": 60},
-            "size 60 is no multiple of the backbone's patches of 8 px",
+            "size 60 is not a multiple of the backbone's patches of 8 px",
         ),
         (
             VisionTransformer(**options),

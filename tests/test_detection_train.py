@@ -667,7 +667,7 @@ def test_detectors_of_student_and_teacher_have_different_folders(tmp_path):
         (
             ["detect", "train", "BACKBONE", "--settings", "size=60"],
             2,
-            "size 60 is no multiple of the backbone's",
+            "size 60 is not a multiple of the backbone's",
         ),
         (
             ["detect", "train", "BACKBONE", "--settings", "batch_size=0"],

@@ -363,7 +363,6 @@ def test_features_are_computed_once_and_resumed(tmp_path, data, monkeypatch):
         "device": torch.device("cpu"),
         "precision": "fp32",
         "world": World(),
-        "batch": 4,
     }
     part, calls = subset(data), []
 

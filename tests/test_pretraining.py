@@ -642,9 +642,9 @@ def test_a_signal_within_a_milestone_repeats_it_after_the_resume(tmp_path, folde
     run(tmp_path / "uninterrupted", folder, **settings)
     score = Probes.score
 
-    def signaled(probes, backbones, step):
+    def signaled(probes, backbones, step, last):
         signal.raise_signal(signal.SIGINT)
-        return score(probes, backbones, step)
+        return score(probes, backbones, step, last)
 
     with monkeypatch.context() as patch:
         patch.setattr(Probes, "score", signaled)
@@ -685,7 +685,7 @@ def test_a_milestone_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, 
     and the next one resumes."""
     settings = {"steps": 12, "probes": 3, "probe_train": 20, "probe_test": 10}
 
-    def signaled(probes, backbones, step):
+    def signaled(probes, backbones, step, last):
         signal.raise_signal(signal.SIGINT)
 
     def killed(self, measurement):

@@ -134,7 +134,7 @@ class DetectionOptions(WeightsOptions):
     "changes to the recipe: --settings epochs=25 size=512"
 
     def rules(self) -> Rules:
-        return [*super().rules(), *self.each("must be 1 or more", "train_images")]
+        return [*self.each("must be 1 or more", "train_images"), *super().rules()]
 
 
 @dataclass(frozen=True, kw_only=True)

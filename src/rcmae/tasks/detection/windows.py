@@ -93,7 +93,7 @@ def check_backbone(plain: VisionTransformer, s: DetectionRecipe) -> None:
     for block in plain.blocks:
         if not (isinstance(block, Block) and isinstance(block.attn, Attention) and block.attn.gate is None):
             raise ConfigError(
-                f"a {type(block).__name__} is no plain block; a detector needs a plain VisionTransformer"
+                f"a {type(block).__name__} is not a plain block; a detector needs a plain VisionTransformer"
             )
     patch, width = plain.patch_embed.patch_size
     if patch != width:
@@ -101,7 +101,7 @@ def check_backbone(plain: VisionTransformer, s: DetectionRecipe) -> None:
             f"the backbone's patches of {patch} x {width} px are not square, as a detector needs them"
         )
     if s.size % patch:
-        raise ConfigError(f"size {s.size} is no multiple of the backbone's patches of {patch} px")
+        raise ConfigError(f"size {s.size} is not a multiple of the backbone's patches of {patch} px")
     least = 2 if s.preset == "benchmarking" else 1  # BatchNorm fails on one position of one image
     if s.size * min(s.scales) < least * patch:
         raise ConfigError(
