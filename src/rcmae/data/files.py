@@ -39,7 +39,7 @@ class Files(Source):
         return len(self.names)
 
     def read(self, index: int) -> bytes:
-        with open(os.path.join(self.root, self.names[index]), "rb") as f:  # noqa: PTH118, PTH123 - names are bytes
+        with open(os.path.join(self.root, self.names[index]), "rb") as f:  # noqa: PTH118, PTH123 - bytes
             return f.read()
 
     def where(self, index: int) -> str:

@@ -277,7 +277,7 @@ def _matching(pattern: str) -> list[Path]:
         return [path]
     parent = next(folder for folder in path.parents if folder.exists())
     whole = os.path.join(glob.escape(str(parent)), path.relative_to(parent))  # noqa: PTH118
-    return [Path(path) for path in glob.glob(whole)]  # noqa: PTH207 - unlike Path.glob, leaves out hidden files
+    return [Path(path) for path in glob.glob(whole)]  # noqa: PTH207 - without hidden files
 
 
 def _expand_braces(spec: str) -> list[str]:
