@@ -3,13 +3,16 @@
 import sys
 
 from .engine import signals
+from .engine.neighbors import Neighbors
 
 
 def main() -> int:
     try:
         with signals.handled():
+            neighbors = Neighbors()
             from .cli import main as run
 
+            neighbors.choose()  # the import took long enough to measure them
             code = run(program=True)
     except signals.Interrupted as e:
         signals.end_at_once(e.exit_code)

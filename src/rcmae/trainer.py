@@ -25,6 +25,7 @@ from .data.sources import Source
 from .engine import distributed, signals
 from .engine.checkpoint import load_checkpoint, newest, recover, replace_file, save_checkpoint
 from .engine.metrics import Metrics
+from .engine.neighbors import crowded
 from .engine.run import RunContext, describe_machine, memory_gib, preempted, record_recipe
 from .engine.schedules import Progress, default_log_every
 from .engine.step import LogWindow, Skips
@@ -77,6 +78,8 @@ class Trainer(ABC):
         "steps between log lines"
         self.logs = False
         "whether the current step will be logged"
+        self.crowded = False
+        "whether the screen has said that other processes use the cores"
 
     # --- what a subclass implements -------------------------------------------------------------------------
 
@@ -375,6 +378,9 @@ class Trainer(ABC):
         self.write("train", **line)
         left = (self.total - self.step) * self.batch_size / max(line["images_per_s"], 1e-9)
         self.screen.report(self.step, self.total, line, left, self.loss_names)
+        if self.device.type == "cpu" and not self.crowded and (note := crowded(line)):
+            self.crowded = True
+            self.screen.say(f"note: {note}")
 
     def save(self) -> None:
         """Save a checkpoint on rank 0, unless the newest one is of this step. Signals are deferred."""

@@ -33,6 +33,7 @@ from . import distributed, signals
 from .checkpoint import checkpoints, replace_file
 from .console import Screen
 from .distributed import World
+from .neighbors import waiting
 
 
 class RunContext(NamedTuple):
@@ -215,6 +216,7 @@ def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "waiting_threads": waiting(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": precision,
         "commit": _commit(),

@@ -97,7 +97,8 @@ class LogWindow:
     def clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.applied: Tensor | float = 0.0
-        self.images, self.waited, self.since = 0, 0.0, time.monotonic()
+        self.images, self.waited = 0, 0.0
+        self.since, self.used = time.monotonic(), time.process_time()
 
     def next_of(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """The next batch; the time spent waiting for it is recorded."""
@@ -109,9 +110,10 @@ class LogWindow:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the time of this block, such as probes and checkpoints, from the speed."""
-        start = time.monotonic()
+        start, used = time.monotonic(), time.process_time()
         yield
         self.since += time.monotonic() - start
+        self.used += time.process_time() - used
 
     def add(self, values: dict[str, Tensor], applied: Tensor, images: int) -> None:
         for name, value in values.items():
@@ -120,8 +122,8 @@ class LogWindow:
         self.images += images
 
     def read(self) -> dict[str, float]:
-        """Means over the applied steps and all ranks, images/s and the fraction of time spent waiting for
-        data. Clears the sums."""
+        """Means over the applied steps and all ranks, images/s, the fraction of time spent waiting for data,
+        and the processor's cores that this process used. Clears the sums."""
         applied = float(self.applied)
         sums = distributed.average(torch.stack(list(self.sums.values()))).tolist()
         means = {
@@ -129,6 +131,8 @@ class LogWindow:
             for name, value in zip(self.sums, sums, strict=True)
         }
         seconds = time.monotonic() - self.since
+        cores = (time.process_time() - self.used) / seconds
         line = means | {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
+        line["cores"] = cores
         self.clear()
         return line
