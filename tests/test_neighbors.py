@@ -42,7 +42,7 @@ def test_a_crowded_run_advises_to_start_it_again(monkeypatch):
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.delenv(POLICY, raising=False)
-    assert "4 threads of this process had 2.0 cores" in crowded({"cores": 2.0, "data_wait": 0.0})
+    assert "the 4 threads of this process had 2.0 cores" in crowded({"cores": 2.0, "data_wait": 0.0})
     assert not crowded({"cores": 2.0, "data_wait": 0.5}), "it had no work for half of the time"
     assert not crowded({"cores": 3.5, "data_wait": 0.0})
     monkeypatch.setenv(POLICY, "passive")

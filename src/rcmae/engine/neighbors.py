@@ -1,8 +1,8 @@
 """How the threads of OpenMP wait for one another, chosen at the start by whether other processes are busy.
 
-By default they spin until all have finished their part of an operation. This is fastest on idle cores. As soon
-as another process needs one of the cores, a thread spins for as long as its partner waits for a core, and both
-make hardly any progress; sleeping threads (OMP_WAIT_POLICY=passive) then are twice as fast or more
+By default they spin until all have finished their part of an operation. This is fastest on idle cores. As
+soon as another process needs one of the cores, a thread spins for as long as its partner waits for a core,
+and both make hardly any progress; sleeping threads (OMP_WAIT_POLICY=passive) then are twice as fast or more
 (`benchmarks.busy`). OpenMP reads the policy when torch is imported. The results are the same, bit for bit.
 """
 
@@ -62,7 +62,7 @@ def crowded(line: dict[str, float]) -> str:
     if threads == 1 or waiting() == "sleeping" or cores > SHARE * threads * (1 - line["data_wait"]):
         return ""
     return (
-        f"{threads} threads of this process had {cores:.1f} cores, since others are busy; spinning threads are "
-        "slow then. Stop this run and run the same command again: it resumes exactly, and lets threads sleep "
-        "if others are busy at its start"
+        f"the {threads} threads of this process had {cores:.1f} cores, since other processes are busy, and "
+        "spinning threads are slow then. Stop this run and run the same command again: it resumes exactly, "
+        "and lets threads sleep if others are busy at its start"
     )

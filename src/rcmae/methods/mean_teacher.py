@@ -19,6 +19,13 @@ MSN_STRETCH = 1.25
 "In MSN's code, the momentum rises on a line that would reach 1 after 1.25 times the run."
 
 
+SHORT_HALF_LIFE = 5.0
+"Half-life in steps below which the teacher is nearly the student, and the run nearly one without a teacher."
+
+DEFAULT_HALF_LIFE = "0.5%"
+"Published momenta are for runs of half a million steps; a half-life relative to the run fits any length."
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings(Section):
     """The mean teacher."""
@@ -32,7 +39,8 @@ class TeacherSettings(Section):
     "initial value for `cosine` and `linear`, the value for `constant`; not used by `half-life`"
     half_life: str | None = None
     """time in which a student's weight in the teacher halves, for schedule `half-life` only: '0.5%' of the
-    run (the default), '173 steps', '2e6 images', '0.5 epochs' or 'adaptive'"""
+    run, '173 steps', '2e6 images', '0.5 epochs' or 'adaptive'; default: 0.5% of the run, but at least five
+    steps"""
     ema_updates: int = 1
     "teacher updates per optimizer step; the official code makes one per micro-batch (ViT-B and L: 2)"
 
@@ -51,7 +59,7 @@ class TeacherSettings(Section):
     @property
     def memory(self) -> tuple[float, str]:
         """The half-life as a number and a unit: see `parse_half_life`."""
-        return parse_half_life("0.5%" if self.half_life is None else self.half_life)
+        return parse_half_life(DEFAULT_HALF_LIFE if self.half_life is None else self.half_life)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +125,8 @@ class MeanTeacher(Method):
             "images": 1 / self.recipe.optim.batch_size,
             "epochs": t.steps_per_epoch,
         }
-        return number * steps[unit]
+        length = number * steps[unit]
+        return max(length, SHORT_HALF_LIFE) if self.recipe.teacher.half_life is None else length
 
     @property
     def shorter_memory(self) -> str:

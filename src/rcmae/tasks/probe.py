@@ -172,7 +172,7 @@ def probe_set(source: Source, recipe: Recipe, progress: ShowProgress = no_progre
     if p.probes == 0 or source.labels is None:
         return None
     if parts := source.for_probes(p.probe_train, p.probe_test, recipe.seed):
-        read = [_read(part, np.arange(len(part)), recipe, progress) for part in parts]
+        read = [read_images(part, np.arange(len(part)), recipe, progress) for part in parts]
     else:
         rng = np.random.Generator(np.random.Philox(key=recipe.seed))
         classes = np.unique(source.labels[source.labels >= 0])
@@ -180,7 +180,7 @@ def probe_set(source: Source, recipe: Recipe, progress: ShowProgress = no_progre
         classes = classes[np.linspace(0, len(classes) - 1, count).astype(int)]
         chosen = rng.permutation(np.flatnonzero(np.isin(source.labels, classes)))[:wanted]
         cut = len(chosen) * p.probe_train // wanted
-        read = [_read(source, part, recipe, progress) for part in (chosen[:cut], chosen[cut:])]
+        read = [read_images(source, part, recipe, progress) for part in (chosen[:cut], chosen[cut:])]
     (train, labels), (test, truth) = read
     train_images = {image.numpy().tobytes() for image in train}
     new = np.array([image.numpy().tobytes() not in train_images for image in test], dtype=bool)
@@ -190,9 +190,10 @@ def probe_set(source: Source, recipe: Recipe, progress: ShowProgress = no_progre
     return ProbeSet(train, labels, test, truth)
 
 
-def _read(
+def read_images(
     source: Source, indices: np.ndarray, recipe: Recipe, progress: ShowProgress
 ) -> tuple[Tensor, np.ndarray]:
+    """The readable ones of these images, center-cropped to the size of the recipe, and their labels."""
     assert source.labels is not None  # probe_set returns None without labels
     images, labels = [], []
     with progress("reading labeled images for the probes", len(indices)) as tick:
