@@ -12,13 +12,18 @@ from .base import Source
 from .dataset import Bad, collate, plain_errors, quiet_worker
 
 
+def usable_cores() -> int:
+    """The cores that this process may use, divided among the ranks of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def processes(source: Source, workers: int | None) -> int:
-    """`workers`, or the default number of loader processes: by the number of cores, and 0 for images in
+    """`workers`, or the default number of loader processes: one for each core but one, and 0 for images in
     memory."""
     if workers is not None:
         return workers
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 0 if source.in_memory else min(8, max(1, cores - 1))
+    return 0 if source.in_memory else max(1, usable_cores() - 1)
 
 
 def batches_of(

@@ -23,14 +23,10 @@ PIECE = 2**20
 "Pixels counted at once, which limits the memory and the time until a signal is handled."
 
 
-def open_image(source: Source, index: int, channels: int, shape: tuple[int, int] | None = None) -> Image:
-    """Image `index`, which a crop decodes no further than it needs. Raises BadImage, also if its (height,
-    width) is not `shape`.
-
-    EXIF orientation is ignored if the stored image already has the shape.
-    """
+def read_raw(source: Source, index: int) -> bytes | np.ndarray:
+    """As `source.read`. Raises BadImage, or StorageError if the system lacks files or memory."""
     try:
-        raw = source.read(index)
+        return source.read(index)
     except OSError as e:
         if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # not the image's fault
             raise StorageError(
@@ -38,6 +34,15 @@ def open_image(source: Source, index: int, channels: int, shape: tuple[int, int]
                 "--workers"
             ) from e
         raise BadImage(e.strerror or "cannot be read") from e
+
+
+def open_image(source: Source, index: int, channels: int, shape: tuple[int, int] | None = None) -> Image:
+    """Image `index`, which a crop decodes no further than it needs. Raises BadImage, also if its (height,
+    width) is not `shape`.
+
+    EXIF orientation is ignored if the stored image already has the shape.
+    """
+    raw = read_raw(source, index)
     if isinstance(raw, np.ndarray):
         image: Image = raw
     else:

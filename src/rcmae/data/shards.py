@@ -23,6 +23,9 @@ from .layout import LABEL_NAMES, TESTING, ImageFilter, part_of, select
 OPEN_SHARDS = 64
 "Open shards per process; systems typically allow 1,024 open files."
 
+MANIFEST, UNFINISHED = "manifest.json", "unfinished.jsonl"
+"Files that `rcmae pack` writes beside its shards: about all of them, or as long as some are missing."
+
 LARGEST_LABEL = 2**20
 "Bytes that are read of a .cls or .json file."
 
@@ -66,6 +69,9 @@ class Shards(Source):
         the spec ends with the name of a part: "shards:val"."""
         image_filter, (base, part) = ImageFilter(), _part(spec)
         shards = tars_of(base, image_filter)
+        for folder in {shard.parent for shard in shards}:
+            if (folder / UNFINISHED).exists():
+                raise DataError(f"{folder} is not completely packed; run the same `rcmae pack` again")
         kinds = _parts(shards)
         by_shard = part in kinds.values() if part else _is_divided(kinds)
         if by_shard:
@@ -265,7 +271,7 @@ def _tars_below(folder: str, image_filter: ImageFilter) -> list[Path]:
     for entry in files_below(folder, image_filter):
         if entry.name.endswith(".tar"):
             tars.append(Path(entry.path))
-        elif image_filter.takes(os.fsencode(entry.name)):
+        elif entry.name != MANIFEST and image_filter.takes(os.fsencode(entry.name)):
             return []
     return sorted(tars)
 

@@ -73,6 +73,16 @@ def center(image: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
     return _resized(image, ((h - height) // 2, (w - width) // 2, height, width), shape)
 
 
+def shrink(image: Image, side: int) -> UInt8[np.ndarray, "h w c"]:
+    """All of an image, its shorter side reduced to `side` pixels, bicubic with antialiasing; unchanged if it
+    is not longer."""
+    h, w, _ = image.shape
+    if min(h, w) <= side:
+        return image.pixels() if isinstance(image, Picture) else image
+    shape = tuple(max(1, round(length * side / min(h, w))) for length in (h, w))
+    return _resized(image, (0, 0, h, w), shape).permute(1, 2, 0).numpy()
+
+
 def _resized(
     image: Image, box: tuple[int, int, int, int], shape: tuple[int, int]
 ) -> UInt8[Tensor, "c ch cw"]:
