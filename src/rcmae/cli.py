@@ -162,7 +162,8 @@ def check_data(
     max_corrupt_fraction: float = RuntimeConfig().max_corrupt_fraction,
     json: Json = None,
 ) -> int:
-    """Audit a data set before training: counts, sizes, unreadable files, duplicates, statistics, speed.
+    """Audit a data set before training: counts, sizes, unreadable files, duplicates, statistics; and the
+    command to train on it on this machine, with its time, memory and disk.
 
     Parameters
     ----------
@@ -171,7 +172,7 @@ def check_data(
     val
         A validation set, to search for images that are in both.
     recipe
-        The recipe to plan for [default: the one for this kind of data].
+        The recipe to plan for [default: by the images and this machine].
     channels
         Channels of an image [default: the recipe's].
     batch_size
@@ -179,65 +180,28 @@ def check_data(
     max_corrupt_fraction
         The fraction of unreadable images that a run would accept.
     """
-    from .data.audit import audit, render, to_json
+    from .data import audit
     from .data.sources import recipe_for
     from .methods.recipes import load_recipe
+    from .planning import lines, plan, suggested
 
     _check_json(json)
-    chosen = load_recipe(recipe or recipe_for(path))
-    given = {"batch_size": batch_size, "channels": channels}
-    chosen = check(changed(chosen, **{key: value for key, value in given.items() if value is not None}))
+    name = recipe or recipe_for(path)
+    given = {k: v for k, v in {"batch_size": batch_size, "channels": channels}.items() if v is not None}
+    chosen = check(changed(load_recipe(name), **given))
     check(RuntimeConfig(max_corrupt_fraction=max_corrupt_fraction))
-    result = audit(
-        path, val=val, recipe=chosen, max_corrupt_fraction=max_corrupt_fraction, screen=Screen(True)
-    )
-    _console().print(render(result))
+    screen = Screen(True)
+    result = audit.audit(path, val, chosen, max_corrupt_fraction, screen)
+    _console().print(audit.render(result))
     if json:
-        json.write_text(to_json(result), encoding="utf-8")
-    return 0 if result.fit else 3
-
-
-@app.command(name="pack")
-def pack_data(
-    data: str,
-    out: Path,
-    /,
-    *,
-    size: Integer = 256,
-    original: bool = False,
-    channels: Integer = 3,
-    workers: Integer | None = None,
-) -> None:
-    """Pack images into tar shards, reduced once, so that training reads them faster; the same command
-    continues after an interruption.
-
-    Parameters
-    ----------
-    data
-        The images: a folder, or another source listed by `rcmae list`. Labels and parts are kept.
-    out
-        The folder to write, for --data.
-    size
-        Shorter side in pixels; smaller images are not enlarged.
-    original
-        Keep the bytes of the images instead.
-    channels
-        Channels of an image, for --original.
-    workers
-        Processes [default: one for each core].
-    """
-    from .data.pack import pack, readable_size
-
-    result = pack(data, out, None if original else size, channels, workers, Screen(True))
-    if result.unreadable:
-        first, images = result.unreadable[0], how_many(len(result.unreadable), "image")
-        print(
-            f"left out, unreadable: {images}, such as {first['where']} ({first['reason']}); {out} lists all"
-        )
-    print(
-        f"packed {how_many(result.images, 'image')} into {how_many(result.shards, 'shard')} of "
-        f"{readable_size(result.size)}: --data {out}"
-    )
+        json.write_text(audit.to_json(result), encoding="utf-8")
+    if not result.fit:
+        return 3
+    if recipe is None and name == "folder":
+        name, settings = suggested(result.shorter_side)
+        chosen = check(changed(load_recipe(name), **settings, **given))
+    screen.say("\n".join(lines(plan(name, changed(chosen, data=path), screen))))
+    return 0
 
 
 @app.command

@@ -35,11 +35,17 @@ def steps_within(run: Trainer, budget: str, probing: float, began: float) -> int
             f"{-int(-need // 60)}m for 100 steps" + (", or fewer --probes" if probing else "")
         )
     run.screen.say(f"{budget} is enough for about {steps:,} steps of {1000 * step:.0f} ms")
-    return steps
+    if steps > (most := run.recipe.most_steps(len(run.images))):
+        run.screen.say(
+            f"the run has {most:,}: beyond {most / run.steps_per_epoch:,.0f} epochs, no gain is known for so "
+            "few images; --steps can be larger"
+        )
+    return min(steps, most)
 
 
 def measure_step(run: Trainer, warm: int = 5, timed: int = 15) -> float:
-    """Median seconds of an optimizer step after warm-up. Restores the weights and the optimizer state."""
+    """Mean seconds of an optimizer step after warm-up, with the time in which it waits for images. Restores
+    the weights and the optimizer state."""
     weights = copy.deepcopy(run.model.state_dict())
     run.window, times = LogWindow(run.device), []
     run.batches = run.loader(0, warm + timed)
@@ -54,4 +60,4 @@ def measure_step(run: Trainer, warm: int = 5, timed: int = 15) -> float:
     run.model.load_state_dict(weights)
     run.optimizer.state.clear()
     run.batches = iter(())  # ends the loader processes
-    return sorted(times[warm:])[timed // 2]
+    return sum(times[warm:]) / timed

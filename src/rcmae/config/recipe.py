@@ -55,6 +55,9 @@ def broken(rules: Rules) -> list[str]:
 
 S = TypeVar("S", bound=Section)
 
+FEWEST_SAMPLES = 400_000
+"Samples of the shortest default run, whatever the number of images: docs/running.md#how-long."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Section):
@@ -196,8 +199,7 @@ class Recipe(Section):
     def total_steps(self, images: int) -> int | None:
         """Optimizer steps for a set of `images`; None if the length is given as `time`.
 
-        Without any length, 400 epochs, but at least 4 and at most 40 million samples: from an hour to a day
-        on one GPU.
+        Without any length, 400 epochs, but at least 400,000 and at most 40 million samples.
         """
         if self.time:
             return None
@@ -205,7 +207,12 @@ class Recipe(Section):
             return self.steps
         if self.epochs:
             return max(1, round(self.epochs * (images // self.optim.batch_size)))
-        return max(1, min(max(400 * images, 4_000_000), 40_000_000) // self.optim.batch_size)
+        return max(1, min(max(400 * images, FEWEST_SAMPLES), 40_000_000) // self.optim.batch_size)
+
+    def most_steps(self, images: int) -> int:
+        """Optimizer steps beyond which no run on so many images is known to have gained: 1,600 epochs (MAE's
+        longest), or `FEWEST_SAMPLES`."""
+        return max(1600 * images, FEWEST_SAMPLES) // self.optim.batch_size
 
     def rules(self) -> Rules:
         lengths = [n for n in ("epochs", "steps", "time") if getattr(self, n) is not None]

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Group
 from rich.table import Table
 
-from ..config import Recipe, how_many
+from ..config import Recipe
 from ..engine.console import Screen
 from .base import Source, reading
 from .decode import FORMATS, BadImage
@@ -50,14 +50,19 @@ class Audit:
     std: tuple[float, ...]
     images_per_second: float
     classes: dict[str, int]
-    plan: dict[str, float]
+    batch: int
     max_corrupt_fraction: float
+
+    @property
+    def shorter_side(self) -> int:
+        """The median of the images' shorter sides, approximately."""
+        return min(self.widths[1], self.heights[1])
 
     @property
     def fit(self) -> bool:
         """Whether a run with this recipe has enough images and tolerates the unreadable ones."""
         return (
-            self.plan["steps_per_epoch"] > 0
+            self.images >= self.batch
             and self.images > len(self.unreadable)
             and len(self.unreadable) <= max(10, self.max_corrupt_fraction * self.images)
         )
@@ -123,7 +128,7 @@ def audit(
         std=tuple(np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0)).tolist()),
         images_per_second=count / max(seconds, 1e-9),
         classes=_classes(source),
-        plan=_plan(len(source), heights, widths, recipe),
+        batch=recipe.optim.batch_size,
         max_corrupt_fraction=max_corrupt_fraction,
     )
 
@@ -196,22 +201,6 @@ def _classes(source: Source) -> dict[str, int]:
     return {name: int(n) for name, n in zip(source.classes, counts, strict=True)}
 
 
-def _plan(images: int, heights: np.ndarray, widths: np.ndarray, recipe: Recipe) -> dict[str, float]:
-    h, w = recipe.images.shape
-    steps = recipe.total_steps(images)
-    plan: dict[str, float] = {
-        "batch": recipe.optim.batch_size,
-        "steps_per_epoch": images // recipe.optim.batch_size,
-    }
-    if steps and plan["steps_per_epoch"]:
-        plan |= {"steps": steps, "epochs": steps / plan["steps_per_epoch"]}
-    return plan | {
-        "crop_height": h,
-        "crop_width": w,
-        "smaller_than_crop": float(((heights < h) | (widths < w)).mean()),
-    }
-
-
 def to_json(result: Audit) -> str:
     """The complete results."""
     return json.dumps(dataclasses.asdict(result) | {"fit": result.fit}, indent=1) + "\n"
@@ -232,18 +221,6 @@ def render(result: Audit) -> Group:
         if result.classes
         else "none: pre-training needs none, probes do",
     }
-    plan = result.plan
-    rows["this recipe"] = (
-        f"crops of {plan['crop_height']:.0f} x {plan['crop_width']:.0f}; {plan['smaller_than_crop']:.0%} of "
-        "the images are smaller and are enlarged"
-    )
-    if "steps" in plan:
-        rows["length"] = (
-            f"{how_many(round(plan['steps']), 'step')} of {how_many(round(plan['batch']), 'image')}, "
-            f"{plan['epochs']:.1f} epochs"
-        )
-    elif not plan["steps_per_epoch"]:
-        rows["length"] = f"none: fewer images than the batch of {plan['batch']}; give a smaller --batch-size"
     for name, text in rows.items():
         table.add_row(name, text)
     parts: list[Table | str] = [table]
@@ -260,11 +237,8 @@ def render(result: Audit) -> Group:
 
 
 def _unfit(result: Audit) -> str:
-    if not result.plan["steps_per_epoch"]:
-        return (
-            f"Not fit for training: fewer images than the batch of {result.plan['batch']}; give a smaller "
-            "--batch-size."
-        )
+    if result.images < result.batch:
+        return f"Not fit for training: fewer than a batch of {result.batch}; give a smaller --batch-size."
     return "Not fit for training: too many unreadable images; fix them or raise --max-corrupt-fraction."
 
 

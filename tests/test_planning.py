@@ -1,0 +1,88 @@
+"""The end of `rcmae check`: the command for a set of images on this machine."""
+
+import re
+import shlex
+
+import pytest
+
+from rcmae import planning
+from rcmae.cli import main
+from rcmae.config import changed, to_toml
+from rcmae.engine.console import Screen
+from rcmae.methods.recipes import load_recipe
+from rcmae.planning import lines, plan, suggested
+
+from .conftest import small
+from .images import encode, photograph, ramp
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe file for 24 images of two classes."""
+    for i in range(24):
+        (tmp_path / "set" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / "ab"[i % 2] / f"{i}.png").write_bytes(encode(ramp(20 + i, 30)))
+    path = tmp_path / "small.toml"
+    path.write_text(to_toml(changed(small(probes=1), steps=None)))
+    return path
+
+
+def planned(recipe, monkeypatch, step, reading=(0.0, 0.0, 1000.0), **changes):
+    monkeypatch.setattr(planning, "measure_step", lambda run: step)
+    monkeypatch.setattr(planning, "_reading", lambda run: reading)
+    monkeypatch.setattr(planning, "_probing", lambda run: 0.0)
+    monkeypatch.setattr(planning, "processes", lambda source, workers: 1)
+    loaded = changed(load_recipe(str(recipe)), data=str(recipe.parent / "set"), **changes)
+    return plan(str(recipe), loaded, Screen(False))
+
+
+def test_check_ends_with_a_command_that_runs(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "set", "--recipe", "small.toml", "--batch-size", "12"]) == 0
+    command = re.search(r"^ +(rcmae pretrain .*)$", capsys.readouterr().out, re.M)[1]
+    words = shlex.split(command)[1:]
+    steps = int(words[words.index("--steps") + 1])
+    assert steps >= planning.SHORTEST * 2 and "--batch-size" in words
+    words[words.index("--steps") + 1] = "2"
+    assert main(words) == 0
+    run = load_recipe(str(tmp_path / "runs" / "set" / "recipe.toml"))
+    assert run == changed(load_recipe("small.toml"), data="set", batch_size=12, steps=2)
+
+
+def test_the_length_follows_the_speed_and_the_number_of_images(recipe, monkeypatch):
+    """24 images in batches of 8; half an hour on a CPU."""
+    usual = planned(recipe, monkeypatch, step=0.5)
+    assert usual.steps == 3600 and usual.seconds == 1800 and usual.epochs == 1200
+    assert usual.longer == {7200: 3600, 14400: 7200, 28800: 14400}
+    slow = planned(recipe, monkeypatch, step=100.0)
+    assert slow.epochs == planning.SHORTEST and slow.seconds == 6000
+    fast = planned(recipe, monkeypatch, step=0.001)
+    assert fast.steps == 50_000 and not fast.longer, "400,000 samples, all that so few images bear"
+    given = planned(recipe, monkeypatch, step=0.5, epochs=7.0)
+    assert given.steps == 21 and not given.longer
+
+
+def test_packing_is_suggested_where_it_saves_time(recipe, monkeypatch):
+    slow = planned(recipe, monkeypatch, step=0.8, reading=(0.1, 0.001, 1000.0))
+    assert slow.pack.startswith("rcmae pack ") and slow.packed_seconds < 0.6 * slow.seconds
+    assert slow.packed_bytes == 24_000 and slow.pack in "\n".join(lines(slow))
+    assert not planned(recipe, monkeypatch, step=0.8, reading=(0.01, 0.001, 1000.0)).pack
+
+
+def test_reading_originals_and_packed_images_is_measured(tmp_path, monkeypatch):
+    for i in range(8):
+        (tmp_path / f"{i}.jpg").write_bytes(encode(photograph(1200, 1600), "JPEG"))
+    monkeypatch.setattr(planning, "measure_step", lambda run: 0.1)
+    measured = []
+    reading = planning._reading
+    monkeypatch.setattr(planning, "_reading", lambda run: measured.append(reading(run)) or measured[0])
+    plan("small", changed(load_recipe("small"), data=str(tmp_path), batch_size=8), Screen(False))
+    original, packed, size = measured[0]
+    assert original > 2 * packed > 0 and 1000 < size < 50_000
+
+
+def test_the_recipe_follows_the_size_of_the_images_and_the_device(monkeypatch):
+    assert suggested(500) == ("small", {}) and suggested(40) == ("small", {"size": 32, "patch": 4})
+    gpu = type("device", (), {"type": "cuda"})
+    monkeypatch.setattr(planning, "pick_device", lambda name: gpu)
+    assert suggested(500) == ("folder", {}) and suggested(100) == ("small", {})
