@@ -2,8 +2,8 @@
 [--rounds 5] [--steps 40] [--out FILE]`.
 
 Every round trains the bundled recipe once for each policy, alone and beside a process that occupies one core.
-By default, threads of OpenMP spin at the end of every parallel region until the others are there. With
-"passive" they sleep at once; "spin 10,000" is in between.
+OpenMP's threads spin at the end of every parallel region until the others are there; with "passive" they
+sleep at once. By default, `rcmae` chooses by the load at its start (`engine.neighbors`).
 """
 
 import argparse
@@ -24,11 +24,8 @@ from benchmarks import markdown
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import describe_machine
 
-POLICIES: dict[str, dict[str, str]] = {
-    "default": {},
-    "passive": {"OMP_WAIT_POLICY": "passive"},
-    "spin 10,000": {"GOMP_SPINCOUNT": "10000"},
-}
+OPENMP = "spinning (OpenMP's default)"
+POLICIES = ("by load (rcmae's default)", OPENMP, "sleeping (passive)")
 NEIGHBORS = {"alone": False, "beside one busy process": True}
 
 
@@ -44,12 +41,16 @@ def busy_process(wanted: bool) -> Iterator[None]:
             process.wait()
 
 
-def images_per_s(environment: dict[str, str], steps: int, folder: Path) -> float:
+def images_per_s(policy: str, steps: int, folder: Path) -> float:
     """Speed of the second half of a run without probes."""
-    command = [sys.executable, "-m", "rcmae", "pretrain", "--out", str(folder), "--steps", str(steps)]
+    # Only the module's main chooses a policy.
+    program = ["-c", "import rcmae.cli; rcmae.cli.main()"] if policy == OPENMP else ["-m", "rcmae"]
+    command = [sys.executable, *program, "pretrain", "--out", str(folder), "--steps", str(steps)]
     command += ["--probes", "0", "--log-every", str(steps // 2), "--save-every", "1h"]
     unset = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-    variables = {k: v for k, v in os.environ.items() if k not in unset} | environment
+    variables = {k: v for k, v in os.environ.items() if k not in unset}
+    if policy == POLICIES[-1]:
+        variables["OMP_WAIT_POLICY"] = "passive"
     subprocess.run(command, env=variables, check=True, capture_output=True)
     return [line["images_per_s"] for line in read_metrics(folder) if line["kind"] == "train"][-1]
 
@@ -60,13 +61,13 @@ def table(results: dict[str, Any]) -> str:
     for policy in speeds["alone"]:
         row = [policy]
         for neighbor in NEIGHBORS:
-            values, default = speeds[neighbor][policy], speeds[neighbor]["default"]
+            values, default = speeds[neighbor][policy], speeds[neighbor][OPENMP]
             ratio = statistics.median(v / d for v, d in zip(values, default, strict=True))
             row.append(f"{statistics.median(values):.0f} [{min(values):.0f}-{max(values):.0f}], {ratio:.2f}x")
         rows.append(row)
     machine = results["machine"]
     note = f"images/s: median and range of {results['rounds']} interleaved rounds, and the median ratio to"
-    note += f" the default; {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}."
+    note += f" spinning; {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}."
     return markdown.table(["waiting threads", *NEIGHBORS], rows, note)
 
 
@@ -83,10 +84,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for number in range(options.rounds):
             for neighbor, wanted in NEIGHBORS.items():
-                for policy, environment in POLICIES.items():
-                    folder = Path(temporary) / f"{number}-{neighbor}-{policy}"
+                for policy in POLICIES:
+                    folder = Path(temporary) / f"{number}-{neighbor}-{policy[:8]}"
                     with busy_process(wanted):
-                        speed = images_per_s(environment, options.steps, folder)
+                        speed = images_per_s(policy, options.steps, folder)
                     speeds[neighbor][policy].append(speed)
                     print(f"round {number}, {neighbor}, {policy}: {speed:.0f} images/s", flush=True)
     results = {

@@ -432,7 +432,7 @@ def test_help_of_pretrain_shows_only_the_settings_of_its_method(tmp_path, capsys
 @pytest.mark.parametrize(
     ("argv", "values"),
     [
-        ([], {"steps": "2000", "depth": "3", "decoder-depth": "1", "crop-scale": "1.0 1.0", "flip": "False"}),
+        ([], {"steps": "1400", "depth": "3", "decoder-depth": "1", "crop-scale": "1.0 1.0", "flip": "False"}),
         (
             ["dino-bundled"],
             {
