@@ -749,7 +749,7 @@ def test_moments_of_any_picture_are_those_of_its_pixels():
 
 
 def test_an_invalid_validation_set_is_reported_before_any_image_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(audit_module, "read_image", lambda *args: pytest.fail("read an image"))
+    monkeypatch.setattr(audit_module, "open_image", lambda *args: pytest.fail("read an image"))
     with pytest.raises(DataError, match="nowhere does not exist"):
         audit(str(fill(tmp_path / "train", good(2))), val=str(tmp_path / "nowhere"))
 

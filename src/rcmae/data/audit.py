@@ -17,8 +17,9 @@ from rich.table import Table
 from ..config import Recipe
 from ..engine.console import Screen
 from .base import Source, reading
+from .dataset import STATISTICS_SIDE
 from .decode import FORMATS, BadImage
-from .pixels import moments, read_image
+from .pixels import moments, open_image
 from .sources import open_source
 
 FLAT = 2.0
@@ -90,7 +91,8 @@ def audit(
         try:
             raw, digest = _bytes(source, i)
             start = time.perf_counter()
-            pixels = read_image(source, i, channels)
+            image = open_image(source, i, channels)
+            pixels = image if isinstance(image, np.ndarray) else image.pixels(STATISTICS_SIDE)
             seconds += time.perf_counter() - start
         except BadImage as e:
             unreadable.append((source.where(i), str(e)))
@@ -99,8 +101,7 @@ def audit(
         file_format, mode = _header(raw)
         formats[file_format] += 1
         modes[mode] += 1
-        height, width = pixels.shape[:2]
-        sizes.append((height, width))
+        sizes.append(image.shape[:2])
         mean, square = moments(pixels)
         sums, squares = sums + mean, squares + square
         if 255 * np.sqrt(np.maximum(square - mean**2, 0)).max() < FLAT:
@@ -216,7 +217,7 @@ def render(result: Audit) -> Group:
         "height": "smallest {:,}, median {:,}, largest {:,} px".format(*result.heights),
         "mean of channels": " ".join(f"{v:.3f}" for v in result.mean),
         "standard deviation": " ".join(f"{v:.3f}" for v in result.std) + "  (used by --normalize data)",
-        "decoding": f"{result.images_per_second:,.0f} images/s on one core",
+        "decoding": f"{result.images_per_second:,.0f} images/s on one core, of no more pixels than {STATISTICS_SIDE} px need",
         "classes": f"{len(result.classes)}: {_extremes(result.classes)}"
         if result.classes
         else "none: pre-training needs none, probes do",
