@@ -205,7 +205,7 @@ def _disk(run: Pretraining) -> int:
     """Bytes of the checkpoints that exist at once, and of the exported backbones."""
     weights = sum(value.nbytes for value in run.model.state_dict().values())
     moments = 8 * sum(p.numel() for p in run.method.student.parameters())
-    exported = sum(p.nbytes for which in run.method.networks for p in run.method.backbone(which).parameters())
+    exported = sum(p.nbytes for backbone in run.backbones().values() for p in backbone.parameters())
     return (run.runtime.keep + 1) * (weights + moments) + exported
 
 
