@@ -217,7 +217,8 @@ def render(result: Audit) -> Group:
         "height": "smallest {:,}, median {:,}, largest {:,} px".format(*result.heights),
         "mean of channels": " ".join(f"{v:.3f}" for v in result.mean),
         "standard deviation": " ".join(f"{v:.3f}" for v in result.std) + "  (used by --normalize data)",
-        "decoding": f"{result.images_per_second:,.0f} images/s on one core (JPEG: no further than {STATISTICS_SIDE} px need)",
+        "decoding": f"{result.images_per_second:,.0f} images/s on one core (JPEG: no more than "
+        f"{STATISTICS_SIDE} px need)",
         "classes": f"{len(result.classes)}: {_extremes(result.classes)}"
         if result.classes
         else "none: pre-training needs none, probes do",
