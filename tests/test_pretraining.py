@@ -291,7 +291,7 @@ def test_a_run_cannot_be_resumed_with_other_settings_or_data(tmp_path, folder):
 
 
 def test_a_finished_run_is_extended_by_a_greater_length(tmp_path, folder, capsys, monkeypatch):
-    """Stopped and resumed within the extension, it is the same to the bit; the images go on, the learning rate
+    """Stopped and resumed within the extension, it is the same to the bit; the images of later epochs follow, the learning rate
     warms up again and then follows the schedule of the new length."""
     seen = []
     update = pretraining.Pretraining.update
@@ -358,7 +358,7 @@ def test_only_the_length_of_a_finished_run_may_change(tmp_path, folder, monkeypa
         run(None, folder, steps=20)
 
 
-def test_an_extension_by_time_goes_on_at_the_speed_so_far(tmp_path, folder):
+def test_an_extension_by_time_is_converted_at_the_speed_so_far(tmp_path, folder):
     run(tmp_path / "run", folder, steps=2)
     state = checkpoints(tmp_path / "run" / "checkpoints")[0] / "state.json"
     seconds = json.loads(state.read_text())["seconds"]

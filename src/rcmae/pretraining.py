@@ -67,6 +67,8 @@ def pretrain(recipe: Recipe, runtime: RuntimeConfig = RuntimeConfig()) -> Result
         )
     check(recipe)
     refuse(METHODS[recipe.method].validate(recipe))
+    if not recipe.data.strip():
+        raise ConfigError("no images to train on: give --data FOLDER, or another source listed by `rcmae list`")
     out = (
         Path(runtime.out)
         if runtime.out
@@ -94,7 +96,7 @@ class Pretraining(Trainer):
                 "smaller --accumulate"
             )
         check_same_recipe(context.out, recipe, load_recipe, self.free)
-        images = open_images(recipe, context.screen)
+        images = open_images(recipe, context.screen, cast(RuntimeConfig, context.runtime).max_pixels)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
         self.method = self.build(*self.statistics())
         self.loss_names = self.method.losses
@@ -109,6 +111,9 @@ class Pretraining(Trainer):
         # Bits: what is white in 16-bit images is measured on a sample of them.
         data = {"images": images.fingerprint(), "range_of_16-bit_images": f"{images.bits} bits"}
         self.setup(self.method, optimizer, data, load=load_recipe)
+
+    def environment(self) -> dict[str, Any]:
+        return super().environment() | {"max_pixels": self.runtime.max_pixels}
 
     def statistics(self) -> Statistics:
         """Mean and standard deviation of each channel, for pixels in 0 to 1."""
@@ -433,8 +438,8 @@ class Pretraining(Trainer):
         return Result(self.out, self.step, self.scores)
 
 
-def open_images(recipe: Recipe, screen: Screen) -> Source:
-    """The images of a recipe. Raises DataError if there are fewer than a batch."""
+def open_images(recipe: Recipe, screen: Screen, max_pixels: float = Source.pixel_limit) -> Source:
+    """The images of a recipe, see `open_source`. Raises DataError if there are fewer than a batch."""
     with screen.progress(f"indexing {recipe.data}", 100) as tick:
         images = open_source(
             recipe.data,
@@ -442,6 +447,7 @@ def open_images(recipe: Recipe, screen: Screen) -> Source:
             size=recipe.images.size,
             tick=lambda fraction: tick(round(100 * fraction)),
             value_range=recipe.images.range,
+            max_pixels=max_pixels,
         )
     screen.say(images.summary())
     for note in images.notes:

@@ -24,6 +24,7 @@ from .data.sampler import BatchSampler, check_parts
 from .data.sources import Source
 from .engine import distributed, signals
 from .engine.checkpoint import load_checkpoint, newest, recover, replace_file, save_checkpoint
+from .engine.console import Screen
 from .engine.metrics import Metrics
 from .engine.run import RunContext, describe_machine, memory_gib, preempted, record_recipe
 from .engine.schedules import Progress, default_log_every
@@ -231,7 +232,8 @@ class Trainer(ABC):
 
     def bad_files(self, images: int, name: str) -> BadFiles:
         """The record of unreadable images in the run directory."""
-        runtime, say = self.runtime, self.screen.say
+        screen = self.screen if self.world.is_main else Screen(True)  # any rank may meet the first one
+        runtime, say = self.runtime, screen.say
         record = BadFiles(self.out, images, runtime.max_corrupt_fraction, runtime.strict, name, say)
         self.unreadable.append(record)
         return record

@@ -124,11 +124,6 @@ class DetectionTraining(Supervised):
                 f"warmup_steps {s.warmup_steps} is not below the run's {self.total} steps; give --settings "
                 "warmup_steps=N"
             )
-        if s.preset == "benchmarking" and self.world.size > 1 and self.device.type != "cuda":
-            raise ConfigError(
-                "the preset benchmarking synchronizes BatchNorm on CUDA devices only; use one process on a "
-                "CPU"
-            )
         self.test_set, self.channels = test, backbone.channels
         self.mean = tuple(backbone.mean.flatten().tolist())
         self.architecture = blueprint(backbone.vit, architecture_of(backbone.vit))
