@@ -291,15 +291,17 @@ def test_a_run_cannot_be_resumed_with_other_settings_or_data(tmp_path, folder):
 
 
 def test_a_finished_run_is_extended_by_a_greater_length(tmp_path, folder, capsys, monkeypatch):
-    """Stopped and resumed within the extension, it is the same to the bit; the images of later epochs follow, the learning rate
-    warms up again and then follows the schedule of the new length."""
+    """Stopped and resumed within the extension, it is the same to the bit; the images of later epochs
+    follow, the learning rate warms up again and then follows the schedule of the new length."""
     seen = []
     update = pretraining.Pretraining.update
 
     def noted(self, t):
         applied = update(self, t)
         half_life = self.method.half_life(t)
-        seen.append((t.step, self.optimizer.param_groups[0]["lr"], half_life, self.sampler(0, 0).keys(t.step)))
+        seen.append(
+            (t.step, self.optimizer.param_groups[0]["lr"], half_life, self.sampler(0, 0).keys(t.step))
+        )
         return applied
 
     settings = {"half_life": "25%", "warmup": 0.25}
@@ -341,11 +343,15 @@ def test_only_the_length_of_a_finished_run_may_change(tmp_path, folder, monkeypa
         with pytest.raises(Preempted):
             run(tmp_path / "run", folder, steps=10)
     for steps in (2, 20):
-        with pytest.raises(ConfigError, match=rf"at step 3 of 10, and --steps {steps} .* is another length: finish"):
+        with pytest.raises(
+            ConfigError, match=rf"at step 3 of 10, and --steps {steps} .* is another length: finish"
+        ):
             run(tmp_path / "run", folder, steps=steps)
     run(tmp_path / "run", folder, epochs=2.0, steps=None)  # the same length in another unit
     before = weights(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"has made 10 steps already, more than --steps 9 \(9 steps\); give more"):
+    with pytest.raises(
+        ConfigError, match=r"has made 10 steps already, more than --steps 9 \(9 steps\); give more"
+    ):
         run(tmp_path / "run", folder, steps=9)
     with pytest.raises(ConfigError, match=r"was started with gamma 1.0 \(now 2.0\); use another --out"):
         run(tmp_path / "run", folder, steps=20, gamma=2.0)
@@ -354,7 +360,9 @@ def test_only_the_length_of_a_finished_run_may_change(tmp_path, folder, monkeypa
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     Path("run").rename(Path("runs") / f"rcmae-{folder.name}")
-    with pytest.raises(ConfigError, match="holds a finished run of 10 steps, .* give --out runs/rcmae-.* to extend"):
+    with pytest.raises(
+        ConfigError, match="holds a finished run of 10 steps, .* give --out runs/rcmae-.* to extend"
+    ):
         run(None, folder, steps=20)
 
 

@@ -807,7 +807,8 @@ SLOW = {"pretrain", "check", "import", "lab", "verify", "compare", "evaluate", "
 ELSEWHERE = {
     "train": "use `rcmae pretrain`, `rcmae evaluate finetune` or `rcmae detect train`",
     "eval": "use `rcmae evaluate`, or `rcmae detect eval` for a detector",
-    "export": "`rcmae pretrain` exports at every checkpoint, to RUN/export; for a detector, use `rcmae detect export`",
+    "export": "`rcmae pretrain` exports at every checkpoint, to RUN/export; for a detector, use "
+    "`rcmae detect export`",
     "plan": "`rcmae check DATA` plans a run on these images",
     "embed": "use rcmae.load(RUN) in Python, whose results are features; `rcmae evaluate` measures them",
     "resume": "`rcmae pretrain --out RUN` resumes a run",

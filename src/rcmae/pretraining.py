@@ -68,7 +68,9 @@ def pretrain(recipe: Recipe, runtime: RuntimeConfig = RuntimeConfig()) -> Result
     check(recipe)
     refuse(METHODS[recipe.method].validate(recipe))
     if not recipe.data.strip():
-        raise ConfigError("no images to train on: give --data FOLDER, or another source listed by `rcmae list`")
+        raise ConfigError(
+            "no images to train on: give --data FOLDER, or another source listed by `rcmae list`"
+        )
     out = (
         Path(runtime.out)
         if runtime.out
@@ -355,14 +357,16 @@ class Pretraining(Trainer):
             total = int(self.step * parse_time(self.recipe.time) / max(self.seconds, 1e-3))
         else:
             total = cast(int, self.recipe.total_steps(len(self.images)))
-        given = " ".join(f"--{name} {value}" for name, value in self.recipe.length.items() if value is not None)
+        given = " ".join(
+            f"--{name} {value}" for name, value in self.recipe.length.items() if value is not None
+        )
         given = f"{given or 'the default length'} ({how_many(total, 'step')})"
         if total == self.total:  # in another unit
             self.recipe = changed(self.recipe, **length)
         elif self.step < self.total:
             raise ConfigError(
-                f"{self.out} is at step {self.step:,} of {self.total:,}, and {given} is another length: finish it "
-                f"first with `rcmae pretrain --out {self.out}`, then extend it; or use another --out"
+                f"{self.out} is at step {self.step:,} of {self.total:,}, and {given} is another length: "
+                f"finish it first with `rcmae pretrain --out {self.out}`, then extend it; or use another --out"
             )
         elif total < self.total:
             raise ConfigError(
@@ -371,8 +375,8 @@ class Pretraining(Trainer):
             )
         elif self.runtime.out is None:  # a new run may be meant, in the same default directory
             raise ConfigError(
-                f"{self.out} holds a finished run of {how_many(self.step, 'step')}, and {given} is longer: give "
-                f"--out {self.out} to extend it, or another --out for a new run"
+                f"{self.out} holds a finished run of {how_many(self.step, 'step')}, and {given} is longer: "
+                f"give --out {self.out} to extend it, or another --out for a new run"
             )
         else:
             self.total, self.saved = total, None

@@ -141,8 +141,8 @@ class BadFiles:
         return {json.loads(line)["index"] for line in lines if line.endswith(b"\n")}
 
     def _record(self, index: int, where: str, reason: str) -> bool:
-        """Append a line, unless another rank, or the run before it resumed, has written it; returns whether it
-        is the first one. Raises StorageError."""
+        """Append a line, unless another rank, or the run before it resumed, has written it; returns whether
+        it is the first one. Raises StorageError."""
         try:
             with self.path.open("ab") as f:
                 fcntl.flock(f, fcntl.LOCK_EX)

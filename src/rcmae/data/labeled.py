@@ -51,8 +51,8 @@ def open_labeled(
     image of each class is for testing. For an already trained classifier, `tested` is the start of the
     fingerprint of its test images: if they are the same, it is tested on them, since it was trained on the
     others, otherwise on all. `size` is that of generated images, `value_range` and `max_pixels` as in
-    `open_source`. Raises DataError if there are no labels, fewer than two classes, too few images to split, or test classes that
-    the training part lacks.
+    `open_source`. Raises DataError if there are no labels, fewer than two classes, too few images to split,
+    or test classes that the training part lacks.
     """
     parts = (data, (parts_of(val) or (val, val))[1]) if val else parts_of(data)
     if parts:

@@ -87,7 +87,11 @@ def _largest_value(source: Source, channels: int) -> tuple[int, int]:
             continue
         try:
             raw = source.read(i)
-            values = None if isinstance(raw, np.ndarray) else decode.sixteen_bits(raw, channels, source.pixel_limit)
+            values = (
+                None
+                if isinstance(raw, np.ndarray)
+                else decode.sixteen_bits(raw, channels, source.pixel_limit)
+            )
         except (OSError, BadImage):
             continue  # reported when it is used
         if values is not None:

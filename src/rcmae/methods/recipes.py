@@ -53,7 +53,8 @@ def load_recipe(name: str) -> Recipe:
     if name in METHODS and name not in shipped and not Path(name).is_file():
         names = join_names([recipe for recipe in shipped if recipe.startswith(f"{name}-")])
         raise ConfigError(
-            f"there is no recipe {name!r}, which is a method: give --method {name}, or one of its recipes: {names}"
+            f"there is no recipe {name!r}, which is a method: give --method {name}, or one of its recipes: "
+            f"{names}"
         )
     return load_settings(name, shipped, parse_recipe)
 

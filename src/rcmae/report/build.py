@@ -179,8 +179,8 @@ def extension_sentences(machine: dict[str, Any]) -> list[Sentence]:
     return [
         (
             "note",
-            f"Extended at step {start:,} to {stop:,} steps: from there on the learning rate warms up again, and "
-            f"schedules are those of a run of {stop:,} steps.",
+            f"Extended at step {start:,} to {stop:,} steps: from there on the learning rate warms up again, "
+            f"and schedules are those of a run of {stop:,} steps.",
         )
         for start, stop in machine.get("extended", ())
     ]

@@ -56,7 +56,7 @@ def contexts(
     device = distributed.pick_device(options.device)
     precision = distributed.pick_precision(options.precision, device)
     # Weights are loaded before the data, which may take long to open; a file of them is read once.
-    _in_use = read_weights(Path(name)) if is_bare(Path(name)) else None
+    _weights = read_weights(Path(name)) if is_bare(Path(name)) else None
     which = "student" if options.which == "student" else "teacher"
     classifier = (
         load_classifier(name, which, options.heads, options.shape) if task.takes_classifiers else None

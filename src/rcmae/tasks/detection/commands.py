@@ -22,7 +22,7 @@ from .files import load_detector
 from .model import export_pyramid
 from .predict import Predictions, images_scored, predict
 from .settings import DetectionOptions, DetectionRecipe, ScoringOptions, load_detect
-from .train import train
+from .train import check_ranks, train
 from .windows import check_backbone
 
 
@@ -49,10 +49,7 @@ def train_detector(name: str, options: DetectionOptions, runtime: BaseRuntimeCon
     out = runtime.out or run_folder(name, options.which)
     with distributed.process_group(device) as world:
         screen = Screen(world.is_main)
-        if settings.preset == "benchmarking" and world.size > 1 and device.type != "cuda":
-            raise ConfigError(
-                "the preset benchmarking synchronizes BatchNorm on CUDA devices only; use one process on a CPU"
-            )
+        check_ranks(settings, world, device)
         check_parts(settings.batch_size, world.size, runtime.accumulate)
         check_same_recipe(out, settings, load_detect, ("batch_size",))  # lowered for few images
         with screen.progress(f"reading the annotations of {options.data}", 1):

@@ -82,7 +82,9 @@ class EvaluationOptions(WeightsOptions):
         if self.data is not None:
             return self
         path = Path(backbone.removeprefix("scratch:"))
-        candidates = (path, *path.parents[:2]) if path.exists() else ()  # an exported folder is RUN/export/NAME
+        candidates = (
+            (path, *path.parents[:2]) if path.exists() else ()
+        )  # an exported folder is RUN/export/NAME
         for run in candidates:
             if (run / "recipe.toml").is_file():
                 recorded: dict[str, Any] = {}
