@@ -226,6 +226,10 @@ def test_benchmarking_trains_too_and_a_run_is_not_continued_as_another(tmp_path,
         run(tmp_path / "run", sets, other, backbone(1))
     with pytest.raises(DataError, match=r"the data \(train\) has changed since"):
         run(tmp_path / "run", (sample_images(sets[0], 7), sets[1]), other)
+    deep = copy.copy(sets[0])
+    deep.bits = 12
+    with pytest.raises(DataError, match=r"the data \(range of 16-bit images\) has changed since"):
+        run(tmp_path / "run", (deep, sets[1]), other)
 
 
 def test_category_names_must_agree_between_both_splits(tmp_path, sets):

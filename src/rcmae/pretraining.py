@@ -365,7 +365,7 @@ class Pretraining(Trainer):
             self.recipe = changed(self.recipe, **length)
         elif self.step < self.total:
             raise ConfigError(
-                f"{self.out} is at step {self.step:,} of {self.total:,}, and {given} is another length: "
+                f"{self.out} is at step {self.step:,} of {self.total:,}, {given} is another length: "
                 f"finish it first with `rcmae pretrain --out {self.out}`, then extend it; or use another --out"
             )
         elif total < self.total:

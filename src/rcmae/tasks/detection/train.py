@@ -149,7 +149,12 @@ class DetectionTraining(Supervised):
         self.running_statistics = [buffer for m in batch_norms for buffer in m.buffers()]
         self.bad_test = self.bad_files(len(test), "bad_test_files.jsonl")
         self.scored: tuple[Predictions, dict[str, Precision]] | None = None
-        data = {"train": train.fingerprint(), "test": test.fingerprint(), "classes": train.classes}
+        data = {
+            "train": train.fingerprint(),
+            "range_of_16-bit_images": f"{train.bits} bits",
+            "test": test.fingerprint(),
+            "classes": train.classes,
+        }
         about_data = (
             f"{how_many(len(train), 'image')} of {how_many(len(train.classes), 'class')}, {len(test):,} to "
             "test on"
