@@ -380,6 +380,11 @@ def test_a_bad_file_is_recorded_once_by_all_ranks(tmp_path):
     assert notes == (["note: a.png cannot be read (truncated); bad_files.jsonl lists all such images"], [])
 
 
+@catches(
+    "every rank names an unreadable image",
+    "rcmae.data.dataset:BadFiles._record",
+    lambda old: lambda self, *bad: old(self, *bad) or True,
+)
 def test_the_first_unreadable_image_is_named_by_the_rank_that_meets_it(tmp_path):
     notes = [], []
     one, two = (BadFiles(tmp_path, 100, say=texts.append) for texts in notes)
@@ -388,6 +393,15 @@ def test_the_first_unreadable_image_is_named_by_the_rank_that_meets_it(tmp_path)
     assert notes == ([], ["note: a.png cannot be read (truncated); bad_files.jsonl lists all such images"])
 
 
+def forgets_the_limit(old):
+    def init(self, *args):
+        old(self, *args)
+        self.pixel_limit = 10**8
+
+    return init
+
+
+@catches("parts of a set have another limit", "rcmae.data.base:Subset.__init__", forgets_the_limit)
 def test_larger_images_than_the_limit_are_read_if_that_is_raised(tmp_path, capsys):
     """By pre-training, evaluation and check, whose reason names the option."""
     rows = np.zeros((40, 30, 3), np.uint8)

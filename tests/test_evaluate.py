@@ -2,6 +2,7 @@
 data loading of torch."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -761,6 +762,11 @@ def test_two_processes_share_the_work_and_agree_with_one(tmp_path, data):
             assert one == pytest.approx(both, abs=1e-3), task
 
 
+@catches(
+    "an evaluation uses other images than those of the run",
+    "rcmae.tasks.evaluation.base:EvaluationOptions.with_data",
+    lambda old: lambda self, name: dataclasses.replace(self, data=self.data or "nowhere"),
+)
 def test_the_images_of_a_run_are_the_default(tmp_path, data, monkeypatch, capsys):
     """Also for an exported folder, a randomly initialized network, and a classifier that was fine-tuned on
     them; without labels, --data is required."""
@@ -794,6 +800,13 @@ def test_the_images_of_a_run_are_the_default(tmp_path, data, monkeypatch, capsys
     assert EvaluationOptions().with_data("timm:vit_tiny_patch16_224").data == "bundled:digits"
 
 
+class Forgetful(dict):
+    def __setitem__(self, key, value):
+        pass
+
+
+@catches("weights are read for each network", "rcmae.interop.weights:_in_use", lambda old: Forgetful())
+@catches("weights are kept forever", "rcmae.interop.weights:_in_use", lambda old: {})
 def test_weights_are_read_once(tmp_path, data, monkeypatch):
     """Those of a file with a network and its average, of which both are evaluated."""
     state = method_for(small()).backbone().vit.state_dict()

@@ -865,7 +865,7 @@ def _run(argv: list[str]) -> int:
         return _fail(_as_typed(str(e), argv) if isinstance(e, SettingsError) else str(e), e.exit_code)
     except MemoryError:
         return _fail("the host ran out of memory; try a smaller batch or fewer --workers", 8)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # rich turns the one into the other
         return _closed_pipe()
     except OSError as e:
         signals.raise_if_received()  # a library may have turned Interrupted into another error

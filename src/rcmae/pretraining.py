@@ -366,7 +366,7 @@ class Pretraining(Trainer):
         elif self.step < self.total:
             raise ConfigError(
                 f"{self.out} is at step {self.step:,} of {self.total:,}, {given} is another length: "
-                f"finish it first with `rcmae pretrain --out {self.out}`, then extend it; or use another --out"
+                f"finish it with `rcmae pretrain --out {self.out}`, then extend it; or use another --out"
             )
         elif total < self.total:
             raise ConfigError(
