@@ -15,7 +15,7 @@ from PIL import Image
 from rcmae.cli import main
 from rcmae.config import RuntimeConfig, flags, sections
 from rcmae.methods import METHODS
-from rcmae.methods.recipes import recipe_type
+from rcmae.methods.recipes import load_recipe, recipe_type
 from tests import images as kinds
 from tests.conftest import GOLDEN
 from tests.mutations import catches
@@ -48,6 +48,31 @@ def images(root: Path, count: int = 12) -> Path:
 # argv, exit code, a part of the message; {tmp} is an empty folder
 FAILURES = [
     (["pretrain", "--gama", "3"], 2, "Unknown option: --gama. Did you mean --gamma?"),
+    (["pretrain", "--lr", "1"], 2, "Unknown option: --lr. Did you mean --base-lr or --min-lr?"),
+    (["export", "x"], 2, "no command 'export': `rcmae pretrain` exports at every checkpoint, to RUN/export"),
+    (["plan", "x"], 2, "no command 'plan': `rcmae check DATA` plans a run"),
+    (["embed", "x"], 2, "no command 'embed': use rcmae.load(RUN) in Python"),
+    (["train", "x"], 2, "no command 'train': use `rcmae pretrain`, `rcmae evaluate finetune` or"),
+    (["finetune", "x"], 2, "no command 'finetune': use `rcmae evaluate finetune`"),
+    (["knn", "x"], 2, "no command 'knn': use `rcmae evaluate knn`"),
+    (["race"], 2, "no command 'race': use `rcmae compare race`"),
+    (
+        ["pretrain", "mae"],
+        2,
+        "no recipe 'mae', which is a method: give --method mae, or one of its recipes: mae-",
+    ),
+    (["pretrain", "folder"], 2, "no images to train on: give --data FOLDER"),
+    (
+        ["pretrain", "--momentum", "0.9"],
+        2,
+        "--momentum has no effect under schedule half-life: give --half-life",
+    ),
+    (
+        ["pretrain", "rcmae-vits16-in1k", "--schedule=half-life", "--momentum=0.9"],
+        2,
+        "--momentum has no effect",
+    ),
+    (["pretrain", "--max-pixels", "0"], 2, "--max-pixels must be above 0, not 0"),
     (["pretrain", "--gamma", "x"], 2, '--gamma: unable to convert "x" into float'),
     (["pretrain", "foldr"], 2, "there is no recipe 'foldr'; did you mean folder?"),
     (["pretrain", "{tmp}/no.toml"], 2, "no.toml does not exist"),
@@ -250,6 +275,7 @@ FAILURES = [
 ]
 
 
+@catches("what is elsewhere is not named", "rcmae.cli:_usage", lambda old: lambda e: " ".join(str(e).split()))
 @catches(
     "errors name settings as in recipes, not as flags",
     "rcmae.cli:_as_typed",
@@ -275,6 +301,7 @@ def test_every_failure_is_reported_in_one_line_with_its_exit_code(
     assert message.format(**folders) in err
     assert "Traceback" not in err
     assert not (tmp_path / "rcmae-error.log").exists()
+    assert not [path for path in ("run", "runs") if (tmp_path / path).exists()], "nothing is left behind"
 
 
 def test_pretrain_resume_and_report(tmp_path, capsys, monkeypatch):
@@ -294,6 +321,38 @@ def test_pretrain_resume_and_report(tmp_path, capsys, monkeypatch):
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").exists()
+
+
+def test_options_change_only_what_they_name_in_a_run(tmp_path, capsys):
+    data, run = images(tmp_path / "data"), tmp_path / "run"
+    assert main(["pretrain", "--data", str(data), "--out", str(run), *TINY]) == 0
+    moved = data.rename(tmp_path / "moved")
+    assert main(["pretrain", "--out", str(run)]) == 3
+    assert f"{data} does not exist" in capsys.readouterr().err
+    assert main(["pretrain", "--out", str(run), "--data", str(moved)]) == 0
+    assert load_recipe(str(run / "recipe.toml")).data == str(moved)
+    assert main(["pretrain", "--out", str(run), "--steps", "4", "--device", "cpu"]) == 0
+    assert "extended from 2 to 4 steps" in capsys.readouterr().out
+    assert load_recipe(str(run / "recipe.toml")).network.width == 24
+    assert main(["pretrain", "--out", str(run), "--steps", "3"]) == 2
+    assert "has made 4 steps already, more than --steps 3" in capsys.readouterr().err
+    assert main(["pretrain", "--out", str(run)]) == 0
+    assert "is finished at step 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["pretrian"]])
+def test_output_that_nobody_reads_ends_a_command_quietly(argv):
+    """As other programs do that receive SIGPIPE; an error is still reported."""
+    code = f"import sys; from rcmae.cli import main; sys.exit(main({argv}))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    if argv == ["pretrian"]:
+        assert (process.returncode, err.count("\n")) == (2, 1)
+    else:
+        assert (process.returncode, err) == (141, "")
 
 
 def test_a_folder_with_every_kind_of_image(tmp_path, capsys):

@@ -117,7 +117,9 @@ def test_recipes_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "bundled").write_text("no recipe at all")
-    assert load_recipe("folder").data, "a folder of images of that name is no recipe"
+    assert load_recipe("folder").network.model == "vit_small_patch16", (
+        "a folder of images of that name is no recipe"
+    )
     assert load_recipe("bundled").data == "bundled:digits"
     with pytest.raises(ConfigError, match="no recipe 'bundeld'; did you mean bundled?"):
         load_recipe("bundeld")

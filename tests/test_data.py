@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from rcmae.cli import main
 from rcmae.config import Images as ImagesConfig
 from rcmae.data import audit as audit_module
 from rcmae.data import decode as decode_module
@@ -28,7 +29,8 @@ from rcmae.data.audit import _unfit, audit, to_json
 from rcmae.data.base import Strings, printable
 from rcmae.data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker, read_image
 from rcmae.data.decode import BadImage, decode
-from rcmae.data.pixels import moments
+from rcmae.data.labeled import open_labeled
+from rcmae.data.pixels import moments, open_image
 from rcmae.data.sampler import BatchSampler, order
 from rcmae.data.sources import open_source
 from rcmae.data.views import center, crop_box, flip, random_resized_crop, rng
@@ -367,11 +369,55 @@ def test_bad_files_of_previous_starts_count_towards_the_limit(tmp_path):
 
 
 def test_a_bad_file_is_recorded_once_by_all_ranks(tmp_path):
-    one, two = (BadFiles(tmp_path, 100) for _ in range(2))
+    notes = [], []
+    one, two = (BadFiles(tmp_path, 100, say=texts.append) for texts in notes)
     for record in (one, two):
         record.note([(1, "a.png", "truncated")])
         record.note([(2, "b.png", "truncated")])
     assert [json.loads(line)["index"] for line in one.path.read_text().splitlines()] == [1, 2]
+    two.note([(3, "c.png", "truncated")])
+    BadFiles(tmp_path, 100, say=notes[1].append).note([(4, "d.png", "truncated")])  # as after resuming
+    assert notes == (["note: a.png cannot be read (truncated); bad_files.jsonl lists all such images"], [])
+
+
+@catches(
+    "every rank names an unreadable image",
+    "rcmae.data.dataset:BadFiles._record",
+    lambda old: lambda self, *bad: old(self, *bad) or True,
+)
+def test_the_first_unreadable_image_is_named_by_the_rank_that_meets_it(tmp_path):
+    notes = [], []
+    one, two = (BadFiles(tmp_path, 100, say=texts.append) for texts in notes)
+    two.note([(1, "a.png", "truncated")])
+    one.note([(2, "b.png", "truncated")])
+    assert notes == ([], ["note: a.png cannot be read (truncated); bad_files.jsonl lists all such images"])
+
+
+def forgets_the_limit(old):
+    def init(self, *args):
+        old(self, *args)
+        self.pixel_limit = 10**8
+
+    return init
+
+
+@catches("parts of a set have another limit", "rcmae.data.base:Subset.__init__", forgets_the_limit)
+def test_larger_images_than_the_limit_are_read_if_that_is_raised(tmp_path, capsys):
+    """By pre-training, evaluation and check, whose reason names the option."""
+    rows = np.zeros((40, 30, 3), np.uint8)
+    for kind in "ab":
+        fill(tmp_path / "data" / kind, {f"{kind}{i}.png": images.encode(rows + i) for i in range(5)})
+    with pytest.raises(BadImage, match="30 x 40 is above the limit of 1,000 pixels, see --max-pixels"):
+        open_image(open_source(str(tmp_path / "data"), max_pixels=1000), 0, 3)
+    assert open_image(open_source(str(tmp_path / "data"), max_pixels=1200), 0, 3).shape == (40, 30, 3)
+    parts = open_labeled(str(tmp_path / "data"), max_pixels=1000)
+    for part in (parts.train, parts.test):
+        with pytest.raises(BadImage, match="see --max-pixels"):
+            open_image(part, 0, 3)
+    argv = ["check", str(tmp_path / "data"), "--batch-size", "2", "--max-pixels"]
+    assert main([*argv, "1e3"]) == 3
+    assert "above the limit of 1,000 pixels, see --max-pixels" in capsys.readouterr().out
+    assert main([*argv, "1.2e3"]) == 0
 
 
 def test_a_failed_write_of_the_bad_files_is_reported_in_one_line(tmp_path):

@@ -1,5 +1,6 @@
 """Training a detector: it learns, resumes exactly, and its files can be used by other programs."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -18,7 +19,7 @@ import rcmae.tasks.detection.commands as commands
 import rcmae.tasks.detection.examples as keeping
 import rcmae.tasks.detection.train as dt
 from rcmae.cli import main
-from rcmae.config import RuntimeConfig, how_many
+from rcmae.config import RuntimeConfig, how_many, to_toml
 from rcmae.data.digits import write_coco
 from rcmae.engine.checkpoint import checkpoints
 from rcmae.engine.console import Screen
@@ -225,6 +226,10 @@ def test_benchmarking_trains_too_and_a_run_is_not_continued_as_another(tmp_path,
         run(tmp_path / "run", sets, other, backbone(1))
     with pytest.raises(DataError, match=r"the data \(train\) has changed since"):
         run(tmp_path / "run", (sample_images(sets[0], 7), sets[1]), other)
+    deep = copy.copy(sets[0])
+    deep.bits = 12
+    with pytest.raises(DataError, match=r"the data \(range of 16-bit images\) has changed since"):
+        run(tmp_path / "run", (deep, sets[1]), other)
 
 
 def test_category_names_must_agree_between_both_splits(tmp_path, sets):
@@ -695,3 +700,45 @@ def test_bad_input_is_reported_in_one_line(
     assert main([names.get(a, a) for a in argv]) == code
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+@catches(
+    "settings are checked after annotations are read",
+    "rcmae.tasks.detection.commands:check_parts",
+    lambda old: lambda *args: None,
+)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--accumulate", "3"], "a batch of 4 does not divide into 1 processes x accumulate 3"),
+        (
+            ["--settings", "batch_size=4", "steps=9", "warmup_steps=1"],
+            r"started with .*steps 8 \(now 9\); use another",
+        ),
+        (
+            ["--settings", "preset=benchmarking", "batch_size=4"],
+            "synchronizes BatchNorm on CUDA devices only",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_annotations_are_read(
+    tmp_path, capsys, monkeypatch, change, message
+):
+    monkeypatch.chdir(tmp_path)
+    export(backbone(), tmp_path / "backbone", {})
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_00000000").mkdir(parents=True)
+    (run / "recipe.toml").write_text(
+        to_toml(commands.settings_of("bundled", ("batch_size=2", "steps=8", "warmup_steps=1")))
+    )
+    monkeypatch.setattr(commands, "open_coco", lambda *args, **options: pytest.fail("reads annotations"))
+    monkeypatch.setattr(
+        commands.distributed,
+        "process_group",
+        lambda device: contextlib.nullcontext(World(0, 1 + ("preset=benchmarking" in change))),
+    )
+    argv = ["detect", "train", "backbone", "--recipe", "bundled", "--device", "cpu", "--out", str(run)]
+    if "--settings" not in change:
+        argv += ["--settings", "batch_size=4"]
+    assert main([*argv, *change]) == 2
+    assert re.search(message, capsys.readouterr().err)

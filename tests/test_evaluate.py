@@ -2,6 +2,7 @@
 data loading of torch."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -34,6 +35,7 @@ from rcmae.interop.timm_export import export
 from rcmae.models.backbone import IMAGENET, Backbone
 from rcmae.tasks import features as features_module
 from rcmae.tasks import worth
+from rcmae.tasks.evaluate import evaluate
 from rcmae.tasks.evaluation import TASKS as KINDS
 from rcmae.tasks.evaluation.base import EvaluationOptions, Task, TaskResult
 from rcmae.tasks.evaluation.worth import Worth
@@ -760,6 +762,73 @@ def test_two_processes_share_the_work_and_agree_with_one(tmp_path, data):
             assert one == pytest.approx(both, abs=1e-3), task
 
 
+@catches(
+    "an evaluation uses other images than those of the run",
+    "rcmae.tasks.evaluation.base:EvaluationOptions.with_data",
+    lambda old: lambda self, name: dataclasses.replace(self, data=self.data or "nowhere"),
+)
+def test_the_images_of_a_run_are_the_default(tmp_path, data, monkeypatch, capsys):
+    """Also for an exported folder, a randomly initialized network, and a classifier that was fine-tuned on
+    them; without labels, --data is required."""
+    monkeypatch.chdir(tmp_path)
+    for name, images in (("mine", data), ("unlabeled", data / "val" / "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.toml").write_text(to_toml(small(data=str(images))))
+        export(method_for(small()).backbone(), tmp_path / name / "export" / "teacher", {"method": "rcmae"})
+    common = ["--device", "cpu", "--workers", "0", "--cache", "cache"]
+    tune = ["--recipe", "bundled", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
+    robust = ["--no-corruptions", "--no-attacks"]
+    for argv, file in (
+        (["knn", "mine"], "mine/evaluate/knn-teacher"),
+        (["knn", "mine/export/teacher", "--out", "o"], "o/knn-backbone"),
+        (["knn", "scratch:mine", "--out", "o2"], "o2/knn-backbone"),
+        (["finetune", "mine", *tune], "mine/evaluate/finetune-teacher"),
+        (
+            ["robustness", "mine/evaluate/finetune-teacher", *robust],
+            "mine/evaluate/finetune-teacher/evaluate/robustness-classifier",
+        ),
+    ):
+        capsys.readouterr()
+        assert main(["evaluate", *argv, *common]) == 0
+        assert f"evaluating on {data} by default" in capsys.readouterr().out.replace("\n", "")
+        assert json.loads(Path(f"{file}.json").read_text())["data"] == str(data)
+    assert main(["evaluate", "knn", "unlabeled", *common]) == 3
+    assert "has no labels" in (err := capsys.readouterr().err) and "--data gives others" in err
+    (tmp_path / "mine" / "evaluate" / "finetune-teacher" / "machine.json").unlink()
+    assert main(["evaluate", "robustness", "mine/evaluate/finetune-teacher", *common]) == 2
+    assert "does not say which images it was trained on: give --data" in capsys.readouterr().err
+    assert EvaluationOptions().with_data("timm:vit_tiny_patch16_224").data == "bundled:digits"
+
+
+class Forgetful(dict):
+    def __setitem__(self, key, value):
+        pass
+
+
+@catches("weights are read for each network", "rcmae.interop.weights:_in_use", lambda old: Forgetful())
+@catches("weights are kept forever", "rcmae.interop.weights:_in_use", lambda old: {})
+def test_weights_are_read_once(tmp_path, data, monkeypatch):
+    """Those of a file with a network and its average, of which both are evaluated."""
+    state = method_for(small()).backbone().vit.state_dict()
+    torch.save({"model": state, "model_ema": {k: v + 0.01 for k, v in state.items()}}, tmp_path / "x.pth")
+    reads = []
+    load_pickle = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: reads.append(a[0]) or load_pickle(*a, **k))
+    options = EvaluationOptions(
+        data=str(data),
+        which="both",
+        heads=2,
+        device="cpu",
+        workers=0,
+        out=tmp_path / "o",
+        cache=tmp_path / "c",
+    )
+    assert len(evaluate(str(tmp_path / "x.pth"), KINDS["knn"](), options)) == 2
+    assert reads == [tmp_path / "x.pth"]
+    evaluate(str(tmp_path / "x.pth"), KINDS["knn"](), options)
+    assert len(reads) == 2, "what nobody uses any more is not kept"
+
+
 def test_worth_it_compares_with_training_from_scratch_for_each_seed(tmp_path, data, backbone, capsys):
     options = [
         "--data",
@@ -792,7 +861,11 @@ def test_worth_it_compares_with_training_from_scratch_for_each_seed(tmp_path, da
     for other, code in (("pixels", 2), (tmp_path / "typo", 4)):
         assert main([str(a) for a in [*argv[:-1], other, *folders]]) == code, "reported before any training"
         assert not (tmp_path / "o").exists()
+    capsys.readouterr()
     assert main([str(a) for a in [*argv[:-2], *folders]]) == 0
+    output = capsys.readouterr().out.replace("\n", " ")
+    first = output.index("8 trainings: from scratch, backbone, on 50, 100 % of the labels, 2 seeds each")
+    assert first < output.index("in all, estimated from a step") < output.index("training 1 of 8")
     result = json.loads((tmp_path / "o" / "worth-it" / "worth-it.json").read_text())
     assert [(r["arm"], r["percent"], r["images"]) for r in result["rows"]] == [
         ("from scratch", 50, 18),
@@ -803,7 +876,7 @@ def test_worth_it_compares_with_training_from_scratch_for_each_seed(tmp_path, da
     assert all(len(r["seeds"]) == 2 for r in result["rows"]) and len(result["verdict"]) == 2
     start = load(f"scratch:{backbone}", seed=1).vit.blocks[0].attn.qkv.weight
     assert not torch.equal(start, load(f"scratch:{backbone}", seed=2).vit.blocks[0].attn.qkv.weight)
-    assert "With 50 % of the labels (18 images), backbone: " in capsys.readouterr().out.replace("\n", " ")
+    assert "With 50 % of the labels (18 images), backbone: " in output
 
 
 def test_worth_it_is_reported_by_the_first_rank_only(tmp_path, backbone, monkeypatch, capsys):

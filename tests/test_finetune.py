@@ -1,6 +1,7 @@
 """Fine-tuning: it learns, it resumes exactly, it does not depend on micro-batches, and every image keeps its
 own label."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -397,6 +398,10 @@ def test_a_run_cannot_be_resumed_with_other_settings_or_data(tmp_path, sets):
         run(tmp_path / "run", sets, dataclasses.replace(same, layer_decay=0.5))
     with pytest.raises(DataError, match=r"the data \(test\) has changed since"):
         run(tmp_path / "run", (sets[0], Subset(sets[1], np.arange(9))), same)
+    deep = copy.copy(sets[0])
+    deep.bits = 12
+    with pytest.raises(DataError, match=r"the data \(range of 16-bit images\) has changed since"):
+        run(tmp_path / "run", (deep, sets[1]), same)
     swapped = Subset(sets[0], np.arange(32), 1 - sets[0].labels)
     with pytest.raises(DataError, match=r"the data \(train\) has changed since"):
         run(tmp_path / "run", (swapped, sets[1]), same)

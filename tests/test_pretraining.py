@@ -27,10 +27,11 @@ from rcmae.engine.console import Screen
 from rcmae.engine.distributed import World
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import run_lock
-from rcmae.engine.schedules import default_log_every, spread
+from rcmae.engine.schedules import Progress, default_log_every, spread, warmup_cosine
 from rcmae.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, Preempted, ProcessError
 from rcmae.interop.load import load
 from rcmae.lab import snapshots
+from rcmae.methods.recipes import load_recipe
 from rcmae.tasks.probe import Probes
 from rcmae.trainer import Trainer
 from tests.conftest import ROOT, small, stop_at
@@ -52,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(
-    out: Path, data: Path | str, method: str = "rcmae", runtime: dict | None = None, **changes
+    out: Path | None, data: Path | str, method: str = "rcmae", runtime: dict | None = None, **changes
 ) -> pretraining.Result:
     recipe = small(method, data=str(data), crop_scale=(0.5, 1.0), flip=True, **changes)
     options = {"device": "cpu", "precision": "fp32", "workers": 0, "save_every": "1h"}
@@ -287,6 +288,121 @@ def test_a_run_cannot_be_resumed_with_other_settings_or_data(tmp_path, folder):
         recipe = small(data=str(more), steps=2)
         (tmp_path / "run" / "recipe.toml").write_text(loop_toml(recipe))
         pretraining.pretrain(recipe, RuntimeConfig(out=tmp_path / "run", device="cpu"))
+
+
+def forgets_extensions(old):
+    def restore(self, state):
+        old(self, state | {"extended": []})
+
+    return restore
+
+
+@catches("an extension has no warm-up", "rcmae.pretraining:ramp", lambda old: lambda length, step: 1.0)
+@catches("a resumed run forgets its extension", "rcmae.pretraining:Pretraining.restore", forgets_extensions)
+def test_a_finished_run_is_extended_by_a_greater_length(tmp_path, folder, capsys, monkeypatch):
+    """Stopped and resumed within the extension, it is the same to the bit; the images of later epochs
+    follow, the learning rate warms up again and then follows the schedule of the new length."""
+    seen = []
+    update = pretraining.Pretraining.update
+
+    def noted(self, t):
+        applied = update(self, t)
+        half_life = self.method.half_life(t)
+        seen.append(
+            (t.step, self.optimizer.param_groups[0]["lr"], half_life, self.sampler(0, 0).keys(t.step))
+        )
+        return applied
+
+    settings = {"half_life": "25%", "warmup": 0.25}
+    for name in ("run", "stopped"):
+        run(tmp_path / name, folder, steps=8, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining.Pretraining, "update", noted)
+        assert run(tmp_path / "run", folder, steps=24, **settings).step == 24
+    assert "extended from 8 to 24 steps" in capsys.readouterr().out
+    steps, rates, half_lives, keys = zip(*seen, strict=True)
+    assert steps == tuple(range(8, 24))
+    assert half_lives == (6.0,) * 16
+    assert {epoch for key in keys for epoch, _ in key} == {1, 2, 3, 4}, "the images of later epochs"
+    whole = [warmup_cosine(0.03 * 8 / 256, 0.0, 0.25, Progress(step, 24, 5)) for step in steps]
+    assert rates[:4] == pytest.approx([rate * k / 4 for k, rate in enumerate(whole[:4])])
+    assert rates[4:] == pytest.approx(whole[4:])
+    for stop in (9, 20):
+        with monkeypatch.context() as patch:
+            stop_at(patch, pretraining.Pretraining, stop)
+            with pytest.raises(Preempted):
+                run(tmp_path / "stopped", folder, steps=24, **settings)
+    run(tmp_path / "stopped", folder, steps=24, **settings)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "run")
+    assert load_recipe(str(tmp_path / "run" / "recipe.toml")).steps == 24
+    machine = json.loads((tmp_path / "run" / "machine.json").read_text())
+    assert (machine["steps"], machine["extended"]) == (24, [[8, 24]])
+    events = [line for line in read_metrics(tmp_path / "stopped") if line["kind"] == "event"]
+    assert [e["step"] for e in events if e["text"] == "extended from 8 to 24 steps"] == [8]
+    trained = [line["step"] for line in read_metrics(tmp_path / "stopped") if line["kind"] == "train"]
+    assert trained == list(range(1, 25))
+    assert "Extended at step 8 to 24 steps" in (tmp_path / "run" / "report.html").read_text()
+    run(tmp_path / "run", folder, epochs=6.0, steps=None, **settings)
+    assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000030", "extended twice"
+
+
+@catches(
+    "any setting of a run may change", "rcmae.pretraining:check_same_recipe", lambda old: lambda *args: None
+)
+def test_only_the_length_of_a_finished_run_may_change(tmp_path, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, pretraining.Pretraining, 3)
+        with pytest.raises(Preempted):
+            run(tmp_path / "run", folder, steps=10)
+    for steps in (2, 20):
+        with pytest.raises(
+            ConfigError, match=rf"at step 3 of 10, and --steps {steps} .* is another length: finish"
+        ):
+            run(tmp_path / "run", folder, steps=steps)
+    run(tmp_path / "run", folder, epochs=2.0, steps=None)  # the same length in another unit
+    before = weights(tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=r"has made 10 steps already, more than --steps 9 \(9 steps\); give more"
+    ):
+        run(tmp_path / "run", folder, steps=9)
+    with pytest.raises(ConfigError, match=r"was started with gamma 1.0 \(now 2.0\); use another --out"):
+        run(tmp_path / "run", folder, steps=20, gamma=2.0)
+    assert weights(tmp_path / "run") == before
+    assert load_recipe(str(tmp_path / "run" / "recipe.toml")).steps == 10
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("run").rename(Path("runs") / f"rcmae-{folder.name}")
+    with pytest.raises(
+        ConfigError, match="holds a finished run of 10 steps, .* give --out runs/rcmae-.* to extend"
+    ):
+        run(None, folder, steps=20)
+
+
+def test_an_extension_by_time_is_converted_at_the_speed_so_far(tmp_path, folder):
+    run(tmp_path / "run", folder, steps=2)
+    state = checkpoints(tmp_path / "run" / "checkpoints")[0] / "state.json"
+    seconds = json.loads(state.read_text())["seconds"]
+    run(tmp_path / "run", folder, steps=None, time=f"{3.01 * seconds:.6f}s")
+    assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000006"
+
+
+def test_a_kill_while_an_extension_is_recorded_does_not_lose_it(tmp_path, folder, monkeypatch):
+    """After recipe.toml has been written, and before the checkpoint: both lengths, and others, are still
+    possible."""
+    run(tmp_path / "run", folder, steps=2)
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining.Pretraining, "record_extension", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", folder, steps=4)
+    assert load_recipe(str(tmp_path / "run" / "recipe.toml")).steps == 4
+    run(tmp_path / "run", folder, steps=2)
+    assert load_recipe(str(tmp_path / "run" / "recipe.toml")).steps == 2
+    assert run(tmp_path / "run", folder, steps=3).step == 3
+    assert json.loads((tmp_path / "run" / "machine.json").read_text())["extended"] == [[2, 3]]
 
 
 def loop_toml(recipe) -> str:

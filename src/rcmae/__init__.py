@@ -1,8 +1,9 @@
 """rcmae: self-supervised pre-training of Vision Transformers with RC-MAE.
 
-    import rcmae
+    import dataclasses, rcmae
 
-    rcmae.pretrain(rcmae.load_recipe("folder"), rcmae.RuntimeConfig(out="runs/mine"))
+    recipe = dataclasses.replace(rcmae.load_recipe("folder"), data="images")
+    rcmae.pretrain(recipe, rcmae.RuntimeConfig(out="runs/mine"))
     backbone = rcmae.load("runs/mine")
     features = backbone(images)  # [b, c, h, w] in 0..1 -> cls [b, d], patches [b, d, gh, gw]
 

@@ -7,6 +7,7 @@ the method).
 import contextlib
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from cyclopts import App, CycloptsError, Group, Parameter, Token
+from cyclopts import App, CycloptsError, Group, Parameter, Token, UnknownCommandError, UnknownOptionError
 from cyclopts.config import Dict
 from rich.console import Console
 from rich.table import Column, Table
@@ -160,6 +161,7 @@ def check_data(
     channels: Integer | None = None,
     batch_size: Integer | None = None,
     max_corrupt_fraction: float = RuntimeConfig().max_corrupt_fraction,
+    max_pixels: float = RuntimeConfig().max_pixels,
     json: Json = None,
 ) -> int:
     """Audit a data set before training: counts, sizes, unreadable files, duplicates, statistics; and the
@@ -179,6 +181,8 @@ def check_data(
         Images per step [default: the recipe's].
     max_corrupt_fraction
         The fraction of unreadable images that a run would accept.
+    max_pixels
+        Images of more pixels count as unreadable.
     """
     from .data import audit
     from .data.sources import recipe_for
@@ -189,9 +193,9 @@ def check_data(
     name = recipe or recipe_for(path)
     given = {k: v for k, v in {"batch_size": batch_size, "channels": channels}.items() if v is not None}
     chosen = check(changed(load_recipe(name), **given))
-    check(RuntimeConfig(max_corrupt_fraction=max_corrupt_fraction))
+    runtime = check(RuntimeConfig(max_corrupt_fraction=max_corrupt_fraction, max_pixels=max_pixels))
     screen = Screen(True)
-    result = audit.audit(path, val, chosen, max_corrupt_fraction, screen)
+    result = audit.audit(path, val, chosen, max_corrupt_fraction, screen, max_pixels)
     _console().print(audit.render(result))
     if json:
         json.write_text(audit.to_json(result), encoding="utf-8")
@@ -200,7 +204,7 @@ def check_data(
     if recipe is None and name == "folder":
         name, settings = suggested(result.shorter_side)
         chosen = check(changed(load_recipe(name), **settings, **given))
-    screen.say("\n".join(lines(plan(name, changed(chosen, data=path), screen))))
+    screen.say("\n".join(lines(plan(name, changed(chosen, data=path), screen, runtime))))
     return 0
 
 
@@ -852,6 +856,17 @@ def list_all() -> None:
 SLOW = {"pretrain", "check", "pack", "import", "lab", "verify", "compare", "evaluate", "detect"}
 "Commands that load LIBRARIES, which takes seconds."
 
+ELSEWHERE = {
+    "train": "use `rcmae pretrain`, `rcmae evaluate finetune` or `rcmae detect train`",
+    "eval": "use `rcmae evaluate`, or `rcmae detect eval` for a detector",
+    "export": "`rcmae pretrain` exports at every checkpoint, to RUN/export; for a detector, use "
+    "`rcmae detect export`",
+    "plan": "`rcmae check DATA` plans a run on these images",
+    "embed": "use rcmae.load(RUN) in Python, whose results are features; `rcmae evaluate` measures them",
+    "resume": "`rcmae pretrain --out RUN` resumes a run",
+}
+"What to do instead of commands that do not exist."
+
 LIBRARIES = ("torch", "torchvision", "timm", "sklearn.linear_model", "matplotlib.figure")
 
 
@@ -891,8 +906,9 @@ def _run(argv: list[str]) -> int:
         if slow and argv[0] != "evaluate" and not shows_help:  # `evaluate` checks its settings first
             _load_libraries()
         result = command(*bound.args, **bound.kwargs)
+        sys.stdout.flush()
     except CycloptsError as e:
-        return _fail(" ".join(str(e).split()), 2)
+        return _fail(_usage(e), 2)
     except Preempted:
         raise
     except RcmaeError as e:
@@ -901,6 +917,8 @@ def _run(argv: list[str]) -> int:
         return _fail(_as_typed(str(e), argv) if isinstance(e, SettingsError) else str(e), e.exit_code)
     except MemoryError:
         return _fail("the host ran out of memory; try a smaller batch or fewer --workers", 8)
+    except (BrokenPipeError, SystemExit):  # rich turns the one into the other
+        return _closed_pipe()
     except OSError as e:
         signals.raise_if_received()  # a library may have turned Interrupted into another error
         if debug:
@@ -914,6 +932,29 @@ def _run(argv: list[str]) -> int:
             Path("rcmae-error.log").write_text(traceback.format_exc(), encoding="utf-8")
         return _fail(f"unexpected {type(e).__name__}: {first_line(e)}; see rcmae-error.log", 1)
     return result if isinstance(result, int) else 0
+
+
+def _usage(e: CycloptsError) -> str:
+    """cyclopts' message, with the place of a command that is elsewhere, or the options that have all words of
+    an unknown one."""
+    text = " ".join(str(e).split())
+    if isinstance(e, UnknownCommandError) and e.app is app and e.unused_tokens:
+        word = e.unused_tokens[0]
+        places = [f"`rcmae {group} {word}`" for group in app if word in app[group]]
+        if advice := ELSEWHERE.get(word) or (places and f"use {' or '.join(places)}"):
+            return f"there is no command {word!r}: {advice}"
+    if isinstance(e, UnknownOptionError):
+        words = set((e.token.keyword or e.token.value).partition("=")[0].removeprefix("--").split("-"))
+        names = [name for each in e.argument_collection for name in each.names[:1]]
+        if similar := [name for name in names if words <= {*name.removeprefix("--").split("-")}]:
+            return f"{text.partition(' Did you mean')[0]} Did you mean {' or '.join(similar[:4])}?"
+    return text
+
+
+def _closed_pipe() -> int:
+    """The exit code of a program whose output nobody reads any more, as after `| head`; without a message."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+    return 128 + signal.SIGPIPE
 
 
 def _first_rank() -> bool:
@@ -970,6 +1011,10 @@ def _prepare_pretrain(argv: list[str]) -> tuple[Dict, ...]:
                 f"--{key.replace('_', '-')} is a setting of {join_names(owners)}; this run's method is "
                 f"{recipe.method}"
             )
+    if "momentum" in values and values.get("schedule", flat(recipe).get("schedule")) == "half-life":
+        raise ConfigError(
+            "--momentum has no effect under schedule half-life: give --half-life, or another --schedule too"
+        )
     del app["pretrain"]
     app.command(_pretrain(recipe, recipe_name), name="pretrain")
     defaults = {k: v for k, v in flat(recipe).items() if k not in reset_by(recipe, values)}

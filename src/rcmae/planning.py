@@ -82,14 +82,16 @@ def suggested(shorter_side: int) -> tuple[str, dict[str, int]]:
     return "small" if small else "folder", {"size": 32, "patch": 4} if shorter_side < TINY else {}
 
 
-def plan(name: str, recipe: Recipe, screen: Screen) -> Plan:
+def plan(
+    name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = RuntimeConfig()
+) -> Plan:
     """Measure a run of `recipe`, which `name` loads, on its data.
 
     Raises the errors of a run.
     """
     device = pick_device("auto")
     with tempfile.TemporaryDirectory() as folder, translate_errors(device, World(), ADVICE):
-        context = RunContext(Path(folder), RuntimeConfig(), device, World(), Screen(False))
+        context = RunContext(Path(folder), runtime, device, World(), Screen(False))
         with closing(Pretraining(recipe, context)) as run:
             run.screen = screen
             step = measure_step(run)
@@ -120,7 +122,7 @@ def plan(name: str, recipe: Recipe, screen: Screen) -> Plan:
     target = f"{Path(recipe.data).name}-{side}"
     larger = load_recipe("folder")
     return Plan(
-        command=_command(name, recipe, steps),
+        command=_command(name, recipe, runtime, steps),
         size=recipe.images.shape,
         patch=patch,
         steps=steps,
@@ -150,12 +152,13 @@ def packed_side(recipe: Recipe) -> int:
     return 2 * max(recipe.images.shape)
 
 
-def _command(name: str, recipe: Recipe, steps: int) -> str:
+def _command(name: str, recipe: Recipe, runtime: RuntimeConfig, steps: int) -> str:
     """The command that makes the run."""
-    shipped, lengths = flat(load_recipe(name)), ("data", "steps", "epochs", "time")
+    shipped = flat(load_recipe(name)) | flat(RuntimeConfig())
+    elsewhere = ("data", "out", "steps", "epochs", "time")
     words = ["rcmae", "pretrain", name, "--data", recipe.data, "--out", f"runs/{Path(recipe.data).stem}"]
-    for key, value in flat(recipe).items():
-        if value != shipped.get(key) and key not in lengths:
+    for key, value in (flat(recipe) | flat(runtime)).items():
+        if value != shipped.get(key) and key not in elsewhere:
             values = value if isinstance(value, (list, tuple)) else [value]
             words += [f"--{key.replace('_', '-')}", *map(str, values)]
     return shlex.join([*words, "--steps", str(steps)])

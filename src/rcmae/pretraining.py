@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .config import Recipe, RuntimeConfig, check, how_many, recipe_hash
+from .config import LENGTHS, Recipe, RuntimeConfig, changed, check, how_many, parse_time, recipe_hash
 from .data.dataset import Images, measure_statistics
 from .data.sampler import check_parts
 from .data.sources import Source, open_source
@@ -24,8 +24,8 @@ from .engine.console import Screen, clock
 from .engine.distributed import autocast
 from .engine.metrics import read_metrics
 from .engine.optim import adamw
-from .engine.run import ADVICE, RunContext, check_same_recipe, run_context, write_json
-from .engine.schedules import Progress, cosine, fraction_of_run, spread, warmup_cosine
+from .engine.run import ADVICE, RunContext, check_same_recipe, read_json, run_context, write_json
+from .engine.schedules import Progress, cosine, fraction_of_run, ramp, spread, warmup_cosine
 from .engine.step import Mean, clip_gradients, conditional_step, set_lr, set_weight_decay
 from .errors import AlarmError, ConfigError, DataError, first_line, refuse
 from .interop.timm_export import export
@@ -55,7 +55,8 @@ class Result:
 
 
 def pretrain(recipe: Recipe, runtime: RuntimeConfig = RuntimeConfig()) -> Result:
-    """Pre-train by `recipe` in the environment of `runtime`. A run that is already in `runtime.out` resumes.
+    """Pre-train by `recipe` in the environment of `runtime`. A run that is already in `runtime.out` resumes;
+    if it has finished, a recipe that differs in its length only, and is longer, extends it.
 
     Raises the errors of `rcmae.errors`; Preempted if a signal stopped the run and the state is saved.
     """
@@ -66,6 +67,10 @@ def pretrain(recipe: Recipe, runtime: RuntimeConfig = RuntimeConfig()) -> Result
         )
     check(recipe)
     refuse(METHODS[recipe.method].validate(recipe))
+    if not recipe.data.strip():
+        raise ConfigError(
+            "no images to train on: give --data FOLDER, or another source listed by `rcmae list`"
+        )
     out = (
         Path(runtime.out)
         if runtime.out
@@ -81,6 +86,7 @@ class Pretraining(Trainer):
 
     recipe: Recipe
     runtime: RuntimeConfig
+    free = ("data", *LENGTHS)
 
     def __init__(self, recipe: Recipe, context: RunContext):
         self.began = time.monotonic()
@@ -91,20 +97,25 @@ class Pretraining(Trainer):
                 f"{recipe.method} learns nothing from micro-batches of one image, as {caveat}: give a "
                 "smaller --accumulate"
             )
-        check_same_recipe(context.out, recipe, load_recipe)
-        images = open_images(recipe, context.screen)
+        check_same_recipe(context.out, recipe, load_recipe, self.free)
+        images = open_images(recipe, context.screen, cast(RuntimeConfig, context.runtime).max_pixels)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
         self.method = self.build(*self.statistics())
         self.loss_names = self.method.losses
         optimizer = adamw(self.method.student, recipe.optim, lr=0.0)  # `update` sets it before every step
         self.scores: dict[str, dict[str, float]] = {}
         self.drift: float | None = None
+        self.extended: list[tuple[int, int]] = []
+        "for each extension of the run, the step at which it began and the new number of steps"
         self.recorder: Recorder | None = None
         self.alarm: Alarm | None = None
         self.next_report = 0.0
         # Bits: what is white in 16-bit images is measured on a sample of them.
         data = {"images": images.fingerprint(), "range_of_16-bit_images": f"{images.bits} bits"}
         self.setup(self.method, optimizer, data, load=load_recipe)
+
+    def environment(self) -> dict[str, Any]:
+        return super().environment() | {"max_pixels": self.runtime.max_pixels}
 
     def statistics(self) -> Statistics:
         """Mean and standard deviation of each channel, for pixels in 0 to 1."""
@@ -143,7 +154,11 @@ class Pretraining(Trainer):
         if self.logs and self.recorder:
             self.recorder.monitor.start(t)
         peak = optim.base_lr * optim.batch_size / 256
-        set_lr(self.optimizer, warmup_cosine(peak, optim.min_lr, optim.warmup, t))
+        lr = warmup_cosine(peak, optim.min_lr, optim.warmup, t)
+        if self.extended:
+            start, stop = self.extended[-1]
+            lr *= ramp(optim.warmup * (stop - start), t.step - start)
+        set_lr(self.optimizer, lr)
         if optim.weight_decay_end is not None:
             set_weight_decay(self.optimizer, cosine(optim.weight_decay, optim.weight_decay_end, t.fraction))
         mean = Mean(parts)
@@ -228,8 +243,10 @@ class Pretraining(Trainer):
 
     def resume_or_begin(self) -> None:
         super().resume_or_begin()
+        if self.extended:
+            self.record_extension()
         if self.step >= self.total:
-            self.screen.say(f"{self.out} is finished at step {self.step:,}")
+            self.screen.say(f"{self.out} is finished at step {self.step:,}; more --steps extend it")
             if not all((self.out / "export" / which).is_dir() for which in self.method.networks):
                 self.export()
         elif self.world.is_main:  # load now what milestones need, so that missing data is noticed now
@@ -321,10 +338,61 @@ class Pretraining(Trainer):
 
     def more_state(self) -> dict[str, Any]:
         drift = self.method.state(self.progress).get("drift")
-        return {"drift": None if drift is None else float(drift)}
+        return {
+            "drift": None if drift is None else float(drift),
+            "length": self.recipe.length,
+            "extended": self.extended,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.drift = state["drift"]
+        self.extended = [(start, stop) for start, stop in state.get("extended", ())]
+        if (length := state.get("length")) not in (None, self.recipe.length):
+            self.extend(length)
+
+    def extend(self, length: dict[str, Any]) -> None:
+        """Plan more steps for a finished run of another `length`. Raises ConfigError unless it has finished
+        and the new length is above the steps it has made."""
+        if self.recipe.time:  # at the speed so far, with probes and checkpoints
+            total = int(self.step * parse_time(self.recipe.time) / max(self.seconds, 1e-3))
+        else:
+            total = cast(int, self.recipe.total_steps(len(self.images)))
+        given = " ".join(
+            f"--{name} {value}" for name, value in self.recipe.length.items() if value is not None
+        )
+        given = f"{given or 'the default length'} ({how_many(total, 'step')})"
+        if total == self.total:  # in another unit
+            self.recipe = changed(self.recipe, **length)
+        elif self.step < self.total:
+            raise ConfigError(
+                f"{self.out} is at step {self.step:,} of {self.total:,}, {given} is another length: "
+                f"finish it with `rcmae pretrain --out {self.out}`, then extend it; or use another --out"
+            )
+        elif total < self.total:
+            raise ConfigError(
+                f"{self.out} has made {how_many(self.step, 'step')} already, more than {given}; give more to "
+                "extend it, or use another --out"
+            )
+        elif self.runtime.out is None:  # a new run may be meant, in the same default directory
+            raise ConfigError(
+                f"{self.out} holds a finished run of {how_many(self.step, 'step')}, and {given} is longer: "
+                f"give --out {self.out} to extend it, or another --out for a new run"
+            )
+        else:
+            self.total, self.saved = total, None
+            self.extended.append((self.step, total))
+
+    def record_extension(self) -> None:
+        """Record the extended length; if it is new, in the checkpoint and on the screen too."""
+        if self.world.is_main:
+            about = read_json(self.out / "machine.json")
+            more = {"steps": self.total, "recipe_hash": recipe_hash(self.recipe), "extended": self.extended}
+            write_json(self.out / "machine.json", about | more)
+        if self.saved is None:
+            text = f"extended from {self.step:,} to {how_many(self.total, 'step')}"
+            self.write("event", text=text)
+            self.screen.say(f"{text}: a new warm-up, then the schedules of a run of {self.total:,} steps")
+            self.save()
 
     def save(self) -> None:
         super().save()
@@ -374,8 +442,8 @@ class Pretraining(Trainer):
         return Result(self.out, self.step, self.scores)
 
 
-def open_images(recipe: Recipe, screen: Screen) -> Source:
-    """The images of a recipe. Raises DataError if there are fewer than a batch."""
+def open_images(recipe: Recipe, screen: Screen, max_pixels: float = Source.pixel_limit) -> Source:
+    """The images of a recipe, see `open_source`. Raises DataError if there are fewer than a batch."""
     with screen.progress(f"indexing {recipe.data}", 100) as tick:
         images = open_source(
             recipe.data,
@@ -383,6 +451,7 @@ def open_images(recipe: Recipe, screen: Screen) -> Source:
             size=recipe.images.size,
             tick=lambda fraction: tick(round(100 * fraction)),
             value_range=recipe.images.range,
+            max_pixels=max_pixels,
         )
     screen.say(images.summary())
     for note in images.notes:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .config import how_many, parse_time, recipe_hash, to_toml
+from .config import changed, how_many, parse_time, recipe_hash, to_toml
 from .data.dataset import BadFiles
 from .data.loader import batches_of
 from .data.sampler import BatchSampler, check_parts
 from .data.sources import Source
 from .engine import distributed, signals
 from .engine.checkpoint import load_checkpoint, newest, recover, replace_file, save_checkpoint
+from .engine.console import Screen
 from .engine.metrics import Metrics
 from .engine.neighbors import crowded
 from .engine.run import RunContext, describe_machine, memory_gib, preempted, record_recipe
@@ -43,6 +44,9 @@ class Trainer(ABC):
 
     divergence_advice = "lower --base-lr, set --clip 1"
     "what to try when steps are not finite"
+
+    free: tuple[str, ...] = ("data",)
+    "settings that may differ from those with which the run was started"
 
     loss_names: Mapping[str, str] = MappingProxyType({"loss": "loss"})
     "losses by their key in the log, with the label shown on the screen"
@@ -161,19 +165,19 @@ class Trainer(ABC):
         """
         if self.world.is_main:
             recover(self.out / "checkpoints")
-            record_recipe(self.out, self.recipe, self.load)
+            record_recipe(self.out, self.recipe, self.load, self.free)
         self.world.any_rank(True)  # wait for rank 0, so that all ranks find the same checkpoint
         path = newest(self.out / "checkpoints", warn=self.screen.say)
         if path is not None:
             with signals.held():  # safetensors would turn an exception raised within it into another one
                 state = load_checkpoint(path, self.model, self.optimizer)
             self._check_same(state, path)
-            if self.world.is_main and not (self.out / "recipe.toml").exists():
-                replace_file(self.out / "recipe.toml", to_toml(self.recipe))
             self.step, self.total, self.skipped = state["step"], state["total_steps"], state["skipped"]
             self.seconds, self.last_milestone = state["seconds"], state["last_milestone"]
             self.saved = self.step, self.last_milestone
             self.restore(state)
+            if self.world.is_main:  # it may be lost, and the settings in `free` may have changed
+                replace_file(self.out / "recipe.toml", to_toml(self.recipe))
             self.screen.say(f"resumed from {path.name} of {how_many(self.total, 'step')} in {self.out}")
             now = self.environment()
             for key, then in state["environment"].items():
@@ -201,7 +205,7 @@ class Trainer(ABC):
             raise DataError(f"the data ({part}) has changed since {path} was written; {advice}")
         if state["backbone"] != self.backbone:
             raise CheckpointError(f"{path} was started from another backbone; {advice}")
-        if state["recipe_hash"] != recipe_hash(self.recipe):
+        if state["recipe_hash"] != recipe_hash(changed(self.recipe, **state.get("length", {}))):
             raise ConfigError(
                 f"{path} was written with another recipe; use another --out, or the original recipe"
             )
@@ -231,7 +235,8 @@ class Trainer(ABC):
 
     def bad_files(self, images: int, name: str) -> BadFiles:
         """The record of unreadable images in the run directory."""
-        runtime, say = self.runtime, self.screen.say
+        screen = self.screen if self.world.is_main else Screen(True)  # any rank may meet the first one
+        runtime, say = self.runtime, screen.say
         record = BadFiles(self.out, images, runtime.max_corrupt_fraction, runtime.strict, name, say)
         self.unreadable.append(record)
         return record

@@ -7,7 +7,7 @@ of a method must not share field names.
 """
 # ruff: noqa: F401  # the names are imported for other packages
 
-from .recipe import Images, Network, Optim, Probe, Recipe, Rules, Section, broken, check
+from .recipe import LENGTHS, Images, Network, Optim, Probe, Recipe, Rules, Section, broken, check
 from .runtime import BaseRuntimeConfig, RuntimeConfig
 from .toml import (
     build,

@@ -12,6 +12,9 @@ from .units import parse_time, readable
 Rules = list[tuple[bool, str]]
 "Conditions on settings, each with the error message if it does not hold."
 
+LENGTHS = ("epochs", "steps", "time")
+"Settings that give the length of a run, each in its unit."
+
 BOUNDS: dict[str, Callable[[Any], bool]] = {
     "must be above 0": lambda v: v > 0,
     "must be 0 or more": lambda v: v >= 0,
@@ -174,9 +177,7 @@ class Recipe(Section):
     sections."""
 
     resets: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "epochs": ("steps", "time"),
-        "steps": ("epochs", "time"),
-        "time": ("epochs", "steps"),
+        name: tuple(other for other in LENGTHS if other != name) for name in LENGTHS
     }
     "a new length replaces the previous one, in any unit"
     method: str = ""
@@ -195,6 +196,11 @@ class Recipe(Section):
     network: Network = Network()
     optim: Optim = Optim()
     probe: Probe = Probe()
+
+    @property
+    def length(self) -> dict[str, Any]:
+        """The settings of the length, of which at most one is not None."""
+        return {name: getattr(self, name) for name in LENGTHS}
 
     def total_steps(self, images: int) -> int | None:
         """Optimizer steps for a set of `images`; None if the length is given as `time`.
@@ -215,7 +221,7 @@ class Recipe(Section):
         return max(1600 * images, FEWEST_SAMPLES) // self.optim.batch_size
 
     def rules(self) -> Rules:
-        lengths = [n for n in ("epochs", "steps", "time") if getattr(self, n) is not None]
+        lengths = [name for name, value in self.length.items() if value is not None]
         return [
             (
                 self.method == type(self).method,

@@ -63,5 +63,10 @@ class RuntimeConfig(BaseRuntimeConfig):
     monitor: bool = True
     """record diagnostics of the teacher and of the diversity of features (rcmae.lab; below 2 % of the time
     in runs of 1,000 steps or more)"""
+    max_pixels: float = 100e6
+    "images of more pixels count as unreadable, since decoding one takes 3 bytes per pixel and more"
     on_alarm: Literal["warn", "stop"] = "warn"
     """when a fault of the teacher or a collapse is detected: print a warning, or save and stop the run"""
+
+    def rules(self) -> Rules:
+        return [*super().rules(), *self.each("must be above 0", "max_pixels")]

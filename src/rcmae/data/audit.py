@@ -75,12 +75,13 @@ def audit(
     recipe: Recipe = Recipe(),
     max_corrupt_fraction: float = 0.01,
     screen: Screen | None = None,
+    max_pixels: float = Source.pixel_limit,
 ) -> Audit:
     """Read every image of `path` once, and the bytes of the images of `val`, with progress on the `screen`.
     Raises the DataErrors of `open_source`."""
     channels, screen = recipe.images.channels, screen or Screen(False)
-    source = _indexed(path, recipe, screen)
-    other = _indexed(val, recipe, screen) if val else None
+    source = _indexed(path, recipe, screen, max_pixels)
+    other = _indexed(val, recipe, screen, max_pixels) if val else None
     formats, modes = Counter[str](), Counter[str]()
     sizes: list[tuple[int, int]] = []
     unreadable: list[tuple[str, str]] = []
@@ -134,7 +135,7 @@ def audit(
     )
 
 
-def _indexed(path: str, recipe: Recipe, screen: Screen) -> Source:
+def _indexed(path: str, recipe: Recipe, screen: Screen, max_pixels: float) -> Source:
     with screen.progress(f"indexing {path}, %", 100) as tick:
         source = open_source(
             path,
@@ -143,6 +144,7 @@ def _indexed(path: str, recipe: Recipe, screen: Screen) -> Source:
             recipe.seed,
             lambda fraction: tick(int(100 * fraction)),
             recipe.images.range,
+            max_pixels,
         )
     screen.say(source.summary())
     for note in source.notes:

@@ -84,6 +84,9 @@ class Source(ABC):
     bits: int = 16
     "bits that its unsigned 16-bit values use: 2**bits - 1 is white; see `pixels.measure_bits`"
 
+    pixel_limit: int = 100_000_000
+    "pixels above which an image is not decoded: 100 megapixels are 300 MB as RGB"
+
     # --- before opening -------------------------------------------------------------------------------------
 
     @classmethod
@@ -148,7 +151,7 @@ class Subset(Source):
     ):
         self.source, self.chosen = source, chosen
         self.name, self.in_memory, self.notes = source.name, source.in_memory, source.notes
-        self.bits = source.bits
+        self.bits, self.pixel_limit = source.bits, source.pixel_limit
         self.classes, self.left_out = classes or source.classes, source.left_out
         self.labels = labels if labels is not None or source.labels is None else source.labels[chosen]
 

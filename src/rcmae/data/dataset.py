@@ -110,7 +110,7 @@ class BadFiles:
         name: str = "bad_files.jsonl",
         say: Callable[[str], None] = lambda text: None,
     ):
-        """`say` prints a note on the first of them, when it is met."""
+        """`say` prints a note on the first of them in the run, on the rank that meets it."""
         self.path, self.say = run / name, say
         self.limit, self.images, self.strict = max(10, fraction * images), images, strict
         self.known: set[int] = set()
@@ -119,10 +119,8 @@ class BadFiles:
         """Record the unreadable images of a batch. Raises DataError above the limit, or at any if strict,
         even if it is already recorded."""
         for index, where, reason in bad:
-            if not self.known:
+            if index not in self.known and self._record(index, where, reason):
                 self.say(f"note: {where} cannot be read ({reason}); {self.path.name} lists all such images")
-            if index not in self.known:
-                self._record(index, where, reason)
             if self.strict:
                 raise DataError(
                     f"{where} cannot be read ({reason}); fix or remove it, or continue without --strict"
@@ -142,19 +140,21 @@ class BadFiles:
         # A kill may have cut the last line.
         return {json.loads(line)["index"] for line in lines if line.endswith(b"\n")}
 
-    def _record(self, index: int, where: str, reason: str) -> None:
-        """Append a line, unless another rank, or the run before it resumed, has written it. Raises
-        StorageError."""
+    def _record(self, index: int, where: str, reason: str) -> bool:
+        """Append a line, unless another rank, or the run before it resumed, has written it; returns whether
+        it is the first one. Raises StorageError."""
         try:
             with self.path.open("ab") as f:
                 fcntl.flock(f, fcntl.LOCK_EX)
                 f.truncate(self.path.read_bytes().rfind(b"\n") + 1)
                 self.known |= self._recorded()
+                first = not self.known
                 if index not in self.known:
                     f.write(json.dumps({"index": index, "where": where, "reason": reason}).encode() + b"\n")
         except OSError as e:
             raise StorageError(f"cannot write {self.path}: {e.strerror}; free some space") from e
         self.known.add(index)
+        return first
 
 
 def measure_statistics(

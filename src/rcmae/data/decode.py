@@ -14,12 +14,13 @@ from PIL.Image import Transpose
 
 from ..errors import RcmaeError
 from . import deep
+from .base import Source
 from .deep import BadImage, check_size
 
 __all__ = ["FORMATS", "PIXEL_LIMIT", "BadImage", "Picture", "decode", "open_image", "sixteen_bits"]
 
-PIXEL_LIMIT = 100_000_000
-"Larger images are rejected before decoding: 100 megapixels, 300 MB as RGB."
+PIXEL_LIMIT = Source.pixel_limit
+"Larger images are rejected before decoding."
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
 "Formats that Pillow may open; its rarer ones have had decompression bombs."

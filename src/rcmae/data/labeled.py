@@ -42,6 +42,7 @@ def open_labeled(
     size: int = 32,
     tested: str | None = None,
     value_range: str = "data",
+    max_pixels: float = Source.pixel_limit,
 ) -> Labeled:
     """Open `data` that has a training and a test part, such as a folder with train/ and val/, or one labeled
     set, with `val` as its test part.
@@ -49,17 +50,19 @@ def open_labeled(
     Of a `val` that is itself divided, the test part is used. Without `val`, one set is split: every fifth
     image of each class is for testing. For an already trained classifier, `tested` is the start of the
     fingerprint of its test images: if they are the same, it is tested on them, since it was trained on the
-    others, otherwise on all. `size` is that of generated images, `value_range` as in `open_source`. Raises
-    DataError if there are no labels, fewer than two classes, too few images to split, or test classes that
-    the training part lacks.
+    others, otherwise on all. `size` is that of generated images, `value_range` and `max_pixels` as in
+    `open_source`. Raises DataError if there are no labels, fewer than two classes, too few images to split,
+    or test classes that the training part lacks.
     """
     parts = (data, (parts_of(val) or (val, val))[1]) if val else parts_of(data)
     if parts:
-        train, test = (open_source(part, channels, size, value_range="dtype") for part in parts)
+        train, test = (
+            open_source(part, channels, size, value_range="dtype", max_pixels=max_pixels) for part in parts
+        )
         if value_range == "data":
             measure_bits((train, test), channels)
         return _join(train, test)
-    source = open_source(data, channels, size, value_range=value_range)
+    source = open_source(data, channels, size, value_range=value_range, max_pixels=max_pixels)
     labels = _labels(source)
     held_out = np.zeros(len(labels), dtype=bool)
     for label in range(len(source.classes)):

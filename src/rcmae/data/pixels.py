@@ -46,7 +46,7 @@ def open_image(source: Source, index: int, channels: int, shape: tuple[int, int]
     if isinstance(raw, np.ndarray):
         image: Image = raw
     else:
-        image = decode.open_image(raw, channels, shape=shape, bits=source.bits)
+        image = decode.open_image(raw, channels, source.pixel_limit, shape, source.bits)
     if shape and image.shape[:2] != shape:
         raise BadImage(
             f"is {image.shape[1]} x {image.shape[0]} pixels, not {shape[1]} x {shape[0]} as its "
@@ -92,7 +92,11 @@ def _largest_value(source: Source, channels: int) -> tuple[int, int]:
             continue
         try:
             raw = source.read(i)
-            values = None if isinstance(raw, np.ndarray) else decode.sixteen_bits(raw, channels)
+            values = (
+                None
+                if isinstance(raw, np.ndarray)
+                else decode.sixteen_bits(raw, channels, source.pixel_limit)
+            )
         except (OSError, BadImage):
             continue  # reported when it is used
         if values is not None:

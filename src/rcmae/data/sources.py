@@ -67,18 +67,20 @@ def open_source(
     seed: int = 0,
     tick: Callable[[float], None] = silent,
     value_range: str = "data",
+    max_pixels: float = Source.pixel_limit,
 ) -> Source:
     """Open the source that matches `spec`; `size` and `seed` are for generated images, `tick` is called with
     the fraction of the images indexed. With the `value_range` "dtype", 65,535 is white in 16-bit images even
-    if they use fewer bits.
+    if they use fewer bits. Images of more than `max_pixels` are unreadable.
 
     Raises DataError or ConfigError.
     """
     if not spec.strip():
-        raise ConfigError(f"--data is empty; give a {forms()}")
+        raise ConfigError(f"--data is empty; give --data FOLDER, or another source: {forms()}")
     if kind := kind_of(spec):
         with _translate_errors(spec):
             source = kind.open(spec, OpenOptions(channels, size, seed, tick))
+            source.pixel_limit = int(max_pixels)
             if value_range == "data":
                 measure_bits([source], channels)
             return source

@@ -9,7 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -165,24 +165,29 @@ def run_directory(run: Path) -> Iterator[None]:
             raise
 
 
-def record_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
+def record_recipe(
+    run: Path, recipe: Any, load: Callable[[str], Any], free: Collection[str] = ("data",)
+) -> None:
     """Write recipe.toml for a new run; for a resumed one, compare with it (`check_same_recipe`).
 
     A run without a checkpoint counts as new: files left by an attempt that ended before its first checkpoint
     are replaced.
     """
-    check_same_recipe(run, recipe, load)
+    check_same_recipe(run, recipe, load, free)
     if not checkpoints(run / "checkpoints"):
         replace_file(run / "recipe.toml", to_toml(recipe))
         for path in run.glob("bad_*.jsonl"):
             path.unlink()
 
 
-def check_same_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> None:
+def check_same_recipe(
+    run: Path, recipe: Any, load: Callable[[str], Any], free: Collection[str] = ("data",)
+) -> None:
     """Raises ConfigError that lists the differences from the recipe the run was started with, if any.
     `load` reads the file.
 
-    The path of the data may change, since checkpoints record a fingerprint of the data itself.
+    The settings in `free` may differ: the path of the data, since checkpoints record a fingerprint of the
+    data itself.
     """
     path = run / "recipe.toml"
     # A lost recipe.toml is written again once the checkpoint has been verified.
@@ -192,7 +197,7 @@ def check_same_recipe(run: Path, recipe: Any, load: Callable[[str], Any]) -> Non
     differ = [
         f"{k} {old.get(k)} (now {new.get(k)})"
         for k in {**old, **new}
-        if k != "data" and old.get(k) != new.get(k)
+        if k not in free and old.get(k) != new.get(k)
     ]
     if differ:
         raise SettingsError(

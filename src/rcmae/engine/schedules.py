@@ -35,6 +35,11 @@ def warmup_cosine(peak: float, end: float, warmup: float, t: Progress) -> float:
     return cosine(peak, end, (t.fraction - warmup) / (1 - warmup))
 
 
+def ramp(length: float, step: int) -> float:
+    """A linear rise from 0 to 1 over `length` steps."""
+    return min(1.0, step / length) if length else 1.0
+
+
 def fraction_of_run(fraction: float) -> str:
     """A length as a fraction of the run: '0.50% of the run', '3.2 times the run'."""
     return f"{fraction:.2%} of the run" if fraction <= 1 else f"{fraction:,.1f} times the run"

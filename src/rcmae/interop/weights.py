@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -62,8 +63,13 @@ class Weights:
         return phrases + ([f"left out {', '.join(sorted(skipped))}"] if skipped else [])
 
 
+_in_use: WeakValueDictionary[tuple[Path, int, int], Weights] = WeakValueDictionary()
+"What has been read and is still in use, by path, time of change and size of the file."
+
+
 def read_weights(path: Path) -> Weights:
-    """Read the Vision Transformers in a file: one, or a network and its exponential moving average.
+    """Read the Vision Transformers in a file: one, or a network and its exponential moving average. While the
+    result is in use, the file is not read again.
 
     No code is executed from a pickle: only tensors, plain containers and argparse.Namespace are allowed.
     Raises CheckpointError when the file is missing, is another kind of file, or contains other objects,
@@ -73,6 +79,14 @@ def read_weights(path: Path) -> Weights:
         raise CheckpointError(f"{path} does not exist")
     if re.search(r"-\d{5}-of-\d{5}\.", path.name):
         raise CheckpointError(f"{path} is one of several files of the same weights; save them as one file")
+    stat = path.stat()
+    key = path.absolute(), stat.st_mtime_ns, stat.st_size
+    if (weights := _in_use.get(key)) is None:
+        _in_use[key] = weights = _read(path)
+    return weights
+
+
+def _read(path: Path) -> Weights:
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors = {name: value for name, value in _flat(content) if isinstance(value, Tensor)}
     present_prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]

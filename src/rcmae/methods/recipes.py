@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from ..config import Recipe, build, check, flags, hint, load_settings, parse_toml, sections, shipped_recipes
@@ -48,7 +49,14 @@ def load_recipe(name: str) -> Recipe:
 
     Raises ConfigError with the file, the key and the nearest legal name.
     """
-    return load_settings(name, shipped_recipes(), parse_recipe)
+    shipped = shipped_recipes()
+    if name in METHODS and name not in shipped and not Path(name).is_file():
+        names = join_names([recipe for recipe in shipped if recipe.startswith(f"{name}-")])
+        raise ConfigError(
+            f"there is no recipe {name!r}, which is a method: give --method {name}, or one of its recipes: "
+            f"{names}"
+        )
+    return load_settings(name, shipped, parse_recipe)
 
 
 def with_method(recipe: Recipe, method: str) -> Recipe:

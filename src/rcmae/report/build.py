@@ -48,6 +48,7 @@ def render(run: Path) -> str:
         **heading(run, recipe, machine, train, bad),
         verdict=alarm_sentences(alarms, recorded)
         + verdict(method, train, probes, baseline, reference, bad, machine.get("steps"))
+        + extension_sentences(machine)
         + data_sentences(machine, len(bad)),
         scores=score_table(final_scores(lines)),
         knn_note=KNN_NOTE,
@@ -171,6 +172,18 @@ def data_sentences(machine: dict[str, Any], unreadable: int) -> list[Sentence]:
     if "left_out" not in machine:
         return []
     return [("note", f"Data: {reading(machine['images'], machine['left_out'], unreadable)}.")]
+
+
+def extension_sentences(machine: dict[str, Any]) -> list[Sentence]:
+    """The extensions of a finished run, if machine.json says so."""
+    return [
+        (
+            "note",
+            f"Extended at step {start:,} to {stop:,} steps: from there on the learning rate warms up again, "
+            f"and schedules are those of a run of {stop:,} steps.",
+        )
+        for start, stop in machine.get("extended", ())
+    ]
 
 
 def alarm_sentences(alarms: Lines, recorded: bool) -> list[Sentence]:

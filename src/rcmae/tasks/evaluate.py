@@ -23,6 +23,7 @@ from ..engine.checkpoint import replace_file
 from ..engine.console import Screen
 from ..engine.distributed import World
 from ..engine.run import describe_machine, read_json, translate_errors, write_json
+from ..errors import DataError
 from ..interop.load import is_bare, load, load_classifier, tested_fingerprint
 from ..interop.weights import read_weights
 from ..models.backbone import Backbone, Pixels
@@ -54,7 +55,8 @@ def contexts(
     task takes one. Raises the errors of `task.check`."""
     device = distributed.pick_device(options.device)
     precision = distributed.pick_precision(options.precision, device)
-    # Weights are loaded before the data, which may take long to open.
+    # Weights are loaded before the data, which may take long to open; a file of them is read once.
+    _weights = read_weights(Path(name)) if is_bare(Path(name)) else None
     which = "student" if options.which == "student" else "teacher"
     classifier = (
         load_classifier(name, which, options.heads, options.shape) if task.takes_classifiers else None
@@ -65,15 +67,25 @@ def contexts(
         named, tested = [("classifier", Backbone(model.vit, *model.statistics))], tested_fingerprint(name)
     else:
         named, tested = backbones(name, options), None
-    first = named[0][1]
-    data = open_labeled(
-        options.data,
-        options.val,
-        channels=first.channels,
-        size=first.shape[1],
-        tested=tested,
-        value_range=options.range,
-    )
+    first, given = named[0][1], options
+    options = given.with_data(name)
+    assert options.data is not None
+    try:
+        data = open_labeled(
+            options.data,
+            options.val,
+            channels=first.channels,
+            size=first.shape[1],
+            tested=tested,
+            value_range=options.range,
+            max_pixels=options.max_pixels,
+        )
+    except DataError as e:
+        if given.data is None:
+            raise DataError(f"{e}; these are the images of the run, --data gives others") from e
+        raise
+    if given.data is None:
+        screen.say(f"evaluating on {options.data} by default; --data gives other images")
     for line in data.read:
         screen.say(line)
     screen.say(

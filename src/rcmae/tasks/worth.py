@@ -1,25 +1,31 @@
 """`rcmae evaluate worth-it`: did pre-training pay off? Fine-tuning from the pre-trained weights and from
 scratch, at several percentages of the labels and with several seeds."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool
 from safetensors.numpy import load_file
 
 from ..config import how_many
 from ..engine import distributed
-from ..engine.console import clock
+from ..engine.console import Screen, clock
+from ..engine.distributed import World, autocast
 from ..engine.run import write_json
 from ..errors import ConfigError
+from ..models.backbone import Backbone
+from ..models.classifier import Classifier, classifier
 from .context import results_folder, stem
-from .evaluate import backbones, evaluate, networks
+from .evaluate import backbones, contexts, evaluate, networks
 from .evaluation.base import EvaluationOptions
 from .evaluation.finetune import FineTune
 from .evaluation.worth import Worth
+from .finetune import fitted
 from .interval import interval, percents, points
 
 SCRATCH = "from scratch"
@@ -44,20 +50,28 @@ def worth_it(
     """
     task.check_settings(name, tuning, options)
     with distributed.process_group(distributed.pick_device(options.device)) as world:
-        return _worth_it(name, task, tuning, options, say if world.is_main else lambda text: None)
+        return _worth_it(name, task, tuning, options, world, say if world.is_main else lambda text: None)
 
 
 def _worth_it(
-    name: str, task: Worth, tuning: FineTune, options: EvaluationOptions, say: Callable[[str], None]
+    name: str,
+    task: Worth,
+    tuning: FineTune,
+    options: EvaluationOptions,
+    world: World,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
+    options = options.with_data(name)
     out = results_folder(name, options) / "worth-it"
     compared, rows = arms(name, task.against), []
-    for backbone, which in compared.values():
-        # A backbone that cannot be loaded must raise its error before hours of training.
-        backbones(backbone, _with_network(options, which))
     total = len(task.percents) * task.seeds * len(compared)
     labels = ", ".join(f"{percent:g}" for percent in task.percents)
     say(f"{total} trainings: {', '.join(compared)}, on {labels} % of the labels, {task.seeds} seeds each")
+    expected = task.seeds * len(compared) * seconds_of_trainings(name, task, tuning, options, world)
+    say(f"about {clock(expected)} in all, estimated from a step on this machine, without reading images")
+    for backbone, which in compared.values():
+        # A backbone that cannot be loaded must raise its error before hours of training.
+        backbones(backbone, _with_network(options, which))
     number = 0
     seconds: dict[float, list[float]] = {percent: [] for percent in task.percents}
     for percent in task.percents:
@@ -86,6 +100,35 @@ def _worth_it(
     if rows:
         write_json(out / "worth-it.json", content)
     return content
+
+
+def seconds_of_trainings(
+    name: str, task: Worth, tuning: FineTune, options: EvaluationOptions, world: World
+) -> float:
+    """The duration of one training of the backbone at each percentage of the labels, from the time of a step
+    on gray images of a growing batch."""
+    context, *_ = contexts(name, tuning, options, world, Screen(False))
+    recipe, backbone = tuning.resolve_recipe(options)[1], context.backbone
+    assert isinstance(backbone, Backbone)  # check_settings refuses "pixels"
+    model = Classifier(classifier(backbone, len(context.set.classes)), *backbone.statistics)
+    model.to(context.device).train()
+    batch, seconds = 1, 0.0
+    while seconds < 0.5 and batch < recipe.batch_size:  # the first steps, which are slow, are short
+        batch *= 2
+        images = torch.full((batch, backbone.channels, *backbone.shape), 0.5, device=context.device)
+        began = time.monotonic()
+        with autocast(context.device, context.precision):
+            loss = model(images).sum()
+        loss.backward()
+        if context.device.type == "cuda":
+            torch.cuda.synchronize(context.device)
+        seconds = time.monotonic() - began
+    trained = 0
+    for percent in task.percents:
+        images_used = max(1, round(len(context.set.train) * percent / 100))
+        settings = fitted(recipe, images_used, world.size * tuning.accumulate)
+        trained += settings.total_steps(images_used) * settings.batch_size
+    return 7 / 6 * trained * seconds / batch / world.size  # scoring takes up to half as many forward passes
 
 
 def _with_network(options: EvaluationOptions, which: str) -> EvaluationOptions:

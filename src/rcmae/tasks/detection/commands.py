@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ...config import BaseRuntimeConfig, check, recipe_hash, replaced, shipped_recipes
+from ...data.sampler import check_parts
 from ...data.sources import recipe_for
 from ...engine import distributed
 from ...engine.checkpoint import replace_file
 from ...engine.console import Screen
-from ...engine.run import describe_machine, translate_errors, write_json
+from ...engine.run import check_same_recipe, describe_machine, translate_errors, write_json
 from ...errors import ConfigError
 from ...interop.load import load
 from ...models.blueprint import architecture_of, blueprint
@@ -21,7 +22,7 @@ from .files import load_detector
 from .model import export_pyramid
 from .predict import Predictions, images_scored, predict
 from .settings import DetectionOptions, DetectionRecipe, ScoringOptions, load_detect
-from .train import train
+from .train import check_ranks, train
 from .windows import check_backbone
 
 
@@ -42,12 +43,15 @@ def train_detector(name: str, options: DetectionOptions, runtime: BaseRuntimeCon
         recipe = "vitdet-large"
         settings = settings_of(recipe, options.settings)
     library()
-    # Before reading annotations, which takes minutes for a large set.
+    # All that can be refused before reading annotations, which takes minutes for a large set.
     check_backbone(backbone.vit, settings)
     blueprint(backbone.vit, architecture_of(backbone.vit))
     out = runtime.out or run_folder(name, options.which)
     with distributed.process_group(device) as world:
         screen = Screen(world.is_main)
+        check_ranks(settings, world, device)
+        check_parts(settings.batch_size, world.size, runtime.accumulate)
+        check_same_recipe(out, settings, load_detect, ("batch_size",))  # lowered for few images
         with screen.progress(f"reading the annotations of {options.data}", 1):
             data, test = open_coco(options.data, options.val, channels=backbone.channels)
         if options.train_images is not None:

@@ -13,6 +13,7 @@ from ...config import BaseRuntimeConfig, how_many, recipe_hash
 from ...data.supervised import path_seed
 from ...engine.checkpoint import replace_file
 from ...engine.console import clock
+from ...engine.distributed import World
 from ...engine.run import RunContext, run_context, write_json
 from ...engine.schedules import Progress, warmup_cosine
 from ...errors import ConfigError, DataError
@@ -74,6 +75,14 @@ def train(
             return run.train()
 
 
+def check_ranks(s: DetectionRecipe, world: World, device: torch.device) -> None:
+    """Raise ConfigError if the preset cannot be trained by several ranks on this device."""
+    if s.preset == "benchmarking" and world.size > 1 and device.type != "cuda":
+        raise ConfigError(
+            "the preset benchmarking synchronizes BatchNorm on CUDA devices only; use one process on a CPU"
+        )
+
+
 def rate(s: DetectionRecipe, t: Progress) -> float:
     """The learning rate of a step: a linear warm-up, then a cosine to 0, or a tenth of lr from 8/9 of the run
     on and a hundredth from 26/27 on."""
@@ -124,11 +133,7 @@ class DetectionTraining(Supervised):
                 f"warmup_steps {s.warmup_steps} is not below the run's {self.total} steps; give --settings "
                 "warmup_steps=N"
             )
-        if s.preset == "benchmarking" and self.world.size > 1 and self.device.type != "cuda":
-            raise ConfigError(
-                "the preset benchmarking synchronizes BatchNorm on CUDA devices only; use one process on a "
-                "CPU"
-            )
+        check_ranks(s, self.world, self.device)
         self.test_set, self.channels = test, backbone.channels
         self.mean = tuple(backbone.mean.flatten().tolist())
         self.architecture = blueprint(backbone.vit, architecture_of(backbone.vit))
@@ -144,7 +149,12 @@ class DetectionTraining(Supervised):
         self.running_statistics = [buffer for m in batch_norms for buffer in m.buffers()]
         self.bad_test = self.bad_files(len(test), "bad_test_files.jsonl")
         self.scored: tuple[Predictions, dict[str, Precision]] | None = None
-        data = {"train": train.fingerprint(), "test": test.fingerprint(), "classes": train.classes}
+        data = {
+            "train": train.fingerprint(),
+            "range_of_16-bit_images": f"{train.bits} bits",
+            "test": test.fingerprint(),
+            "classes": train.classes,
+        }
         about_data = (
             f"{how_many(len(train), 'image')} of {how_many(len(train.classes), 'class')}, {len(test):,} to "
             "test on"

@@ -1,12 +1,15 @@
 """The base class of evaluation tasks, and the options that all of them share. This package imports torch only
 inside the methods that need it, so that --help is quick."""
 
-from dataclasses import dataclass, fields
+import contextlib
+import json
+import tomllib
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from ...config import Rules, Section, check
-from ...errors import refuse
+from ...errors import ConfigError, refuse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,14 +49,16 @@ class WeightsOptions(Section):
 class EvaluationOptions(WeightsOptions):
     """Options of every task."""
 
-    data: str = "bundled:digits"
+    data: str | None = None
     """labeled images: a folder with train/ and val/, a folder of classes, or another source listed by `rcmae
-    list`"""
+    list`; default: those of the run, or bundled:digits for a backbone that is not from a run"""
     val: str | None = None
     "the images to score on, if data does not contain them"
     range: Literal["data", "dtype"] = "data"
     """what is white in 16-bit images: the largest value of the bits that the data use (8, 10, 12, 14 or 16),
     or 65,535; as in pre-training"""
+    max_pixels: float = 100e6
+    "images of more pixels count as unreadable, since decoding one takes 3 bytes per pixel and more"
     which: Which = "teacher"
     "which network of a run or an official checkpoint; both evaluates both"
     labels: float = 100.0
@@ -71,12 +76,34 @@ class EvaluationOptions(WeightsOptions):
     cache: Path | None = None
     "where to keep features and label splits; default: ~/.cache/rcmae"
 
+    def with_data(self, backbone: str) -> Self:
+        """The options with the default for `data`: what the run of the backbone was trained on. Raises
+        ConfigError if the run does not say so."""
+        if self.data is not None:
+            return self
+        path = Path(backbone.removeprefix("scratch:"))
+        candidates = (
+            (path, *path.parents[:2]) if path.exists() else ()
+        )  # an exported folder is RUN/export/NAME
+        for run in candidates:
+            if (run / "recipe.toml").is_file():
+                recorded: dict[str, Any] = {}
+                with contextlib.suppress(OSError, ValueError, KeyError):  # damaged, or of another kind of run
+                    recorded = json.loads((run / "machine.json").read_text(encoding="utf-8"))["about"]
+                with contextlib.suppress(OSError, ValueError):
+                    recorded |= tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
+                if not recorded.get("data"):
+                    raise ConfigError(f"{run} does not say which images it was trained on: give --data")
+                return replace(self, data=recorded["data"], val=self.val or recorded.get("val"))
+        return replace(self, data="bundled:digits")
+
     def rules(self) -> Rules:
         return [
             *super().rules(),
             (0 < self.labels <= 100, f"labels is a percentage above 0 and up to 100, not {self.labels:g}"),
             *self.each("must be 0 or more and below 2**63", "seed"),
             *self.each("must be 0 or more", "workers"),
+            *self.each("must be above 0", "max_pixels"),
         ]
 
 

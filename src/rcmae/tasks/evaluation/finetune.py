@@ -43,7 +43,7 @@ class FineTune(Task):
                 "pixels have no weights to fine-tune; give a backbone, or scratch:BACKBONE for a randomly "
                 "initialized one"
             )
-        self.resolve_recipe(options)
+        self.resolve_recipe(options.with_data(backbone))
 
     def resolve_recipe(self, options: EvaluationOptions) -> tuple[str, "FineTuneRecipe"]:
         """The recipe's name, and the recipe with `settings` applied. Raises ConfigError."""
@@ -51,7 +51,7 @@ class FineTune(Task):
         from ...data.sources import recipe_for
         from ..finetune_recipe import load_finetune
 
-        name = self.recipe or recipe_for(options.data)
+        name = self.recipe or recipe_for(options.data or "")
         recipe = load_finetune(name)
         if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in self.settings):
             recipe = replace(recipe, steps=None, epochs=None)
@@ -82,6 +82,7 @@ class FineTune(Task):
         data, train = context.set, context.part("train")
         tested = data.test.fingerprint()[:16]
         about = {"backbone": context.name, "network": context.which, "test": tested}
+        about |= {"data": options.data, "val": options.val}
         assert isinstance(context.backbone, Backbone)  # check_settings refuses "pixels"
         tuned = finetune(context.backbone, train, data.test, data.classes, recipe, runtime, about)
         best = max(entry["accuracy"] for entry in tuned.history)

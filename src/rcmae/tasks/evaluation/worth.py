@@ -27,4 +27,4 @@ class Worth:
                 f"percents are percentages of the labels, above 0 and up to 100, not {wrong[0]:g}"
             )
         for name in (backbone, *self.against):
-            tuning.check_settings(name, options)
+            tuning.check_settings(name, options.with_data(backbone))
