@@ -4,6 +4,7 @@ A source is an index: names and offsets in a few flat arrays, so that loader pro
 """
 
 import hashlib
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -223,8 +224,7 @@ def reading(
     """What is read of the files found, on one line: "read 3,812 images; left out 190: 152 .heic (install the
     [heif] extra), 30 duplicate links, 8 unreadable".
 
-    `images` include the unreadable ones; `labeled` of them have a label, one of `classes`. "(s)" in a reason
-    stands for the plural.
+    `images` include the unreadable ones; `labeled` of them have a label, one of `classes`.
     """
     text = f"read {how_many(images - unreadable, 'image')}"
     if labeled:
@@ -235,5 +235,14 @@ def reading(
     if len(counts) > REASONS:
         counts[REASONS - 1 :] = [("others", sum(n for _, n in counts[REASONS - 1 :]))]
     counts += [("unreadable", unreadable)] if unreadable else []
-    reasons = [f"{n:,} {reason.replace('(s)', '' if n == 1 else 's')}" for reason, n in counts]
+    reasons = [f"{n:,} {_singular(reason) if n == 1 else reason}" for reason, n in counts]
     return f"{text}; left out {sum(n for _, n in counts):,}: {', '.join(reasons)}" if counts else text
+
+
+def _singular(reason: str) -> str:
+    """A reason with its first plural in the singular. Those that start with an extension have none.
+
+    >>> _singular("loops of links"), _singular(".cls")
+    ('loop of links', '.cls')
+    """
+    return re.sub(r"(?<=[a-z])s\b", "", reason, count=1) if reason[:1].isalpha() else reason
