@@ -82,8 +82,9 @@ class Source(ABC):
     "the number of files that were found and are not read, by reason, see `reading`"
     notes: Sequence[str] = ()
     "notes for the user"
-    bits: int = 16
-    "bits that its unsigned 16-bit values use: 2**bits - 1 is white; see `pixels.measure_bits`"
+    bits: int | None = None
+    """bits that its unsigned 16-bit values use: 2**bits - 1 is white; None if no image is known to have such
+    values, which means 16; see `pixels.measure_bits`"""
 
     # --- before opening -------------------------------------------------------------------------------------
 

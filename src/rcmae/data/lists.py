@@ -5,7 +5,7 @@ import csv
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +89,7 @@ def _repeated(names: list[bytes], labels: list[bytes]) -> tuple[int, str]:
     return len(names) - len(seen), why
 
 
-def _read(spec: str, root: bytes, lines: Lines) -> tuple[Readings, str, list[str]]:
+def _read(spec: str, root: bytes, lines: Lines) -> tuple[Readings, str, Sequence[str]]:
     """The readings of all lines, why there are no labels, if that needs an explanation, and notes."""
     if not lines:
         return [], "", []
@@ -123,7 +123,7 @@ class Columns(NamedTuple):
     label: Callable[[list[str]], str] = lambda row: ""
     "the label of a row"
     why_unlabeled: str = ""
-    notes: list[str] = []
+    notes: Sequence[str] = ()
 
 
 def _columns(root: bytes, header: list[str], rows: list[list[str]]) -> Columns:

@@ -81,6 +81,8 @@ def open_source(
             source = kind.open(spec, OpenOptions(channels, size, seed, tick))
             if value_range == "data":
                 measure_bits([source], channels)
+            else:
+                source.bits = 16
             return source
     if known := similar_forms(spec):
         raise ConfigError(f"there is no {spec}{hint(spec, known) or '; there is ' + ' and '.join(known)}")

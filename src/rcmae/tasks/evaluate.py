@@ -63,6 +63,7 @@ def contexts(
     if classifier:
         model, _ = classifier
         named, tested = [("classifier", Backbone(model.vit, *model.statistics))], tested_fingerprint(name)
+        named[0][1].bits = model.bits
     else:
         named, tested = backbones(name, options), None
     first = named[0][1]
@@ -73,6 +74,9 @@ def contexts(
         size=first.shape[1],
         tested=tested,
         value_range=options.range,
+        bits=first.bits,
+        progress=screen.progress,
+        world=world,
     )
     for line in data.read:
         screen.say(line)
@@ -150,7 +154,10 @@ def record(task: Task, context: EvaluationContext, result: TaskResult, seconds: 
         "train": context.part("train").fingerprint()[:16],
         "test": test.fingerprint()[:16],
     }
-    request = hashlib.sha256(json.dumps([hashes, asdict(task)], default=str).encode()).hexdigest()[:16]
+    scale = [test.bits] if test.bits and test.bits < 16 else []  # what is white in 16-bit images
+    request = hashlib.sha256(json.dumps([hashes, asdict(task), *scale], default=str).encode()).hexdigest()[
+        :16
+    ]
     classes = context.set.classes
     per_class = {
         classes[i]: 100 * float(result.correct[test.labels == i].mean()) for i in np.unique(test.labels)
