@@ -244,6 +244,7 @@ def read_header(file: io.BufferedIOBase) -> tuple[int, int, int]:
         except UnidentifiedImageError as e:
             if raw[:4] not in TIFF:
                 raise BadImage("not an image") from e
+            file.seek(0)
             return *deep.tiff_shape(file), 1
         turned = image.format == "JXL" and not getattr(image, "jpeg", False)
         # Not image.getexif(), which decodes a PNG to its end.
