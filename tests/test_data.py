@@ -473,7 +473,7 @@ def test_folders_flat_and_nested_and_with_classes(tmp_path):
     classes = open_source(str(fill(tmp_path / "classes", files)))
     assert classes.classes == ["cats", "dogs"]
     assert classes.labels.tolist() == [0, 0, 1, 1, 1]
-    assert (classes.left_out, flat.left_out) == ({".txt": 1, "hidden or system file(s)": 2}, {})
+    assert (classes.left_out, flat.left_out) == ({".txt": 1, "hidden or system files": 2}, {})
     one = open_source(str(fill(tmp_path / "one", {f"a/{k}": v for k, v in good(2).items()})))
     assert one.labels is None, "a single class is not a label"
     mixed = open_source(str(fill(tmp_path / "mixed", files | good(1))))
@@ -486,7 +486,7 @@ def test_folders_flat_and_nested_and_with_classes(tmp_path):
         )
     )
     assert (len(parts), parts.classes) == (5, ["cats", "dogs"]), "train and val are no classes"
-    assert parts.left_out["image(s) of the validation part"] == 5
+    assert parts.left_out["images of the validation part"] == 5
 
 
 def test_symbolic_links_do_not_duplicate_images(tmp_path):
@@ -500,7 +500,7 @@ def test_symbolic_links_do_not_duplicate_images(tmp_path):
     (root / "nowhere.png").symlink_to(root / "gone.png")
     source = open_source(str(root))
     assert len(source) == 10
-    assert source.left_out == {"duplicate link(s)": 1, "loop(s) of links": 2, "broken link(s)": 2}
+    assert source.left_out == {"duplicate links": 1, "loops of links": 2, "broken links": 2}
     outside = fill(tmp_path / "outside", good(4))
     (root / "more").symlink_to(outside)
     assert len(open_source(str(root))) == 14, "a linked folder is followed, once"

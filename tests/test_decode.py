@@ -1,6 +1,8 @@
 """Decoding no more than a crop needs; formats of the extras; images whose 16-bit values use fewer bits."""
 
+import io
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ from PIL import Image, ImageFile
 from rcmae.config import Images as ImagesConfig
 from rcmae.data.augment import Crops, MultiCrop
 from rcmae.data.dataset import STATISTICS_SIDE, Images, measure_statistics
-from rcmae.data.decode import BadImage, Picture, decode, open_image, sixteen_bits
+from rcmae.data.decode import BadImage, Picture, decode, open_image, read_header, sixteen_bits
 from rcmae.data.labeled import open_labeled
+from rcmae.data.pixels import measure_bits
 from rcmae.data.sources import open_source
 from rcmae.data.views import center, crop_box, random_resized_crop, rng
+from rcmae.engine.distributed import World
 from rcmae.methods.mae import CropAndMask
 from tests import images
 from tests.mutations import catches
@@ -403,17 +407,57 @@ def test_a_value_above_the_bits_of_the_set_is_named():
 
 
 def test_images_that_use_16_bits_or_have_8_are_left_alone(tmp_path):
-    for name, raw in (("16", png_16(RAMP_12[..., None] * 16)), ("8", images.encode(images.ramp()))):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.png").write_bytes(raw)
-        source = open_source(str(tmp_path / name))
-        assert (source.bits, source.notes) == (16, ())
+    for bits, raw in ((16, png_16(RAMP_12[..., None] * 16)), (None, images.encode(images.ramp()))):
+        (tmp_path / str(bits)).mkdir()
+        (tmp_path / str(bits) / "a.png").write_bytes(raw)
+        source = open_source(str(tmp_path / str(bits)))
+        assert (source.bits, source.notes) == (bits, ())
+
+
+@pytest.mark.parametrize(
+    ("trained", "bits", "text"),
+    [
+        (None, 12, ": 4,095 is white; with --range dtype"),
+        (12, 12, ": 4,095 is white; with --range dtype"),
+        (14, 14, ": 16,383 is white, as in the images that the network was trained on; with --range dtype"),
+        (16, 16, ": 65,535 is white, as in the images that the network was trained on"),
+        (10, 12, ", more than the 10 of the images that the network was trained on: 4,095 is white; with"),
+    ],
+)
+def test_a_set_has_the_bits_of_the_images_that_a_network_was_trained_on(tmp_path, trained, bits, text):
+    """Unless its values need more."""
+    (tmp_path / "a.tif").write_bytes(images.tiff(RAMP_12))
+    source = open_source(str(tmp_path), value_range="dtype")
+    shown: list[tuple[str, int]] = []
+
+    @contextmanager
+    def progress(what, total):
+        yield lambda done: shown.append((what, total))
+
+    measure_bits([source], 3, trained, progress)
+    assert source.bits == bits and len(source.notes) == 1
+    use = f"the 16-bit images of {tmp_path} use 12 bits (values up to 4,080 in 1 image)"
+    assert source.notes[0].startswith(use + text)
+    assert shown == [(f"measuring the range of 16-bit images in {tmp_path}", 200)]
+
+
+def test_one_rank_measures_the_bits(tmp_path):
+    (tmp_path / "a.tif").write_bytes(images.tiff(RAMP_12))
+
+    class Second(World):
+        def broadcast(self, value):
+            assert value == (0, 0)
+            return 1000, 7
+
+    source = open_source(str(tmp_path), value_range="dtype")
+    measure_bits([source], 3, world=Second(1, 2))
+    assert source.bits == 10 and "values up to 1,000 in 7 images" in source.notes[0]
 
 
 @catches(
     "each part of a set has a range of its own",
     "rcmae.data.labeled:measure_bits",
-    lambda old: lambda sources, channels: [old([source], channels) for source in sources],
+    lambda old: lambda sources, *options: [old([source], *options) for source in sources],
 )
 def test_both_parts_of_a_labeled_set_have_the_same_range(tmp_path):
     for part, divisor in (("train", 1), ("val", 8)):
@@ -425,6 +469,33 @@ def test_both_parts_of_a_labeled_set_have_the_same_range(tmp_path):
     assert data.train.bits == data.test.bits == 12
     assert sum("use 12 bits" in note for note in data.notes) == 1
     assert isinstance(open_image(data.test.read(0)), Picture)
+
+
+PHOTOGRAPH = images.photograph(30, 50)
+HEADERS = {
+    "jpg": lambda: images.encode(PHOTOGRAPH, "JPEG", exif=oriented(6)),
+    "png": lambda: images.encode(PHOTOGRAPH, "PNG"),
+    "heic": lambda: images.encode(PHOTOGRAPH, "HEIF"),
+    "jxl": lambda: images.encode(PHOTOGRAPH, "JXL"),
+    "dcm": lambda: images.dicom(PHOTOGRAPH[..., 0].astype(np.uint16), 8),
+    "tif": lambda: images.tiff(np.stack([PHOTOGRAPH[..., 0]] * 5), photometric="minisblack"),
+    "planar.tif": lambda: images.tiff(
+        np.moveaxis(PHOTOGRAPH.astype(np.float32), 2, 0), photometric="rgb", planarconfig="separate"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_the_header_of_every_format_is_read(kind):
+    if kind in ("heic", "jxl"):
+        module = pytest.importorskip("pillow_heif" if kind == "heic" else "pillow_jxl")
+        getattr(module, "register_heif_opener", lambda: None)()
+    assert read_header(io.BytesIO(HEADERS[kind]())) == (30, 50, 6 if kind == "jpg" else 1)
+
+
+def test_the_header_of_a_text_is_refused():
+    with pytest.raises(BadImage, match="not an image"):
+        read_header(io.BytesIO(b"text"))
 
 
 def test_many_bands_of_fewer_bits(tmp_path):

@@ -274,9 +274,9 @@ INVALID = {
     "segmentations that are neither polygons nor run lengths: 1 (103)": changes_of(
         "annotations", 2, segmentation=[{"size": [H, W], "counts": [H * W]}]
     ),
-    "(., train2017): 1 (2)": changes_of("images", 1, file_name=2),
-    "(., train2017): 1 (4.png)": changes_of("images", 1, file_name="4.png"),
-    "(., train2017): 1 (a\\x00b)": changes_of("images", 1, file_name="a\0b"),
+    "(train2017, .): 1 (2)": changes_of("images", 1, file_name=2),
+    "(train2017, .): 1 (4.png)": changes_of("images", 1, file_name="4.png"),
+    "(train2017, .): 1 (a\\x00b)": changes_of("images", 1, file_name="a\0b"),
     "entries of 'annotations' without 'bbox': 1 (number 1)": lambda f: f["annotations"][1].pop("bbox"),
     "no list 'categories'": lambda f: f.pop("categories"),
     "'images' is empty": lambda f: f["images"].clear(),

@@ -3,16 +3,20 @@
 import json
 import re
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from rcmae.data import decode
+from rcmae.engine.distributed import World
 from rcmae.errors import DataError
 from rcmae.tasks.detection.coco import CocoSet, open_coco, open_test
 from rcmae.tasks.detection.layouts import part_of
-from rcmae.tasks.detection.orientation import Fit, decide
+from rcmae.tasks.detection.orientation import Fit, decide, read_headers
+from tests.images import dicom, encode
 from tests.mutations import catches
 
 H, W, SIDE = 40, 56, 12
@@ -319,6 +323,73 @@ def test_height_and_width_are_exchanged_only_where_exif_does_so(tmp_path, orient
         r"1 \(val11.png\); fix this first$",
     ):
         open_coco(str(root))
+
+
+@pytest.mark.parametrize("kind", [".heic", ".dcm"])
+def test_the_sizes_of_images_that_need_an_extra_are_compared(tmp_path, kind):
+    pixels = np.full((H, W, 3), 60, np.uint8)
+    pixels[4 : 4 + SIDE, 9 : 9 + SIDE] = (230, 30, 30)
+    if kind == ".heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+        raw = encode(pixels, "HEIF", quality=100)
+    else:
+        pytest.importorskip("pydicom")
+        raw = dicom(pixels, 8, "RGB")
+    content = entries([pixels[..., 0] > 145], [f"0{kind}"])
+    (tmp_path / f"0{kind}").write_bytes(raw)
+    save(tmp_path / "a.json", content)
+    data = open_test(str(tmp_path / "a.json"))
+    assert overlap(data) > 0.8 and data.notes == []
+    content["images"][0] |= {"height": W, "width": H}
+    save(tmp_path / "a.json", content)
+    with pytest.raises(DataError, match="height and width exchanged, though EXIF does not turn them: 1"):
+        open_test(str(tmp_path / "a.json"))
+
+
+def test_the_images_of_a_part_are_looked_up_in_its_folder_first(tmp_path):
+    """Other images of the same names may be in the folder above, or in images/."""
+    for folder, name in (("images", "train"), ("val2017", "val")):
+        content = part(tmp_path, f"annotations/instances_{name}.json", folder, seed=20 + len(name))
+        for k, image in enumerate(content["images"]):
+            Path(tmp_path / folder / image["file_name"]).rename(tmp_path / folder / f"{k}.png")
+            image["file_name"] = f"{k}.png"
+        save(tmp_path / "annotations" / f"instances_{name}.json", content)
+    for k in range(3):
+        photo(tmp_path / f"{k}.png", 99)
+    _, test = open_coco(str(tmp_path))
+    assert [test.where(i) for i in range(3)] == [str(tmp_path / "val2017" / f"{k}.png") for k in range(3)]
+    assert overlap(test) == 1
+
+
+def test_reading_a_set_shows_progress_and_ranks_share_the_headers(tmp_path, monkeypatch):
+    data = turned(tmp_path, "upright", [(6, (H, W))] * 5)
+    shown: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def progress(what, total):
+        yield lambda done: shown.append((what.split(str(tmp_path))[0].strip(), done, total))
+
+    open_coco(data, progress=progress)
+    headers = [(done, total) for what, done, total in shown if what == "reading the headers of the images of"]
+    assert headers == [(done, 5) for done in range(1, 6)] * 2
+    assert ("checking the objects of", 4, 5) in shown
+
+    paths, opened = sorted((tmp_path / "images").iterdir()), []
+    read = decode.read_header
+    monkeypatch.setattr(decode, "read_header", lambda file: (opened.append(file.name), read(file))[1])
+    whole = read_headers(paths, lambda done: None)
+    assert len(opened) == 10 and None not in whole
+    opened.clear()
+
+    class Second(World):
+        def gather(self, value):
+            assert value == whole[1::2]
+            return []
+
+        def broadcast(self, value):
+            return [whole[::2], whole[1::2]]
+
+    assert read_headers(paths, lambda done: None, Second(1, 2)) == whole and len(opened) == 5
 
 
 # --- ids and categories -------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import rcmae
 import rcmae.cli
 from rcmae.cli import main
-from rcmae.config import replaced, shipped_recipes, to_toml
+from rcmae.config import RuntimeConfig, replaced, shipped_recipes, to_toml
 from rcmae.data.labeled import open_labeled
 from rcmae.engine.console import Screen
 from rcmae.engine.distributed import World
@@ -33,6 +33,7 @@ from rcmae.errors import CheckpointError, DataError
 from rcmae.interop.load import load, load_classifier
 from rcmae.interop.timm_export import export
 from rcmae.models.backbone import IMAGENET, Backbone
+from rcmae.pretraining import pretrain
 from rcmae.tasks import features as features_module
 from rcmae.tasks import worth
 from rcmae.tasks.evaluate import evaluate
@@ -98,6 +99,34 @@ def run(tmp_path, *argv) -> tuple[int, dict]:
     )
     files = sorted(out.glob("*.json"))
     return code, json.loads(files[-1].read_text()) if files else {}
+
+
+def test_an_evaluation_shows_16_bit_images_as_the_run_did(tmp_path, capsys):
+    """Also to the network that is randomly initialized; --range dtype is obeyed."""
+    for root, largest in (("images", 4000), ("labeled/a", 900), ("labeled/b", 1000)):
+        (tmp_path / root).mkdir(parents=True)
+        for i in range(8):
+            values = np.random.default_rng(i).integers(0, largest, (20, 20), dtype=np.uint16)
+            Image.fromarray(values).save(tmp_path / root / f"{i}.png")
+    recipe = small(data=str(tmp_path / "images"))
+    pretrain(recipe, RuntimeConfig(out=tmp_path / "run", device="cpu", workers=0))
+    for which in ("student", "teacher"):
+        config = json.loads((tmp_path / "run" / "export" / which / "config.json").read_text())
+        assert config["rcmae"]["bits"] == load(tmp_path / "run", which).bits == 12
+    capsys.readouterr()
+    for name, options, note in (
+        (
+            f"{tmp_path}/run",
+            (),
+            "use 10 bits (values up to 999 in 16 images): 4,095 is white, as in the images",
+        ),
+        (f"scratch:{tmp_path}/run", (), "4,095 is white, as in the images that the network was trained on"),
+        ("pixels", (), "1,023 is white; with --range dtype"),
+        (f"{tmp_path}/run", ("--range", "dtype"), None),
+    ):
+        code, _ = run(tmp_path, "knn", name, "--data", tmp_path / "labeled", "--k", "2", *options)
+        out = capsys.readouterr().out.replace("\n", " ")
+        assert code == 0 and (note in out if note else "16-bit" not in out), out
 
 
 TASKS = {

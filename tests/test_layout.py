@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import tarfile
 import unicodedata
@@ -15,7 +16,7 @@ from rcmae.cli import main
 from rcmae.config import RuntimeConfig
 from rcmae.data.base import DECODERS, EXTENSIONS, OPTIONAL, reading
 from rcmae.data.labeled import open_labeled
-from rcmae.data.layout import part_of
+from rcmae.data.layout import _divided, divide, part_of
 from rcmae.data.sources import open_source, parts_of
 from rcmae.errors import DataError
 from rcmae.pretraining import pretrain
@@ -183,7 +184,7 @@ def test_folders_without_images_are_no_parts_and_no_classes(tmp_path):
     fill(tmp_path, "labels/train/a/0.txt", "labels/val/a/0.txt", "train/readme.txt", content=b"x")
     labeled = open_labeled(str(tmp_path))
     assert (len(labeled.train), len(labeled.test), labeled.classes) == (10, 4, ["a", "b"])
-    assert open_source(str(tmp_path)).left_out == {".txt": 3, "image(s) of the validation part": 4}
+    assert open_source(str(tmp_path)).left_out == {".txt": 3, "images of the validation part": 4}
 
 
 class Table:
@@ -265,12 +266,12 @@ def test_every_file_is_read_or_counted(tmp_path):
     source = open_source(str(tmp_path))
     assert len(source) == 5
     assert source.left_out == {
-        "hidden or system file(s)": 5,  # a folder counts as one
+        "hidden or system files": 5,  # a folder counts as one
         ".json": 2,
         ".txt": 1,
-        "file(s) without an extension": 1,
-        "file(s) of other kinds": 1,
-        "broken link(s)": 1,
+        "files without an extension": 1,
+        "files of other kinds": 1,
+        "broken links": 1,
     }
 
 
@@ -280,8 +281,8 @@ def test_companions_in_tar_files_are_no_images(tmp_path):
     spec = shard(tmp_path / "x.tar", *companions, *samples(), ("notes.md", "x"), (".DS_Store", "x"))
     fill(tmp_path, "._x.tar", "x.parquet", content=b"x")
     assert read_images(tmp_path) == {"x": ["0.png", "2.png"], "y": ["1.png", "3.png"]}
-    assert open_source(str(tmp_path)).left_out == {"hidden or system file(s)": 18, ".md": 1, ".parquet": 1}
-    assert open_source(str(spec)).left_out == {"hidden or system file(s)": 17, ".md": 1}
+    assert open_source(str(tmp_path)).left_out == {"hidden or system files": 18, ".md": 1, ".parquet": 1}
+    assert open_source(str(spec)).left_out == {"hidden or system files": 17, ".md": 1}
 
 
 @pytest.mark.parametrize("extension", OPTIONAL)
@@ -313,7 +314,7 @@ def test_a_folder_of_nothing_but_images_without_their_extra(tmp_path, monkeypatc
 
 
 def test_the_line_of_what_was_read():
-    left_out = {"duplicate link(s)": 30, ".heic (install the [heif] extra)": 152, "broken link(s)": 1}
+    left_out = {"duplicate links": 30, ".heic (install the [heif] extra)": 152, "broken links": 1}
     assert reading(3820, left_out, 8) == (
         "read 3,812 images; left out 191: 152 .heic (install the [heif] extra), 30 duplicate links, "
         "1 broken link, 8 unreadable"
@@ -343,13 +344,62 @@ def test_links_balance_classes_but_add_nothing_without_labels(tmp_path):
     assert open_source(str(flat)).summary().endswith("read 2 images; left out 2: 2 duplicate links")
 
 
+def test_files_without_numbers_of_the_file_system_are_no_links(tmp_path, monkeypatch):
+    """Some network file systems give all files the same number."""
+    names = [*numbered("deep/a", 2), *numbered("deep/b", 2), "0.png"]
+    fill(tmp_path, *names)
+    entries = os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.entry, self.name, self.path = entry, entry.name, entry.path
+            self.is_dir, self.is_file, self.is_symlink = entry.is_dir, entry.is_file, entry.is_symlink
+
+        def stat(self):
+            status = self.entry.stat()
+            return os.stat_result([status.st_mode, 0, 0, 1, *status[4:]])
+
+    class Listing(list):
+        __enter__, __exit__ = (lambda self: self), (lambda self, *error: None)
+
+    monkeypatch.setattr("os.scandir", lambda path: Listing(map(Entry, entries(path))))
+    source = open_source(str(tmp_path))
+    assert (len(source), source.left_out) == (5, {})
+    shards = [shard(tmp_path / "tars" / f"{folder}/0.tar", *samples()) for folder in "ab"]
+    assert len(open_source(str(tmp_path / "tars"))) == 4 * len(shards)
+
+
+def test_a_link_that_comes_before_its_file(tmp_path):
+    fill(tmp_path, "z.png", "deep/0.png")
+    (tmp_path / "a.png").symlink_to("z.png")
+    (tmp_path / "b").symlink_to("deep")
+    assert open_source(str(tmp_path)).left_out == {"duplicate links": 2}
+
+
+def test_a_set_of_many_parts_is_arranged_in_linear_time():
+    """A thousand folders took a minute."""
+    looked_through = 0
+
+    class Tops(list):
+        def __iter__(self):
+            nonlocal looked_through
+            looked_through += 1
+            return super().__iter__()
+
+    tops = [f"{part}_{k}" for k in range(50) for part in ("train", "val") for _ in range(4)]
+    names = [f"{top}/{'ab'[i % 2]}/{i}.png".encode() for i, top in enumerate(tops)]
+    layout = _divided(names, Tops(tops), divide({top: ["a", "b"] for top in tops}))
+    assert layout.parts.count("train") == 200 and set(layout.labels) == {b"a", b"b"}
+    assert looked_through < 5
+
+
 def test_only_loops_of_folders_are_dropped(tmp_path):
     root, outside = classes(tmp_path / "root"), classes(tmp_path / "outside", "c")
     (root / "a" / "loop").symlink_to(root)
     (root / "c").symlink_to(outside / "c")
     (outside / "c" / "back").symlink_to(outside)
     assert {k: len(v) for k, v in read_images(root).items()} == {"a": 5, "b": 5, "c": 5}
-    assert open_source(str(root)).left_out == {"loop(s) of links": 2}
+    assert open_source(str(root)).left_out == {"loops of links": 2}
 
 
 def test_a_link_to_itself_is_no_folder(tmp_path):
@@ -380,9 +430,9 @@ def test_links_in_tar_files(tmp_path):
         "b/hard.png": picture(0),
         "b/chain.png": picture(0),
     }
-    assert source.left_out == {"broken link(s)": 2} and source.classes == ["a", "b", "first"]
+    assert source.left_out == {"broken links": 2} and source.classes == ["a", "b", "first"]
     flat = shard(tmp_path / "flat.tar", ("0.png", picture(0)), ("1.png", "= 0.png"))
-    assert open_source(str(flat)).left_out == {"duplicate link(s)": 1}
+    assert open_source(str(flat)).left_out == {"duplicate links": 1}
 
 
 @pytest.mark.parametrize("spec", ["", "/x-*.tar", "/x-{000..001}.tar", "/x-000.tar", "/x-00[01].tar"])
@@ -420,7 +470,27 @@ def test_a_sample_is_one_image_with_its_label(tmp_path):
         best = next(n for n in ("0.jpg", "0.png", "0.left.png") if n in {m.split("/")[-1] for m in members})
         assert read_images(spec) == {"x": [best], "y": ["1.png"]}, members
         pictures = sum(name.lower().endswith(("png", "jpg")) for name in members)
-        assert open_source(str(spec)).left_out["further image(s) of a sample"] == pictures - 1
+        assert open_source(str(spec)).left_out["further images of a sample"] == pictures - 1
+
+
+@pytest.mark.parametrize(
+    ("names", "left_out"),
+    [
+        (["img.001.png", "img.002.png", "img.003.png"], 0),
+        (["Mr.Smith.png", "Mr.Jones.png", "a/Mr.Jones.png", "x.png"], 0),
+        (["0.png", "0.seg.png", "1.png", "1.seg.png"], 2),
+        (["cam/0.left.png", "cam/0.right.png"], 0),
+        (["img.1.png", "img.2.png", "img.txt"], 1),
+        (["img.1.png", "img.2.png", "README.txt"], 0),
+    ],
+)
+def test_names_with_dots_in_a_tar_file_of_nothing_but_images(tmp_path, names, left_out):
+    """Without files of another kind beside the images, only those beside a plain name are left out."""
+    source = open_source(
+        str(shard(tmp_path / "x.tar", *((name, picture(i)) for i, name in enumerate(names))))
+    )
+    assert source.left_out.get("further images of a sample", 0) == left_out
+    assert len(source) == sum(name.endswith("png") for name in names) - left_out
 
 
 @pytest.mark.parametrize(
@@ -450,7 +520,7 @@ def test_labels_in_json(tmp_path, text, label):
 
 def test_labels_without_images_and_damaged_ones_are_counted(tmp_path):
     spec = shard(tmp_path / "x.tar", *samples(), ("9.cls", "x"), ("0.json", '{"label": '))
-    assert open_source(str(spec)).left_out == {"label(s) without an image": 1, "damaged .json": 1}
+    assert open_source(str(spec)).left_out == {"labels without an image": 1, "damaged .json": 1}
 
 
 # --- labels -------------------------------------------------------------------------------------------------
@@ -513,7 +583,10 @@ MULTI = [
     ("list.csv", "image,label\na/1.png,cat\na/0.png,cat|dog\n", "a/0.png"),
     ("list.csv", "image,label\na/1.png,cat\na/0.png,\"['cat', 'dog']\"\n", "a/0.png"),
     ("list.csv", "image,cat,dog,owl\na/1.png,1,0,0\na/0.png,1,0,1\n", "a/0.png"),
-    ("list.csv", "image,class,category\na/0.png,cat,tame\na/1.png,cat,wild\na/2.png,dog,tame\n", "a/0.png"),
+    ("list.csv", "image,label,Label\na/0.png,cat,tame\na/1.png,cat,wild\na/2.png,dog,tame\n", "a/0.png"),
+    ("list.csv", 'image,label\na/1.png,cat\na/0.png,"cat,dog"\n', "a/0.png"),
+    ("list.csv", 'image,label\na/0.png,"cat,dog"\na/1.png,"dog,owl"\n', "a/0.png"),
+    ("x.tar", '{"label": "x\\ny"}', "0.png"),
     ("x.tar", '{"labels": [1, 2]}', "0.png"),
     ("x.tar", '{"label": ["cat", "dog"]}', "0.png"),
 ]
@@ -534,6 +607,38 @@ def test_several_labels_of_an_image_are_refused_by_name(tmp_path, number):
     assert f"{image} has several labels" in source.notes[-1]
     with pytest.raises(DataError, match=f"has no labels: {image} has several labels .*multi-label"):
         open_labeled(str(tmp_path / name))
+
+
+@catches(
+    "a name with a comma is several labels",
+    "rcmae.data.layout:_joined",
+    lambda old: lambda labels: {label for label in labels if b"," in label},
+)
+def test_names_of_classes_may_contain_commas(tmp_path):
+    """Whether given in quotation marks or in the file of a sample."""
+    names = ["Paris,France", "Lyon,France", "crane", "crane, whooping"]
+    fill(tmp_path, *numbered("a", 4))
+    lines = [f'a/{i}.png,"{name}"\n' for i, name in enumerate(names)]
+    (tmp_path / "list.csv").write_text("image,label\n" + "".join(lines))
+    members = [
+        member for i, name in enumerate(names) for member in ((f"{i}.png", picture(i)), (f"{i}.cls", name))
+    ]
+    for spec in (tmp_path / "list.csv", shard(tmp_path / "x.tar", *members)):
+        assert list(read_images(spec)) == names
+
+
+def test_of_several_label_columns_one_is_used_and_named(tmp_path):
+    fill(tmp_path, *numbered("a", 3))
+    rows = "\na/0.png,tame,cat\na/1.png,wild,cat\na/2.png,tame,dog\n"
+    for header, used, unused in (
+        ("image,category,label", "label", "category"),
+        ("image,Class,cls", "cls", "Class"),
+        ("image,class,category", "class", "category"),
+    ):
+        (tmp_path / "list.csv").write_text(header + rows)
+        source = open_source(str(tmp_path / "list.csv"))
+        assert source.notes == (f"labels are the column {used}, not {unused}",)
+        assert source.classes == (["tame", "wild"] if used == "class" else ["cat", "dog"])
 
 
 def test_lists_that_cannot_be_read_say_why(tmp_path):

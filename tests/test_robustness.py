@@ -6,6 +6,7 @@ import multiprocessing
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rcmae.data.sources import Subset, open_source
 from rcmae.data.views import center
 from rcmae.errors import ConfigError, DataError
 from rcmae.report.severity import by_severity, figures
+from rcmae.tasks.evaluation.robustness import Robustness
 from rcmae.tasks.robustness.adversarial import fgsm, pgd
 from rcmae.tasks.robustness.corruptions import STANDARD, corrupt
 from rcmae.tasks.robustness.metrics import ALEXNET, ece, imagenet_classes
@@ -315,6 +317,35 @@ def test_corrupted_images_are_those_of_corrupt_whatever_the_batch_and_workers():
     assert all((again[m].correct[n] == results[m].correct[n]).all() for m in models for n in names)
     other = corrupted(models, source, labels, Loading((32, 32), CPU), 4, names)
     assert any((other[m].correct["shot_noise"] != results[m].correct["shot_noise"]).any() for m in models)
+
+
+def test_shifted_sets_have_the_range_of_the_test_images(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / name / "0.png")
+    monkeypatch.setattr("rcmae.tasks.robustness.sets.synsets", lambda which: ["a", "b"])
+    shown: list[float] = []
+
+    def model(pixels):
+        shown.append(round(float(pixels.mean()), 2))
+        return torch.zeros(len(pixels), 2)
+
+    def measure(model, classes, test, task, loading, seed, screen):
+        subset({"toy": model}, tmp_path, classes, "a", loading)
+        return {}, {}, {"clean": None}
+
+    monkeypatch.setattr("rcmae.tasks.robustness.study.measure_robustness", measure)
+    for bits in (12, 16, None):
+        context = SimpleNamespace(
+            classifier=(model, ["a", "b"]),
+            backbone=SimpleNamespace(shape=(8, 8), channels=3),
+            device=CPU,
+            set=SimpleNamespace(test=SimpleNamespace(bits=bits, in_memory=True)),
+            options=SimpleNamespace(workers=0, seed=0),
+            screen=None,
+        )
+        Robustness().run(context)
+    assert shown == [1.0, 0.06, 0.06]
 
 
 def test_draws_depend_on_the_index_in_the_full_set():

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .config import LENGTHS, Recipe, RuntimeConfig, changed, check, how_many, parse_time, recipe_hash
 from .data.dataset import Images, measure_statistics
+from .data.pixels import measure_bits
 from .data.sampler import check_parts
 from .data.sources import Source, open_source
 from .engine.console import Screen, clock
-from .engine.distributed import autocast
+from .engine.distributed import World, autocast
 from .engine.metrics import read_metrics
 from .engine.optim import adamw
 from .engine.run import ADVICE, RunContext, check_same_recipe, read_json, run_context, write_json
@@ -98,7 +99,8 @@ class Pretraining(Trainer):
                 "smaller --accumulate"
             )
         check_same_recipe(context.out, recipe, load_recipe, self.free)
-        images = open_images(recipe, context.screen, cast(RuntimeConfig, context.runtime).max_pixels)
+        max_pixels = cast(RuntimeConfig, context.runtime).max_pixels
+        images = open_images(recipe, context.screen, context.world, max_pixels)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
         self.method = self.build(*self.statistics())
         self.loss_names = self.method.losses
@@ -111,7 +113,7 @@ class Pretraining(Trainer):
         self.alarm: Alarm | None = None
         self.next_report = 0.0
         # Bits: what is white in 16-bit images is measured on a sample of them.
-        data = {"images": images.fingerprint(), "range_of_16-bit_images": f"{images.bits} bits"}
+        data = {"images": images.fingerprint(), "range_of_16-bit_images": f"{images.bits or 16} bits"}
         self.setup(self.method, optimizer, data, load=load_recipe)
 
     def environment(self) -> dict[str, Any]:
@@ -407,6 +409,7 @@ class Pretraining(Trainer):
             "step": self.step,
             "recipe_hash": recipe_hash(self.recipe),
             "data": self.data["images"],
+            "bits": self.images.bits,
         }
         for which, backbone in self.backbones().items():
             export(backbone, self.out / "export" / which, about | {"network": which})
@@ -442,7 +445,9 @@ class Pretraining(Trainer):
         return Result(self.out, self.step, self.scores)
 
 
-def open_images(recipe: Recipe, screen: Screen, max_pixels: float = Source.pixel_limit) -> Source:
+def open_images(
+    recipe: Recipe, screen: Screen, world: World = World(), max_pixels: float = Source.pixel_limit
+) -> Source:
     """The images of a recipe, see `open_source`. Raises DataError if there are fewer than a batch."""
     with screen.progress(f"indexing {recipe.data}", 100) as tick:
         images = open_source(
@@ -450,9 +455,11 @@ def open_images(recipe: Recipe, screen: Screen, max_pixels: float = Source.pixel
             recipe.images.channels,
             size=recipe.images.size,
             tick=lambda fraction: tick(round(100 * fraction)),
-            value_range=recipe.images.range,
+            value_range="dtype",
             max_pixels=max_pixels,
         )
+    if recipe.images.range == "data":
+        measure_bits([images], recipe.images.channels, progress=screen.progress, world=world)
     screen.say(images.summary())
     for note in images.notes:
         screen.say(f"note: {note}")

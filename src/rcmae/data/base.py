@@ -4,6 +4,7 @@ A source is an index: names and offsets in a few flat arrays, so that loader pro
 """
 
 import hashlib
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -81,8 +82,9 @@ class Source(ABC):
     "the number of files that were found and are not read, by reason, see `reading`"
     notes: Sequence[str] = ()
     "notes for the user"
-    bits: int = 16
-    "bits that its unsigned 16-bit values use: 2**bits - 1 is white; see `pixels.measure_bits`"
+    bits: int | None = None
+    """bits that its unsigned 16-bit values use: 2**bits - 1 is white; None if no image is known to have such
+    values, which means 16; see `pixels.measure_bits`"""
 
     pixel_limit: int = 100_000_000
     "pixels above which an image is not decoded: 100 megapixels are 300 MB as RGB"
@@ -226,8 +228,7 @@ def reading(
     """What is read of the files found, on one line: "read 3,812 images; left out 190: 152 .heic (install the
     [heif] extra), 30 duplicate links, 8 unreadable".
 
-    `images` include the unreadable ones; `labeled` of them have a label, one of `classes`. "(s)" in a reason
-    stands for the plural.
+    `images` include the unreadable ones; `labeled` of them have a label, one of `classes`.
     """
     text = f"read {how_many(images - unreadable, 'image')}"
     if labeled:
@@ -238,5 +239,14 @@ def reading(
     if len(counts) > REASONS:
         counts[REASONS - 1 :] = [("others", sum(n for _, n in counts[REASONS - 1 :]))]
     counts += [("unreadable", unreadable)] if unreadable else []
-    reasons = [f"{n:,} {reason.replace('(s)', '' if n == 1 else 's')}" for reason, n in counts]
+    reasons = [f"{n:,} {_singular(reason) if n == 1 else reason}" for reason, n in counts]
     return f"{text}; left out {sum(n for _, n in counts):,}: {', '.join(reasons)}" if counts else text
+
+
+def _singular(reason: str) -> str:
+    """A reason with its first plural in the singular. Those that start with an extension have none.
+
+    >>> _singular("loops of links"), _singular(".cls")
+    ('loop of links', '.cls')
+    """
+    return re.sub(r"(?<=[a-z])s\b", "", reason, count=1) if reason[:1].isalpha() else reason

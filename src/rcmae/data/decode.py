@@ -17,7 +17,16 @@ from . import deep
 from .base import Source
 from .deep import BadImage, check_size
 
-__all__ = ["FORMATS", "PIXEL_LIMIT", "BadImage", "Picture", "decode", "open_image", "sixteen_bits"]
+__all__ = [
+    "FORMATS",
+    "PIXEL_LIMIT",
+    "BadImage",
+    "Picture",
+    "decode",
+    "open_image",
+    "read_header",
+    "sixteen_bits",
+]
 
 PIXEL_LIMIT = Source.pixel_limit
 "Larger images are rejected before decoding."
@@ -223,8 +232,30 @@ def _silence_libraries() -> None:
 _silence_libraries()
 
 
-def _open(raw: bytes) -> ImageFile.ImageFile:
-    """Read the header, with a plugin if the format needs one. Raises BadImage without the plugin."""
+def read_header(file: io.BufferedIOBase) -> tuple[int, int, int]:
+    """The stored height and width of an image, and its EXIF orientation (1 to 8). Most formats are not
+    decoded for it. Raises BadImage."""
+    with _reasons():
+        raw = file.read(132)
+        file.seek(0)
+        if raw[128:] == DICOM:
+            return *deep.dicom_shape(file), 1
+        try:
+            image = _open(raw, file)
+        except UnidentifiedImageError as e:
+            if raw[:4] not in TIFF:
+                raise BadImage("not an image") from e
+            file.seek(0)
+            return *deep.tiff_shape(file), 1
+        turned = image.format == "JXL" and not getattr(image, "jpeg", False)
+        # Not image.getexif(), which decodes a PNG to its end.
+        orientation = 1 if turned else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        return image.height, image.width, orientation if orientation in TURNS else 1
+
+
+def _open(raw: bytes, file: io.BufferedIOBase | None = None) -> ImageFile.ImageFile:
+    """Read the header, with a plugin if the format needs one. `raw` may be only the start of a `file`. Raises
+    BadImage without the plugin."""
     formats: tuple[str, ...] = FORMATS
     brands = raw[8 : min(64, int.from_bytes(raw[:4]))] if raw[4:8] == b"ftyp" else b""
     if b"hei" in brands or b"hev" in brands:
@@ -237,7 +268,7 @@ def _open(raw: bytes) -> ImageFile.ImageFile:
         formats = ("JXL",)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked by `check_size`
     try:
-        return Image.open(io.BytesIO(raw), formats=formats)
+        return Image.open(file or io.BytesIO(raw), formats=formats)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 

@@ -146,6 +146,12 @@ def read_tiff(raw: bytes, channels: int, pixel_limit: int) -> tuple[np.ndarray, 
     return values[..., :bands], alpha, page.bitspersample
 
 
+def tiff_shape(file: io.BufferedIOBase) -> tuple[int, int]:
+    """Height and width of the first page of a TIFF."""
+    page: Any = extra("tifffile", "tiff", "this TIFF").TiffFile(file).pages[0]
+    return page.imagelength, page.imagewidth
+
+
 def _check_bands(bands: int, allowed: tuple[int, ...], channels: int) -> None:
     if bands not in allowed:
         raise BadImage(f"{bands} bands, not {channels}")
@@ -172,6 +178,12 @@ def _open_dicom(raw: bytes, pixel_limit: int) -> tuple[Any, np.ndarray]:
     except RuntimeError as e:
         install = "; install the [dicom] extra" if "missing dependencies" in str(e) else ""
         raise BadImage(f"its compression is not supported{install}") from e
+
+
+def dicom_shape(file: io.BufferedIOBase) -> tuple[int, int]:
+    """Height and width of a DICOM file."""
+    header = extra("pydicom", "dicom", "DICOM").dcmread(file, stop_before_pixels=True)
+    return header.Rows, header.Columns
 
 
 def _declares_range(file: Any) -> bool:

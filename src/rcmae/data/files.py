@@ -51,6 +51,23 @@ class Files(Source):
         return digest.hexdigest()
 
 
+class Visits:
+    """The files and folders that were visited. One is visited again only if a link leads to it: without one,
+    equal numbers are those of a file system that does not number its files."""
+
+    def __init__(self) -> None:
+        self.all, self.linked = set[tuple[int, int]](), set[tuple[int, int]]()
+
+    def again(self, stat: os.stat_result, linked: bool) -> bool:
+        """Whether it was visited before, now or then over a link (`linked`). It is visited now."""
+        identity = stat.st_dev, stat.st_ino
+        before = identity in (self.all if linked else self.linked)
+        self.all.add(identity)
+        if linked:
+            self.linked.add(identity)
+        return before
+
+
 class Folder(Files):
     """All images below a folder; subfolders are classes, unless they are parts (train, val) or there are
     images beside them."""
@@ -112,10 +129,15 @@ def _walk(
 
     Links are followed, except to a folder that contains them. What is left out is counted in `image_filter`.
     """
-    seen: set[tuple[int, int]] = set()
+    visits = Visits()
 
     def walk(
-        folder: bytes, prefix: bytes, above: frozenset[tuple[int, int]], done: float, fraction: float
+        folder: bytes,
+        prefix: bytes,
+        above: frozenset[tuple[int, int]],
+        inside_link: bool,
+        done: float,
+        fraction: float,
     ) -> Iterator[tuple[bytes, int, bool]]:
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda e: e.name)
@@ -128,29 +150,29 @@ def _walk(
                 stat = entry.stat()
             except OSError as e:
                 if e.errno in (errno.ENOENT, errno.ELOOP):
-                    image_filter.left_out["broken link(s)"] += 1
+                    image_filter.left_out["broken links"] += 1
                     continue
                 raise
-            identity = stat.st_dev, stat.st_ino
+            identity, linked = (stat.st_dev, stat.st_ino), inside_link or entry.is_symlink()
             if entry.is_dir():
-                if identity in above:
-                    image_filter.left_out["loop(s) of links"] += 1
+                if linked and identity in above:
+                    image_filter.left_out["loops of links"] += 1
                 else:
                     yield from walk(
                         entry.path,
                         prefix + entry.name + b"/",
                         above | {identity},
+                        linked,
                         before,
                         fraction / len(entries),
                     )
             elif not entry.is_file():
-                image_filter.left_out["special file(s)"] += 1
+                image_filter.left_out["special files"] += 1
             elif image_filter.takes(name := prefix + entry.name):
-                yield name, stat.st_size, identity in seen
-                seen.add(identity)
+                yield name, stat.st_size, visits.again(stat, linked or stat.st_nlink > 1)
 
     stat = os.stat(root)  # noqa: PTH116 - bytes
-    return walk(root, b"", frozenset({(stat.st_dev, stat.st_ino)}), 0.0, 1.0)
+    return walk(root, b"", frozenset({(stat.st_dev, stat.st_ino)}), False, 0.0, 1.0)
 
 
 def _image_folders(folder: Path) -> list[str]:
@@ -168,17 +190,17 @@ def _image_folders(folder: Path) -> list[str]:
 def files_below(folder: str | Path, image_filter: ImageFilter) -> Iterator[os.DirEntry[str]]:
     """All files in a folder and its subfolders, in no particular order. Hidden ones are counted in
     `image_filter`."""
-    pending, visited = [os.fspath(folder)], set[tuple[int, int]]()
+    pending, visits = [(os.fspath(folder), False)], Visits()
     while pending:
-        with os.scandir(pending.pop()) as entries:
+        path, inside_link = pending.pop()
+        with os.scandir(path) as entries:
             for entry in entries:
                 if image_filter.is_hidden(os.fsencode(entry.name)):
                     continue
                 if not _is_folder(entry):
                     yield entry
-                elif (identity := (entry.stat().st_dev, entry.stat().st_ino)) not in visited:
-                    visited.add(identity)
-                    pending.append(entry.path)
+                elif not visits.again(entry.stat(), linked := inside_link or entry.is_symlink()):
+                    pending.append((entry.path, linked))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

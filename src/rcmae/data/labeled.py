@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Int
 
 from ..config import how_many
+from ..engine.console import ShowProgress, no_progress
+from ..engine.distributed import World
 from ..errors import DataError
 from .base import Source, Subset
 from .pixels import measure_bits
@@ -42,7 +44,10 @@ def open_labeled(
     size: int = 32,
     tested: str | None = None,
     value_range: str = "data",
+    bits: int | None = None,
     max_pixels: float = Source.pixel_limit,
+    progress: ShowProgress = no_progress,
+    world: World = World(),
 ) -> Labeled:
     """Open `data` that has a training and a test part, such as a folder with train/ and val/, or one labeled
     set, with `val` as its test part.
@@ -51,8 +56,9 @@ def open_labeled(
     image of each class is for testing. For an already trained classifier, `tested` is the start of the
     fingerprint of its test images: if they are the same, it is tested on them, since it was trained on the
     others, otherwise on all. `size` is that of generated images, `value_range` and `max_pixels` as in
-    `open_source`. Raises DataError if there are no labels, fewer than two classes, too few images to split,
-    or test classes that the training part lacks.
+    `open_source`, and `bits` are those of the images that the network was trained on, see `measure_bits`.
+    Raises DataError if there are no labels, fewer than two classes, too few images to split, or test classes
+    that the training part lacks.
     """
     parts = (data, (parts_of(val) or (val, val))[1]) if val else parts_of(data)
     if parts:
@@ -60,9 +66,11 @@ def open_labeled(
             open_source(part, channels, size, value_range="dtype", max_pixels=max_pixels) for part in parts
         )
         if value_range == "data":
-            measure_bits((train, test), channels)
+            measure_bits((train, test), channels, bits, progress, world)
         return _join(train, test)
-    source = open_source(data, channels, size, value_range=value_range, max_pixels=max_pixels)
+    source = open_source(data, channels, size, value_range="dtype", max_pixels=max_pixels)
+    if value_range == "data":
+        measure_bits([source], channels, bits, progress, world)
     labels = _labels(source)
     held_out = np.zeros(len(labels), dtype=bool)
     for label in range(len(source.classes)):

@@ -40,7 +40,7 @@ class ImageFilter:
         """With `any_kind`, files are taken whatever their extension, unless they need an extra."""
         self.any_kind = any_kind
         self.left_out = Counter[str]()
-        "number of files by reason; a reason may contain (s) for the plural"
+        "number of files by reason, which is in the plural"
         self.unread: set[bytes] = set()
         "folders with images that need an extra"
         self._reasons: dict[bytes, str] = {}
@@ -66,13 +66,13 @@ class ImageFilter:
         if extension in EXTENSIONS or self.any_kind:
             return ""
         if not extension:
-            return "file(s) without an extension"
-        return extension if re.fullmatch(r"\.[a-z][a-z0-9]{0,9}", extension) else "file(s) of other kinds"
+            return "files without an extension"
+        return extension if re.fullmatch(r"\.[a-z][a-z0-9]{0,9}", extension) else "files of other kinds"
 
     def is_hidden(self, name: bytes) -> bool:
         """Whether a file or folder is hidden, see `hidden`; it is counted if so."""
         if is_hidden := hidden(name):
-            self.left_out["hidden or system file(s)"] += 1
+            self.left_out["hidden or system files"] += 1
         return is_hidden
 
     def vanished(self, names: Sequence[bytes]) -> tuple[str, ...]:
@@ -194,9 +194,12 @@ def arrange(names: Sequence[bytes]) -> Layout:
 def _divided(names: Sequence[bytes], tops: list[str], parts: dict[str, str]) -> Layout:
     """The layout of a set whose topmost folders are parts."""
     labels, why = [b""] * len(names), ""
+    inside = defaultdict[str, list[int]](list)
+    for i, top in enumerate(tops):
+        inside[top].append(i)
     for folder, part in parts.items():
         if part in ("train", *TESTING):
-            chosen = [i for i, top in enumerate(tops) if top == folder]
+            chosen = inside[folder]
             within = arrange([names[i] for i in chosen])
             why = within.why_unlabeled if part == "train" else why
             for i, label in zip(chosen, within.labels, strict=True):
@@ -248,12 +251,10 @@ def select(
     chosen = [i for i, p in enumerate(layout.parts) if (p == part if part else p not in TESTING)]
     notes = () if given else (*layout.notes, *image_filter.vanished(names))
     if not part:
-        image_filter.left_out.update(
-            f"image(s) of the {TESTING[p]} part" for p in layout.parts if p in TESTING
-        )
+        image_filter.left_out.update(f"images of the {TESTING[p]} part" for p in layout.parts if p in TESTING)
     if copies := set(links).intersection(chosen):
         dropped = {i for i in copies if not known[i]}
-        image_filter.left_out.update("duplicate link(s)" for _ in dropped)
+        image_filter.left_out.update("duplicate links" for _ in dropped)
         chosen = [i for i in chosen if i not in dropped]
         if kept := len(copies) - len(dropped):
             notes += (
@@ -271,17 +272,36 @@ LABEL_NAMES = (
 )
 "Names of label columns in tables, and of label keys in JSON, in lower case."
 
-_SEVERAL = re.compile(rb"[|;\t]|^\[.*\]$|\S,\S|^\d+([ ,]+\d+)+$")
+_SEVERAL = re.compile(rb"[|;\t\n]|^\[.*\]$|^\d+([ ,]+\d+)+$")
 
 
 def several_labels(names: Sequence[bytes], labels: Sequence[bytes]) -> str:
     """Why labels cannot be used, if an image has several of them, as in "cat|dog", "cat,dog", "[0, 3]" or
-    "0 3"; otherwise empty. Names of classes may contain a comma with a space."""
-    multiple = {label for label in set(labels) if _SEVERAL.search(label)}
+    "0 3"; otherwise empty.
+
+    Names of classes may contain commas: "cat,dog" is such a name, unless "cat" or "dog" is another label or
+    stands elsewhere in another one, as in "dog,owl". With a space after the comma it always is.
+    """
+    distinct = set(labels)
+    multiple = {label for label in distinct if _SEVERAL.search(label)} or _joined(distinct)
     if not multiple:
         return ""
     image, label = next(pair for pair in zip(names, labels, strict=True) if pair[1] in multiple)
     return MULTI_LABEL.format(printable(image), printable(label))
+
+
+def _joined(labels: set[bytes]) -> set[bytes]:
+    """The labels that consist of several ones, separated by commas."""
+    lists = {label: label.split(b",") for label in labels if re.search(rb"\S,\S", label)}
+    places: dict[bytes, set[int]] = defaultdict(set)
+    for parts in lists.values():
+        for place, part in enumerate(parts):
+            places[part].add(place)
+    return {
+        label
+        for label, parts in lists.items()
+        if any(part in labels or len(places[part]) > 1 for part in parts)
+    }
 
 
 MULTI_LABEL = "{} has several labels ({}), and multi-label data is not supported"

@@ -5,8 +5,9 @@ import csv
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import DataError
 from .base import EXTENSIONS, OpenOptions, printable
@@ -45,7 +46,7 @@ class ListFile(Files):
         content = Path(spec).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         lines = [(n, line.decode(*UTF8)) for n, line in enumerate(content, 1)]
         lines = [(n, line) for n, line in lines if line.strip()]
-        readings, why = _read(spec, root, lines)
+        readings, why, notes = _read(spec, root, lines)
         names: list[bytes] = []
         labels: list[bytes] = []
         sizes: list[int] = []
@@ -69,9 +70,10 @@ class ListFile(Files):
             raise DataError(f"{spec} lists no images; write one path per line, optionally a tab and a label")
         repeated, differently = _repeated(names, labels)
         why = why or differently or several_labels(names, labels)
-        notes = (f"repeated lines of images, all kept: {repeated}",) if repeated else ()
+        if repeated:
+            notes = [*notes, f"repeated lines of images, all kept: {repeated}"]
         labels = [b""] * len(names) if why else labels
-        return cls(spec, Path(spec).parent, names, sizes, labels, notes, image_filter.left_out, why)
+        return cls(spec, Path(spec).parent, names, sizes, labels, tuple(notes), image_filter.left_out, why)
 
 
 def _repeated(names: list[bytes], labels: list[bytes]) -> tuple[int, str]:
@@ -87,16 +89,16 @@ def _repeated(names: list[bytes], labels: list[bytes]) -> tuple[int, str]:
     return len(names) - len(seen), why
 
 
-def _read(spec: str, root: bytes, lines: Lines) -> tuple[Readings, str]:
-    """The readings of all lines, and why there are no labels, if that needs an explanation."""
+def _read(spec: str, root: bytes, lines: Lines) -> tuple[Readings, str, Sequence[str]]:
+    """The readings of all lines, why there are no labels, if that needs an explanation, and notes."""
     if not lines:
-        return [], ""
+        return [], "", []
     first = lines[0][1]
     cells = _names(re.split(r"[\s,;]+", first))
     exists = any(_exists(root, path) for path, _ in _pairs(first))
     header = not exists and not any(cell.endswith(EXTENSIONS) for cell in cells)
     if Path(spec).suffix.lower() == ".txt" and not (header and {*cells} & {*PATH_NAMES, *LABEL_NAMES}):
-        return ((n, _pairs(line)) for n, line in lines), ""
+        return ((n, _pairs(line)) for n, line in lines), "", []
     separated = re.search("[\t,;]", first) or Path(spec).suffix.lower() != ".txt"
     delimiter = max(",\t;", key=first.count) if separated else " "
     try:
@@ -108,27 +110,45 @@ def _read(spec: str, root: bytes, lines: Lines) -> tuple[Readings, str]:
     if short := next((n for (n, _), row in zip(lines, rows, strict=True) if len(row) < len(rows[0])), None):
         raise DataError(f"{spec} line {short} has fewer columns than the first line")
     body = rows[1:] if header else rows
-    column, label, why = _columns(root, rows[0] if header else [], body)
+    columns = _columns(root, rows[0] if header else [], body)
     numbers = [n for n, _ in lines[len(rows) - len(body) :]]
-    return ((n, [(row[column], label(row))]) for n, row in zip(numbers, body, strict=True)), why
+    pairs = ((n, [(row[columns.path], columns.label(row))]) for n, row in zip(numbers, body, strict=True))
+    return pairs, columns.why_unlabeled, columns.notes
 
 
-def _columns(
-    root: bytes, header: list[str], rows: list[list[str]]
-) -> tuple[int, Callable[[list[str]], str], str]:
-    """The column of the paths, the label of a row, and why there are no labels. The header may be missing."""
+class Columns(NamedTuple):
+    """The columns of a table that are read."""
+
+    path: int
+    label: Callable[[list[str]], str] = lambda row: ""
+    "the label of a row"
+    why_unlabeled: str = ""
+    notes: Sequence[str] = ()
+
+
+def _columns(root: bytes, header: list[str], rows: list[list[str]]) -> Columns:
+    """The columns of the paths and of the labels. The header may be missing.
+
+    Of columns for labels, the one that comes first in `LABEL_NAMES` is used. Several columns of the same name
+    are several labels.
+    """
     names, width = _names(header), len(rows[0]) if rows else 0
     existing = [c for c in range(width) if _exists(root, rows[0][c])]
     path = (existing or [c for c, name in enumerate(names) if name in PATH_NAMES] or [0])[0]
     others = [c for c in range(width) if c != path and (not names or names[c])]
     labels = [c for c in others if names and names[c] in LABEL_NAMES] or (others if len(others) == 1 else [])
     if labels:
+        if names:
+            labels.sort(key=lambda c: LABEL_NAMES.index(names[c]) if names[c] in LABEL_NAMES else 0)
         # A second coding of the same label, such as its number, says nothing new.
         labels = labels[:1] + [c for c in labels[1:] if not _same_classes(rows, labels[0], c)]
-        return path, lambda row: "|".join(row[c] for c in labels), ""
+        used = [c for c in labels if not names or names[c] == names[labels[0]]]
+        unused = ", ".join(header[c].strip() for c in labels if c not in used)
+        notes = [f"labels are the column {header[used[0]].strip()}, not {unused}"] if unused else []
+        return Columns(path, lambda row: "|".join(row[c] for c in used), notes=notes)
     if names and all(row[c].strip() in ("0", "1", "0.0", "1.0") for row in rows for c in others):
-        return path, lambda row: "|".join(header[c].strip() for c in others if float(row[c])), ""
-    return path, lambda row: "", "no column of the table is called label or class" if others else ""
+        return Columns(path, lambda row: "|".join(header[c].strip() for c in others if float(row[c])))
+    return Columns(path, why_unlabeled="no column of the table is called label or class" if others else "")
 
 
 def _same_classes(rows: list[list[str]], a: int, b: int) -> bool:

@@ -1,12 +1,14 @@
 """Images of a source as pixels, and their moments."""
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from ..config import how_many
+from ..engine.console import ShowProgress, no_progress
+from ..engine.distributed import World
 from ..errors import StorageError
 from . import decode
 from .base import Source
@@ -46,7 +48,7 @@ def open_image(source: Source, index: int, channels: int, shape: tuple[int, int]
     if isinstance(raw, np.ndarray):
         image: Image = raw
     else:
-        image = decode.open_image(raw, channels, source.pixel_limit, shape, source.bits)
+        image = decode.open_image(raw, channels, source.pixel_limit, shape, source.bits or 16)
     if shape and image.shape[:2] != shape:
         raise BadImage(
             f"is {image.shape[1]} x {image.shape[0]} pixels, not {shape[1]} x {shape[0]} as its "
@@ -64,28 +66,54 @@ def read_image(
     return image if isinstance(image, np.ndarray) else image.pixels(least)
 
 
-def measure_bits(sources: Sequence[Source], channels: int) -> None:
+def measure_bits(
+    sources: Sequence[Source],
+    channels: int,
+    trained: int | None = None,
+    progress: ShowProgress = no_progress,
+    world: World = World(),
+) -> None:
     """Set `bits` of the parts of a set to the smallest of `DEPTHS` that holds the unsigned 16-bit values of a
     fixed random sample, and add a note if they use fewer than 16. Images with larger values are then
-    unreadable."""
-    largest, count = max(_largest_value(source, channels) for source in sources)
-    bits = next(bits for bits in DEPTHS if largest < 2**bits)
-    if largest and bits < 16:
-        for source in sources:
-            source.bits = bits
-        sources[0].notes = (
-            *sources[0].notes,
-            f"the 16-bit images of {sources[0].name} use {bits} bits (values up to {largest:,} in "
-            f"{how_many(count, 'image')}): {2**bits - 1:,} is white; with --range dtype, 65,535 is",
-        )
+    unreadable.
+
+    `trained` are the bits of the images that a network was trained on: they are set instead, unless they do
+    not hold the values. Rank 0 reads the sample.
+    """
+    name, total, measured = sources[0].name, len(sources) * MEASURED, (0, 0)
+    with progress(f"measuring the range of 16-bit images in {name}", total) as tick:
+        if world.is_main:
+            measured = max(
+                _largest_value(source, channels, lambda done: tick(before + done))  # noqa: B023
+                for before, source in zip(range(0, total, MEASURED), sources, strict=True)
+            )
+        largest, count = world.broadcast(measured)
+    used = next(bits for bits in DEPTHS if largest < 2**bits) if largest else None
+    bits = max(used or 0, trained or 0) or None
+    for source in sources:
+        source.bits = bits
+    if not used or not bits or used == bits == 16:
+        return
+    text = (
+        f"the 16-bit images of {name} use {how_many(used, 'bit')} (values up to {largest:,} in "
+        f"{how_many(count, 'image')})"
+    )
+    if trained and trained < used:
+        text += f", more than the {trained} of the images that the network was trained on"
+    text += f": {2**bits - 1:,} is white"
+    if trained and trained > used:
+        text += ", as in the images that the network was trained on"
+    text += "; with --range dtype, 65,535 is" if bits < 16 else ""
+    sources[0].notes = (*sources[0].notes, text)
 
 
-def _largest_value(source: Source, channels: int) -> tuple[int, int]:
-    """The largest unsigned 16-bit value in a sample, 0 without any, and the number of images that have
-    them."""
+def _largest_value(source: Source, channels: int, tick: Callable[[int], None]) -> tuple[int, int]:
+    """The largest unsigned 16-bit value in a sample, 0 without any, and the number of images that have them.
+    `tick` is called with the number of images read."""
     chosen = np.random.Generator(np.random.Philox(key=1)).permutation(len(source))[:MEASURED].tolist()
     largest = count = 0
     for number, i in enumerate(chosen):
+        tick(number)
         if source.in_memory or largest >= 2 ** DEPTHS[-2] or (number == PROBED and not count):
             break
         if source.where(i).lower().endswith((".jpg", ".jpeg")):  # which cannot have 16 bits

@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 import tarfile
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,7 @@ class Shards(Source):
         if by_shard:
             if not part:
                 testing = Counter(TESTING[kind] for kind in kinds.values() if kind in TESTING)
-                image_filter.left_out.update(
-                    {f"shard(s) of the {kind} part": n for kind, n in testing.items()}
-                )
+                image_filter.left_out.update({f"shards of the {kind} part": n for kind, n in testing.items()})
             shards = [s for s, kind in kinds.items() if (kind == part if part else kind not in TESTING)]
         names: list[bytes] = []
         labels: list[bytes] = []
@@ -151,9 +149,12 @@ def _samples(
     """The image of each sample in a shard, in the order of their data: name, offset, size, and label (empty
     for none). `tick` is called with the fraction read.
 
-    Links are resolved. Raises the errors of tarfile and OSError.
+    If no image stands beside a file of another kind, names with dots need not be those of samples: then only
+    the images beside one with a plain extension are left out. Links are resolved. Raises the errors of
+    tarfile and OSError.
     """
-    images: dict[bytes, tuple[tuple[int, bytes], bytes, int, int]] = {}
+    images: dict[bytes, list[tuple[tuple[int, bytes], bytes, int, int]]] = defaultdict(list)
+    others: set[bytes] = set()
     labels: dict[bytes, bytes] = {}
     texts: dict[bytes, bytes] = {}
     total = max(shard.stat().st_size, 1)
@@ -164,6 +165,7 @@ def _samples(
             stem, _, suffix = base.partition(b".")
             key, suffix = folder + slash + stem, suffix.lower()
             if suffix in (b"cls", b"json"):
+                others.add(key)
                 file.seek(offset)
                 content = file.read(min(size, LARGEST_LABEL))
                 if suffix == b"cls":
@@ -172,10 +174,9 @@ def _samples(
                     texts[key] = label
             elif image_filter.takes(name.removeprefix(b"./")):
                 # The plainest extension is that of the image: .jpg rather than .seg.png.
-                image = ((suffix.count(b"."), suffix), name, offset, size)
-                if other := images.get(key):
-                    image_filter.left_out["further image(s) of a sample"] += 1
-                images[key] = min(image, other or image)
+                images[key].append(((suffix.count(b"."), suffix), name, offset, size))
+            else:
+                others.add(key)
 
         links = []
         for member in tar:
@@ -188,19 +189,24 @@ def _samples(
             elif member.islnk() or member.issym():
                 links.append(member)
             else:
-                image_filter.left_out["special file(s)"] += 1
+                image_filter.left_out["special files"] += 1
         members = {posixpath.normpath(m.name): m for m in tar.getmembers()} if links else {}
         for member in links:
             if target := _target(members, member):
                 add(os.fsencode(member.name), target.offset_data, target.size)
             else:
-                image_filter.left_out["broken link(s)"] += 1
+                image_filter.left_out["broken links"] += 1
     labels = texts | labels
-    image_filter.left_out.update("label(s) without an image" for key in labels if key not in images)
-    return sorted(
-        ((name, offset, size, labels.get(key, b"")) for key, (_, name, offset, size) in images.items()),
-        key=lambda sample: sample[1],
-    )
+    image_filter.left_out.update("labels without an image" for key in labels if key not in images)
+    one_each = not others.isdisjoint(images)
+    chosen = []
+    for key, candidates in images.items():
+        (dots, _), *_ = plainest = min(candidates)
+        read = [plainest] if one_each or not dots else candidates
+        if further := len(candidates) - len(read):
+            image_filter.left_out["further images of a sample"] += further
+        chosen += [(name, offset, size, labels.get(key, b"")) for _, name, offset, size in read]
+    return sorted(chosen, key=lambda sample: sample[1])
 
 
 def _target(members: dict[str, tarfile.TarInfo], link: tarfile.TarInfo) -> tarfile.TarInfo | None:

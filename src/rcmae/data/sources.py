@@ -83,6 +83,8 @@ def open_source(
             source.pixel_limit = int(max_pixels)
             if value_range == "data":
                 measure_bits([source], channels)
+            else:
+                source.bits = 16
             return source
     if known := similar_forms(spec):
         raise ConfigError(f"there is no {spec}{hint(spec, known) or '; there is ' + ' and '.join(known)}")

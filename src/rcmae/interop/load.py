@@ -96,7 +96,9 @@ def scratch(
         if path.exists():
             recipe = load_recipe(str(path))
             mean, std = (tuple(v.flatten().tolist()) for v in (backbone.mean, backbone.std))
-            return METHODS[recipe.method](recipe, mean, std).backbone("student")
+            initial = METHODS[recipe.method](recipe, mean, std).backbone("student")
+            initial.bits = backbone.bits  # so that it sees the same images
+            return initial
         backbone = copy.deepcopy(backbone)
         backbone.vit.init_weights()
     return backbone

@@ -73,7 +73,9 @@ def import_backbone(folder: Path) -> Backbone:
             "`import_classifier` reads it"
         )
     vit.reset_classifier(0)
-    return Backbone(vit, *_statistics(config))
+    backbone = Backbone(vit, *_statistics(config))
+    backbone.bits = (config.get("rcmae") or {}).get("bits")
+    return backbone
 
 
 def import_classifier(folder: Path) -> tuple[Classifier, list[str]]:
@@ -87,7 +89,9 @@ def import_classifier(folder: Path) -> tuple[Classifier, list[str]]:
     names = config.get("label_names") or []
     if isinstance(names, dict):  # timm's form for class numbers with gaps
         names = [names.get(str(i), str(i)) for i in range(vit.num_classes)]
-    return Classifier(vit, *_statistics(config)), list(names)
+    model = Classifier(vit, *_statistics(config))
+    model.bits = (config.get("rcmae") or {}).get("bits")
+    return model, list(names)
 
 
 def _statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:

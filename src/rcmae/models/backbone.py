@@ -97,6 +97,9 @@ class Standardizing(nn.Module):
 class StandardizingViT(Standardizing):
     """A timm Vision Transformer of pixels in 0 to 1."""
 
+    bits: int | None = None
+    "bits of the 16-bit images that it was trained on, if there were any; see `Source.bits`"
+
     def __init__(self, vit: VisionTransformer, mean: Channels, std: Channels):
         super().__init__(mean, std)
         self.vit = vit
@@ -157,6 +160,7 @@ class Pixels(nn.Module):
     """The baseline for every backbone: an image's pixels as its features, its patches as tokens."""
 
     channels, patch = 3, 4
+    bits = None
 
     def __init__(self, shape: tuple[int, int] = (32, 32)):
         super().__init__()

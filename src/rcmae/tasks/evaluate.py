@@ -65,6 +65,7 @@ def contexts(
     if classifier:
         model, _ = classifier
         named, tested = [("classifier", Backbone(model.vit, *model.statistics))], tested_fingerprint(name)
+        named[0][1].bits = model.bits
     else:
         named, tested = backbones(name, options), None
     first, given = named[0][1], options
@@ -78,7 +79,10 @@ def contexts(
             size=first.shape[1],
             tested=tested,
             value_range=options.range,
+            bits=first.bits,
             max_pixels=options.max_pixels,
+            progress=screen.progress,
+            world=world,
         )
     except DataError as e:
         if given.data is None:
@@ -162,7 +166,10 @@ def record(task: Task, context: EvaluationContext, result: TaskResult, seconds: 
         "train": context.part("train").fingerprint()[:16],
         "test": test.fingerprint()[:16],
     }
-    request = hashlib.sha256(json.dumps([hashes, asdict(task)], default=str).encode()).hexdigest()[:16]
+    scale = [test.bits] if test.bits and test.bits < 16 else []  # what is white in 16-bit images
+    request = hashlib.sha256(json.dumps([hashes, asdict(task), *scale], default=str).encode()).hexdigest()[
+        :16
+    ]
     classes = context.set.classes
     per_class = {
         classes[i]: 100 * float(result.correct[test.labels == i].mean()) for i in np.unique(test.labels)

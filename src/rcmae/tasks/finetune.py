@@ -254,6 +254,7 @@ class FineTuning(Supervised):
                 "task": "finetune",
                 "step": self.step,
                 "recipe_hash": recipe_hash(self.recipe),
+                "bits": self.images.bits,
             }
             folder = self.out / "export" / "classifier"
             export(self.model, folder, about, classes=self.classes)

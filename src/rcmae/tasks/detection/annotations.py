@@ -3,16 +3,18 @@
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...data.base import Source, printable
 from ...data.decode import PIXEL_LIMIT
 from ...data.files import Files
+from ...engine.console import ShowProgress
+from ...engine.distributed import World
 from .layouts import ImageFolders
 from .masks import is_around, is_integer, mask_api, run_length_code
-from .orientation import Fit, read_header
+from .orientation import Fit, read_headers
 
 NO_AREA_FRACTION = 0.001
 """Tolerated fraction of annotations whose boxes have no area: COCO's train2017 has a few. They are left out
@@ -89,8 +91,9 @@ class Part:
                         if is_integer(entry[key]):
                             self.noted["ids given as text or float, read as integers"].append(given)
 
-    def validate_content(self) -> None:
-        """Validate everything else. Adds missing areas to the annotations."""
+    def validate_content(self, tick: Callable[[int], None]) -> None:
+        """Validate everything else but the image files. Adds missing areas to the annotations. `tick` is
+        called with the number of annotations that were validated."""
         images, categories, _ = (self.unique(name) for name in KEYS)
         names = Counter(str(c["name"]) for c in categories.values())
         if repeated := [name for name, count in names.items() if count > 1]:
@@ -103,7 +106,8 @@ class Part:
                 sizes[image["id"]] = h, w
             else:
                 self.wrong["images with an invalid height or width"].append(image["id"])
-        for a in self.data["annotations"]:
+        for number, a in enumerate(self.data["annotations"]):
+            tick(number)
             image_id, crowd = a["image_id"] if is_integer(a["image_id"]) else None, bool(a.get("iscrowd"))
             if a.get("iscrowd") not in (None, 0, 1):  # such as the text "0", which would count as true
                 self.wrong["iscrowd other than 0 and 1"].append(a["id"])
@@ -133,8 +137,6 @@ class Part:
             self.wrong["no object to train on or to score" + ", only crowds" * bool(crowds)] = crowds
         if empty := [k for k in images if k not in with_objects]:
             self.noted["images without an object to train on"] = empty
-        if self.source is None:
-            self.validate_files()
 
     def unique(self, name: str) -> dict[int, dict[str, Any]]:
         """Entries by their id."""
@@ -203,13 +205,13 @@ class Part:
             if len(ids) > fraction * len(self.codes):
                 self.wrong[wrong] = ids
 
-    def validate_files(self) -> None:
+    def validate_files(self, progress: ShowProgress, world: World) -> None:
         """Find the image files, and compare their sizes with the annotated ones."""
         folders = ImageFolders(Path(self.name))
         names: list[bytes] = []
         byte_counts: list[int] = []
+        annotated: list[tuple[str, tuple[int, int]]] = []
         file_names: dict[bytes, str] = {}
-        by_fit: dict[Fit | None, list[str]] = defaultdict(list)
         for image in self.data["images"]:
             file_name = image["file_name"]
             file = folders.find(file_name) if isinstance(file_name, str) else None
@@ -223,11 +225,16 @@ class Part:
                 self.wrong["different names of one image file"].append(f"{file_names[name]} = {file_name}")
             if not name.endswith(os.fsencode(file_name.replace("\\", "/").removeprefix("./"))):
                 self.noted["image files found by the end of their names"].append(file_name)
-            header = read_header(folders.root / os.fsdecode(name))
-            by_fit[header and header.fit((image["height"], image["width"]))].append(file_name)
             file_names[name] = file_name
             names.append(name)
             byte_counts.append(byte_count)
+            annotated.append((file_name, (image["height"], image["width"])))
+        paths = [folders.root / os.fsdecode(name) for name in names]
+        with progress(f"reading the headers of the images of {self.name}", len(paths)) as tick:
+            headers = read_headers(paths, tick, world)
+        by_fit: dict[Fit | None, list[str]] = defaultdict(list)
+        for (file_name, size), header in zip(annotated, headers, strict=True):
+            by_fit[header and header.fit(size)].append(file_name)
         self.fits = Counter({fit: len(of_fit) for fit, of_fit in by_fit.items() if fit})
         if exchanged := by_fit["exchanged"]:
             self.wrong["images with height and width exchanged, though EXIF does not turn them"] = exchanged

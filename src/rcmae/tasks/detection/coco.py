@@ -19,6 +19,8 @@ from ...config import hint, how_many
 from ...data.base import OpenOptions, Source, Strings
 from ...data.pixels import measure_bits, read_image
 from ...data.sources import SOURCES, kind_of, similar_forms
+from ...engine.console import ShowProgress, no_progress
+from ...engine.distributed import World
 from ...errors import ConfigError, DataError
 from .annotations import Part, drop_groups
 from .layouts import find_annotations, load_json
@@ -189,26 +191,29 @@ def open_coco(
     test_images: int = 256,
     size: int = 128,
     channels: int = 3,
+    bits: int | None = None,
+    progress: ShowProgress = no_progress,
+    world: World = World(),
 ) -> tuple[CocoSet, CocoSet]:
     """Open the training and the test set: `data` is a folder in one of the `layouts`, or a source that has
     objects.
 
     The test set is the part val of the folder (or, without it, test), unless `val` is another folder. With
     `val`, each of the two may also be a JSON file, or a folder of a single part. The numbers of images,
-    `size` in pixels and `channels` are for a source that generates its images. Raises ConfigError, or
-    DataError with all problems of both sets.
+    `size` in pixels and `channels` are for a source that generates its images; `bits` are those of the images
+    that the backbone was trained on, see `measure_bits`. Raises ConfigError, or DataError with all problems
+    of both sets.
     """
     options, alone = OpenOptions(channels, size), val is not None
     both = "give the part to train on with --data and the other with --val, as folders or JSON files"
-    train, test = _validated(
-        [
+    other = "give it with --val, a folder or JSON file"
+    with progress(f"reading the annotations of {data}", 1):
+        parts = [
             _part(data, ("train",), train_images, options, alone, both),
-            _part(
-                val or data, TEST, test_images, options, alone, "give it with --val, a folder or JSON file"
-            ),
+            _part(val or data, TEST, test_images, options, alone, other),
         ]
-    )
-    measure_bits((train, test), channels)
+    train, test = _validated(parts, progress, world)
+    measure_bits((train, test), channels, bits, progress, world)
     return train, test
 
 
@@ -220,18 +225,22 @@ def open_test(
     channels: int = 3,
     categories: Mapping[int, str] | None = None,
     upright: bool | None = None,
+    bits: int | None = None,
+    progress: ShowProgress = no_progress,
+    world: World = World(),
 ) -> CocoSet:
     """Open only the test set: the part val of a folder (or, without it, test), a folder of a single part, a
     JSON file, or a source with objects.
 
     `categories` are the names of the detector's classes by their ids, and `upright` is the orientation of the
-    annotations that it was trained on, for a set that does not tell its own. Raises the errors of
-    `open_coco`.
+    annotations that it was trained on, for a set that does not tell its own; `bits` as in `open_coco`. Raises
+    the errors of `open_coco`.
     """
     advice = "give --data a folder or JSON file of this part"
-    part = _part(data, TEST, images, OpenOptions(channels, size), True, advice)
-    [test] = _validated([part], categories, upright)
-    measure_bits([test], channels)
+    with progress(f"reading the annotations of {data}", 1):
+        part = _part(data, TEST, images, OpenOptions(channels, size), True, advice)
+    [test] = _validated([part], progress, world, categories, upright)
+    measure_bits([test], channels, bits, progress, world)
     return test
 
 
@@ -266,7 +275,11 @@ def _part(
 
 
 def _validated(
-    parts: list[Part], categories: Mapping[int, str] | None = None, upright: bool | None = None
+    parts: list[Part],
+    progress: ShowProgress,
+    world: World,
+    categories: Mapping[int, str] | None = None,
+    upright: bool | None = None,
 ) -> list[CocoSet]:
     """The sets, with the categories of the detector or else of the first part. Raises DataError with all
     problems of all parts."""
@@ -275,7 +288,10 @@ def _validated(
     _refuse(parts)
     drop_groups(parts, categories or ())
     for part in parts:
-        part.validate_content()
+        with progress(f"checking the objects of {part.name}", len(part.data["annotations"])) as tick:
+            part.validate_content(tick)
+        if part.source is None:
+            part.validate_files(progress, world)
     owner = "the detector"
     if categories is None:
         categories, owner = parts[0].categories, parts[0].name

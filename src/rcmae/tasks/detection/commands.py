@@ -52,8 +52,14 @@ def train_detector(name: str, options: DetectionOptions, runtime: BaseRuntimeCon
         check_ranks(settings, world, device)
         check_parts(settings.batch_size, world.size, runtime.accumulate)
         check_same_recipe(out, settings, load_detect, ("batch_size",))  # lowered for few images
-        with screen.progress(f"reading the annotations of {options.data}", 1):
-            data, test = open_coco(options.data, options.val, channels=backbone.channels)
+        data, test = open_coco(
+            options.data,
+            options.val,
+            channels=backbone.channels,
+            bits=backbone.bits,
+            progress=screen.progress,
+            world=world,
+        )
         if options.train_images is not None:
             data = sample_images(data, options.train_images)
         about = {
@@ -62,6 +68,7 @@ def train_detector(name: str, options: DetectionOptions, runtime: BaseRuntimeCon
             "data_name": options.data,
             "val_name": options.val,
             "upright": data.upright,
+            "bits": data.bits,
             "recipe": recipe,
         }
         screen.say(f"recipe {recipe}, trained on {data.name}, tested on {test.name}")
@@ -109,10 +116,15 @@ def score_detector(checkpoint: Path, options: ScoringOptions) -> dict[str, Any] 
         translate_errors(device, world, advice),
         Screen(world.is_main) as screen,
     ):
-        with screen.progress(f"reading the annotations of {data}", 1):
-            categories = dict(zip(loaded.category_ids, loaded.classes, strict=True))
-            upright = loaded.about.get("upright")
-            test = open_test(data, channels=channels, categories=categories, upright=upright)
+        test = open_test(
+            data,
+            channels=channels,
+            categories=dict(zip(loaded.category_ids, loaded.classes, strict=True)),
+            upright=loaded.about.get("upright"),
+            bits=loaded.about.get("bits"),
+            progress=screen.progress,
+            world=world,
+        )
         for line in test.notes:
             screen.say(f"note: {line}")
         if options.results:

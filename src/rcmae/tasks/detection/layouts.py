@@ -109,9 +109,11 @@ class ImageFolders:
     def __init__(self, file: Path):
         self.root = file.parent.parent if file.parent.name == "annotations" else file.parent
         split, part = file.stem.removeprefix("instances_"), part_of(file.stem)
-        folders = ["", split, f"images/{split}", "images", "data"]
+        # Those of the part come first: the other ones may hold images of the same names.
+        folders = [split, f"images/{split}"]
         for parent in ("", "images/") if part else ():
             folders += [parent + name for name in _part_folders(self.root / parent) if part_of(name) == part]
+        folders += ["", "images", "data"]
         self.folders = [folder for folder in dict.fromkeys(folders) if (self.root / folder).is_dir()]
 
     def __str__(self) -> str:

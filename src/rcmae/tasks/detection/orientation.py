@@ -5,18 +5,17 @@ annotated size tells. All other images (turned by 180 degrees, mirrored, or squa
 these.
 """
 
-import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL import Image
-
 from ...config import how_many
-from ...data.decode import FORMATS
+from ...data import decode
+from ...engine.distributed import World
 
-ORIENTATION, TURNED = 0x0112, 5
-"The EXIF tag, and its lowest value that exchanges height and width; 1 is upright."
+TURNED = 5
+"The lowest EXIF orientation that exchanges height and width; 1 is upright."
 
 Fit = Literal["plain", "upright", "stored", "either", "exchanged", "other"]
 """How an image fits the annotated size: plain without an EXIF orientation, upright or as stored, either way
@@ -41,15 +40,23 @@ class Header(NamedTuple):
         return "either" if stored == upright else "upright" if size == upright else "stored"
 
 
-def read_header(path: Path) -> Header | None:
-    """The header of an image file; None if it cannot be read without decoding the image."""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
-            # Not file.getexif(), which decodes a PNG to its end.
-            orientation = Image.Image.getexif(file).get(ORIENTATION, 1)
-            return Header(file.height, file.width, orientation if orientation in range(1, 9) else 1)
-    except Exception:  # decoders raise all kinds of errors on damaged files
-        return None
+def read_headers(
+    paths: Sequence[Path], tick: Callable[[int], None], world: World = World()
+) -> list[Header | None]:
+    """The headers of image files; None for those that cannot be read. Each rank reads a part of them; `tick`
+    is called with the number of files that all ranks have read."""
+    part = []
+    for path in paths[world.rank :: world.size]:
+        try:
+            with path.open("rb") as file:
+                part.append(Header(*decode.read_header(file)))
+        except (OSError, decode.BadImage):
+            part.append(None)
+        tick(len(part) * world.size)
+    headers: list[Header | None] = [None] * len(paths)
+    for rank, of_rank in enumerate(world.broadcast(world.gather(part))):
+        headers[rank :: world.size] = of_rank
+    return headers
 
 
 def decide(fits: Counter[Fit], default: bool | None = None) -> tuple[bool | None, list[str]]:

@@ -84,7 +84,7 @@ class Robustness(Task):
         )
         test, seed, screen = context.set.test, context.options.seed, context.screen
         workers = processes(test, context.options.workers)
-        loading = Loading(context.backbone.shape, context.device, workers=workers)
+        loading = Loading(context.backbone.shape, context.device, workers=workers, bits=test.bits or 16)
         context.precision = "fp32"  # for the record: classification and attacks run without autocast
         metrics, details, correct = measure_robustness(
             model, self._classes(context), test, self, loading, seed, screen

@@ -62,6 +62,8 @@ class Loading:
     device: torch.device
     batch: int = 64
     workers: int = 0
+    bits: int = 16
+    "those of 16-bit images, see `Source.bits`"
     progress: ShowProgress = no_progress
     "for each pass over images"
 
@@ -305,7 +307,7 @@ def imagenet_c(
     first, _ = published(next(iter(folders.values())), classes, classes)
     with loading.passes(IMAGENET_C, len(folders) * len(first)) as loading:
         for (corruption, severity), folder in folders.items():
-            source, labels = published(folder, classes, classes)
+            source, labels = published(folder, classes, classes, loading.bits)
             if not np.array_equal(source.names.data, first.names.data):
                 raise DataError(
                     f"{folder} holds {len(source)} images, and {first.name} {len(first)}, with different "
@@ -327,6 +329,12 @@ def _first(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
+def _open(root: Path, bits: int) -> Source:
+    source = open_source(str(root), value_range="dtype")
+    source.bits = bits
+    return source
+
+
 def _folders(root: Path, wanted: Sequence[str]) -> list[str]:
     """The class folders. Raises DataError unless they are the `wanted` ones."""
     if not root.is_dir():
@@ -344,11 +352,13 @@ def _folders(root: Path, wanted: Sequence[str]) -> list[str]:
     return folders
 
 
-def published(root: Path, classes: Sequence[str], wanted: Sequence[str]) -> tuple[Files, Labels]:
-    """The images of a set with a folder for each of the `wanted` classes, and their labels. Raises DataError
-    for missing or additional folders."""
+def published(
+    root: Path, classes: Sequence[str], wanted: Sequence[str], bits: int = 16
+) -> tuple[Files, Labels]:
+    """The images of a set with a folder for each of the `wanted` classes, and their labels; `bits` are those
+    of 16-bit images. Raises DataError for missing or additional folders."""
     folders = _folders(root, wanted)
-    source = open_source(str(root))
+    source = _open(root, bits)
     if not isinstance(source, Files) or source.labels is None or (source.labels < 0).any():
         raise DataError(f"{root} must contain images in class folders, and nothing else")
     if empty := sorted(set(folders) - set(source.classes)):
@@ -390,7 +400,7 @@ def subset(
     pytorch-image-models/issues/176). Among all classes it is lower.
     """
     wnids = synsets(which)
-    source, labels = published(root, classes, wnids)
+    source, labels = published(root, classes, wnids, loading.bits)
     index = torch.from_numpy(columns(classes, wnids)).to(loading.device)
     n = len(labels)
     among_200, among_all = (np.zeros((len(models), n), bool) for _ in range(2))
@@ -405,16 +415,18 @@ def sketch(
     models: dict[str, Model], root: Path, classes: Sequence[str], loading: Loading
 ) -> dict[str, Correct]:
     """ImageNet-Sketch: 1,000 wnid folders, all classes."""
-    source, labels = published(root, classes, imagenet_classes())
+    source, labels = published(root, classes, imagenet_classes(), loading.bits)
     return dict(zip(models, _correct(models, source, labels, loading.view(), loading), strict=True))
 
 
-def validation_images(root: Path, classes: Sequence[str]) -> tuple[Files, list[Int[np.ndarray, " k"]]]:
+def validation_images(
+    root: Path, classes: Sequence[str], bits: int = 16
+) -> tuple[Files, list[Int[np.ndarray, " k"]]]:
     """ImageNet's validation images, and for each the indices of all ReaL labels. Raises DataError for other
     files."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give the folder of ImageNet's validation images")
-    source = open_source(str(root))
+    source = _open(root, bits)
     if not isinstance(source, Files):
         raise DataError(f"{root} holds archives; unpack them")
     numbers = [
@@ -437,7 +449,7 @@ def real_labels(
     `root` contains ILSVRC2012_val_00000001.JPEG and so on, flat or in folders. Images without a label in ReaL
     are left out: 3,163 of the 50,000.
     """
-    source, real = validation_images(root, classes)
+    source, real = validation_images(root, classes, loading.bits)
     indices = np.array([i for i, labels in enumerate(real) if len(labels)], dtype=np.int64)
     right = np.zeros((len(source), len(classes)), bool)
     for row, labels in zip(right, real, strict=True):
