@@ -291,9 +291,10 @@ class Pretraining(Trainer):
         if scores:
             self.scores = scores
             self.write("probe", **scores)
-            baselines = of_kind(read_metrics(self.out), "baseline")[:1]
-            shown = scores | {"randomly initialized": b["random_init"] for b in baselines}
-            text = "; ".join(f"{which} {self.in_words(s)}" for which, s in shown.items())
+            shown = [*scores.items()]
+            if baselines := of_kind(read_metrics(self.out), "baseline"):
+                shown.append(("randomly initialized", baselines[0]["random_init"]))
+            text = "; ".join(f"{which} {self.in_words(s)}" for which, s in shown)
             self.screen.say(f"step {self.step:,}, accuracy (%): {text}")
 
     def in_words(self, scores: Scores) -> str:

@@ -205,8 +205,8 @@ class RCMAE(MeanTeacher, MAE):
         if half_life >= NEAR_STUDENT:
             return ""
         return (
-            f"The teacher's half-life is {half_life:.2g} steps: it is nearly the student, and the run is close "
-            "to plain MAE. Lengthen --half-life (under another schedule raise --momentum)."
+            f"The teacher's half-life is {half_life:.2g} steps: it is nearly the student, and the run is "
+            "close to plain MAE. Lengthen --half-life (under another schedule raise --momentum)."
         )
 
     @classmethod

@@ -16,9 +16,9 @@ from ..engine.run import read_json, write_json
 from ..methods import METHODS, Method
 from ..methods.diagnostics import Sentence
 from ..methods.recipes import parse_recipe
-from ..tasks.interval import with_margin
+from ..tasks.interval import MARGIN_NOTE, with_margin
 from ..tasks.learned import below_random, learned
-from ..tasks.probe import KNN_NOTE, MARGIN_NOTE, final_correct, final_scores, image_count, score_table
+from ..tasks.probe import KNN_NOTE, final_correct, final_scores, image_count, score_table
 from . import pictures, severity
 from .curves import Line, column, plot, standalone
 from .files import bad_files
@@ -54,14 +54,17 @@ def render(run: Path, running: bool) -> str:
         **heading(run, recipe, machine, train, bad),
         so_far="" if finished else " so far",
         answer=learned(correct, judged),
-        verdict=alarm_sentences(alarms, recorded, weak)
-        + [state(train, total, running)]
-        + judged
-        + below_random(correct)
-        + failure_sentences(train, bad)
-        + data_sentences(machine, len(bad)),
+        verdict=[
+            *alarm_sentences(alarms, recorded, weak),
+            state(train, total, running),
+            *judged,
+            *below_random(correct),
+            *failure_sentences(train, bad),
+            *data_sentences(machine, len(bad)),
+        ],
         scores=score_table(final_scores(lines), image_count(correct)),
-        notes=f"{MARGIN_NOTE} {KNN_NOTE}",
+        margin_note=MARGIN_NOTE,
+        knn_note=KNN_NOTE,
         learning=drawn(method.figures(), train, reference),
         accuracy=probe_figure(probes, baseline),
         rates=rate_figures(train),
@@ -284,10 +287,14 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
         if "top1" in record.get("metrics", {}) and record.get("per_class"):
             hardest = min(record["per_class"], key=record["per_class"].__getitem__)
             row = {key: record[key] for key in ("task", "network", "data", "train_images")}
-            row |= {"file": file, "top1": with_margin(record["metrics"]["top1"], record.get("test_images", 0))}
-            images = record.get("images_per_class", {}).get(hardest)
+            accuracy, images = record["per_class"][hardest], record.get("images_per_class", {}).get(hardest)
             of = f" % of {how_many(images, 'image')}" if images else ""
-            rows.append(row | {"hardest": f"{hardest} ({record['per_class'][hardest]:.1f}{of})"})
+            row |= {
+                "file": file,
+                "top1": with_margin(record["metrics"]["top1"], record.get("test_images", 0)),
+                "hardest": f"{hardest} ({accuracy:.1f}{of})",
+            }
+            rows.append(row)
     return rows
 
 

@@ -5,6 +5,8 @@ import numpy as np
 from jaxtyping import Bool
 from scipy import stats
 
+MARGIN_NOTE = "±: half of a 95 % interval (Wilson's) over the test images."
+
 Correct = list[Bool[np.ndarray, " m"]]
 "For each seed, which test images were classified correctly."
 

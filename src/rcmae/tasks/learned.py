@@ -7,18 +7,17 @@ from typing import Literal, NamedTuple
 from ..engine.console import Screen
 from ..engine.metrics import read_metrics
 from ..methods.diagnostics import Sentence
-from .interval import paired, points
+from .interval import MARGIN_NOTE, paired, points
 from .probe import (
     KINDS,
     KNN_NOTE,
-    MARGIN_NOTE,
     PIXELS,
     RANDOM,
     Correct,
     final_correct,
     final_scores,
-    score_table,
     image_count,
+    score_table,
 )
 
 
@@ -87,8 +86,8 @@ def below_random(correct: Mapping[str, Correct]) -> list[Sentence]:
     return [
         (
             "bad",
-            f"By the {KINDS[kind]}, the {network}'s features are worse than those of the randomly initialized "
-            f"encoder ({100 * before[kind].mean():.1f} %; {points(*gain)}).",
+            f"By the {KINDS[kind]}, the {network}'s features are worse than those of the randomly "
+            f"initialized encoder ({100 * before[kind].mean():.1f} %; {points(*gain)}).",
         )
         for kind, gain in gains.items()
         if gain[2] < 0
@@ -117,7 +116,7 @@ def _without_labels(judged: Sequence[Sentence]) -> Answer:
     if "bad" in tones:
         return Answer("no", "bad", f"{why}, and it is not learned (see below).")
     task = "it is being learned" if "good" in tones else "nothing speaks against it"
-    text = f"{why}: {task}. Whether the features are useful needs labels: rcmae evaluate linear RUN --data DIR."
+    text = f"{why}: {task}. Whether the features are useful is not measured."
     return Answer("not shown", "note", text)
 
 

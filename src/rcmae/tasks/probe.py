@@ -41,8 +41,6 @@ KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"
 PIXELS, RANDOM = "raw pixels", "randomly initialized encoder"
 "The baselines of the probes."
 
-MARGIN_NOTE = "±: half of a 95 % interval (Wilson's) over the test images."
-
 KNN_NOTE = (
     "The linear probe is the main metric: distances, and so k-NN, depend most on the directions of largest "
     "variance, which often describe color and background."
@@ -248,7 +246,9 @@ def score_table(scores: dict[str, Scores], images: int = 0) -> tuple[list[str], 
     """The names of the probes, and for each network its name and accuracies in percent, empty where it was
     not measured, with their margins if the number of test `images` is known."""
     kinds = [kind for kind in KINDS if any(kind in s for s in scores.values())]
-    rows = [[name, *(with_margin(s[k], images) if k in s else "" for k in kinds)] for name, s in scores.items()]
+    rows = [
+        [name, *(with_margin(s[k], images) if k in s else "" for k in kinds)] for name, s in scores.items()
+    ]
     return [KINDS[k] for k in kinds], rows
 
 
