@@ -23,7 +23,7 @@ def _unpaired(old):
 
 @catches("pairs are ignored", "rcmae.tasks.interval:paired", _unpaired)
 @pytest.mark.parametrize("images", [60, 400])
-@pytest.mark.parametrize(("first", "second"), [(0.1, 0.1), (0.12, 0.05), (0.01, 0.0)])
+@pytest.mark.parametrize(("first", "second"), [(0.1, 0.1), (0.12, 0.05), (0.01, 0.01)])
 def test_paired_intervals_cover_the_true_difference(images, first, second):
     """Of 1,000 draws of test images, about 950 (never fewer than 930, and without needless width where there
     are enough images) contain the true difference. `first`, `second`: images that only one is correct on."""
@@ -35,7 +35,7 @@ def test_paired_intervals_cover_the_true_difference(images, first, second):
         _, low, high = paired(only_first | both, only_second | both)
         covered += low <= 100 * (first - second) <= high
     assert covered >= 930
-    if images == 400 and second:
+    if images == 400 and first > 0.05:
         assert covered <= 975
 
 
@@ -47,7 +47,7 @@ def test_a_margin_is_half_of_wilsons_interval():
 
 
 def correct(images: int, **accuracies: float) -> dict:
-    """Results by network; a better network is correct wherever a worse one is, and differs on a tenth more."""
+    """Results by network; a better network is correct wherever a worse one is, but for a tenth of them."""
     rng = np.random.default_rng(0)
     order = rng.random(images)
     names = {"pixels": PIXELS, "random": RANDOM}
@@ -75,7 +75,7 @@ def test_the_answer_follows_from_the_interval_not_from_the_gain():
 
 
 def test_raw_pixels_do_not_decide_but_are_always_mentioned():
-    answer = learned(correct(400, student=60, random=40, pixels=80), ())
+    answer = learned(correct(400, student=60, random=40, pixels=85), ())
     assert answer[:2] == ("yes", "note") and "below raw pixels (8" in answer.text
 
 

@@ -343,7 +343,7 @@ def test_text_in_a_figure_is_readable_on_a_phone():
     """At least 11 px if the figure is 360 px wide, also with many blocks."""
     blocks = {f"encoder {i}": 1.0 + i for i in range(24)} | {f"decoder {i}": 1.0 for i in range(8)}
     svg = by_depth({"step 1": ("teacher", blocks), "step 2": ("ink", blocks)}, "distance", {"level": 2.0})
-    sizes = [float(size) for size in re.findall(r"font: ([\d.]+)px", svg)]
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
     assert len(sizes) > 10 and min(sizes) * 360 / width >= 11
 

@@ -124,11 +124,10 @@ def plot(
         names = [line.name for line in drawn if line.name]
         if len(names) > 1:
             # Above the axes, where it hides no curve; many short names need less height in three columns.
-            short = len(names) > 4 and max(map(len, names)) < 15
-            axes.legend(
-                loc="lower left",
-                bbox_to_anchor=(0, 1),
-                ncols=3 if short else 2,
+            longest = max(map(len, names))
+            figure.legend(
+                loc="outside upper left",
+                ncols=1 if longest > 24 else 3 if len(names) > 4 and longest < 15 else 2,
                 frameon=False,
                 labelcolor=COLORS["ink"],
                 fontsize=SMALL,
