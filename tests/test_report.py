@@ -314,7 +314,7 @@ def texts(svg: str) -> dict[str, float]:
 
 
 def _levels_only(old):
-    return lambda axes, levels: [
+    return lambda figure, axes, levels: [
         axes.annotate(name, (1, v), xycoords=("axes fraction", "data")) for name, v in levels.items()
     ]
 

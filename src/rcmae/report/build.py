@@ -101,10 +101,14 @@ def template(name: str, package: str = "rcmae.report") -> Template:
     loader = ChoiceLoader([PackageLoader(package, "."), PackageLoader("rcmae.report", ".")])
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["thousands"] = lambda v: f"{v:,.0f}" if isinstance(v, (int, float)) else "–"
-    environment.filters["options"] = lambda text: Markup(
-        re.sub(r"(?<!\S)--[a-z][a-z-]*", r"<code>\g<0></code>", str(escape(text)))
-    )
+    environment.filters["options"] = _marked
     return environment.get_template(name)
+
+
+def _marked(text: str) -> Markup:
+    """A text with its command-line options as code, and with minus signs."""
+    signed = re.sub(r"(?<!\S)-(?=\d)", "\N{MINUS SIGN}", str(escape(text)))
+    return Markup(re.sub(r"(?<!\S)--[a-z][a-z-]*", r"<code>\g<0></code>", signed))
 
 
 def write_page(

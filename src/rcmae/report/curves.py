@@ -33,7 +33,7 @@ SMALL = 9.5
 "Size of the smallest text in points: 11 px where a figure of WIDTH is as wide as a phone."
 
 WIDTH, HEIGHT = 4.2, 2.75
-"Size of a figure in inches."
+"Size of a figure in inches; an inch is added for turned labels below the axis."
 
 # Placeholders for matplotlib, replaced in the SVG by variables of the page.
 COLORS = {name: f"#{i:02x}{i:02x}{i:02x}" for i, name in enumerate(LIGHT, 1)}
@@ -82,7 +82,8 @@ def plot(
         "axes.formatter.limits": (-4, 6),
     }
     with rc_context(settings):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        turned = len("".join((ticks or {}).values())) > 30
+        figure = Figure(figsize=(WIDTH, HEIGHT + turned), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         drawn = [line for line in lines if _draw(axes, line, markers, log)]
@@ -106,8 +107,8 @@ def plot(
         if xlabel == "step":
             axes.set_xlim(left=0)
         if ticks:
-            turned = 90 if len("".join(ticks.values())) > 30 else 0
-            axes.set_xticks(list(ticks), _thinned(list(ticks.values())), rotation=turned, fontsize=SMALL)
+            labels = _thinned(list(ticks.values()))
+            axes.set_xticks(list(ticks), labels, rotation=90 * turned, fontsize=SMALL)
         sides: list[Any] = [axes]
         if right:
             label, factor = right
@@ -135,7 +136,7 @@ def plot(
                 columnspacing=1.2,
                 borderpad=0.2,
             )
-        _label(axes, levels or {})
+        _label(figure, axes, levels or {})
         file = io.StringIO()
         figure.savefig(
             file,
@@ -202,14 +203,14 @@ def _draw(axes: Axes, line: Line, markers: bool, log: bool) -> bool:
     return True
 
 
-def _label(axes: Axes, levels: Mapping[str, float]) -> None:
+def _label(figure: Figure, axes: Axes, levels: Mapping[str, float]) -> None:
     """Label horizontal lines at the right edge, each above its line; of labels that would overlap, the lowest
     is below its line if there is room, and the others are moved up, in the order of their lines."""
     levels = {name: value for name, value in sorted(levels.items(), key=lambda x: x[1]) if name}
     if not levels:
         return
-    axes.figure.draw_without_rendering()  # the layout, which decides the distances
-    to_points, line_height, gap = 72 / axes.figure.dpi, 1.2 * SMALL, 2.0
+    figure.draw_without_rendering()  # the layout, which decides the distances
+    to_points, line_height, gap = 72 / figure.dpi, 1.2 * SMALL, 2.0
     bottom = axes.bbox.y0
     lines = [to_points * (axes.transData.transform((0, v))[1] - bottom) for v in levels.values()]
     heights: list[float] = []
