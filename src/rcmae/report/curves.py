@@ -207,9 +207,8 @@ def _label(figure: Figure, axes: Axes, levels: Mapping[str, float]) -> None:
     """Label horizontal lines at the right edge, each above its line; of labels that would overlap, the lowest
     is below its line if there is room, and the others are moved up, in the order of their lines."""
     levels = {name: value for name, value in sorted(levels.items(), key=lambda x: x[1]) if name}
-    if not levels:
-        return
-    figure.draw_without_rendering()  # the layout, which decides the distances
+    if len(levels) > 1:
+        figure.draw_without_rendering()  # the layout, which decides the distances
     to_points, line_height, gap = 72 / figure.dpi, 1.2 * SMALL, 2.0
     bottom = axes.bbox.y0
     lines = [to_points * (axes.transData.transform((0, v))[1] - bottom) for v in levels.values()]
@@ -230,6 +229,7 @@ def _label(figure: Figure, axes: Axes, levels: Mapping[str, float]) -> None:
             va="bottom",
             color=COLORS["baseline"],
             fontsize=SMALL,
+            in_layout=False,
         )
 
 
