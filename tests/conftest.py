@@ -44,6 +44,9 @@ class Undrawn(curves.Figure):
     def savefig(self, file, **options) -> None:
         file.write("<svg></svg>")
 
+    def draw_without_rendering(self) -> None:
+        """No layout either."""
+
 
 Drawn, curves.Figure = curves.Figure, Undrawn
 

@@ -59,10 +59,10 @@ def test_a_detector_that_was_stopped_has_a_page_too(tmp_path, sets, monkeypatch)
     with pytest.raises(Preempted):
         run(tmp_path / "run", sets, log_every=1)
     text = page(tmp_path / "run")
-    assert "Running or stopped at step 2 of 6: the same command resumes it." in words(text)
+    assert "Stopped at step 2 of 6: the same command resumes it." in words(text)
     assert 'id="figure-losses"' in text and 'id="scores"' not in text and "Finished" not in words(text)
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    assert "Running or stopped before a step was recorded" in words(page(tmp_path / "run"))
+    assert "Stopped before its first recorded step" in words(page(tmp_path / "run"))
 
 
 def test_report_rejects_runs_without_a_page(tmp_path, capsys):

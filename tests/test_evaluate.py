@@ -42,6 +42,7 @@ from rcmae.tasks.evaluation.base import EvaluationOptions, Task, TaskResult
 from rcmae.tasks.evaluation.worth import Worth
 from rcmae.tasks.features import extract, identity
 from rcmae.tasks.finetune import load_finetune
+from rcmae.tasks.interval import with_margin
 from rcmae.tasks.robustness.corruptions import STANDARD
 from rcmae.tasks.robustness.metrics import imagenet_classes
 from rcmae.tasks.score import READ, Centers, in_parts, rebatched
@@ -152,10 +153,11 @@ def test_a_task_records_its_results(tmp_path, data, backbone, task, capsys):
         result["train_images"] == 36
         and result["test_images"] == 18
         and list(result["per_class"]) == ["a", "b", "c"]
+        and result["images_per_class"] == {"a": 6, "b": 6, "c": 6}
     )
     assert np.mean(list(result["per_class"].values())) == pytest.approx(result["metrics"]["top1"])
     assert result["hashes"]["backbone"] == identity(load(backbone))
-    assert f"{result['metrics']['top1']:.2f}" in capsys.readouterr().out
+    assert with_margin(result["metrics"]["top1"], 18) in capsys.readouterr().out
 
 
 def test_other_settings_write_another_file(tmp_path, data, backbone):

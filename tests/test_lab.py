@@ -348,6 +348,15 @@ def test_measured_momentum_counts_every_move_of_the_teacher(updates):
     assert "measured_momentum" not in recorded(method, optimizer, monitor, 4, skip=True)
 
 
+def test_momentum_is_not_measured_on_distances_that_are_rounding():
+    """After each update, a teacher with a half-life of 0.05 steps differs from the student by rounding, from
+    which no momentum follows, although the student moves far."""
+    method = method_for(small(half_life="0.05 steps"))
+    monitor, optimizer = Monitor(method, 100), adamw(method.student, method.recipe.optim, 1e-3)
+    lines = [recorded(method, optimizer, monitor, step) for step in range(4)]
+    assert not any("measured_momentum" in line for line in lines[1:])
+
+
 def test_the_monitor_changes_nothing():
     """Weights are equal to the bit with and without it, slow diagnostics included, and it frees its
     copies."""

@@ -12,10 +12,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from rcmae.config import to_toml
+from rcmae.engine.run import run_lock
 from rcmae.engine.schedules import fraction_of_run
 from rcmae.report import pictures, write_report
-from rcmae.report.curves import Line, by_depth, plot
+from rcmae.report.curves import SMALL, Line, by_depth, plot
 from tests.conftest import small
+from tests.mutations import catches
 
 TEACHER_FIGURES = [
     "advantage",
@@ -59,6 +61,22 @@ def read(tmp_path: Path, tensors: dict, meta: dict) -> pictures.Snapshot:
     return pictures.read_snapshot(tmp_path / "x.safetensors")
 
 
+IMAGES = 200
+"Test images of the synthetic probes."
+
+
+def write_probe(run: Path, step: int, **scores: dict[str, float]) -> None:
+    """Results for each test image with these accuracies."""
+    rng = np.random.default_rng(step)
+    tensors = {
+        f"{network}/{probe}": rng.permutation(np.arange(IMAGES) < round(accuracy / 100 * IMAGES))
+        for network, by_probe in scores.items()
+        for probe, accuracy in by_probe.items()
+    }
+    (run / "probes").mkdir(exist_ok=True)
+    save_file(tensors, run / "probes" / f"{step:08d}.safetensors")
+
+
 def run_directory(root: Path, teacher: bool = True, labeled: bool = True) -> Path:
     """A small synthetic run directory."""
     root.mkdir(parents=True)
@@ -70,14 +88,12 @@ def run_directory(root: Path, teacher: bool = True, labeled: bool = True) -> Pat
     )
     lines = [{"kind": "reference", "step": 0, "zero": 0.8, "patch_mean": 0.5, "nearest_visible": 0.9}]
     if labeled:
-        lines.append(
-            {
-                "kind": "baseline",
-                "step": 0,
-                "raw_pixels": {"linear": 25.0, "knn": 50.0},
-                "random_init": {"linear": 20.0, "knn": 10.0},
-            }
-        )
+        baselines = {
+            "raw_pixels": {"linear": 25.0, "knn": 50.0},
+            "random_init": {"linear": 20.0, "knn": 10.0},
+        }
+        lines.append({"kind": "baseline", "step": 0, **baselines})
+        write_probe(root, 0, **baselines)
     for step in range(1, 61):
         line = {
             "kind": "train",
@@ -107,9 +123,9 @@ def run_directory(root: Path, teacher: bool = True, labeled: bool = True) -> Pat
     if labeled:
         for step in (30, 60):
             scores = {"linear": 30.0 + step / 3, "knn": 12.0}
-            lines.append(
-                {"kind": "probe", "step": step, "student": scores} | ({"teacher": scores} if teacher else {})
-            )
+            networks = {"student": scores} | ({"teacher": scores} if teacher else {})
+            lines.append({"kind": "probe", "step": step, **networks})
+            write_probe(root, step, **networks)
     lines.append({"kind": "event", "step": 7, "text": "step 7 was not finite and was skipped"})
     (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (root / "bad_files.jsonl").write_text(
@@ -287,6 +303,51 @@ def test_a_curve_without_a_name_uses_the_logarithmic_axis():
     assert ten - one == pytest.approx(hundred - ten, abs=0.01)
 
 
+def texts(svg: str) -> dict[str, float]:
+    """The height of every text above the bottom, in points."""
+    return {
+        name: -float(y)
+        for y, name in re.findall(
+            r'<text[^>]*?(?:transform="translate\([\d.]+ |y=")([\d.]+)[^>]*>([^<]+)<', svg
+        )
+    }
+
+
+def _levels_only(old):
+    return lambda figure, axes, levels: [
+        axes.annotate(name, (1, v), xycoords=("axes fraction", "data")) for name, v in levels.items()
+    ]
+
+
+@catches("labels of close levels overlap", "rcmae.report.curves:_label", _levels_only)
+@pytest.mark.parametrize("log", [False, True])
+def test_close_levels_are_two_lines_with_labels_that_do_not_overlap(log):
+    levels = {"raw pixels": 48.1, "random": 47.6, "third": 48.5, "far": 5.0}
+    svg = plot([Line("", "student", [0, 1], [40.0, 60.0])], levels, log=log)
+    assert len(set(re.findall(r'<path d="(M [^"]+)"[^>]*stroke-dasharray', svg))) == 4
+    height = texts(svg)
+    labels = [height[name] for name in ("far", "random", "raw pixels", "third")]
+    assert min(np.diff(labels)) >= SMALL
+
+
+def test_an_axis_contains_its_baselines_and_does_not_start_below_zero():
+    line = [Line("", "student", [0, 1], [0.2, 60.0])]
+    ticks = texts(plot(line, {"baseline": 45.0}))
+    assert not any(name.startswith("\N{MINUS SIGN}") for name in ticks)
+    svg = plot([Line("", "student", [0, 1], [50.0, 60.0])], {"baseline": 30.0})
+    assert min(float(name) for name in texts(svg) if re.fullmatch(r"[\d.]+", name) and float(name) > 1) <= 30
+    assert "\N{MINUS SIGN}" in plot([Line("", "student", [0, 1], [-3.0, 5.0])]), "losses may be negative"
+
+
+def test_text_in_a_figure_is_readable_on_a_phone():
+    """At least 11 px if the figure is 360 px wide, also with many blocks."""
+    blocks = {f"encoder {i}": 1.0 + i for i in range(24)} | {f"decoder {i}": 1.0 for i in range(8)}
+    svg = by_depth({"step 1": ("teacher", blocks), "step 2": ("ink", blocks)}, "distance", {"level": 2.0})
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+    assert len(sizes) > 10 and min(sizes) * 360 / width >= 11
+
+
 def test_a_smooth_curve_is_a_running_mean():
     y = [0.0, 2.0] * 50
     svg = plot([Line("", "ink", list(range(100)), y, smooth=True)])
@@ -369,10 +430,15 @@ def test_the_verdict_is_in_plain_words(tmp_path):
     text = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", page))
     assert "Finished at step 60 of 60." in text
     assert "so 49% of the variance of hidden patches is explained" in text
+    answer = words(part(page, 'id="answer"', "</div>"))
+    assert "Learned: yes" in answer
     assert (
-        "has an accuracy of 50.0 %: +30.0 points against the randomly initialized encoder (20.0 %), "
-        "+25.0 against raw pixels (25.0 %). It learns." in text
+        "on the teacher's features has an accuracy of 50.0 % on 200 test images: above the randomly" in answer
     )
+    assert "(20.0 %; +30.0 points, " in answer and "above raw pixels (25.0 %; +25.0 points, " in answer
+    rows = [words(row) for row in part(page, 'id="scores"', "</table>").split("<tr>")]
+    assert any("randomly initialized encoder 20.0 ± 5.5 10.0 ± 4.2" in row for row in rows)
+    assert any("teacher 50.0 ± 6.9 12.0 ± 4.5" in row for row in rows)
     assert "2.5% lower than the student" in text or "2.4% lower than the student" in text
     assert "1 image could not be read" in text
 
@@ -413,11 +479,63 @@ def test_missing_data_is_left_out(tmp_path):
     for name in ("metrics.jsonl", "machine.json", "bad_files.jsonl"):
         (run / name).unlink()
     shutil.rmtree(run / "snapshots")
-    assert "has not made a step" in write_report(run).read_text()
+    assert "Stopped before its first recorded step" in write_report(run).read_text()
     (run / "metrics.jsonl").write_text(
         '{"kind": "train", "step": 1, "loss": null, "reconstruction": null, "lr": 0.0}\n{"kind": "tra'
     )
     assert "not finite" in write_report(run).read_text()
+
+
+def test_without_results_by_image_there_is_no_answer_and_no_interval(tmp_path):
+    run = run_directory(tmp_path / "run")
+    shutil.rmtree(run / "probes")
+    page = write_report(run).read_text()
+    assert "Learned: not shown" in words(part(page, 'id="answer"', "</div>"))
+    assert "teacher 50.0 12.0" in words(part(page, 'id="scores"', "</table>"))
+
+
+@pytest.mark.parametrize(("zero", "word"), [(0.8, "not shown"), (0.4, "no")])
+def test_without_labels_the_loss_can_only_refute(tmp_path, zero, word):
+    """Against the loss of predicting zero: far below it, and no better."""
+    run = run_directory(tmp_path / "run", labeled=False)
+    record = (run / "metrics.jsonl").read_text().replace('"zero": 0.8', f'"zero": {zero}')
+    (run / "metrics.jsonl").write_text(record)
+    answer = words(part(write_report(run).read_text(), 'id="answer"', "</div>"))
+    assert re.search(rf"Learned: {word}\b(?! shown)", answer) and "no labels" in answer
+
+
+def test_a_run_is_running_while_a_process_holds_its_lock(tmp_path):
+    run = run_directory(tmp_path / "run")
+    (run / "machine.json").write_text('{"steps": 100}')
+
+    def verdict(**running: bool) -> str:
+        page = write_report(run, **running).read_text()
+        assert "Learned so far: yes" in words(part(page, 'id="answer"', "</div>"))
+        return words(part(page, 'id="verdict"', "</ul>"))
+
+    stopped, running = "Stopped at step 60 of 100", "Running, at step 60 of 100 when this page was drawn."
+    with run_lock(run):
+        assert running in verdict() and stopped in verdict(running=False)
+    assert stopped in verdict()
+    with run_lock(run):  # drawing has not kept it
+        pass
+
+
+def test_a_teacher_near_the_student_is_no_success(tmp_path):
+    """Its panel is folded, and the page neither praises it nor reports that there were no alarms."""
+    run = recorded(run_directory(tmp_path / "run"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    short = [
+        line | ({"half_life_steps": 3.0} if line["kind"] == "train" else {})
+        for line in lines
+        if line["kind"] != "alarm"
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in short))
+    page = write_report(run).read_text()
+    first = words(part(page, 'id="verdict"', "</li>"))
+    assert "The teacher's half-life is 3 steps: it is nearly the student" in first
+    assert "No alarm" not in page and "it is ahead" not in page
+    assert "<details>" in part(page, "<h2>The mean teacher</h2>", 'id="teacher"')
 
 
 def test_evaluations_are_shown_and_distinguished(tmp_path):
@@ -428,10 +546,12 @@ def test_evaluations_are_shown_and_distinguished(tmp_path):
         "network": "teacher",
         "data": "CLASSES",
         "train_images": 36,
+        "test_images": 100,
         "metrics": {"top1": 50.0},
     }
     record |= {
         "per_class": {"a": 40.0, "b": 60.0},
+        "images_per_class": {"a": 20, "b": 80},
         "labels_percent": 100,
         "seed": 0,
         "settings": {"probe": "linear"},
@@ -458,6 +578,7 @@ def test_evaluations_are_shown_and_distinguished(tmp_path):
     page = write_report(run).read_text()
     rows = part(page, 'id="evaluations"', "</table>").split("<tr>")[2:]
     assert len(rows) == 4 and all(any(f"<code>{name}</code>" in row for row in rows) for name in names)
+    assert all("50.0 ± 9.6" in row and "a (40.0 % of 20 images)" in row for row in rows)
     assert "teacher: it &lt;paid&gt;" in part(page, 'id="worth"', "</ul>")
     assert "Accuracy by severity of corruption: C-style" in page
 

@@ -678,18 +678,27 @@ def _evaluate(backbone: str, task: Task, options: EvaluationOptions) -> None:
     from .report.severity import write_figures
     from .tasks.context import results_folder
     from .tasks.evaluate import evaluate
+    from .tasks.interval import MARGIN_NOTE, with_margin
 
     records = evaluate(backbone, task, options)
     if not records:  # not the first rank
         return
+    images = records[0]["test_images"]
+
+    def cell(name: str, metrics: dict[str, float]) -> str:
+        if name not in metrics:
+            return ""
+        return with_margin(metrics[name], images) if name.startswith("top1") else f"{metrics[name]:.2f}"
+
     _print_table(
-        f"{records[0]['task']}, %, {how_many(records[0]['test_images'], 'test image')}",
+        f"{records[0]['task']}, %, {how_many(images, 'test image')}",
         ["", *(record["network"] for record in records)],
         [
-            [name, *(f"{r['metrics'][name]:.2f}" if name in r["metrics"] else "" for r in records)]
+            [name, *(cell(name, record["metrics"]) for record in records)]
             for name in dict.fromkeys(name for record in records for name in record["metrics"])
         ],
     )
+    _console().print(MARGIN_NOTE)
     folder = results_folder(backbone, options)
     for file in write_figures(records, folder):
         print(f"Open {file}")

@@ -23,7 +23,7 @@ from .data.sampler import check_parts
 from .data.sources import Source, open_source
 from .engine.console import Screen, clock
 from .engine.distributed import World, autocast
-from .engine.metrics import read_metrics
+from .engine.metrics import of_kind, read_metrics
 from .engine.optim import adamw
 from .engine.run import ADVICE, RunContext, check_same_recipe, read_json, run_context, write_json
 from .engine.schedules import Progress, cosine, fraction_of_run, ramp, spread, warmup_cosine
@@ -38,7 +38,9 @@ from .methods.recipes import load_recipe, recipe_type
 from .models.backbone import Backbone, Channels, Statistics, usual_statistics
 from .report import write_report
 from .step_time import steps_within
-from .tasks.probe import KINDS, Probes, Scores, probe_set, show_table, size_note
+from .tasks.interval import with_margin
+from .tasks.learned import show_table
+from .tasks.probe import KINDS, Probes, Scores, probe_set, size_note
 from .trainer import Trainer
 
 MIN_HALF_LIFE = 0.99
@@ -237,11 +239,8 @@ class Pretraining(Trainer):
                     f"student; give {self.method.longer_memory}"
                 )
         if baselines:
-            linear = {k: v["linear"] for k, v in baselines.items()}
-            self.screen.say(
-                f"baselines of the linear probe: raw pixels {linear['raw_pixels']:.1f} %, randomly "
-                f"initialized {linear['random_init']:.1f} %"
-            )
+            raw, random = (self.in_words(baselines[name]) for name in ("raw_pixels", "random_init"))
+            self.screen.say(f"baselines, accuracy (%): raw pixels {raw}; randomly initialized {random}")
 
     def resume_or_begin(self) -> None:
         super().resume_or_begin()
@@ -282,7 +281,7 @@ class Pretraining(Trainer):
 
     def stop(self, reason: str) -> None:
         self.next_report = 0.0  # the report must show the reason, even if it was drawn a moment ago
-        self.report()
+        self.report(stopping=True)
         raise AlarmError(
             f"alarm {reason or 'raised by rank 0'}; stopped at step {self.step}, its checkpoint is kept; the "
             "same command resumes it and does not stop for this alarm again"
@@ -311,11 +310,17 @@ class Pretraining(Trainer):
         if scores:
             self.scores = scores
             self.write("probe", **scores)
-            text = ", ".join(
-                f"{which} " + " ".join(f"{KINDS[kind]} {s[kind]:.1f} %" for kind in KINDS if kind in s)
-                for which, s in scores.items()
-            )
-            self.screen.say(f"step {self.step:,}: {text}")
+            shown = [*scores.items()]
+            if baselines := of_kind(read_metrics(self.out), "baseline"):
+                shown.append(("randomly initialized", baselines[0]["random_init"]))
+            text = "; ".join(f"{which} {self.in_words(s)}" for which, s in shown)
+            self.screen.say(f"step {self.step:,}, accuracy (%): {text}")
+
+    def in_words(self, scores: Scores) -> str:
+        """Accuracies of the probes with their margins."""
+        assert self.probes is not None
+        images = len(self.probes.set.truth)
+        return ", ".join(f"{KINDS[k]} {with_margin(scores[k], images)}" for k in KINDS if k in scores)
 
     def backbones(self) -> dict[str, Backbone]:
         """The networks that are probed and exported."""
@@ -414,7 +419,7 @@ class Pretraining(Trainer):
         for which, backbone in self.backbones().items():
             export(backbone, self.out / "export" / which, about | {"network": which})
 
-    def report(self) -> None:
+    def report(self, stopping: bool = False) -> None:
         """Write report.html. A failure does not end the run, and reports take at most a twentieth of its
         time."""
         if not self.world.is_main or (self.step < self.total and time.monotonic() < self.next_report):
@@ -422,7 +427,7 @@ class Pretraining(Trainer):
         began = time.monotonic()
         try:
             with self.screen.progress("drawing report.html", 1):
-                write_report(self.out)
+                write_report(self.out, running=not stopping)
         except Exception as e:
             self.screen.say(
                 f"note: report.html could not be written ({type(e).__name__}: {first_line(e)}); try "

@@ -111,6 +111,16 @@ def run_lock(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
+def is_running(run: Path) -> bool:
+    """Whether a process (which may be this one) holds the lock of a run directory."""
+    with suppress(OSError), (run / ".lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 @contextmanager
 def _writing(run: Path) -> Iterator[None]:
     try:

@@ -291,7 +291,7 @@ def write_gradients_page(result: dict[str, Any], out: Path) -> Path:
         ),
         "layers": by_depth(layers["previous"], ylabel, {"": 0.0}),
         "moments": by_depth(layers["moment"], "cosine with AdamW's moment", {"": 0.0}),
-        "ratios": by_depth(layers["ratio"], "|∇L_c| / |∇L_r|", {"equal": 1.0}),
+        "ratios": by_depth(layers["ratio"], "ratio of the norms", {"equal": 1.0}),
     }
     title = f"What the teacher reverts: {result['about']['run']}"
     return write_page(out, "gradients", "rcmae.lab", result, svgs, title=title)

@@ -117,6 +117,12 @@ class Diagnostics:
         return [("note", f"The {cls.figures()[0].ylabel} is {means['loss']:.4f}.")]
 
     @classmethod
+    def weak_teacher(cls, means: Numbers) -> str:
+        """Why the teacher has little effect in a run, in a sentence, from the `means` of the last log lines;
+        otherwise empty. With a sentence, the report folds the panels."""
+        return ""
+
+    @classmethod
     def derived(cls, means: Numbers) -> dict[str, float]:
         """Further values for a log line, from the `means` of the losses since the previous line."""
         return {}

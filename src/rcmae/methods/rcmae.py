@@ -27,6 +27,9 @@ from .mae import MAE, Batch, CropAndMask, MAERecipe
 from .mean_teacher import MeanTeacher, MeanTeacherRecipe
 from .reconstruction_loss import squared_errors
 
+NEAR_STUDENT = 5.0
+"Half-life in steps below which the teacher is nearly the student, so that consistency with it means little."
+
 SHORTER = "shorten --half-life (under another schedule lower --momentum)"
 "The advice for a teacher that lags behind the student."
 
@@ -178,7 +181,7 @@ class RCMAE(MeanTeacher, MAE):
     @classmethod
     def judge(cls, means: Numbers, reference: Numbers) -> list[Sentence]:
         sentences, ahead = super().judge(means, reference), advantage(means)
-        if ahead is None:
+        if ahead is None or cls.weak_teacher(means):
             return sentences
         if abs(ahead) < 0.002:
             text = "Teacher and student reconstruct equally well: the teacher neither helps nor slows down."
@@ -195,6 +198,16 @@ class RCMAE(MeanTeacher, MAE):
             f"{SHORTER})."
         )
         return [*sentences, ("note", text)]
+
+    @classmethod
+    def weak_teacher(cls, means: Numbers) -> str:
+        half_life = means.get("half_life_steps", math.inf)
+        if half_life >= NEAR_STUDENT:
+            return ""
+        return (
+            f"The teacher's half-life is {half_life:.2g} steps: it is nearly the student, and the run is "
+            "close to plain MAE. Lengthen --half-life (under another schedule raise --momentum)."
+        )
 
     @classmethod
     def panels(cls) -> tuple[Panel, ...]:

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 from ..engine.checkpoint import replace_file
+from ..engine.run import is_running
 from ..errors import ConfigError
 from . import build
 from .files import kind_of
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, running: bool | None = None) -> Path:
     """Write report.html of a run of pre-training or detection, without the parts whose files are missing.
+    `running`: whether an unfinished run continues; by default, whether a process holds its lock.
 
     Raises ConfigError if there is no such run, and StorageError.
     """
@@ -26,5 +28,5 @@ def write_report(run: Path) -> Path:
         )
     if kind == "detection":
         from .detection_page import render  # slow to import
-    replace_file(run / "report.html", render(run))
+    replace_file(run / "report.html", render(run, is_running(run) if running is None else running))
     return run / "report.html"

@@ -16,11 +16,13 @@ from ..engine.run import read_json, write_json
 from ..methods import METHODS, Method
 from ..methods.diagnostics import Sentence
 from ..methods.recipes import parse_recipe
-from ..tasks.probe import KNN_NOTE, final_scores, score_table
+from ..tasks.interval import MARGIN_NOTE, with_margin
+from ..tasks.learned import below_random, learned
+from ..tasks.probe import KNN_NOTE, final_correct, final_scores, image_count, score_table
 from . import pictures, severity
 from .curves import Line, column, plot, standalone
 from .files import bad_files
-from .panels import apart, drawn, health_panel, panel
+from .panels import drawn, health_panel, panel
 
 Lines = list[dict[str, Any]]
 "Lines of metrics.jsonl."
@@ -32,7 +34,7 @@ SNAPSHOTS = 5
 "Steps in the strip of reconstructions over time."
 
 
-def render(run: Path) -> str:
+def render(run: Path, running: bool) -> str:
     recipe = parse_recipe((run / "recipe.toml").read_text(encoding="utf-8"), "recipe.toml")
     method, lines = METHODS[recipe.method], read_metrics(run)
     machine = read_json(run / "machine.json")
@@ -41,21 +43,34 @@ def render(run: Path) -> str:
     baseline, reference = (part[0] if part else {} for part in first)
     bad = bad_files(run / "bad_files.jsonl")
     recorded = bool(health) or any("teacher_advantage" in line for line in train)
+    means, correct, total = recent(train), final_correct(run, lines), machine.get("steps")
+    finished = bool(train) and train[-1]["step"] >= (total or float("inf"))
+    judged = judge(method, means, reference)
+    weak = method.weak_teacher(means)
     panels = (panel(declared, train, [*train, *health], reference) for declared in method.panels())
     raised = [line | {"text": f"alarm {line['name']}: {line['text']}", "tone": "bad"} for line in alarms]
     return template("page.html.j2").render(
         title=f"{recipe.method} on {recipe.data}",
         **heading(run, recipe, machine, train, bad),
-        verdict=alarm_sentences(alarms, recorded)
-        + verdict(method, train, probes, baseline, reference, bad, machine.get("steps"))
-        + extension_sentences(machine)
-        + data_sentences(machine, len(bad)),
-        scores=score_table(final_scores(lines)),
+        so_far="" if finished else " so far",
+        answer=learned(correct, judged),
+        verdict=[
+            *alarm_sentences(alarms, recorded, weak),
+            state(train, total, running),
+            *extension_sentences(machine),
+            *judged,
+            *below_random(correct),
+            *failure_sentences(train, bad),
+            *data_sentences(machine, len(bad)),
+        ],
+        scores=score_table(final_scores(lines), image_count(correct)),
+        margin_note=MARGIN_NOTE,
         knn_note=KNN_NOTE,
         learning=drawn(method.figures(), train, reference),
         accuracy=probe_figure(probes, baseline),
         rates=rate_figures(train),
         panels=[p for p in panels if p],
+        weak=weak,
         health=health_panel(health, method.collapse_advice),
         shots=reconstructions(run),
         strip=strip(run),
@@ -87,10 +102,14 @@ def template(name: str, package: str = "rcmae.report") -> Template:
     loader = ChoiceLoader([PackageLoader(package, "."), PackageLoader("rcmae.report", ".")])
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["thousands"] = lambda v: f"{v:,.0f}" if isinstance(v, (int, float)) else "–"
-    environment.filters["options"] = lambda text: Markup(
-        re.sub(r"(?<!\S)--[a-z][a-z-]*", r"<code>\g<0></code>", str(escape(text)))
-    )
+    environment.filters["options"] = _marked
     return environment.get_template(name)
+
+
+def _marked(text: str) -> Markup:
+    """A text with its command-line options as code, and with minus signs."""
+    signed = re.sub(r"(?<!\S)-(?=\d)", "\N{MINUS SIGN}", str(escape(text)))
+    return Markup(re.sub(r"(?<!\S)--[a-z][a-z-]*", r"<code>\g<0></code>", signed))
 
 
 def write_page(
@@ -110,46 +129,24 @@ def write_page(
 # --- verdict ------------------------------------------------------------------------------------------------
 
 
-def verdict(
-    method: type[Method],
-    train: Lines,
-    probes: Lines,
-    baseline: dict[str, Any],
-    reference: dict[str, Any],
-    bad: Sequence[Any],
-    total: int | None,
-) -> list[Sentence]:
-    """Sentences about the state of the run, the loss (by the method), the accuracy, and failures."""
-    if not train:
-        return [("note", "The run has not made a step yet that was recorded.")]
-    step, means = train[-1]["step"], recent(train)
-    done = total is not None and step >= total
-    state = "Finished" if done else "Running or stopped"
-    sentences = [("good" if done else "note", f"{state} at step {step:,} of {total or 0:,}.")]
-    sentences += (
-        method.judge(means, reference)
-        if method.losses.keys() <= means.keys()
-        else [("bad", "The last losses are not finite.")]
-    )
-    if baseline and probes:
-        best = "teacher" if "teacher" in probes[-1] else "student"
-        score = probes[-1][best]["linear"]
-        raw, random_init = (baseline[name]["linear"] for name in ("raw_pixels", "random_init"))
-        gain = score - max(raw, random_init)
-        text = (
-            f"A linear probe on the {best}'s features has an accuracy of {score:.1f} %: "
-            f"{score - random_init:+.1f} points against the randomly initialized encoder "
-            f"({random_init:.1f} %), {score - raw:+.1f} against raw pixels ({raw:.1f} %). "
-        )
-        learns = gain > 2
-        text += "It learns." if learns else "Not yet better than its baselines."
-        sentences.append(("good" if learns else "note", text))
-    elif not baseline:
-        text = (
-            "The images have no labels (or probes are off), so there is no accuracy to report, only the loss."
-        )
-        sentences.append(("note", text))
-    return sentences + failure_sentences(train, bad)
+def state(train: Lines, total: int | None, running: bool) -> Sentence:
+    """Whether a run is finished, running or stopped, and at which step."""
+    step = train[-1]["step"] if train else 0
+    if total is not None and step >= total:
+        return ("good", f"Finished at step {step:,} of {total:,}.")
+    at = f"at step {step:,} of {total or 0:,}" if train else "before its first recorded step"
+    if running:
+        return ("note", f"Running, {at} when this page was drawn.")
+    return ("note", f"Stopped {at}: the same command resumes it.")
+
+
+def judge(method: type[Method], means: dict[str, float], reference: dict[str, Any]) -> list[Sentence]:
+    """Sentences on the loss, by the method."""
+    if not means:
+        return []
+    if method.losses.keys() <= means.keys():
+        return method.judge(means, reference)
+    return [("bad", "The last losses are not finite.")]
 
 
 def failure_sentences(train: Lines, bad: Sequence[Any], bad_test: Sequence[Any] = ()) -> list[Sentence]:
@@ -186,18 +183,22 @@ def extension_sentences(machine: dict[str, Any]) -> list[Sentence]:
     ]
 
 
-def alarm_sentences(alarms: Lines, recorded: bool) -> list[Sentence]:
-    """The alarms of a run, each with its cause and the setting to change; or that there were none."""
-    if not alarms:
-        return [("good", "No alarm: the run's diagnostics found no fault of training.")] if recorded else []
-    return [
+def alarm_sentences(alarms: Lines, recorded: bool, weak: str) -> list[Sentence]:
+    """The alarms of a run, each with its cause and the setting to change, and why its teacher is `weak`; if
+    there is neither, that no fault was detected."""
+    if recorded and not alarms and not weak:
+        return [("good", "No alarm: the run's diagnostics found no fault of training.")]
+    sentences = [
         ("bad", f"Alarm {line['name']} at step {line['step']:,}: {line['text'].rstrip('.')}.")
         for line in alarms
     ]
+    return sentences + ([("note", weak)] if weak else [])
 
 
 def recent(train: Lines) -> dict[str, float]:
-    """Means of all finite numbers over the last twentieth of the log lines."""
+    """Means of all finite numbers over the last twentieth of the log lines; empty without lines."""
+    if not train:
+        return {}
     last = train[-max(1, len(train) // 20) :]
     values = {
         key: [line[key] for line in last if isinstance(line.get(key), (int, float))] for key in last[-1]
@@ -213,14 +214,14 @@ def probe_figure(probes: Lines, baseline: dict[str, Any]) -> str | None:
     if not probes or not baseline:
         return None
     x = column(probes, "step")
-    start = baseline["random_init"]["linear"]
+    raw, start = (baseline[name]["linear"] for name in ("raw_pixels", "random_init"))
     lines = [
         Line(network, network, [0, *x], [start, *(line[network]["linear"] for line in probes)])
         for network in ("student", "teacher")
         if network in probes[-1]
     ]
-    levels = {"raw pixels": baseline["raw_pixels"]["linear"], "randomly initialized encoder": start}
-    return plot(lines, apart(levels), "linear probe accuracy, %", markers=True)
+    levels = {f"raw pixels {raw:.1f}": raw, f"randomly initialized {start:.1f}": start}
+    return plot(lines, levels, "linear probe accuracy, %", markers=True)
 
 
 def rate_figures(train: Lines, schedule: str = "cosine") -> dict[str, str]:
@@ -303,8 +304,14 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
         if "top1" in record.get("metrics", {}) and record.get("per_class"):
             hardest = min(record["per_class"], key=record["per_class"].__getitem__)
             row = {key: record[key] for key in ("task", "network", "data", "train_images")}
-            row |= {"file": file, "top1": record["metrics"]["top1"]}
-            rows.append(row | {"hardest": hardest, "hardest_accuracy": record["per_class"][hardest]})
+            accuracy, images = record["per_class"][hardest], record.get("images_per_class", {}).get(hardest)
+            of = f" % of {how_many(images, 'image')}" if images else ""
+            row |= {
+                "file": file,
+                "top1": with_margin(record["metrics"]["top1"], record.get("test_images", 0)),
+                "hardest": f"{hardest} ({accuracy:.1f}{of})",
+            }
+            rows.append(row)
     return rows
 
 

@@ -1,6 +1,7 @@
 """Curves as inline SVG with the colors of the page, readable in light and dark mode."""
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,12 @@ LIGHT = {
     "good": "#1a7f4b",
     "gold": "#b38600",
 }
+SMALL = 9.5
+"Size of the smallest text in points: 11 px where a figure of WIDTH is as wide as a phone."
+
+WIDTH, HEIGHT = 4.2, 2.75
+"Size of a figure in inches; an inch is added for turned labels below the axis."
+
 # Placeholders for matplotlib, replaced in the SVG by variables of the page.
 COLORS = {name: f"#{i:02x}{i:02x}{i:02x}" for i, name in enumerate(LIGHT, 1)}
 
@@ -61,6 +68,7 @@ def plot(
     span: float = 0.0,
 ) -> str:
     """An SVG of curves, over steps by default, with dashed gray reference `levels` labeled at the right edge.
+    A linear y axis of values of 0 or more does not start below 0.
 
     `symlog` and `span` are those of `methods.diagnostics.Figure`. `ticks`: labels by position on the x axis.
     `right`: name of a second y axis, and its units per unit of the first.
@@ -74,23 +82,14 @@ def plot(
         "axes.formatter.limits": (-4, 6),
     }
     with rc_context(settings):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        turned = len("".join((ticks or {}).values())) > 30
+        figure = Figure(figsize=(WIDTH, HEIGHT + turned), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         drawn = [line for line in lines if _draw(axes, line, markers, log)]
-        for name, value in (levels or {}).items():
+        for value in (levels or {}).values():
             axes.axhline(value, color=COLORS["baseline"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-            axes.annotate(
-                name,
-                (1, value),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 2),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-                color=COLORS["baseline"],
-                fontsize=9,
-            )
+            axes.margins(y=0.1)  # for its label
         if log and drawn:
             axes.set_yscale("log")
             _number_log(axes.yaxis)
@@ -103,13 +102,13 @@ def plot(
         low, high = axes.get_ylim()
         if high - low < span:
             axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
+        if not (log or symlog) and axes.get_ylim()[0] < 0 <= axes.dataLim.y0:
+            axes.set_ylim(bottom=0)
         if xlabel == "step":
             axes.set_xlim(left=0)
         if ticks:
-            small = len("".join(ticks.values())) > 30
-            axes.set_xticks(
-                list(ticks), list(ticks.values()), rotation=90 if small else 0, fontsize=7 if small else 8
-            )
+            labels = _thinned(list(ticks.values()))
+            axes.set_xticks(list(ticks), labels, rotation=90 * turned, fontsize=SMALL)
         sides: list[Any] = [axes]
         if right:
             label, factor = right
@@ -126,17 +125,18 @@ def plot(
         names = [line.name for line in drawn if line.name]
         if len(names) > 1:
             # Above the axes, where it hides no curve; many short names need less height in three columns.
-            short = len(names) > 4 and max(map(len, names)) < 15
-            axes.legend(
-                loc="lower left",
-                bbox_to_anchor=(0, 1),
-                ncols=3 if short else 2,
+            longest = max(map(len, names))
+            figure.legend(
+                loc="outside upper left",
+                ncols=1 if longest > 24 else 3 if len(names) > 4 and longest < 15 else 2,
                 frameon=False,
                 labelcolor=COLORS["ink"],
-                fontsize=9,
-                handlelength=1.6,
+                fontsize=SMALL,
+                handlelength=1.4,
+                columnspacing=1.2,
                 borderpad=0.2,
             )
+        _label(figure, axes, levels or {})
         file = io.StringIO()
         figure.savefig(
             file,
@@ -201,6 +201,42 @@ def _draw(axes: Axes, line: Line, markers: bool, log: bool) -> bool:
     weight: dict[str, Any] = {"linewidth": 5, "alpha": 0.45} if line.style == "band" else {"linewidth": 1.6}
     axes.plot(x, y, **look, **weight, label=line.name or "_", marker=marker, markersize=3.5)
     return True
+
+
+def _label(figure: Figure, axes: Axes, levels: Mapping[str, float]) -> None:
+    """Label horizontal lines at the right edge, each above its line; of labels that would overlap, the lowest
+    is below its line if there is room, and the others are moved up, in the order of their lines."""
+    levels = {name: value for name, value in sorted(levels.items(), key=lambda x: x[1]) if name}
+    if len(levels) > 1:
+        figure.draw_without_rendering()  # the layout, which decides the distances
+    to_points, line_height, gap = 72 / figure.dpi, 1.2 * SMALL, 2.0
+    bottom = axes.bbox.y0
+    lines = [to_points * (axes.transData.transform((0, v))[1] - bottom) for v in levels.values()]
+    heights: list[float] = []
+    for i, line in enumerate(lines):
+        lowest = heights[-1] + line_height if heights else 0.0
+        above, below = line + gap, line - gap - line_height
+        crowded = i + 1 < len(lines) and lines[i + 1] + gap < above + line_height
+        heights.append(below if crowded and below >= lowest else max(above, lowest))
+    for name, line, height in zip(levels, lines, heights, strict=True):
+        axes.annotate(
+            name,
+            (1, levels[name]),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, height - line),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            color=COLORS["baseline"],
+            fontsize=SMALL,
+            in_layout=False,
+        )
+
+
+def _thinned(labels: list[str]) -> list[str]:
+    """Labels of ticks where some of the numbers are left out if there is no room for all."""
+    every = math.ceil(len(labels) * 1.2 * SMALL / (72 * WIDTH - 50))
+    return ["" if label.isdigit() and int(label) % every else label for label in labels]
 
 
 def _plain(value: float, _: object = None) -> str:

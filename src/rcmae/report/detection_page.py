@@ -21,7 +21,7 @@ from ..tasks.detection.files import load_detector
 from ..tasks.detection.predict import images_scored
 from ..tasks.detection.settings import load_detect
 from ..tasks.detection.views import fit
-from .build import failure_sentences, heading, rate_figures, template
+from .build import failure_sentences, heading, rate_figures, state, template
 from .curves import Line, column, plot
 from .detection_figures import curve_figure, progress_figure, save_picture, side_by_side
 from .files import bad_files
@@ -34,10 +34,14 @@ LOSSES = {
     "loss_box_reg": "box",
     "loss_mask": "mask",
 }
+UNSCORED: Sentence = (
+    "note",
+    "The loss of a detector tells little about its precision, which is measured at the end.",
+)
 COLORS = ("baseline", "memory1", "student", "teacher", "gold")
 
 
-def render(run: Path) -> str:
+def render(run: Path, running: bool) -> str:
     recipe, lines = load_detect(str(run / "recipe.toml")), read_metrics(run)
     machine, scores = (read_json(run / name) for name in ("machine.json", "scores.json"))
     train, val, events = (of_kind(lines, kind) for kind in ("train", "val", "event"))
@@ -50,7 +54,7 @@ def render(run: Path) -> str:
     ]
     about = machine.get("about", {})
     bad, bad_test = (bad_files(run / name) for name in ("bad_files.jsonl", "bad_test_files.jsonl"))
-    sentences = verdict(scores, parts, train, machine.get("steps"))
+    sentences = verdict(scores, parts) or [state(train, machine.get("steps"), running), UNSCORED]
     sentences += failure_sentences(train, bad, bad_test)
     return template("detect.html.j2").render(
         title=f"Object detection in {about.get('data_name', 'images')}, with "
@@ -68,17 +72,10 @@ def render(run: Path) -> str:
     )
 
 
-def verdict(
-    scores: dict[str, Any], parts: dict[str, Precision], train: list[dict[str, Any]], total: int | None
-) -> list[Sentence]:
-    """Sentences about the state of the run, the precision, and the hardest class."""
+def verdict(scores: dict[str, Any], parts: dict[str, Precision]) -> list[Sentence]:
+    """Sentences about the precision and the hardest class of a finished run; empty for another one."""
     if not parts:
-        at = f"at step {train[-1]['step']:,} of {total or 0:,}" if train else "before a step was recorded"
-        text = (
-            f"Running or stopped {at}: the same command resumes it. The loss of a detector tells little "
-            "about its precision, which is measured at the end."
-        )
-        return [("note", text)]
+        return []
     box, mask = (parts[name].stats for name in ("box", "mask"))
     text = (
         f"Finished: box AP {_percent(box['AP'])}, mask AP {_percent(mask['AP'])} on "

@@ -58,18 +58,9 @@ def value(line: Numbers, key: str | Callable[[Numbers], Any]) -> Any:
     return content
 
 
-def apart(levels: dict[str, float]) -> dict[str, float]:
-    """Levels that would overlap share a line and a label."""
-    merged: dict[str, float] = {}
-    for name, height in sorted(levels.items(), key=lambda x: x[1]):
-        twin = next((k for k, v in merged.items() if v and abs(height / v - 1) < 0.04), None)
-        merged[f"{twin}, {name}" if twin else name] = merged.pop(twin) if twin else height
-    return merged
-
-
 def _levels(figure: Figure | BlockFigure, reference: Numbers) -> dict[str, float]:
     known = {name: reference.get(level) if isinstance(level, str) else level for name, level in figure.levels}
-    return apart({name: v for name, v in known.items() if v is not None and (v > 0 or not figure.log)})
+    return {name: v for name, v in known.items() if v is not None and (v > 0 or not figure.log)}
 
 
 def _over_steps(figure: Figure, lines: Sequence[Numbers], reference: Numbers) -> Shown | None:

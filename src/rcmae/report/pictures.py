@@ -112,12 +112,12 @@ def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def as_png(pixels: np.ndarray) -> str:
-    """Pixels as a PNG in a data URI. Small images are enlarged to about 128 px without smoothing; of other
+    """Pixels as a PNG in a data URI. Small images are enlarged to about 256 px without smoothing; of other
     than 1 or 3 channels the first is shown."""
     if pixels.shape[2] not in (1, 3):
         pixels = pixels[..., :1]
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    factor = max(1, round(128 / max(image.size)))
+    factor = max(1, round(256 / max(image.size)))
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     return data_uri(image, "png", optimize=True)
 

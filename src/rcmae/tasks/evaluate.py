@@ -193,6 +193,7 @@ def record(task: Task, context: EvaluationContext, result: TaskResult, seconds: 
         "seconds": round(result.seconds or seconds, 1),
         "machine": describe_machine(context.device, context.precision),
         "per_class": per_class,
+        "images_per_class": {classes[i]: int(np.sum(test.labels == i)) for i in np.unique(test.labels)},
     }
     content |= {"details": result.details} if result.details else {}
     folder = results_folder(context.name, options)

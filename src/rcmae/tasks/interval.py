@@ -1,9 +1,11 @@
-"""Paired differences over a few seeds and many test images, with a bootstrap interval that is corrected for
-the small number of seeds."""
+"""95 % intervals: of an accuracy and of a paired difference over the test images of one run, and of paired
+differences over a few seeds, where the bootstrap is corrected for their small number."""
 
 import numpy as np
 from jaxtyping import Bool
 from scipy import stats
+
+MARGIN_NOTE = "±: half of a 95 % interval (Wilson's) over the test images."
 
 Correct = list[Bool[np.ndarray, " m"]]
 "For each seed, which test images were classified correctly."
@@ -17,6 +19,32 @@ def percents(correct: Correct) -> list[float]:
 def points(mean: float, low: float, high: float) -> str:
     """A difference and its interval in words."""
     return f"{mean:+.1f} points, {low:+.1f} to {high:+.1f}"
+
+
+def margin(percent: float, images: int) -> float:
+    """Half the length, in points, of the Wilson interval of an accuracy on independent test images."""
+    result = stats.binomtest(round(percent / 100 * images), images)
+    low, high = result.proportion_ci(0.95, method="wilson")
+    return 50 * float(high - low)
+
+
+def with_margin(percent: float, images: int) -> str:
+    """An accuracy and its margin, such as "54.8 ± 4.1"; without the margin if the number of images is
+    unknown (0)."""
+    return f"{percent:.1f} ± {margin(percent, images):.1f}" if images else f"{percent:.1f}"
+
+
+def paired(correct: Bool[np.ndarray, " m"], others: Bool[np.ndarray, " m"]) -> list[float]:
+    """Difference of two accuracies on the same test images in points, and its interval by Agresti and Min
+    (2005): that of a mean of paired differences, after half an image is added to each of the four cells of
+    the table (both correct, the first only, the second only, none), so that it also holds for few images.
+
+    It covers the choice of the test images, not that of the seed.
+    """
+    n, first, second = len(correct), int((correct & ~others).sum()), int((others & ~correct).sum())
+    mean, center = (first - second) / n, (first - second) / (n + 2)
+    half = stats.norm.ppf(0.975) * np.sqrt(((first + second + 1) / (n + 2) - center**2) / (n + 2))
+    return [100 * mean, 100 * float(center - half), 100 * float(center + half)]
 
 
 def interval(correct: Correct, others: Correct, draws: int = 4000) -> list[float]:

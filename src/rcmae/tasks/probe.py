@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from safetensors.torch import save
 from torch import Tensor
 
@@ -20,11 +22,12 @@ from ..data.pixels import open_image
 from ..data.sources import Source
 from ..data.views import center
 from ..engine.checkpoint import replace_file
-from ..engine.console import Screen, ShowProgress, no_progress
-from ..engine.metrics import of_kind, read_metrics
+from ..engine.console import ShowProgress, no_progress
+from ..engine.metrics import of_kind
 from ..models.backbone import Backbone
 from .attentive_probe import attentive_correct
 from .features import features
+from .interval import with_margin
 from .linear_probe import linear_correct, predict
 from .nearest_neighbors import NearestNeighbors
 
@@ -34,6 +37,9 @@ Correct = dict[str, Bool[np.ndarray, " m"]]
 
 KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
 """The probes and their names: linear and k-NN use the mean over the patches, the attentive one all tokens."""
+
+PIXELS, RANDOM = "raw pixels", "randomly initialized encoder"
+"The baselines of the probes."
 
 KNN_NOTE = (
     "The linear probe is the main metric: distances, and so k-NN, depend most on the directions of largest "
@@ -209,6 +215,23 @@ def read_images(
     return torch.stack(images) if images else none, np.array(labels, dtype=np.int64)
 
 
+def final_correct(run: Path, lines: list[dict[str, Any]]) -> dict[str, Correct]:
+    """The results for each test image of the baselines and, in the last probe, of every network, by their
+    names; empty without probes, and without results where their file is missing."""
+    baselines = of_kind(lines, "baseline")[:1]
+    results: dict[str, Correct] = {PIXELS: {}, RANDOM: {}} if baselines else {}
+    for line in [*baselines, *of_kind(lines, "probe")[-1:]]:
+        try:
+            tensors = load_file(run / "probes" / f"{line['step']:08d}.safetensors")
+        except (OSError, SafetensorError):
+            continue
+        for key, correct in tensors.items():
+            network, _, probe = key.partition("/")
+            name = {"raw_pixels": PIXELS, "random_init": RANDOM}.get(network, network)
+            results.setdefault(name, {})[probe] = correct.astype(bool)
+    return results
+
+
 def final_scores(lines: list[dict[str, Any]]) -> dict[str, Scores]:
     """From the records of a run, the scores of the baselines and, in the last probe, of every network; empty
     without probes."""
@@ -216,21 +239,20 @@ def final_scores(lines: list[dict[str, Any]]) -> dict[str, Scores]:
     if not baselines:
         return {}
     first, last = baselines[0], probes[-1] if probes else {}
-    scores = {"raw pixels": first["raw_pixels"], "randomly initialized encoder": first["random_init"]}
+    scores = {PIXELS: first["raw_pixels"], RANDOM: first["random_init"]}
     return scores | {name: s for name, s in last.items() if isinstance(s, dict)}
 
 
-def score_table(scores: dict[str, Scores]) -> tuple[list[str], list[list[str]]]:
+def score_table(scores: dict[str, Scores], images: int = 0) -> tuple[list[str], list[list[str]]]:
     """The names of the probes, and for each network its name and accuracies in percent, empty where it was
-    not measured."""
+    not measured, with their margins if the number of test `images` is known."""
     kinds = [kind for kind in KINDS if any(kind in s for s in scores.values())]
-    rows = [[name, *(f"{s[k]:.1f}" if k in s else "" for k in kinds)] for name, s in scores.items()]
+    rows = [
+        [name, *(with_margin(s[k], images) if k in s else "" for k in kinds)] for name, s in scores.items()
+    ]
     return [KINDS[k] for k in kinds], rows
 
 
-def show_table(run: Path, screen: Screen) -> None:
-    """The final table: the baselines, then every network."""
-    if scores := final_scores(read_metrics(run)):
-        names, rows = score_table(scores)
-        screen.table("Accuracy (%) after the last step", ["", *names], rows)
-        screen.say(KNN_NOTE)
+def image_count(correct: dict[str, Correct]) -> int:
+    """The number of test images of the probes; 0 without results."""
+    return max((len(c) for by_probe in correct.values() for c in by_probe.values()), default=0)
