@@ -343,12 +343,18 @@ def _add(tar: tarfile.TarFile, source: Source, index: int, extension: str, conte
     name = os.path.splitext(source.where(index).removeprefix(source.name))[0]  # noqa: PTH122
     key = f"{index:08d}-{re.sub('[^A-Za-z0-9]+', '_', name).strip('_')[-60:]}"
     files = {key + extension: content}
-    if source.labels is not None and (label := int(source.labels[index])) >= 0:
-        files[f"{key}.cls"] = source.classes[label].encode()
+    if label := _label(source, index):
+        files[f"{key}.cls"] = label
     for member, data in files.items():
         info = tarfile.TarInfo(member)
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
+
+
+def _label(source: Source, index: int) -> bytes:
+    """The name of an image's class; empty without one."""
+    known = source.labels is not None and source.labels[index] >= 0
+    return source.classes[int(source.labels[index])].encode() if known else b""
 
 
 # --- files of the folder ------------------------------------------------------------------------------------
