@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from .config import Recipe, RuntimeConfig, check, how_many, recipe_hash
+from .data.cache import RamCache
 from .data.dataset import Images, measure_statistics
+from .data.loader import faster, ranks_here
 from .data.sampler import check_parts
 from .data.sources import Source, open_source
 from .engine.console import Screen, clock
@@ -94,6 +96,9 @@ class Pretraining(Trainer):
         check_same_recipe(context.out, recipe, load_recipe)
         images = open_images(recipe, context.screen)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
+        self.cache: RamCache | None = None
+        if self.runtime.cache == "ram" and not images.in_memory:
+            self.cache = RamCache(images, recipe, self.runtime.workers, ranks_here(), self.screen)
         self.method = self.build(*self.statistics())
         self.loss_names = self.method.losses
         optimizer = adamw(self.method.student, recipe.optim, lr=0.0)  # `update` sets it before every step
@@ -131,7 +136,17 @@ class Pretraining(Trainer):
         return method.to(self.device)
 
     def dataset(self) -> Images:
-        return Images(self.images, self.method.views(), self.seed, self.recipe.images.channels)
+        opened = self.cache.images.opened if self.cache else None
+        channels = self.recipe.images.channels
+        return Images(self.images, self.method.views(), self.seed, channels, opened=opened)
+
+    def faster_loading(self) -> str:
+        packing = f"`rcmae pack {self.recipe.data} OUT` and --data OUT"
+        caching = "--cache ram, if it fits, or " if self.runtime.cache == "none" else ""
+        return faster(self.images, self.runtime.workers, f"try {caching}{packing}")
+
+    def environment(self) -> dict[str, Any]:
+        return super().environment() | {"cache": self.cache.changes if self.cache else "none"}
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         return self.batches_from(self.dataset(), start, stop)
