@@ -1,6 +1,5 @@
 """Images in memory: the same crops, nothing that does not fit, and resuming says what has changed."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,7 +10,6 @@ from rcmae.data.dataset import Images
 from rcmae.data.pixels import read_image
 from rcmae.data.sources import open_source
 from rcmae.data.views import random_resized_crop, rng
-from rcmae.engine.console import Screen
 from rcmae.errors import ConfigError
 from rcmae.methods.mae import CropAndMask
 from rcmae.pretraining import pretrain

@@ -66,5 +66,5 @@ class RuntimeConfig(BaseRuntimeConfig):
     on_alarm: Literal["warn", "stop"] = "warn"
     """when a fault of the teacher or a collapse is detected: print a warning, or save and stop the run"""
     cache: Literal["none", "ram"] = "none"
-    """ram: keep the decoded images in memory, reduced to what the recipe's crops need: this changes the pixels
-    of larger images, see docs/data.md"""
+    """ram: keep the decoded images in memory, reduced to what the recipe's crops need, which changes the
+    pixels of large images, see docs/data.md"""
