@@ -1,5 +1,7 @@
 """Images in memory: the same crops, nothing that does not fit, and resuming says what has changed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from rcmae.data.views import random_resized_crop, rng
 from rcmae.errors import ConfigError
 from rcmae.methods.mae import CropAndMask
 from rcmae.pretraining import pretrain
+from rcmae.report.build import rate_figures
+from rcmae.trainer import Trainer
 from tests.conftest import small
 from tests.images import encode, photograph
 from tests.mutations import catches
@@ -107,3 +111,19 @@ def test_advice_on_slow_loading(workers, load, advice, tmp_path, monkeypatch):
     monkeypatch.setattr(loader.os, "getloadavg", lambda: (load, load, load))
     source = open_source(folder(tmp_path / "data", [(9, 9)]))
     assert loader.faster(source, workers, "pack") == advice
+
+
+def test_waiting_for_data_is_noted_once():
+    notes, events = [], []
+    run = SimpleNamespace(
+        waits=[],
+        faster_loading=lambda: "try packing",
+        screen=SimpleNamespace(say=notes.append),
+        write=lambda kind, **values: events.append({"kind": kind, **values}),
+    )
+    for fraction in (0.3, 0.0, 0.0, 0.0, 0.1, 0.0, 0.5, 0.5, 0.9, 0.9):
+        Trainer.note_waiting(run, fraction)
+    assert notes == ["note: 12% of the time is spent waiting for data; try packing"]
+    train = [{"step": 1, "lr": 1.0, "images_per_s": 1.0, "data_wait": 0.5, "grad_norm": 1.0}]
+    assert any("To shorten it, try packing." in caption for caption in rate_figures(train, events))
+    assert not any("shorten" in caption for caption in rate_figures(train, []))
