@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     source = open_source(folder(tmp_path / "data", [(240, 320)] * 8))
     monkeypatch.setattr(cache, "free_memory", lambda: 25_000)
     message = (
-        r"takes about 34 kB for 8 images, and 20 kB may be taken.*`rcmae pack .* OUT --size 23`, or leave"
+        r"takes about 33 kB for 8 images, and 20 kB may be taken.*`rcmae pack .* OUT --size 24`, or leave"
     )
     with pytest.raises(ConfigError, match=message):
         RamCache(source, RECIPE, 0)

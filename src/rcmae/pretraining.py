@@ -97,7 +97,9 @@ class Pretraining(Trainer):
         images = open_images(recipe, context.screen)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
         self.cache: RamCache | None = None
-        if self.runtime.cache == "ram" and not images.in_memory:
+        if self.runtime.cache == "ram" and images.in_memory:
+            self.screen.say("note: the images are in memory already: --cache ram has no effect")
+        elif self.runtime.cache == "ram":
             self.cache = RamCache(images, recipe, self.runtime.workers, ranks_here(), self.screen)
         self.method = self.build(*self.statistics())
         self.loss_names = self.method.losses

@@ -63,10 +63,8 @@ class Index:
             with safe_open(self.path, "np") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 values = json.loads(file.metadata()["values"])
-            paths, states = _strings(arrays, "listed"), arrays.pop("states")
-            for i in range(len(paths)):
-                if stamp(paths[i])[1:] != tuple(states[i]):
-                    return None
+            if not _unchanged(_strings(arrays, "listed"), arrays.pop("states")):
+                return None
         except (OSError, SafetensorError, ValueError, KeyError):
             return None
         source = self.kind.__new__(self.kind)
@@ -93,6 +91,11 @@ class Index:
         with contextlib.suppress(OSError, StorageError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.path, save(arrays, {"values": json.dumps(values)}))
+
+
+def _unchanged(listed: Strings, states: np.ndarray) -> bool:
+    """Whether folders and files have their recorded states. Raises OSError if one is gone."""
+    return all(stamp(listed[i])[1:] == tuple(states[i]) for i in range(len(listed)))
 
 
 def _strings(arrays: dict[str, np.ndarray], name: str) -> Strings:

@@ -239,7 +239,7 @@ def pack(
             if began and began.get(key) != value:
                 raise ConfigError(
                     f"{out} holds a pack of other {key} ({began.get(key)}, now {value}); name another folder"
-                    if key not in ("data", "labels")
+                    if key not in ("parts", "data", "labels")
                     else f"{out} holds a pack of other images or labels; name another folder"
                 )
         finished = _verified(out, finished, screen)
@@ -289,10 +289,14 @@ def pack(
 
 def _results(encoder: Encoder, shards: list[Shard], processes: int) -> Iterator[tuple[str, bytes] | BadImage]:
     """The items of all images of the shards, in their order."""
-    keys = [(s.part, i) for s in shards for i in range(s.start, s.stop)]
+    batches = (
+        [(shard.part, i) for i in range(start, min(start + 8, shard.stop))]
+        for shard in shards
+        for start in range(shard.start, shard.stop, 8)
+    )
     loader = DataLoader(
         encoder,
-        batch_sampler=[keys[i : i + 8] for i in range(0, len(keys), 8)],
+        batch_sampler=batches,
         collate_fn=list,
         num_workers=processes,
         worker_init_fn=quiet_worker,
