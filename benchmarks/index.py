@@ -42,7 +42,7 @@ def names(count: int) -> list[str]:
 
 def tar_file(path: Path, count: int) -> str:
     """A tar file of tiny members."""
-    block, end = b"x" + bytes(511), bytes(1024)
+    path, block, end = path.with_suffix(".tar"), b"x" + bytes(511), bytes(1024)
     with path.open("wb") as file:
         for name in names(count):
             info = tarfile.TarInfo(name)
