@@ -55,8 +55,10 @@ def tar_file(path: Path, count: int) -> str:
 def folder(path: Path, count: int) -> str:
     """A folder of empty files."""
     for name in names(count):
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).touch()
+        parent, _, file = name.partition("/")
+        if file.endswith("_0.JPEG"):
+            (path / parent).mkdir(parents=True)
+        os.mknod(f"{path}/{name}")
     return str(path)
 
 
