@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +33,17 @@ from PIL import Image, features
 
 from benchmarks import markdown
 from rcmae.config import Images as ImagesConfig
+from rcmae.config import Recipe
+from rcmae.data.cache import RamCache
 from rcmae.data.dataset import Images
+from rcmae.data.pack import pack
 from rcmae.data.sources import open_source
 from rcmae.engine.run import describe_machine
 from rcmae.methods.mae import CropAndMask
 
 SIDE, SCALE = 224, (0.2, 1.0)
+
+IMAGES = ImagesConfig(size=SIDE, crop_scale=SCALE)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -50,13 +55,14 @@ NOISE = 3.0
 
 
 class Set(NamedTuple):
-    """A kind of images: width and height, how many, their format, and whether they lie in a tar shard."""
+    """A kind of images: width and height, how many, their format, and where they lie: in files, in a tar
+    shard, in a shard of `rcmae pack`, or for rcmae in its RAM cache and for the others in files."""
 
     width: int
     height: int
     images: int
     form: str = "JPEG"
-    shard: bool = False
+    place: Literal["files", "shard", "packed", "cache"] = "files"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -70,7 +76,10 @@ SETS = {
     "JPEG 4000 x 3000": Set(4000, 3000, 8),
     "PNG 500 x 375": Set(500, 375, 60, "PNG"),
     "PNG 1920 x 1440": Set(1920, 1440, 12, "PNG"),
-    "tar shard of JPEG 500 x 375": Set(500, 375, 120, shard=True),
+    "tar shard of JPEG 500 x 375": Set(500, 375, 120, place="shard"),
+    "JPEG 1920 x 1440, packed": Set(1920, 1440, 120, place="packed"),
+    "JPEG 500 x 375, --cache ram": Set(500, 375, 120, place="cache"),
+    "JPEG 1920 x 1440, --cache ram": Set(1920, 1440, 24, place="cache"),
 }
 
 Loader = Callable[[Path], Callable[[int], Iterator[Any]]]
@@ -82,8 +91,15 @@ Loader = Callable[[Path], Callable[[int], Iterator[Any]]]
 
 def rcmae(path: Path) -> Callable[[int], Iterator[Any]]:
     """Samples of pre-training with MAE."""
-    view = CropAndMask(ImagesConfig(size=SIDE, crop_scale=SCALE), (SIDE // 16) ** 2)
-    data = Images(open_source(str(path)), view, seed=0)
+    data = Images(open_source(str(path)), CropAndMask(IMAGES, (SIDE // 16) ** 2), seed=0)
+    return lambda epoch: (data[epoch, i] for i in range(len(data)))
+
+
+def rcmae_cached(path: Path) -> Callable[[int], Iterator[Any]]:
+    """The same with --cache ram, which is filled before the measurement."""
+    source = open_source(str(path))
+    opened = RamCache(source, Recipe(images=IMAGES), workers=0).images.opened
+    data = Images(source, CropAndMask(IMAGES, (SIDE // 16) ** 2), seed=0, opened=opened)
     return lambda epoch: (data[epoch, i] for i in range(len(data)))
 
 
@@ -196,7 +212,10 @@ def make(path: Path, pictures: list[Image.Image], kind: Set) -> Path:
         noisy = clean + draws.normal(0, NOISE, (*clean.shape[:2], 1)) + draws.normal(0, 1, clean.shape)
         pixels = noisy.clip(0, 255).round().astype(np.uint8)
         Image.fromarray(pixels).save(path / f"{i:03d}.{kind.form.lower()}", kind.form, **kind.options)
-    if not kind.shard:
+    if kind.place == "packed":
+        pack(str(path), path.with_suffix(".packed"), workers=0)
+        return path.with_suffix(".packed") / "images-000000.tar"
+    if kind.place != "shard":
         return path
     shard = path.with_suffix(".tar")
     with tarfile.open(shard, "w") as tar:
@@ -288,7 +307,8 @@ def main() -> int:
             path = make(Path(folder) / str(number), pictures, facts)
             size = sum(len(raw) for raw in encoded(path)) / facts.images / 1000
             sets[kind] = {"images": facts.images, "kilobytes": size}
-            measured = rates(path, facts.images, loaders, options.rounds)
+            cached = {"rcmae": rcmae_cached} if facts.place == "cache" else {}
+            measured = rates(path, facts.images, loaders | cached, options.rounds)
             for name in loaders:
                 rows.append(speeds := row(kind, name, measured))
                 speed = f"{speeds['images_per_second']:8.1f} images/s {speeds['ratio']:5.2f}x"

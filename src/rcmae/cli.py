@@ -237,14 +237,12 @@ def pack_data(
     workers
         Processes [default: one for each core].
     """
-    from .data.pack import pack, readable_size
+    from .data.pack import MANIFEST, pack, readable_size
 
     result = pack(data, out, None if original else size, channels, workers, Screen(True))
     if result.unreadable:
-        first, images = result.unreadable[0], how_many(len(result.unreadable), "image")
-        print(
-            f"left out, unreadable: {images}, such as {first['where']} ({first['reason']}); {out} lists all"
-        )
+        count, first = how_many(len(result.unreadable), "unreadable image"), result.unreadable[0]
+        print(f"left out {count}, such as {first['where']} ({first['reason']}): {out / MANIFEST} lists all")
     print(
         f"packed {how_many(result.images, 'image')} into {how_many(result.shards, 'shard')} of "
         f"{readable_size(result.size)}: --data {out}"

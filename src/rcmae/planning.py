@@ -82,9 +82,7 @@ def suggested(shorter_side: int) -> tuple[str, dict[str, int]]:
     return "small" if small else "folder", {"size": 32, "patch": 4} if shorter_side < TINY else {}
 
 
-def plan(
-    name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = RuntimeConfig()
-) -> Plan:
+def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = RuntimeConfig()) -> Plan:
     """Measure a run of `recipe`, which `name` loads, on its data.
 
     Raises the errors of a run.
@@ -194,7 +192,7 @@ def _reading(run: Pretraining) -> tuple[float, float, float]:
                 continue
             for times, image in (
                 (seconds, lambda i=i: open_image(source, i, channels)),
-                (packed, lambda raw=result[1]: decode.open_image(raw, channels, bits=source.bits)),
+                (packed, lambda raw=result[1]: decode.open_image(raw, channels, bits=source.bits or 16)),
             ):
                 began = time.process_time()
                 view(image(), rng(0, 0, i))

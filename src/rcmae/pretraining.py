@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from .config import LENGTHS, Recipe, RuntimeConfig, changed, check, how_many, parse_time, recipe_hash
+from .data.cache import RamCache
 from .data.dataset import Images, measure_statistics
+from .data.loader import faster, ranks_here
 from .data.pixels import measure_bits
 from .data.sampler import check_parts
 from .data.sources import Source, open_source
@@ -104,6 +106,11 @@ class Pretraining(Trainer):
         max_pixels = cast(RuntimeConfig, context.runtime).max_pixels
         images = open_images(recipe, context.screen, context.world, max_pixels)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
+        self.cache: RamCache | None = None
+        if self.runtime.cache == "ram" and images.in_memory:
+            self.screen.say("note: the images are in memory already: --cache ram has no effect")
+        elif self.runtime.cache == "ram":
+            self.cache = RamCache(images, recipe, self.runtime.workers, ranks_here(), self.screen)
         self.method = self.build(*self.statistics())
         self.loss_names = self.method.losses
         optimizer = adamw(self.method.student, recipe.optim, lr=0.0)  # `update` sets it before every step
@@ -117,9 +124,6 @@ class Pretraining(Trainer):
         # Bits: what is white in 16-bit images is measured on a sample of them.
         data = {"images": images.fingerprint(), "range_of_16-bit_images": f"{images.bits or 16} bits"}
         self.setup(self.method, optimizer, data, load=load_recipe)
-
-    def environment(self) -> dict[str, Any]:
-        return super().environment() | {"max_pixels": self.runtime.max_pixels}
 
     def statistics(self) -> Statistics:
         """Mean and standard deviation of each channel, for pixels in 0 to 1."""
@@ -146,7 +150,18 @@ class Pretraining(Trainer):
         return method.to(self.device)
 
     def dataset(self) -> Images:
-        return Images(self.images, self.method.views(), self.seed, self.recipe.images.channels)
+        opened = self.cache.images.opened if self.cache else None
+        channels = self.recipe.images.channels
+        return Images(self.images, self.method.views(), self.seed, channels, opened=opened)
+
+    def faster_loading(self) -> str:
+        packing = f"`rcmae pack {self.recipe.data} OUT` and --data OUT"
+        caching = "--cache ram, if it fits, or " if self.runtime.cache == "none" else ""
+        return faster(self.images, self.runtime.workers, f"try {caching}{packing}")
+
+    def environment(self) -> dict[str, Any]:
+        cache = self.cache.changes if self.cache else "none"
+        return super().environment() | {"max_pixels": self.runtime.max_pixels, "cache": cache}
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         return self.batches_from(self.dataset(), start, stop)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from .config import changed, how_many, parse_time, recipe_hash, to_toml
 from .data.dataset import BadFiles
-from .data.loader import batches_of
+from .data.loader import batches_of, faster
 from .data.sampler import BatchSampler, check_parts
 from .data.sources import Source
 from .engine import distributed, signals
@@ -31,6 +31,9 @@ from .engine.run import RunContext, describe_machine, memory_gib, preempted, rec
 from .engine.schedules import Progress, default_log_every
 from .engine.step import LogWindow, Skips
 from .errors import CheckpointError, ConfigError, DataError
+
+WAITING, RECENT = 0.1, 5
+"Fraction of the time spent waiting for data, over so many log lines, from which a note names what helps."
 
 FORMAT = 4
 "Version of the format of a checkpoint's state.json."
@@ -80,6 +83,8 @@ class Trainer(ABC):
         "step and last milestone of the newest checkpoint"
         self.log_every = 1
         "steps between log lines"
+        self.waits: list[float] | None = []
+        "fractions of the time spent waiting for data, by log line; None once a note has been printed"
         self.logs = False
         "whether the current step will be logged"
         self.crowded = False
@@ -135,6 +140,10 @@ class Trainer(ABC):
     def stop_reason(self) -> str:
         """Why this rank requests the end of the run after this step; empty if it does not."""
         return ""
+
+    def faster_loading(self) -> str:
+        """What would shorten the waiting for data; empty if nothing would."""
+        return faster(self.images, self.runtime.workers)
 
     def batches_from(self, dataset: Dataset, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Micro-batches of a data set of the training images, for `loader`."""
@@ -386,6 +395,18 @@ class Trainer(ABC):
         if self.device.type == "cpu" and not self.crowded and (note := crowded(line)):
             self.crowded = True
             self.screen.say(f"note: {note}")
+        self.note_waiting(line["data_wait"])
+
+    def note_waiting(self, fraction: float) -> None:
+        """Say once what helps if recent steps have waited for data."""
+        if self.waits is None:
+            return
+        self.waits = [*self.waits, fraction][-RECENT:]
+        mean = sum(self.waits) / RECENT
+        if len(self.waits) == RECENT and mean > WAITING and (advice := self.faster_loading()):
+            self.screen.say(f"note: {mean:.0%} of the time is spent waiting for data; {advice}")
+            self.write("event", text=f"{mean:.0%} of the time is spent waiting for data", advice=advice)
+            self.waits = None
 
     def save(self) -> None:
         """Save a checkpoint on rank 0, unless the newest one is of this step. Signals are deferred."""

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import functools
 import json
 import signal
 import sys
@@ -50,8 +51,11 @@ class Images(Dataset):
         seed: int,
         channels: int = 3,
         labeled: bool = False,
+        opened: Callable[[int], Image] | None = None,
     ):
-        self.source, self.view, self.seed, self.channels, self.labeled = source, view, seed, channels, labeled
+        """`opened` gives image i, by default from the source."""
+        self.source, self.view, self.seed, self.labeled = source, view, seed, labeled
+        self.opened = opened or functools.partial(open_image, source, channels=channels)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -60,7 +64,7 @@ class Images(Dataset):
         epoch, index = key
 
         def sample_of(i: int) -> dict[str, Any]:
-            return self.view(open_image(self.source, i, self.channels), rng(self.seed, epoch, index))
+            return self.view(self.opened(i), rng(self.seed, epoch, index))
 
         sample, used, bad = self.readable(index, sample_of)
         if self.labeled:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import DataError
 from .base import EXTENSIONS, OpenOptions, Source, Strings, no_labels, numbered, printable, reading
+from .index import Index, Stamp, stamp
 from .layout import TESTING, ImageFilter, divide, hidden, part_of, select
 
 
@@ -29,7 +30,7 @@ class Files(Source):
         left_out: Mapping[str, int] | None = None,
         why_unlabeled: str = "",
     ):
-        self.name, self.root = name, os.fsencode(root)
+        self.name, self.root = name, os.fspath(root)
         self.names, self.sizes = Strings(names), np.array(sizes, dtype=np.int64)
         self.labels, self.classes = numbered(labels)
         self.left_out, self.why_unlabeled = left_out or {}, why_unlabeled
@@ -39,11 +40,14 @@ class Files(Source):
         return len(self.names)
 
     def read(self, index: int) -> bytes:
-        with open(os.path.join(self.root, self.names[index]), "rb") as f:  # noqa: PTH118, PTH123 - bytes
+        with open(self._path(index), "rb") as f:  # noqa: PTH123 - bytes
             return f.read()
 
     def where(self, index: int) -> str:
-        return printable(os.path.join(self.root, self.names[index]))  # noqa: PTH118
+        return printable(self._path(index))
+
+    def _path(self, index: int) -> bytes:
+        return os.path.join(os.fsencode(self.root), self.names[index])  # noqa: PTH118 - bytes
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.names.data.tobytes())
@@ -85,7 +89,11 @@ class Folder(Files):
         sizes: list[int] = []
         links: list[int] = []
         image_filter = ImageFilter()
-        for name, size, linked in _walk(os.fsencode(spec), image_filter, options.tick):
+        index = Index(cls, spec)
+        if source := index.load():
+            return source
+        listed: list[Stamp] = []
+        for name, size, linked in _walk(os.fsencode(spec), image_filter, options.tick, listed):
             if linked:
                 links.append(len(names))
             names.append(name)
@@ -97,7 +105,9 @@ class Folder(Files):
             )
         chosen, labels, why, notes = select(names, links, image_filter)
         names, sizes = [names[i] for i in chosen], [sizes[i] for i in chosen]
-        return cls(spec, Path(spec), names, sizes, labels, notes, image_filter.left_out, why)
+        source = cls(spec, Path(spec), names, sizes, labels, notes, image_filter.left_out, why)
+        index.save(source, listed)
+        return source
 
     @classmethod
     def parts(cls, spec: str) -> tuple[str, str] | None:
@@ -122,12 +132,13 @@ class Folder(Files):
 
 
 def _walk(
-    root: bytes, image_filter: ImageFilter, tick: Callable[[float], None]
+    root: bytes, image_filter: ImageFilter, tick: Callable[[float], None], listed: list[Stamp]
 ) -> Iterator[tuple[bytes, int, bool]]:
     """Sorted names of the images below the root, with their sizes, and whether it is a further link to an
     image that came before.
 
-    Links are followed, except to a folder that contains them. What is left out is counted in `image_filter`.
+    Links are followed, except to a folder that contains them. What is left out is counted in `image_filter`,
+    and the folders are added to `listed`.
     """
     visits = Visits()
 
@@ -139,6 +150,7 @@ def _walk(
         done: float,
         fraction: float,
     ) -> Iterator[tuple[bytes, int, bool]]:
+        listed.append(stamp(folder))
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda e: e.name)
         for number, entry in enumerate(entries):

@@ -12,10 +12,15 @@ from .base import Source
 from .dataset import Bad, collate, plain_errors, quiet_worker
 
 
+def ranks_here() -> int:
+    """The number of ranks of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def usable_cores() -> int:
     """The cores that this process may use, divided among the ranks of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // ranks_here())
 
 
 def processes(source: Source, workers: int | None) -> int:
@@ -24,6 +29,15 @@ def processes(source: Source, workers: int | None) -> int:
     if workers is not None:
         return workers
     return 0 if source.in_memory else max(1, usable_cores() - 1)
+
+
+def faster(source: Source, workers: int | None, shrinking: str = "") -> str:
+    """What would read the images of `source` faster: more processes if cores are free, otherwise `shrinking`;
+    empty if nothing would."""
+    cores, busy = usable_cores(), os.getloadavg()[0] / ranks_here()
+    if processes(source, workers) < cores - 1 and busy < cores - 1:
+        return f"give --workers {cores - 1}"
+    return "" if source.in_memory else shrinking
 
 
 def batches_of(
@@ -49,7 +63,7 @@ def batches_of(
         num_workers=workers,
         worker_init_fn=quiet_worker,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=min(4, max(2, 32 // workers)) if workers else None,
     )
     for batch in plain_errors(loader):
         note(batch.pop("bad", []))

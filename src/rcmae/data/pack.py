@@ -239,7 +239,7 @@ def pack(
             if began and began.get(key) != value:
                 raise ConfigError(
                     f"{out} holds a pack of other {key} ({began.get(key)}, now {value}); name another folder"
-                    if key not in ("data", "labels")
+                    if key not in ("parts", "data", "labels")
                     else f"{out} holds a pack of other images or labels; name another folder"
                 )
         finished = _verified(out, finished, screen)
@@ -289,10 +289,14 @@ def pack(
 
 def _results(encoder: Encoder, shards: list[Shard], processes: int) -> Iterator[tuple[str, bytes] | BadImage]:
     """The items of all images of the shards, in their order."""
-    keys = [(s.part, i) for s in shards for i in range(s.start, s.stop)]
+    batches = (
+        [(shard.part, i) for i in range(start, min(start + 8, shard.stop))]
+        for shard in shards
+        for start in range(shard.start, shard.stop, 8)
+    )
     loader = DataLoader(
         encoder,
-        batch_sampler=[keys[i : i + 8] for i in range(0, len(keys), 8)],
+        batch_sampler=batches,
         collate_fn=list,
         num_workers=processes,
         worker_init_fn=quiet_worker,
@@ -343,12 +347,18 @@ def _add(tar: tarfile.TarFile, source: Source, index: int, extension: str, conte
     name = os.path.splitext(source.where(index).removeprefix(source.name))[0]  # noqa: PTH122
     key = f"{index:08d}-{re.sub('[^A-Za-z0-9]+', '_', name).strip('_')[-60:]}"
     files = {key + extension: content}
-    if source.labels is not None and (label := int(source.labels[index])) >= 0:
-        files[f"{key}.cls"] = source.classes[label].encode()
+    if label := _label(source, index):
+        files[f"{key}.cls"] = label
     for member, data in files.items():
         info = tarfile.TarInfo(member)
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
+
+
+def _label(source: Source, index: int) -> bytes:
+    """The name of an image's class; empty without one."""
+    known = source.labels is not None and source.labels[index] >= 0
+    return source.classes[int(source.labels[index])].encode() if known else b""
 
 
 # --- files of the folder ------------------------------------------------------------------------------------

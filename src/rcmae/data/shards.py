@@ -18,6 +18,7 @@ from ..config import how_many
 from ..errors import DataError
 from .base import EXTENSIONS, OpenOptions, Source, Strings, no_labels, numbered, printable, reading
 from .files import files_below
+from .index import Index, stamp
 from .layout import LABEL_NAMES, TESTING, ImageFilter, part_of, select
 
 OPEN_SHARDS = 64
@@ -72,6 +73,11 @@ class Shards(Source):
         for folder in {shard.parent for shard in shards}:
             if (folder / UNFINISHED).exists():
                 raise DataError(f"{folder} is not completely packed; run the same `rcmae pack` again")
+        listed = [stamp(os.fsencode(shard)) for shard in shards]
+        index = Index(cls, spec, list(map(str, shards)), image_filter.left_out)
+        if source := index.load():
+            source.opened = OrderedDict()
+            return source
         kinds = _parts(shards)
         by_shard = part in kinds.values() if part else _is_divided(kinds)
         if by_shard:
@@ -110,7 +116,9 @@ class Shards(Source):
                 f"{reading(0, image_filter.left_out)}; looked for {' '.join(EXTENSIONS)}"
             )
         names, extents = [names[i] for i in chosen], [extents[i] for i in chosen]
-        return cls(spec, shards, names, extents, labels, notes, image_filter.left_out, why)
+        source = cls(spec, shards, names, extents, labels, notes, image_filter.left_out, why)
+        index.save(source, listed)
+        return source
 
     @classmethod
     def parts(cls, spec: str) -> tuple[str, str] | None:
@@ -180,6 +188,7 @@ def _samples(
 
         links = []
         for member in tar:
+            tar.members.clear()  # a million would take a gigabyte
             tick(min(1, member.offset / total))
             name = os.fsencode(member.name)
             if member.isdir() or any(map(image_filter.is_hidden, name.removeprefix(b"./").split(b"/"))):
@@ -190,7 +199,11 @@ def _samples(
                 links.append(member)
             else:
                 image_filter.left_out["special files"] += 1
-        members = {posixpath.normpath(m.name): m for m in tar.getmembers()} if links else {}
+        members = {}
+        if links:
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as again:
+                members = {posixpath.normpath(member.name): member for member in again}
         for member in links:
             if target := _target(members, member):
                 add(os.fsencode(member.name), target.offset_data, target.size)

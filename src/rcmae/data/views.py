@@ -14,7 +14,27 @@ from torchvision.transforms.v2.functional import resize
 
 from .decode import Picture
 
-Image = UInt8[np.ndarray, "h w c"] | Picture
+
+class Reduced:
+    """A reduced image, of which crops are requested in the coordinates of the original one."""
+
+    def __init__(self, pixels: UInt8[np.ndarray, "h w c"], original: tuple[int, int]):
+        self.pixels, self.shape = pixels, (*original, pixels.shape[2])
+
+    def crop(self, box: tuple[int, int, int, int], shape: tuple[int, int]) -> UInt8[np.ndarray, "ch cw c"]:
+        """The pixels in `box` (top, left, height, width), to the nearest pixel; `shape` does not matter."""
+        top, left, height, width = box
+        (y, below), (x, right) = (
+            (min(round(start * factor), size - 1), round((start + length) * factor))
+            for start, length, size, factor in (
+                (top, height, self.pixels.shape[0], self.pixels.shape[0] / self.shape[0]),
+                (left, width, self.pixels.shape[1], self.pixels.shape[1] / self.shape[1]),
+            )
+        )
+        return np.ascontiguousarray(self.pixels[y : max(y + 1, below), x : max(x + 1, right)])
+
+
+Image = UInt8[np.ndarray, "h w c"] | Picture | Reduced
 
 
 def rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -73,7 +93,7 @@ def center(image: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
     return _resized(image, ((h - height) // 2, (w - width) // 2, height, width), shape)
 
 
-def shrink(image: Image, side: int) -> UInt8[np.ndarray, "h w c"]:
+def shrink(image: UInt8[np.ndarray, "h w c"] | Picture, side: int) -> UInt8[np.ndarray, "sh sw c"]:
     """All of an image, its shorter side reduced to `side` pixels, bicubic with antialiasing; unchanged if it
     is not longer."""
     h, w, _ = image.shape
@@ -87,9 +107,9 @@ def _resized(
     image: Image, box: tuple[int, int, int, int], shape: tuple[int, int]
 ) -> UInt8[Tensor, "c ch cw"]:
     top, left, height, width = box
-    if isinstance(image, Picture):
-        part = image.crop(box, shape)
-    else:
+    if isinstance(image, np.ndarray):
         part = np.ascontiguousarray(image[top : top + height, left : left + width])
+    else:
+        part = image.crop(box, shape)
     pixels = torch.from_numpy(part).permute(2, 0, 1)
     return resize(pixels, list(shape), InterpolationMode.BICUBIC, antialias=True)

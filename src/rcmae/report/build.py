@@ -68,7 +68,7 @@ def render(run: Path, running: bool) -> str:
         knn_note=KNN_NOTE,
         learning=drawn(method.figures(), train, reference),
         accuracy=probe_figure(probes, baseline),
-        rates=rate_figures(train),
+        rates=rate_figures(train, events),
         panels=[p for p in panels if p],
         weak=weak,
         health=health_panel(health, method.collapse_advice),
@@ -224,11 +224,13 @@ def probe_figure(probes: Lines, baseline: dict[str, Any]) -> str | None:
     return plot(lines, levels, "linear probe accuracy, %", markers=True)
 
 
-def rate_figures(train: Lines, schedule: str = "cosine") -> dict[str, str]:
-    """Captions and figures of learning rate, speed and gradient norm."""
+def rate_figures(train: Lines, events: Lines, schedule: str = "cosine") -> dict[str, str]:
+    """Captions and figures of learning rate, speed and gradient norm. An event may name what shortens the
+    waiting for data."""
     if not train:
         return {}
-    waiting = "Fraction of the time spent waiting for data. Above a tenth, more --workers help."
+    advice = [f" To shorten it, {line['advice']}." for line in events if "advice" in line]
+    waiting = "Fraction of the time spent waiting for data." + "".join(advice[-1:])
     figures = (
         (f"Learning rate: warm-up, then {schedule}.", "learning rate", "lr", 1),
         ("Images per second, without the time for probes and saving.", "images/s", "images_per_s", 1),

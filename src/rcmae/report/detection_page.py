@@ -65,7 +65,7 @@ def render(run: Path, running: bool) -> str:
         curves=curve_figure(parts) if parts else None,
         progress=progress_figure(val) if len(val) > 1 else None,
         losses=plot(losses, ylabel="loss") if train else None,
-        rates=rate_figures(train, recipe.schedule),
+        rates=rate_figures(train, events, recipe.schedule),
         pictures=_pictures(run),
         events=events[-20:],
         bad_test=bad_test,

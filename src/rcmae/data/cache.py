@@ -1,0 +1,181 @@
+"""`--cache ram`: the decoded images in a block of memory that all loader processes share."""
+
+import contextlib
+import math
+import mmap
+import re
+import sys
+import time
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from ..config import Recipe, how_many
+from ..engine.console import Screen, clock
+from ..errors import ConfigError
+from .base import Source
+from .dataset import plain_errors, quiet_worker
+from .decode import SPARE, BadImage
+from .loader import processes
+from .pack import readable_size
+from .pixels import open_image
+from .views import Image, Reduced, shrink
+
+TRIED, TRIED_SECONDS = 100, 5.0
+"Images decoded to estimate memory and time, and the time after which no more are tried."
+
+USED = 0.8
+"Fraction of the free memory that a cache may take."
+
+
+class Decoder(Dataset):
+    """Item i is the pixels to keep of image i and its original (height, width), or why it cannot be read."""
+
+    def __init__(self, source: Source, channels: int, side: int):
+        self.source, self.channels, self.side = source, channels, side
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[int, int]] | str:
+        try:
+            image = open_image(self.source, index, self.channels)
+            return shrink(image, self.side), image.shape[:2]
+        except BadImage as e:
+            return str(e)
+
+
+class RamCache:
+    """All images of a source, with a shorter side of at most `side`: so many pixels that the smallest crop of
+    the recipe, if it is square, is not enlarged.
+
+    Crops lie in the same place of the image as without the cache; of images that are not reduced they have
+    the same pixels.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        workers: int | None,
+        ranks: int = 1,
+        screen: Screen | None = None,
+    ):
+        """Estimate the memory, and print it. Raises ConfigError if that of all `ranks` of this machine is
+        more than may be taken; `images` then fills the cache."""
+        if sys.platform != "linux":
+            raise ConfigError("--cache ram needs Linux, whose loader processes share memory; leave it out")
+        views = [(min(recipe.images.shape), max(recipe.images.shape), recipe.images.crop_scale[0])]
+        if crops := getattr(recipe, "crops", None):
+            views.append((crops.local_size, crops.local_size, crops.local_scale[0]))
+        self.side = math.ceil(max(size / math.sqrt(low) for _, size, low in views))
+        # Larger JPEGs are decoded at a smaller scale without the cache.
+        self.exact_side = min(self.side, int(2 * SPARE * min(size for size, _, _ in views)) - 1)
+        self.decoder = Decoder(source, recipe.images.channels, self.side)
+        self.workers, self.screen = processes(source, workers), screen or Screen(False)
+        size, seconds = self._try()
+        self.limit, need = int(USED * free_memory() / ranks), math.ceil(size * len(source))
+        if need > self.limit:
+            fitting = int(self.side * math.sqrt(0.95 * self.limit / need))
+            packing = f"reduce the images with `rcmae pack {recipe.data} OUT --size {fitting}`, or "
+            raise ConfigError(
+                f"--cache ram takes about {readable_size(need)} for {how_many(len(source), 'image')}"
+                f"{f' in each of {ranks} processes' if ranks > 1 else ''}, and {readable_size(self.limit)} "
+                f"may be taken ({USED:.0%} of the free memory); "
+                f"{packing if fitting >= max(recipe.images.shape) else ''}leave --cache out"
+            )
+        self.screen.say(
+            f"--cache ram: about {readable_size(need)} of {readable_size(self.limit)} that may be taken, "
+            f"filled in about {clock(seconds * len(source) / max(1, self.workers))}"
+        )
+
+    def _try(self) -> tuple[float, float]:
+        """Mean bytes, and seconds of one process, of an image; from a fixed random sample."""
+        chosen = np.random.Generator(np.random.Philox(key=2)).permutation(len(self.decoder.source))[:TRIED]
+        sizes, began = [], time.monotonic()
+        with self.screen.progress("trying some images", len(chosen)) as tick:
+            for index in chosen.tolist():
+                item = self.decoder[index]
+                sizes.append(0 if isinstance(item, str) else item[0].nbytes)
+                tick(len(sizes))
+                if time.monotonic() - began > TRIED_SECONDS:
+                    break
+        return sum(sizes) / len(sizes), (time.monotonic() - began) / len(sizes)
+
+    @cached_property
+    def images(self) -> "Decoded":
+        """The images; the first access reads all. Raises ConfigError if they are larger than may be taken."""
+        count = len(self.decoder.source)
+        decoded, used = Decoded(count, self.limit), 0
+        loader = DataLoader(
+            self.decoder,
+            batch_sampler=(range(i, min(i + 8, count)) for i in range(0, count, 8)),
+            collate_fn=list,
+            num_workers=self.workers,
+            worker_init_fn=quiet_worker,
+            prefetch_factor=4 if self.workers else None,
+        )
+        with self.screen.progress("filling --cache ram", count) as tick:
+            index = 0
+            for batch in plain_errors(loader):
+                for item in batch:
+                    if isinstance(item, str):
+                        decoded.bad[index] = item
+                    elif (end := used + item[0].nbytes) > self.limit:
+                        raise ConfigError(
+                            f"--cache ram takes more than the {readable_size(self.limit)} that may be taken, "
+                            f"at image {index:,} of {count:,}; leave --cache out"
+                        )
+                    else:
+                        decoded.put(index, used, *item)
+                        used = end
+                    index += 1
+                tick(index)
+        reduced = int((decoded.original != decoded.shapes[:, :2]).any(1).sum())
+        self.screen.say(
+            f"--cache ram: {how_many(count - len(decoded.bad), 'image')} in {readable_size(used)}; "
+            + (f"{reduced:,} are reduced to {self.side} px" if reduced else "none is reduced")
+        )
+        return decoded
+
+    @property
+    def changes(self) -> str:
+        """What it changes in the pixels of crops; "none" if nothing."""
+        shorter = self.images.original.min(1)
+        return "none" if shorter.max(initial=0) <= self.exact_side else f"ram, {self.side} px"
+
+
+class Decoded:
+    """Images of different shapes in one block of memory, which forked processes share."""
+
+    def __init__(self, count: int, limit: int):
+        self.block = np.frombuffer(mmap.mmap(-1, limit), dtype=np.uint8)  # taken as it is filled
+        self.starts = np.zeros(count, np.int64)
+        self.shapes = np.zeros((count, 3), np.int64)
+        self.original = np.zeros((count, 2), np.int64)
+        self.bad: dict[int, str] = {}
+
+    def put(self, index: int, start: int, pixels: np.ndarray, original: tuple[int, int]) -> None:
+        self.block[start : start + pixels.size] = pixels.ravel()
+        self.starts[index], self.shapes[index], self.original[index] = start, pixels.shape, original
+
+    def opened(self, index: int) -> Image:
+        """Image `index`. Raises BadImage."""
+        if index in self.bad:
+            raise BadImage(self.bad[index])
+        start, shape = int(self.starts[index]), self.shapes[index].tolist()
+        pixels = self.block[start : start + math.prod(shape)].reshape(shape)
+        h, w = self.original[index].tolist()
+        return pixels if shape[:2] == [h, w] else Reduced(pixels, (h, w))
+
+
+def free_memory() -> int:
+    """Bytes that processes can still take, of the machine or of their control group."""
+    text = Path("/proc/meminfo").read_text()
+    available = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    free = 1024 * int(available[1]) if available else 0
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+        limit, current = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        files = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, limit - current + (int(files[1]) if files else 0))
+    return free

@@ -1,0 +1,129 @@
+"""Images in memory: the same crops, nothing that does not fit, and resuming says what has changed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rcmae.config import RuntimeConfig, changed
+from rcmae.data import cache, loader
+from rcmae.data.cache import RamCache
+from rcmae.data.dataset import Images
+from rcmae.data.pixels import read_image
+from rcmae.data.sources import open_source
+from rcmae.data.views import random_resized_crop, rng
+from rcmae.errors import ConfigError
+from rcmae.methods.mae import CropAndMask
+from rcmae.pretraining import pretrain
+from rcmae.report.build import rate_figures
+from rcmae.trainer import Trainer
+from tests.conftest import small
+from tests.images import encode, photograph
+from tests.mutations import catches
+
+RECIPE = changed(small(), size=16, crop_scale=(0.25, 1.0), flip=True)
+VIEW = CropAndMask(RECIPE.images, 16)
+
+
+def folder(path, sizes, **options) -> str:
+    path.mkdir()
+    for i, (h, w) in enumerate(sizes):
+        (path / f"{i:02}.jpg").write_bytes(encode(photograph(h, w), "JPEG", quality=95, **options))
+    return str(path)
+
+
+@catches(
+    "cached images are those before",
+    "rcmae.data.cache:Decoded.opened",
+    lambda old: lambda self, index: old(self, max(0, index - 1)),
+)
+def test_crops_of_images_that_are_not_reduced_are_the_same(tmp_path):
+    source = open_source(folder(tmp_path / "data", [(20 + i, 45 - i) for i in range(12)]))
+    (tmp_path / "data" / "03.jpg").write_bytes(b"no image")
+    for workers in (0, 2):
+        cached = RamCache(source, RECIPE, workers)
+        assert cached.side == 32 and cached.changes == "none"
+        plain, fast = Images(source, VIEW, 7), Images(source, VIEW, 7, opened=cached.images.opened)
+        for epoch in range(2):
+            for i in range(len(source)):
+                a, b = plain[epoch, i], fast[epoch, i]
+                assert torch.equal(a["image"], b["image"]) and a["bad"] == b["bad"], i
+
+
+@catches(
+    "crops of reduced images lie elsewhere",
+    "rcmae.data.views:Reduced.crop",
+    lambda old: lambda self, box, shape: old(self, (box[0], 0, *box[2:]), shape),
+)
+def test_crops_of_reduced_images_lie_in_the_same_place(tmp_path):
+    source = open_source(folder(tmp_path / "data", [(240, 320), (333, 250)]))
+    cached = RamCache(source, RECIPE, 0)
+    assert cached.changes == "ram, 32 px"
+    for i in range(2):
+        assert min(cached.images.shapes[i, :2]) == 32
+        pixels = read_image(source, i, 3)
+        for epoch in range(20):
+            crops = [
+                random_resized_crop(image, (16, 16), (0.25, 1.0), rng(0, epoch, i)).int()
+                for image in (pixels, cached.images.opened(i))
+            ]
+            assert (crops[0] - crops[1]).abs().float().mean() < 8
+    tall = cached.images.opened(1)
+    assert tall.shape == (333, 250, 3) and tall.crop((332, 249, 1, 1), (16, 16)).shape == (1, 1, 3)
+
+
+def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
+    source = open_source(folder(tmp_path / "data", [(240, 320)] * 8))
+    monkeypatch.setattr(cache, "free_memory", lambda: 25_000)
+    message = (
+        r"takes about 33 kB for 8 images, and 20 kB may be taken.*`rcmae pack .* OUT --size 24`, or leave"
+    )
+    with pytest.raises(ConfigError, match=message):
+        RamCache(source, RECIPE, 0)
+    monkeypatch.setattr(cache, "free_memory", lambda: 100_000)
+    with pytest.raises(ConfigError, match="in each of 3 processes"):
+        RamCache(source, RECIPE, 0, ranks=3)
+    full = RamCache(source, RECIPE, 0)
+    full.limit = 30_000  # the estimate was too low
+    with pytest.raises(ConfigError, match="takes more than the 30 kB that may be taken, at image 7 of 8"):
+        _ = full.images
+    monkeypatch.undo()
+    assert 2**20 < cache.free_memory() < 2**50
+
+
+def test_a_run_with_the_cache_is_the_same_and_another_one_says_what_changes(tmp_path, capsys):
+    recipe = changed(RECIPE, data=folder(tmp_path / "data", [(20, 30)] * 16), steps=4)
+    runs = {}
+    for kind in ("none", "ram"):
+        pretrain(recipe, RuntimeConfig(out=tmp_path / kind, cache=kind, workers=1, device="cpu"))
+        state = next((tmp_path / kind / "checkpoints").glob("step_*4")) / "model.safetensors"
+        runs[kind] = state.read_bytes()
+    assert runs["none"] == runs["ram"]
+    assert "--cache ram: 16 images in 29 kB; none is reduced" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("workers", "load", "advice"),
+    [(2, 1.0, "give --workers 7"), (7, 1.0, "pack"), (2, 9.0, "pack"), (None, 1.0, "pack")],
+)
+def test_advice_on_slow_loading(workers, load, advice, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "usable_cores", lambda: 8)
+    monkeypatch.setattr(loader.os, "getloadavg", lambda: (load, load, load))
+    source = open_source(folder(tmp_path / "data", [(9, 9)]))
+    assert loader.faster(source, workers, "pack") == advice
+
+
+def test_waiting_for_data_is_noted_once():
+    notes, events = [], []
+    run = SimpleNamespace(
+        waits=[],
+        faster_loading=lambda: "try packing",
+        screen=SimpleNamespace(say=notes.append),
+        write=lambda kind, **values: events.append({"kind": kind, **values}),
+    )
+    for fraction in (0.3, 0.0, 0.0, 0.0, 0.1, 0.0, 0.5, 0.5, 0.9, 0.9):
+        Trainer.note_waiting(run, fraction)
+    assert notes == ["note: 12% of the time is spent waiting for data; try packing"]
+    train = [{"step": 1, "lr": 1.0, "images_per_s": 1.0, "data_wait": 0.5, "grad_norm": 1.0}]
+    assert any("To shorten it, try packing." in caption for caption in rate_figures(train, events))
+    assert not any("shorten" in caption for caption in rate_figures(train, []))

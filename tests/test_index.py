@@ -1,0 +1,106 @@
+"""The kept index of a large set gives the same source, and is not used once the set has changed."""
+
+import os
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rcmae.data import files, index, shards
+from rcmae.data.sources import open_source
+from tests.images import encode, ramp
+from tests.mutations import catches
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Where indices are kept, of sets of 3 images or more."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(index, "SMALLEST", 3)
+    return tmp_path / "cache" / "rcmae" / "index"
+
+
+def folder(path):
+    for name in ("cat/ü.png", "cat/2.png", "dog/3.png", "dog/notes.pdf", "dog/.hidden"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(encode(ramp()))
+    (path / "dog" / os.fsdecode(b"\xff.png")).write_bytes(encode(ramp()))
+    age(path)
+    return str(path)
+
+
+def tar_file(path):
+    folder(path / "images")
+    with tarfile.open(path / "images.tar", "w") as tar:
+        for name in sorted((path / "images").rglob("*.png")):
+            tar.add(name, name.relative_to(path / "images"))
+    age(path)
+    return str(path / "images.tar")
+
+
+def age(path) -> None:
+    """Make everything look an hour old."""
+    for each in (path, *path.rglob("*")):
+        os.utime(each, (time.time() - 3600,) * 2)
+
+
+def change(spec: str) -> None:
+    if spec.endswith(".tar"):
+        with tarfile.open(spec, "a") as tar:
+            tar.add(__file__, "dog/5.png")
+    else:
+        (Path(spec) / "dog" / "5.png").write_bytes(encode(ramp()))
+
+
+@catches(
+    "an index is used though the set has changed",
+    "rcmae.data.index:_unchanged",
+    lambda old: lambda *a: True,
+    case="folder",
+)
+@catches(
+    "the cached index has other labels",
+    "rcmae.data.index:_strings",
+    lambda old: lambda arrays, name: (arrays.update(labels=0 * arrays["labels"]), old(arrays, name))[1],
+    case="folder",
+)
+@pytest.mark.parametrize("make", [folder, tar_file], ids=["folder", "tar"])
+def test_the_kept_index_is_the_same_source(make, tmp_path, place, monkeypatch):
+    spec = make(tmp_path / "data")
+    first = open_source(spec)
+    assert len(first) == 4 and len(list(place.iterdir())) == 1
+
+    def listing(*_):
+        raise AssertionError("listed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_walk", listing)
+        patch.setattr(shards, "_samples", listing)
+        again = open_source(spec)
+    assert type(again) is type(first) and again.fingerprint() == first.fingerprint()
+    assert again.summary() == first.summary() and list(again.notes) == list(first.notes)
+    assert np.array_equal(again.labels, first.labels) and list(again.classes) == list(first.classes)
+    for i in range(4):
+        assert again.where(i) == first.where(i) and again.read(i) == first.read(i)
+    change(spec)
+    assert len(open_source(spec)) == 5
+    assert (
+        len(open_source(spec)) == 5
+    )  # which was changed too recently to be kept, and the old one is not used
+
+
+def test_without_a_usable_index_the_set_is_listed(tmp_path, place, monkeypatch):
+    spec = folder(tmp_path / "data")
+    (tmp_path / "data" / "new").mkdir()  # too recent
+    open_source(spec)
+    assert not place.exists()
+    age(tmp_path / "data")
+    open_source(spec)
+    (file,) = place.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    assert len(open_source(spec)) == 4  # from a damaged index, which is replaced
+    assert len(open_source(spec)) == 4
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{spec}/dog/3.png")  # cannot be written
+    assert len(open_source(spec)) == 4
