@@ -22,6 +22,7 @@ SOURCE = ROOT / "src" / "rcmae"
 # Imports point down: a package may import those listed after it.
 LAYERS = [
     "cli",
+    "planning",
     "compare",
     "pretraining",
     "lab",

@@ -28,9 +28,10 @@ from .engine.run import ADVICE, RunContext, memory_gib, translate_errors
 from .methods.recipes import load_recipe
 from .pretraining import Pretraining
 from .step_time import measure_step
+from .tasks.finetune_recipe import SMALL
 
-SMALL, TINY = 112, 48
-"Medians of the images' shorter sides, in pixels, below which 64 and 32 px are enough."
+TINY = 48
+"Median of the images' shorter sides, in pixels, below which crops of 32 px are enough."
 
 TIMES = {"cpu": 1800.0, "cuda": 28800.0}
 "Seconds of the suggested run, if the images bear so long a one: half an hour, a night."

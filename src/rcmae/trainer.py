@@ -88,7 +88,7 @@ class Trainer(ABC):
         self.logs = False
         "whether the current step will be logged"
         self.crowded = False
-        "whether the screen has said that other processes use the cores"
+        "whether the screen has shown that other processes use the cores"
 
     # --- what a subclass implements -------------------------------------------------------------------------
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ..config import Rules, Section, check, load_settings, parse_settings, shipped_recipes
 
+SMALL = 112
+"Side of images, in pixels, below which the recipe `small` fits better than that for a GPU."
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneRecipe(Section):

@@ -108,7 +108,7 @@ def seconds_of_trainings(
     """The duration of one training of the backbone at each percentage of the labels, from the time of a step
     on gray images of a growing batch."""
     context, *_ = contexts(name, tuning, options, world, Screen(False))
-    recipe, backbone = tuning.resolve_recipe(options)[1], context.backbone
+    recipe, backbone = tuning.resolve_recipe(name, options)[1], context.backbone
     assert isinstance(backbone, Backbone)  # check_settings refuses "pixels"
     model = Classifier(classifier(backbone, len(context.set.classes)), *backbone.statistics)
     model.to(context.device).train()

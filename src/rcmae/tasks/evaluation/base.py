@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
-from ...config import Rules, Section, check
+from ...config import Recipe, Rules, Section, check
 from ...errors import ConfigError, refuse
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class EvaluationOptions(WeightsOptions):
 
     data: str | None = None
     """labeled images: a folder with train/ and val/, a folder of classes, or another source listed by `rcmae
-    list`; default: those of the run, or bundled:digits for a backbone that is not from a run"""
+    list`; default: those of the run, or the bundled digits for a backbone that is not from a run"""
     val: str | None = None
     "the images to score on, if data does not contain them"
     range: Literal["data", "dtype"] = "data"
@@ -81,21 +81,12 @@ class EvaluationOptions(WeightsOptions):
         ConfigError if the run does not say so."""
         if self.data is not None:
             return self
-        path = Path(backbone.removeprefix("scratch:"))
-        candidates = (
-            (path, *path.parents[:2]) if path.exists() else ()
-        )  # an exported folder is RUN/export/NAME
-        for run in candidates:
-            if (run / "recipe.toml").is_file():
-                recorded: dict[str, Any] = {}
-                with contextlib.suppress(OSError, ValueError, KeyError):  # damaged, or of another kind of run
-                    recorded = json.loads((run / "machine.json").read_text(encoding="utf-8"))["about"]
-                with contextlib.suppress(OSError, ValueError):
-                    recorded |= tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
-                if not recorded.get("data"):
-                    raise ConfigError(f"{run} does not say which images it was trained on: give --data")
-                return replace(self, data=recorded["data"], val=self.val or recorded.get("val"))
-        return replace(self, data="bundled:digits")
+        if run := run_of_backbone(backbone):
+            recorded = recorded_settings(run)
+            if not recorded.get("data"):
+                raise ConfigError(f"{run} does not say which images it was trained on: give --data")
+            return replace(self, data=recorded["data"], val=self.val or recorded.get("val"))
+        return replace(self, data=Recipe.data)
 
     def rules(self) -> Rules:
         return [
@@ -178,3 +169,22 @@ class Task:
             return ""
         values = [(getattr(self, f.name), getattr(type(self)(), f.name)) for f in fields(self)]
         return "".join(f"-{v}" for v, default in values if isinstance(v, str) and v != default)
+
+
+def run_of_backbone(name: str) -> Path | None:
+    """The run directory that a backbone comes from: itself, or that of an exported folder RUN/export/NAME;
+    None for others."""
+    path = Path(name.removeprefix("scratch:"))
+    folders = (path, *path.parents[:2]) if path.exists() else ()
+    return next((folder for folder in folders if (folder / "recipe.toml").is_file()), None)
+
+
+def recorded_settings(run: Path) -> dict[str, Any]:
+    """The recipe of a run, and for a run on a backbone what it was trained on; what is damaged is left
+    out."""
+    recorded: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        recorded = json.loads((run / "machine.json").read_text(encoding="utf-8"))["about"]
+    with contextlib.suppress(OSError, ValueError):
+        recorded |= tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
+    return recorded

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
-from .base import EvaluationOptions, Task, TaskResult
+from .base import EvaluationOptions, Task, TaskResult, recorded_settings, run_of_backbone
 
 if TYPE_CHECKING:
     from ..context import EvaluationContext
@@ -20,7 +20,7 @@ class FineTune(Task):
     resumes = True
 
     recipe: str | None = None
-    "a fine-tuning recipe (`rcmae list`) or TOML file; default: the recipe for the data"
+    "a fine-tuning recipe (`rcmae list`) or TOML file; default: by the data and the backbone"
     settings: tuple[str, ...] = ()
     "changes to the recipe: --settings epochs=20 batch_size=256"
     accumulate: int = 1
@@ -43,15 +43,14 @@ class FineTune(Task):
                 "pixels have no weights to fine-tune; give a backbone, or scratch:BACKBONE for a randomly "
                 "initialized one"
             )
-        self.resolve_recipe(options.with_data(backbone))
+        self.resolve_recipe(backbone, options.with_data(backbone))
 
-    def resolve_recipe(self, options: EvaluationOptions) -> tuple[str, "FineTuneRecipe"]:
+    def resolve_recipe(self, backbone: str, options: EvaluationOptions) -> tuple[str, "FineTuneRecipe"]:
         """The recipe's name, and the recipe with `settings` applied. Raises ConfigError."""
         from ...config import check, replaced
-        from ...data.sources import recipe_for
         from ..finetune_recipe import load_finetune
 
-        name = self.recipe or recipe_for(options.data or "")
+        name = self.recipe or suited_recipe(backbone, options.data or "")
         recipe = load_finetune(name)
         if any(text.partition("=")[0].strip() in ("steps", "epochs") for text in self.settings):
             recipe = replace(recipe, steps=None, epochs=None)
@@ -74,7 +73,7 @@ class FineTune(Task):
         from ..robustness.metrics import ece
 
         options = context.options
-        name, recipe = self.resolve_recipe(options)
+        name, recipe = self.resolve_recipe(context.name, options)
         out = results_folder(context.name, options) / stem(self.name, context.which, options)
         names = ("accumulate", "compile", "checkpointing", "max_corrupt_fraction")
         given: dict[str, Any] = {k: getattr(options, k) for k in ("device", "precision", "workers")}
@@ -91,3 +90,13 @@ class FineTune(Task):
             metrics |= {"best epoch, chosen on the test images": best}
         settings = asdict(self) | asdict(recipe) | {"recipe": name, "run": str(out)}
         return TaskResult(metrics, tuned.correct, tuned.model, settings, seconds=tuned.seconds)
+
+
+def suited_recipe(backbone: str, data: str) -> str:
+    """The default recipe for the data: of own images `small`, if the backbone is of a run on small ones."""
+    from ...data.sources import recipe_for
+    from ..finetune_recipe import SMALL
+
+    name, run = recipe_for(data), run_of_backbone(backbone)
+    size = recorded_settings(run).get("images", {}).get("size", SMALL) if run else SMALL
+    return "small" if name == "folder" and size < SMALL else name
