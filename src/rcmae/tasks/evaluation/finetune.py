@@ -80,7 +80,7 @@ class FineTune(Task):
         runtime = BaseRuntimeConfig(out=out, **given | {k: getattr(self, k) for k in names})
         data, train = context.set, context.part("train")
         tested = data.test.fingerprint()[:16]
-        about = {"backbone": context.name, "network": context.which, "test": tested}
+        about: dict[str, Any] = {"backbone": context.name, "network": context.which, "test": tested}
         about |= {"data": options.data, "val": options.val}
         assert isinstance(context.backbone, Backbone)  # check_settings refuses "pixels"
         tuned = finetune(context.backbone, train, data.test, data.classes, recipe, runtime, about)
