@@ -527,7 +527,12 @@ def test_probes_are_reported_with_their_baselines(tmp_path, folder, capsys):
     assert [p["step"] for p in probes] == [2, 4]
     assert set(probes[0]) == {"kind", "step", "student", "teacher"}
     assert result.probe == {k: probes[-1][k] for k in ("student", "teacher")}
-    assert re.search(r"randomly initialized encoder\s+│\s+[\d.]+ │\s+[\d.]+ │", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    accuracy = r"[\d.]+ ± [\d.]+"
+    assert re.search(rf"randomly initialized encoder\s+│\s+{accuracy} │\s+{accuracy} │", shown)
+    assert re.search(rf"baselines, .*raw pixels linear probe {accuracy}.*randomly initialized linear", shown)
+    assert re.search(rf"step 2, .*teacher linear probe {accuracy}.*randomly initialized linear", shown)
+    assert "Learned: not shown." in shown, "ten test images show nothing after four steps"
 
 
 def test_bf16_and_checkpointing_and_compile_free_options_run(tmp_path, folder):

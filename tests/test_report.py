@@ -14,9 +14,10 @@ from safetensors.numpy import save_file
 from rcmae.config import to_toml
 from rcmae.engine.run import run_lock
 from rcmae.engine.schedules import fraction_of_run
+from rcmae.report import curves as drawing
 from rcmae.report import pictures, write_report
 from rcmae.report.curves import SMALL, Line, by_depth, plot
-from tests.conftest import small
+from tests.conftest import Undrawn, small
 from tests.mutations import catches
 
 TEACHER_FIGURES = [
@@ -203,6 +204,12 @@ def recorded(run: Path) -> Path:
     )
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without figures, for tests of the text."""
+    monkeypatch.setattr(drawing, "Figure", Undrawn)
 
 
 def words(page: str) -> str:
@@ -486,7 +493,7 @@ def test_missing_data_is_left_out(tmp_path):
     assert "not finite" in write_report(run).read_text()
 
 
-def test_without_results_by_image_there_is_no_answer_and_no_interval(tmp_path):
+def test_without_results_by_image_there_is_no_answer_and_no_interval(tmp_path, undrawn):
     run = run_directory(tmp_path / "run")
     shutil.rmtree(run / "probes")
     page = write_report(run).read_text()
@@ -495,7 +502,7 @@ def test_without_results_by_image_there_is_no_answer_and_no_interval(tmp_path):
 
 
 @pytest.mark.parametrize(("zero", "word"), [(0.8, "not shown"), (0.4, "no")])
-def test_without_labels_the_loss_can_only_refute(tmp_path, zero, word):
+def test_without_labels_the_loss_can_only_refute(tmp_path, undrawn, zero, word):
     """Against the loss of predicting zero: far below it, and no better."""
     run = run_directory(tmp_path / "run", labeled=False)
     record = (run / "metrics.jsonl").read_text().replace('"zero": 0.8', f'"zero": {zero}')
@@ -504,7 +511,7 @@ def test_without_labels_the_loss_can_only_refute(tmp_path, zero, word):
     assert re.search(rf"Learned: {word}\b(?! shown)", answer) and "no labels" in answer
 
 
-def test_a_run_is_running_while_a_process_holds_its_lock(tmp_path):
+def test_a_run_is_running_while_a_process_holds_its_lock(tmp_path, undrawn):
     run = run_directory(tmp_path / "run")
     (run / "machine.json").write_text('{"steps": 100}')
 
@@ -521,7 +528,7 @@ def test_a_run_is_running_while_a_process_holds_its_lock(tmp_path):
         pass
 
 
-def test_a_teacher_near_the_student_is_no_success(tmp_path):
+def test_a_teacher_near_the_student_is_no_success(tmp_path, undrawn):
     """Its panel is folded, and the page neither praises it nor reports that there were no alarms."""
     run = recorded(run_directory(tmp_path / "run"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
