@@ -108,7 +108,7 @@ class RamCache:
         decoded, used = Decoded(count, self.limit), 0
         loader = DataLoader(
             self.decoder,
-            batch_sampler=(range(i, min(i + 8, count)) for i in range(0, count, 8)),
+            batch_sampler=(list(range(i, min(i + 8, count))) for i in range(0, count, 8)),
             collate_fn=list,
             num_workers=self.workers,
             worker_init_fn=quiet_worker,

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -80,7 +80,7 @@ class Index:
         arrays: dict[str, np.ndarray] = {"states": np.array([s[1:] for s in listed], np.int64)}
         strings = {"listed": Strings([s.path for s in listed])}
         values: dict[str, Any] = {}
-        for name, value in source.__getstate__().items():
+        for name, value in cast(dict[str, Any], source.__getstate__()).items():
             place: dict[str, Any] = (
                 strings if isinstance(value, Strings) else arrays if isinstance(value, np.ndarray) else values
             )

@@ -95,15 +95,15 @@ class Encoder(Dataset):
     def _encoded(self, source: Source, index: int) -> tuple[str, bytes]:
         raw = read_raw(source, index)
         image = raw if isinstance(raw, np.ndarray) else decode.open_image(raw, self.channels)
-        small = self.size is None or min(image.shape[:2]) <= self.size
+        side = min(image.shape[:2]) if self.size is None else self.size
         if isinstance(raw, np.ndarray):
-            return _file(raw if small else shrink(raw, self.size), lossy=False)
-        if small or decode.sixteen_bits(raw, self.channels) is not None:
+            return _file(shrink(raw, side), lossy=False)
+        if min(image.shape[:2]) <= side or decode.sixteen_bits(raw, self.channels) is not None:
             if isinstance(image, Picture):
                 image.pixels(least=1)  # raises BadImage if it is damaged
             return _extension(source.where(index), image, raw), raw
         assert isinstance(image, Picture)
-        return _file(shrink(image, self.size), lossy=image.image.format in LOSSY)
+        return _file(shrink(image, side), lossy=image.image.format in LOSSY)
 
 
 def _file(pixels: np.ndarray, lossy: bool) -> tuple[str, bytes]:
@@ -357,8 +357,8 @@ def _add(tar: tarfile.TarFile, source: Source, index: int, extension: str, conte
 
 def _label(source: Source, index: int) -> bytes:
     """The name of an image's class; empty without one."""
-    known = source.labels is not None and source.labels[index] >= 0
-    return source.classes[int(source.labels[index])].encode() if known else b""
+    label = -1 if source.labels is None else int(source.labels[index])
+    return source.classes[label].encode() if label >= 0 else b""
 
 
 # --- files of the folder ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ..errors import StorageError
 from . import decode
 from .base import Source
 from .decode import BadImage
-from .views import Image
+from .views import Opened
 
 DEPTHS = (8, 10, 12, 14, 16)
 "Bits that the values of cameras and scanners have."
@@ -38,7 +38,7 @@ def read_raw(source: Source, index: int) -> bytes | np.ndarray:
         raise BadImage(e.strerror or "cannot be read") from e
 
 
-def open_image(source: Source, index: int, channels: int, shape: tuple[int, int] | None = None) -> Image:
+def open_image(source: Source, index: int, channels: int, shape: tuple[int, int] | None = None) -> Opened:
     """Image `index`, which a crop decodes no further than it needs. Raises BadImage, also if its (height,
     width) is not `shape`.
 
@@ -46,7 +46,7 @@ def open_image(source: Source, index: int, channels: int, shape: tuple[int, int]
     """
     raw = read_raw(source, index)
     if isinstance(raw, np.ndarray):
-        image: Image = raw
+        image: Opened = raw
     else:
         image = decode.open_image(raw, channels, source.pixel_limit, shape, source.bits or 16)
     if shape and image.shape[:2] != shape:

@@ -188,7 +188,7 @@ def _samples(
 
         links = []
         for member in tar:
-            tar.members.clear()  # a million would take a gigabyte
+            tar.members.clear()  # type: ignore[attr-defined]  # a million would take a gigabyte
             tick(min(1, member.offset / total))
             name = os.fsencode(member.name)
             if member.isdir() or any(map(image_filter.is_hidden, name.removeprefix(b"./").split(b"/"))):

@@ -34,7 +34,9 @@ class Reduced:
         return np.ascontiguousarray(self.pixels[y : max(y + 1, below), x : max(x + 1, right)])
 
 
-Image = UInt8[np.ndarray, "h w c"] | Picture | Reduced
+Opened = UInt8[np.ndarray, "h w c"] | Picture
+
+Image = Opened | Reduced
 
 
 def rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -93,7 +95,7 @@ def center(image: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
     return _resized(image, ((h - height) // 2, (w - width) // 2, height, width), shape)
 
 
-def shrink(image: UInt8[np.ndarray, "h w c"] | Picture, side: int) -> UInt8[np.ndarray, "sh sw c"]:
+def shrink(image: Opened, side: int) -> UInt8[np.ndarray, "sh sw c"]:
     """All of an image, its shorter side reduced to `side` pixels, bicubic with antialiasing; unchanged if it
     is not longer."""
     h, w, _ = image.shape
