@@ -36,6 +36,7 @@ from .lab.alarms import Alarm
 from .lab.recorder import Recorder
 from .lab.snapshots import SNAPSHOTS, first_batch, save_reconstructions
 from .methods import METHODS, Method
+from .methods.mean_teacher import SHORT_HALF_LIFE
 from .methods.recipes import load_recipe, recipe_type
 from .models.backbone import Backbone, Channels, Statistics, usual_statistics
 from .report import write_report
@@ -44,9 +45,6 @@ from .tasks.interval import with_margin
 from .tasks.learned import show_table
 from .tasks.probe import KINDS, Probes, Scores, probe_set, size_note
 from .trainer import Trainer
-
-MIN_HALF_LIFE = 0.99
-"Half-life in steps (one, less rounding) below which a note warns that the teacher is nearly the student."
 
 
 @dataclass(frozen=True)
@@ -248,10 +246,10 @@ class Pretraining(Trainer):
                 f"{state['half_life_images']:,.0f} images, {state['half_life_epochs']:.2f} epochs, "
                 f"{fraction_of_run(float(state['half_life_fraction']))}"
             )
-            if state["half_life_steps"] < MIN_HALF_LIFE:
+            if state["half_life_steps"] < SHORT_HALF_LIFE:
                 self.screen.say(
-                    "note: the teacher's half-life is shorter than a step, so it is nearly identical to the "
-                    f"student; give {self.method.longer_memory}"
+                    f"note: the teacher's half-life is {state['half_life_steps']:.2g} steps, so it is nearly "
+                    f"the student; give {self.method.longer_memory}"
                 )
         if baselines:
             raw, random = (self.in_words(baselines[name]) for name in ("raw_pixels", "random_init"))

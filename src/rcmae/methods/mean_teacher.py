@@ -19,7 +19,10 @@ MSN_STRETCH = 1.25
 "In MSN's code, the momentum rises on a line that would reach 1 after 1.25 times the run."
 
 
-SHORT_HALF_LIFE = 5.0
+LEAST_HALF_LIFE = 5.0
+"The shortest default half-life in steps."
+
+SHORT_HALF_LIFE = 4.9
 "Half-life in steps below which the teacher is nearly the student, and the run nearly one without a teacher."
 
 DEFAULT_HALF_LIFE = "0.5%"
@@ -126,7 +129,7 @@ class MeanTeacher(Method):
             "epochs": t.steps_per_epoch,
         }
         length = number * steps[unit]
-        return max(length, SHORT_HALF_LIFE) if self.recipe.teacher.half_life is None else length
+        return max(length, LEAST_HALF_LIFE) if self.recipe.teacher.half_life is None else length
 
     @property
     def shorter_memory(self) -> str:

@@ -24,11 +24,8 @@ from ..models.teacher import Teacher
 from .base import Comparison
 from .diagnostics import BlockFigure, Curve, Figure, Numbers, Panel, Sentence, Variant
 from .mae import MAE, Batch, CropAndMask, MAERecipe
-from .mean_teacher import MeanTeacher, MeanTeacherRecipe
+from .mean_teacher import SHORT_HALF_LIFE, MeanTeacher, MeanTeacherRecipe
 from .reconstruction_loss import squared_errors
-
-NEAR_STUDENT = 5.0
-"Half-life in steps below which the teacher is nearly the student, so that consistency with it means little."
 
 SHORTER = "shorten --half-life (under another schedule lower --momentum)"
 "The advice for a teacher that lags behind the student."
@@ -202,7 +199,7 @@ class RCMAE(MeanTeacher, MAE):
     @classmethod
     def weak_teacher(cls, means: Numbers) -> str:
         half_life = means.get("half_life_steps", math.inf)
-        if half_life >= NEAR_STUDENT:
+        if half_life > SHORT_HALF_LIFE:
             return ""
         return (
             f"The teacher's half-life is {half_life:.2g} steps: it is nearly the student, and the run is "
