@@ -91,15 +91,23 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     assert 2**20 < cache.free_memory() < 2**50
 
 
+@catches(
+    "a resumed run does not notice another cache", "rcmae.data.cache:RamCache.changes", lambda old: "none"
+)
 def test_a_run_with_the_cache_is_the_same_and_another_one_says_what_changes(tmp_path, capsys):
-    recipe = changed(RECIPE, data=folder(tmp_path / "data", [(20, 30)] * 16), steps=4)
-    runs = {}
+    recipe = changed(RECIPE, data=folder(tmp_path / "data", [(20, 30)] * 8), steps=2)
+    weights = {}
     for kind in ("none", "ram"):
         pretrain(recipe, RuntimeConfig(out=tmp_path / kind, cache=kind, workers=1, device="cpu"))
-        state = next((tmp_path / kind / "checkpoints").glob("step_*4")) / "model.safetensors"
-        runs[kind] = state.read_bytes()
-    assert runs["none"] == runs["ram"]
-    assert "--cache ram: 16 images in 29 kB; none is reduced" in capsys.readouterr().out
+        weights[kind] = next((tmp_path / kind / "checkpoints").glob("step_*2/model.safetensors")).read_bytes()
+    assert weights["none"] == weights["ram"]
+    assert "--cache ram: 8 images in 14 kB; none is reduced" in capsys.readouterr().out
+    recipe = changed(recipe, data=folder(tmp_path / "large", [(40, 60)] * 8), steps=1)
+    for kind in ("ram", "none"):
+        pretrain(recipe, RuntimeConfig(out=tmp_path / "large run", cache=kind, workers=0, device="cpu"))
+    printed = capsys.readouterr().out
+    assert "8 are reduced to 32 px" in printed
+    assert "note: cache was ram, 32 px and is now none: the resumed run will not be bitwise" in printed
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from .config import (
     flags,
     flat,
     how_many,
+    readable_size,
     reset_by,
     sections,
     shipped_recipes,
@@ -237,7 +238,7 @@ def pack_data(
     workers
         Processes [default: one for each core].
     """
-    from .data.pack import MANIFEST, pack, readable_size
+    from .data.pack import MANIFEST, pack
 
     result = pack(data, out, None if original else size, channels, workers, Screen(True))
     if result.unreadable:

@@ -25,4 +25,4 @@ from .toml import (
     shipped_recipes,
     to_toml,
 )
-from .units import how_many, parse_half_life, parse_time, readable
+from .units import how_many, parse_half_life, parse_time, readable, readable_size

@@ -1,4 +1,4 @@
-"""Parsing of durations and half-lives, and counts as text."""
+"""Parsing of durations and half-lives, and counts and sizes as text."""
 
 import math
 import re
@@ -12,6 +12,14 @@ def how_many(number: int, what: str) -> str:
     """'1 image', '2,000 images', '3 classes'."""
     ending = "" if number == 1 else "es" if what.endswith(("s", "x", "ch")) else "s"
     return f"{number:,} {what}{ending}"
+
+
+def readable_size(number: int) -> str:
+    """1,234,567 bytes -> '1.2 MB'."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number / 1e3:,.0f} kB"
 
 
 def parse_time(text: str) -> float:

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import Recipe, how_many
+from ..config import Recipe, how_many, readable_size
 from ..engine.console import Screen, clock
 from ..errors import ConfigError
 from .base import Source
 from .dataset import plain_errors, quiet_worker
 from .decode import SPARE, BadImage
 from .loader import processes
-from .pack import readable_size
 from .pixels import open_image
 from .views import Image, Reduced, shrink
 

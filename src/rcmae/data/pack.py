@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import how_many
+from ..config import how_many, readable_size
 from ..engine.checkpoint import replace_file
 from ..engine.console import Screen, clock
 from ..errors import ConfigError, DataError, StorageError
@@ -223,46 +223,20 @@ def pack(
     `data`, StorageError if the shards do not fit on the disk.
     """
     screen = screen or Screen(False)
-    if size is not None and size < 1:
-        raise ConfigError(f"size must be 1 or more, not {size}")
-    if size is not None and channels not in (1, 3):
-        raise ConfigError(f"images of {channels} channels cannot be reduced; give --original")
-    if Path(data).is_dir() and out.resolve().is_relative_to(Path(data).resolve()):
-        raise ConfigError(f"{out} is within {data}; name a folder outside of it")
-    _check_unused(out)
+    _check(data, out, size, channels)
     sources = _open_parts(data, channels, screen)
     encoder = Encoder(list(sources.values()), size, channels)
     plan = _plan(sources, size, channels)
     with _journal(out) as journal:
         began, finished = _read(out, journal)
-        for key, value in plan.items():
-            if began and began.get(key) != value:
-                raise ConfigError(
-                    f"{out} holds a pack of other {key} ({began.get(key)}, now {value}); name another folder"
-                    if key not in ("parts", "data", "labels")
-                    else f"{out} holds a pack of other images or labels; name another folder"
-                )
+        _check_same(out, began, plan)
         finished = _verified(out, finished, screen)
         count = sum(plan["parts"].values())
         left = count - sum(entry["images"] + len(entry["unreadable"]) for entry in finished.values())
         if left:
             processes = usable_cores() if workers is None else workers
-            mean, seconds = _try(encoder, screen)
-            most = int(SHARD_BYTES // max(mean, 1))
-            plan["images_per_shard"] = began.get(
-                "images_per_shard", max(1, min(most, SHARD_IMAGES, max(100, -(-count // SHARDS))))
-            )
-            need, free = int(MARGIN * mean * left), shutil.disk_usage(out).free
-            screen.say(
-                f"packing {how_many(left, 'image')} into {out}: about {readable_size(need)} "
-                f"({readable_size(free)} free), {clock(seconds * left / max(processes, 1))} with "
-                f"{how_many(max(processes, 1), 'process')}"
-            )
-            if need > free:
-                raise StorageError(
-                    f"{out} needs about {readable_size(need)}, and {readable_size(free)} are free; name a "
-                    "folder on another disk, or give a smaller --size"
-                )
+            per_shard = _estimate(out, encoder, count, left, processes, screen)
+            plan["images_per_shard"] = began.get("images_per_shard", per_shard)
             _rewrite(journal, [plan, *finished.values()])
             todo = [shard for shard in _shards(plan) if shard.name not in finished]
             for path in out.glob(".*.tar"):  # what a killed process left
@@ -270,21 +244,40 @@ def pack(
             with screen.progress("packing", left) as tick:
                 results, done = _results(encoder, todo, processes), 0
                 for shard in todo:
-                    entry = _write(out, shard, sources, results, lambda i, done=done: tick(done + i))
+                    entry = _write(out, shard, encoder, results, lambda i, done=done: tick(done + i))
                     finished[shard.name] = entry
                     _append(journal, entry)
                     done += shard.stop - shard.start
         else:
-            plan = began or plan
+            plan = began
             screen.say(f"{out} is complete: {how_many(len(finished), 'shard')} verified")
         entries = [finished[name] for name in sorted(finished)]
         unreadable = [bad for entry in entries for bad in entry["unreadable"]]
-        packed = count - len(unreadable)
-        if not packed:
+        if len(unreadable) == count:
             raise DataError(f"none of {how_many(count, 'image')} of {data} can be read; run `rcmae check`")
         replace_file(out / MANIFEST, json.dumps(plan | {"shards": entries}, indent=1) + "\n")
         (out / UNFINISHED).unlink()
-    return Result(packed, len(entries), sum(entry["bytes"] for entry in entries), unreadable)
+    size_of_all = sum(entry["bytes"] for entry in entries)
+    return Result(count - len(unreadable), len(entries), size_of_all, unreadable)
+
+
+def _estimate(out: Path, encoder: Encoder, count: int, left: int, processes: int, screen: Screen) -> int:
+    """Say how much space and time the images that are left take; returns the images of a shard for all
+    `count`. Raises StorageError if the space is not free."""
+    mean, seconds = _try(encoder, screen)
+    need, free = int(MARGIN * mean * left), shutil.disk_usage(out).free
+    screen.say(
+        f"packing {how_many(left, 'image')} into {out}: about {readable_size(need)} "
+        f"({readable_size(free)} free), {clock(seconds * left / max(processes, 1))} with "
+        f"{how_many(max(processes, 1), 'process')}"
+    )
+    if need > free:
+        raise StorageError(
+            f"{out} needs about {readable_size(need)}, and {readable_size(free)} are free; name a folder on "
+            "another disk, or give a smaller --size"
+        )
+    fitting = int(SHARD_BYTES // max(mean, 1))
+    return max(1, min(fitting, SHARD_IMAGES, max(100, -(-count // SHARDS))))
 
 
 def _results(encoder: Encoder, shards: list[Shard], processes: int) -> Iterator[tuple[str, bytes] | BadImage]:
@@ -307,14 +300,10 @@ def _results(encoder: Encoder, shards: list[Shard], processes: int) -> Iterator[
 
 
 def _write(
-    out: Path,
-    shard: Shard,
-    sources: dict[str, Source],
-    results: Iterator[tuple[str, bytes] | BadImage],
-    tick: Any,
+    out: Path, shard: Shard, encoder: Encoder, results: Iterator[tuple[str, bytes] | BadImage], tick: Any
 ) -> dict[str, Any]:
     """Write a shard, complete or not at all; returns its entry in the manifest."""
-    source = list(sources.values())[shard.part]
+    source = encoder.sources[shard.part]
     path, temporary = out / shard.name, out / f".{shard.name}"
     images, unreadable = 0, []
     with _storing(path):
@@ -364,16 +353,29 @@ def _label(source: Source, index: int) -> bytes:
 # --- files of the folder ------------------------------------------------------------------------------------
 
 
-def _check_unused(out: Path) -> None:
-    """Raises ConfigError if the folder has other content than a pack."""
+def _check(data: str, out: Path, size: int | None, channels: int) -> None:
+    """Raises ConfigError for settings that are not valid, and for a folder with other content than a
+    pack."""
+    if size is not None and size < 1:
+        raise ConfigError(f"size must be 1 or more, not {size}")
+    if size is not None and channels not in (1, 3):
+        raise ConfigError(f"images of {channels} channels cannot be reduced; give --original")
+    if Path(data).is_dir() and out.resolve().is_relative_to(Path(data).resolve()):
+        raise ConfigError(f"{out} is within {data}; name a folder outside of it")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; name a folder")
-    if (
-        out.is_dir()
-        and any(out.iterdir())
-        and not any((out / name).exists() for name in (MANIFEST, UNFINISHED))
-    ):
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if names and not names & {MANIFEST, UNFINISHED}:
         raise ConfigError(f"{out} is not empty and holds no pack; name a new folder")
+
+
+def _check_same(out: Path, began: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raises ConfigError if the pack in the folder began with another plan."""
+    for key, value in plan.items() if began else ():
+        if began.get(key) != value:
+            settings = f"{key} ({began.get(key)}, now {value})"
+            other = "images or labels" if key in ("parts", "data", "labels") else settings
+            raise ConfigError(f"{out} holds a pack of other {other}; name another folder")
 
 
 @contextmanager
@@ -450,11 +452,3 @@ def _storing(path: Path) -> Iterator[None]:
         raise StorageError(
             f"cannot write {path}: {e.strerror}; free some space, then run the same command again"
         ) from e
-
-
-def readable_size(number: int) -> str:
-    """1,234,567 -> '1.2 MB'."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if number >= size:
-            return f"{number / size:,.1f} {unit}"
-    return f"{number / 1e3:,.0f} kB"
