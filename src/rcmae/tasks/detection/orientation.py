@@ -45,7 +45,7 @@ def read_headers(
 ) -> list[Header | None]:
     """The headers of image files; None for those that cannot be read. Each rank reads a part of them; `tick`
     is called with the number of files that all ranks have read."""
-    part = []
+    part: list[Header | None] = []
     for path in paths[world.rank :: world.size]:
         try:
             with path.open("rb") as file:

@@ -110,7 +110,7 @@ class Detections(Images):
     def __init__(self, source: CocoSet, jitter: Jitter, seed: int, channels: int = 3):
         # The base class passes no objects to its view; __getitem__ below uses `jitter` instead.
         super().__init__(source, jitter, seed, channels)  # type: ignore[arg-type]
-        self.jitter = jitter
+        self.jitter, self.channels = jitter, channels
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
