@@ -234,7 +234,7 @@ def test_an_alarm_that_stops_the_run_is_on_its_page(tmp_path, monkeypatch):
     """Even if the page was written just before."""
     drawn = []
 
-    def draw(run: Path) -> None:
+    def draw(run: Path, running: bool | None = None) -> None:
         time.sleep(
             0.3
         )  # pages of milestones are written only after twenty times the duration of the last one

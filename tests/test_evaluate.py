@@ -918,6 +918,7 @@ def test_worth_it_is_reported_by_the_first_rank_only(tmp_path, backbone, monkeyp
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(worth.distributed, "process_group", second)
     monkeypatch.setattr(worth, "evaluate", lambda *args: [])
+    monkeypatch.setattr(worth, "seconds_of_trainings", lambda *args: 0.0)
     assert main(["evaluate", "worth-it", str(backbone), "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
     assert not capsys.readouterr().out and not (tmp_path / "o").exists()
 

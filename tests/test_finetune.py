@@ -491,7 +491,15 @@ def test_invalid_labels_are_reported_in_one_line(tmp_path, sets):
 
 def test_recipes_are_read_and_invalid_ones_reported_in_one_line(tmp_path):
     names = shipped_recipes("finetune")
-    assert set(names) == {"bundled", "folder", "vits16-in1k", "vitb16-in1k", "vitl16-in1k", "vitl16-in1k-mae"}
+    assert set(names) == {
+        "bundled",
+        "folder",
+        "small",
+        "vits16-in1k",
+        "vitb16-in1k",
+        "vitl16-in1k",
+        "vitl16-in1k-mae",
+    }
     assert not {"vits16-in1k", "finetune"} & set(shipped_recipes()), (
         "recipes of fine-tuning are not listed for pre-training"
     )

@@ -42,8 +42,10 @@ def test_a_crowded_run_advises_to_start_it_again(monkeypatch):
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.delenv(POLICY, raising=False)
-    assert "the 4 threads of this process had 2.0 cores" in crowded({"cores": 2.0, "data_wait": 0.0})
-    assert not crowded({"cores": 2.0, "data_wait": 0.5}), "it had no work for half of the time"
-    assert not crowded({"cores": 3.5, "data_wait": 0.0})
+    assert "the 4 threads of this process had 2.0 cores" in crowded({"cores": 2.0, "data_wait": 0.0}, 0)
+    assert not crowded({"cores": 2.0, "data_wait": 0.5}, 0), "it had no work for half of the time"
+    assert not crowded({"cores": 3.5, "data_wait": 0.0}, 0)
     monkeypatch.setenv(POLICY, "passive")
-    assert not crowded({"cores": 2.0, "data_wait": 0.0}), "sleeping threads use less of their cores"
+    assert not crowded({"cores": 2.0, "data_wait": 0.0}, 0), "sleeping threads use less of their cores"
+    monkeypatch.delenv(POLICY)
+    assert "its own loader processes" in crowded({"cores": 2.0, "data_wait": 0.0}, 3)

@@ -3,6 +3,7 @@
 import re
 import shlex
 
+import numpy as np
 import pytest
 
 from rcmae import planning
@@ -13,7 +14,7 @@ from rcmae.methods.recipes import load_recipe
 from rcmae.planning import lines, plan, suggested
 
 from .conftest import small
-from .images import encode, photograph, ramp
+from .images import encode, photograph, ramp, tiff
 
 
 @pytest.fixture
@@ -86,3 +87,27 @@ def test_the_recipe_follows_the_size_of_the_images_and_the_device(monkeypatch):
     gpu = type("device", (), {"type": "cuda"})
     monkeypatch.setattr(planning, "pick_device", lambda name: gpu)
     assert suggested(500) == ("folder", {}) and suggested(100) == ("small", {})
+
+
+def test_names_in_commands_are_those_of_folders_and_files(tmp_path, monkeypatch):
+    for name in ("v1.2", "-odd"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert planning._label(".") == planning._label(str(tmp_path / name)) == name.lstrip("-")
+    assert planning._label("some/list.txt") == "list"
+
+
+def test_images_that_cannot_be_packed_smaller_have_a_plan(tmp_path, monkeypatch):
+    for i in range(8):
+        (tmp_path / f"{i}.tif").write_bytes(tiff(np.full((150, 150, 5), 10 * i, np.uint8)))
+    monkeypatch.setattr(planning, "measure_step", lambda run: 0.1)
+    recipe = changed(load_recipe("small"), data=str(tmp_path), batch_size=8, channels=5)
+    assert not plan("small", recipe, Screen(False)).pack
+
+
+def test_a_set_that_is_large_enough_for_the_suggested_recipe_is_fit(tmp_path, capsys):
+    """The recipe `folder` has batches of 256, `small` of 128."""
+    for i in range(130):
+        (tmp_path / f"{i}.png").write_bytes(encode(ramp(16, 20 + i)))
+    assert main(["check", str(tmp_path)]) == 0
+    assert "rcmae pretrain small" in capsys.readouterr().out

@@ -197,14 +197,15 @@ def check_data(
     runtime = check(RuntimeConfig(max_corrupt_fraction=max_corrupt_fraction, max_pixels=max_pixels))
     screen = Screen(True)
     result = audit.audit(path, val, chosen, max_corrupt_fraction, screen, max_pixels)
+    if recipe is None and name == "folder":
+        name, settings = suggested(result.shorter_side)
+        chosen = check(changed(load_recipe(name), **settings, **given))
+        result = replace(result, batch=chosen.optim.batch_size)
     _console().print(audit.render(result))
     if json:
         json.write_text(audit.to_json(result), encoding="utf-8")
     if not result.fit:
         return 3
-    if recipe is None and name == "folder":
-        name, settings = suggested(result.shorter_side)
-        chosen = check(changed(load_recipe(name), **settings, **given))
     screen.say("\n".join(lines(plan(name, changed(chosen, data=path), screen, runtime))))
     return 0
 

@@ -7,7 +7,7 @@ from the floating-point operations per image.
 import shlex
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from .compare.cost import cost
-from .config import Recipe, RuntimeConfig, flat, how_many
+from .config import Recipe, RuntimeConfig, flat, how_many, readable_size
 from .data import decode
 from .data.decode import BadImage
 from .data.loader import processes
-from .data.pack import Encoder, readable_size
+from .data.pack import Encoder
 from .data.pixels import open_image
 from .data.views import rng
 from .engine.console import Screen, clock
 from .engine.distributed import World, pick_device
-from .engine.run import ADVICE, RunContext, memory_gib, translate_errors
+from .engine.run import ADVICE, RunContext, keep_freed_memory, memory_gib, translate_errors
 from .methods.recipes import load_recipe
 from .pretraining import Pretraining
 from .step_time import measure_step
@@ -72,9 +72,8 @@ class Plan:
     packed_bytes: int
     packed_seconds: float
     "of the run on the packed images, with packing"
-    alternative: str
-    "a larger recipe"
-    alternative_seconds: float
+    folder_seconds: float
+    "of as many steps of the recipe `folder`; 0 unless the recipe is `small`"
 
 
 def suggested(shorter_side: int) -> tuple[str, dict[str, int]]:
@@ -89,6 +88,8 @@ def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = Run
     Raises the errors of a run.
     """
     device = pick_device("auto")
+    if device.type == "cpu":
+        keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder, translate_errors(device, World(), ADVICE):
         context = RunContext(Path(folder), runtime, device, World(), Screen(False))
         with closing(Pretraining(recipe, context)) as run:
@@ -112,14 +113,18 @@ def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = Run
     # On a CPU, reading and training share the cores; elsewhere, the slower of the two sets the speed.
     workers = max(1, processes(run.images, None))
     if device.type == "cpu":
-        faster = step - batch * (original - packed) / (workers + 1)
+        faster = max(step - batch * (original - packed) / (workers + 1), batch * packed / (workers + 1))
     else:
         faster = min(step, max(step - batch * original / workers, batch * packed / workers))
     packing = images * (original + packed) / (workers + 1)
     pays = step > WORTHWHILE * faster and packing + seconds(steps, faster) < seconds(steps)
     side = packed_side(recipe)
-    target = f"{Path(recipe.data).name}-{side}"
-    larger = load_recipe("folder")
+    target = f"{_label(recipe.data)}-{side}"
+    other = 0.0
+    if name == "small":
+        larger = load_recipe("folder")
+        per_image = cost(larger).flops / cost(recipe).flops
+        other = steps * step * per_image * larger.optim.batch_size / batch
     return Plan(
         command=_command(name, recipe, runtime, steps),
         size=recipe.images.shape,
@@ -135,8 +140,7 @@ def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = Run
         pack=f"rcmae pack {shlex.quote(recipe.data)} {shlex.quote(target)} --size {side}" if pays else "",
         packed_bytes=round(size * images),
         packed_seconds=packing + seconds(steps, faster),
-        alternative="folder" if name == "small" else "",
-        alternative_seconds=step * cost(larger).flops / cost(recipe).flops * steps,
+        folder_seconds=other,
     )
 
 
@@ -151,11 +155,17 @@ def packed_side(recipe: Recipe) -> int:
     return 2 * max(recipe.images.shape)
 
 
+def _label(data: str) -> str:
+    """A name for what is made of the data, in a command."""
+    path = Path(data)
+    return (path.resolve().name if path.is_dir() else path.stem).lstrip("-") or "mine"
+
+
 def _command(name: str, recipe: Recipe, runtime: RuntimeConfig, steps: int) -> str:
     """The command that makes the run."""
     shipped = flat(load_recipe(name)) | flat(RuntimeConfig())
     elsewhere = ("data", "out", "steps", "epochs", "time")
-    words = ["rcmae", "pretrain", name, "--data", recipe.data, "--out", f"runs/{Path(recipe.data).stem}"]
+    words = ["rcmae", "pretrain", name, "--data", recipe.data, "--out", f"runs/{_label(recipe.data)}"]
     for key, value in (flat(recipe) | flat(runtime)).items():
         if value != shipped.get(key) and key not in elsewhere:
             values = value if isinstance(value, (list, tuple)) else [value]
@@ -179,8 +189,11 @@ def _probing(run: Pretraining) -> float:
 
 
 def _reading(run: Pretraining) -> tuple[float, float, float]:
-    """Seconds of one process to read and crop an image, the same packed, and its bytes when packed."""
+    """Seconds of one process to read and crop an image, the same packed, and its bytes when packed; zeros for
+    images that cannot be packed smaller."""
     source, view, channels = run.images, run.method.views(), run.recipe.images.channels
+    if channels not in (1, 3):
+        return 0.0, 0.0, 0.0
     encoder = Encoder([source], packed_side(run.recipe), channels)
     seconds: list[float] = []
     packed: list[float] = []
@@ -188,18 +201,20 @@ def _reading(run: Pretraining) -> tuple[float, float, float]:
     chosen = np.random.Generator(np.random.Philox(key=0)).permutation(len(source))[:SAMPLED]
     with run.screen.progress("measuring how long images take to read", len(chosen)) as tick:
         for done, i in enumerate(map(int, chosen), 1):
+            tick(done)
             result = encoder[0, i]
             if isinstance(result, BadImage):
                 continue
-            for times, image in (
-                (seconds, lambda i=i: open_image(source, i, channels)),
-                (packed, lambda raw=result[1]: decode.open_image(raw, channels, bits=source.bits or 16)),
-            ):
+            with suppress(BadImage):  # some readers refuse 16-bit images that others keep
                 began = time.process_time()
-                view(image(), rng(0, 0, i))
-                times.append(time.process_time() - began)
-            sizes.append(len(result[1]))
-            tick(done)
+                view(open_image(source, i, channels), rng(0, 0, i))
+                between = time.process_time()
+                view(decode.open_image(result[1], channels, bits=source.bits or 16), rng(0, 0, i))
+                packed.append(time.process_time() - between)
+                seconds.append(between - began)
+                sizes.append(len(result[1]))
+    if not sizes:
+        return 0.0, 0.0, 0.0
     return float(np.mean(seconds)), float(np.mean(packed)), float(np.mean(sizes))
 
 
@@ -231,9 +246,9 @@ def lines(plan: Plan) -> list[str]:
             f"{readable_size(plan.packed_bytes)}; give the new folder as --data then:"
         )
         text.append(f"  {plan.pack}")
-    if plan.alternative:
+    if plan.folder_seconds:
         text.append(
-            f"The recipe {plan.alternative}, which is for a GPU, would take about "
-            f"{clock(plan.alternative_seconds)} here for as many steps."
+            "The recipe folder, which is for a GPU, would take about "
+            f"{clock(plan.folder_seconds)} here for as many steps."
         )
     return text

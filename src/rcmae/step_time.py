@@ -6,6 +6,7 @@ import time
 import torch
 
 from .config import how_many, parse_time
+from .data.loader import processes
 from .engine.schedules import Progress
 from .engine.step import LogWindow
 from .errors import ConfigError
@@ -46,6 +47,9 @@ def steps_within(run: Trainer, budget: str, probing: float, began: float) -> int
 def measure_step(run: Trainer, warm: int = 5, timed: int = 15) -> float:
     """Mean seconds of an optimizer step after warm-up, with the time in which it waits for images. Restores
     the weights and the optimizer state."""
+    # What the loader processes prepare before the first step must not count.
+    workers = processes(run.images, run.runtime.workers)
+    warm, timed = max(warm, workers), max(timed, workers)
     weights = copy.deepcopy(run.model.state_dict())
     run.window, times = LogWindow(run.device), []
     run.batches = run.loader(0, warm + timed)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from .config import changed, how_many, parse_time, recipe_hash, to_toml
 from .data.dataset import BadFiles
-from .data.loader import batches_of, faster
+from .data.loader import batches_of, faster, processes
 from .data.sampler import BatchSampler, check_parts
 from .data.sources import Source
 from .engine import distributed, signals
@@ -392,9 +392,11 @@ class Trainer(ABC):
         self.write("train", **line)
         left = (self.total - self.step) * self.batch_size / max(line["images_per_s"], 1e-9)
         self.screen.report(self.step, self.total, line, left, self.loss_names)
-        if self.device.type == "cpu" and not self.crowded and (note := crowded(line)):
-            self.crowded = True
-            self.screen.say(f"note: {note}")
+        if self.device.type == "cpu" and not self.crowded:
+            note = crowded(line, processes(self.images, self.runtime.workers))
+            self.crowded = bool(note)
+            if note:
+                self.screen.say(f"note: {note}")
         self.note_waiting(line["data_wait"])
 
     def note_waiting(self, fraction: float) -> None:

@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -233,7 +232,7 @@ def _silence_libraries() -> None:
 _silence_libraries()
 
 
-def read_header(file: IO[bytes]) -> tuple[int, int, int]:
+def read_header(file: io.BufferedIOBase) -> tuple[int, int, int]:
     """The stored height and width of an image, and its EXIF orientation (1 to 8). Most formats are not
     decoded for it. Raises BadImage."""
     with _reasons():
@@ -254,7 +253,7 @@ def read_header(file: IO[bytes]) -> tuple[int, int, int]:
         return image.height, image.width, orientation if orientation in TURNS else 1
 
 
-def _open(raw: bytes, file: IO[bytes] | None = None) -> ImageFile.ImageFile:
+def _open(raw: bytes, file: io.BufferedIOBase | None = None) -> ImageFile.ImageFile:
     """Read the header, with a plugin if the format needs one. `raw` may be only the start of a `file`. Raises
     BadImage without the plugin."""
     formats: tuple[str, ...] = FORMATS
@@ -269,7 +268,8 @@ def _open(raw: bytes, file: IO[bytes] | None = None) -> ImageFile.ImageFile:
         formats = ("JXL",)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked by `check_size`
     try:
-        return Image.open(file or io.BytesIO(raw), formats=formats)
+        # Pillow's stubs ask for IO[bytes], which BufferedIOBase is not by name.
+        return Image.open(file or io.BytesIO(raw), formats=formats)  # type: ignore[arg-type]
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 

@@ -3,7 +3,7 @@
 import functools
 import io
 import math
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ def read_tiff(raw: bytes, channels: int, pixel_limit: int) -> tuple[np.ndarray, 
     return values[..., :bands], alpha, page.bitspersample
 
 
-def tiff_shape(file: IO[bytes]) -> tuple[int, int]:
+def tiff_shape(file: io.BufferedIOBase) -> tuple[int, int]:
     """Height and width of the first page of a TIFF."""
     page: Any = extra("tifffile", "tiff", "this TIFF").TiffFile(file).pages[0]
     return page.imagelength, page.imagewidth
@@ -180,7 +180,7 @@ def _open_dicom(raw: bytes, pixel_limit: int) -> tuple[Any, np.ndarray]:
         raise BadImage(f"its compression is not supported{install}") from e
 
 
-def dicom_shape(file: IO[bytes]) -> tuple[int, int]:
+def dicom_shape(file: io.BufferedIOBase) -> tuple[int, int]:
     """Height and width of a DICOM file."""
     header = extra("pydicom", "dicom", "DICOM").dcmread(file, stop_before_pixels=True)
     return header.Rows, header.Columns

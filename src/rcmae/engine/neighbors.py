@@ -53,16 +53,20 @@ def waiting() -> str:
     return "sleeping" if os.environ.get(POLICY, "").lower() == "passive" else "spinning"
 
 
-def crowded(line: dict[str, float]) -> str:
+def crowded(line: dict[str, float], workers: int) -> str:
     """The advice to a run whose spinning threads have had less than `SHARE` of their cores according to a
-    log line; empty otherwise."""
+    log line; empty otherwise. `workers` is the number of its loader processes."""
     import torch  # after `choose`
 
     threads, cores = torch.get_num_threads(), line["cores"]
     if threads == 1 or waiting() == "sleeping" or cores > SHARE * threads * (1 - line["data_wait"]):
         return ""
-    return (
-        f"the {threads} threads of this process had {cores:.1f} cores, since other processes are busy, and "
-        "spinning threads are slow then. Stop this run and run the same command again: it resumes exactly, "
-        "and lets threads sleep if others are busy at its start"
-    )
+    text = f"the {threads} threads of this process had {cores:.1f} cores, since "
+    if workers:
+        text += "other processes or its own loader processes are busy, and spinning threads are slow then. "
+        advice = f"start it again with {POLICY}=passive in the environment: it resumes exactly"
+    else:
+        text += "other processes are busy, and spinning threads are slow then. "
+        advice = "run the same command again: it resumes exactly, and lets threads sleep if others are busy "
+        advice += "at its start"
+    return f"{text}Stop this run and {advice}"
