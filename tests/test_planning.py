@@ -99,7 +99,8 @@ def test_names_in_commands_are_those_of_folders_and_files(tmp_path, monkeypatch)
 
 def test_images_that_cannot_be_packed_smaller_have_a_plan(tmp_path, monkeypatch):
     for i in range(8):
-        (tmp_path / f"{i}.tif").write_bytes(tiff(np.full((150, 150, 5), 10 * i, np.uint8)))
+        bands = np.full((150, 150, 5), 10 * i, np.uint8)
+        (tmp_path / f"{i}.tif").write_bytes(tiff(bands, photometric="minisblack", planarconfig="contig"))
     monkeypatch.setattr(planning, "measure_step", lambda run: 0.1)
     recipe = changed(load_recipe("small"), data=str(tmp_path), batch_size=8, channels=5)
     assert not plan("small", recipe, Screen(False)).pack
