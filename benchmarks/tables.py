@@ -27,6 +27,7 @@ from benchmarks import (
     length,
     loader,
     monitor_cost,
+    own_pictures,
     paper,
     step,
 )
@@ -50,6 +51,7 @@ TABLES: dict[str, tuple[Callable[..., str], str]] = {
     "learns": (learns.table, "learns"),
     "length": (length.table, "length"),
     "loader": (loader.table, "loader"),
+    "own_pictures": (own_pictures.table, "own_pictures"),
     "index": (index.table, "index"),
     "paper": (paper.table, "paper_*"),
     "corruptions": (corruptions.table, "corruptions"),
