@@ -77,7 +77,7 @@ SETS = {
     "PNG 500 x 375": Set(500, 375, 60, "PNG"),
     "PNG 1920 x 1440": Set(1920, 1440, 12, "PNG"),
     "tar shard of JPEG 500 x 375": Set(500, 375, 120, place="shard"),
-    "JPEG 1920 x 1440, packed": Set(1920, 1440, 120, place="packed"),
+    "JPEG 1920 x 1440, packed": Set(1920, 1440, 100, place="packed"),
     "JPEG 500 x 375, --cache ram": Set(500, 375, 120, place="cache"),
     "JPEG 1920 x 1440, --cache ram": Set(1920, 1440, 24, place="cache"),
 }
