@@ -355,6 +355,20 @@ def test_output_that_nobody_reads_ends_a_command_quietly(argv):
         assert (process.returncode, err) == (141, "")
 
 
+def test_other_pipes_and_exits_are_not_taken_for_a_closed_output(monkeypatch, capsys):
+    """Such as the pipe of a loader process, and the exit of a library."""
+    errors = iter([BrokenPipeError(32, "Broken pipe"), SystemExit(3)])
+
+    def fails(*args):
+        raise next(errors)
+
+    monkeypatch.setattr("rcmae.cli._print_table", fails)
+    assert main(["list"]) == 6
+    assert "Broken pipe" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["list"])
+
+
 def test_a_folder_with_every_kind_of_image(tmp_path, capsys):
     """The command succeeds, and names each bad file once."""
     root = Path(__file__).parent.parent

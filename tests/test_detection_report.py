@@ -93,6 +93,7 @@ def test_the_page_agrees_with_the_scores(copy):
         for j, values in enumerate((scores[name]["stats"], scores[name]["per_class"])):
             values.update({key: 0.123 + 0.02 * i + 0.3 * k + 0.007 * j for i, key in enumerate(values)})
     scores["mask"]["stats"]["AP_small"] = scores["mask"]["per_class"]["7"] = None
+    scores["mask"]["objects"] = {name: 1200 + i for i, name in enumerate(scores["mask"]["per_class"])}
     (copy / "scores.json").write_text(json.dumps(scores))
     text = page(copy)
     box, mask = (scores[name]["stats"] for name in ("box", "mask"))
@@ -107,7 +108,9 @@ def test_the_page_agrees_with_the_scores(copy):
     known = {name: ap for name, ap in scores["mask"]["per_class"].items() if ap is not None}
     hardest = min(known, key=known.get)
     assert (
-        f"hardest of {len(known)} classes is {hardest} (mask AP {percent(known[hardest])})" in verdict
+        f"hardest of {len(known)} classes is {hardest} (mask AP {percent(known[hardest])} on "
+        f"{scores['mask']['objects'][hardest]:,} objects)"
+        in verdict
         and "could not be read" not in verdict
     )
     assert cells(text, "scores") == [

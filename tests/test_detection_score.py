@@ -206,6 +206,11 @@ def test_classes_and_curves_agree_with_the_mean(random_set):
     precision = ap.evaluate(*random_set)
     assert list(precision.per_class) == ["class 2", "class 5", "class 7", "class 9"]
     assert precision.per_class["class 7"] is None, "a class without objects"
+    annotations = [each for each in random_set[0]["annotations"] if not each.get("iscrowd")]
+    assert precision.objects == {
+        each["name"]: sum(a["category_id"] == each["id"] for a in annotations)
+        for each in random_set[0]["categories"]
+    }
     values = [v for v in precision.per_class.values() if v is not None]
     assert np.mean(values) == pytest.approx(precision.stats["AP"]) and len(set(values)) == 3
     for iou, name in (("0.5", "AP50"), ("0.75", "AP75")):

@@ -227,6 +227,8 @@ def test_benchmarking_trains_too_and_a_run_is_not_continued_as_another(tmp_path,
     with pytest.raises(DataError, match=r"the data \(train\) has changed since"):
         run(tmp_path / "run", (sample_images(sets[0], 7), sets[1]), other)
     deep = copy.copy(sets[0])
+    deep.bits = 16  # as without 16-bit images
+    run(tmp_path / "run", (deep, sets[1]), other)
     deep.bits = 12
     with pytest.raises(DataError, match=r"the data \(range of 16-bit images\) has changed since"):
         run(tmp_path / "run", (deep, sets[1]), other)

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,12 +34,14 @@ from rcmae.errors import CheckpointError, DataError
 from rcmae.interop.load import load, load_classifier
 from rcmae.interop.timm_export import export
 from rcmae.models.backbone import IMAGENET, Backbone
+from rcmae.models.classifier import Classifier
 from rcmae.pretraining import pretrain
 from rcmae.tasks import features as features_module
 from rcmae.tasks import worth
 from rcmae.tasks.evaluate import evaluate
 from rcmae.tasks.evaluation import TASKS as KINDS
 from rcmae.tasks.evaluation.base import EvaluationOptions, Task, TaskResult
+from rcmae.tasks.evaluation.finetune import FineTune
 from rcmae.tasks.evaluation.worth import Worth
 from rcmae.tasks.features import extract, identity
 from rcmae.tasks.finetune import load_finetune
@@ -908,6 +911,50 @@ def test_worth_it_compares_with_training_from_scratch_for_each_seed(tmp_path, da
     start = load(f"scratch:{backbone}", seed=1).vit.blocks[0].attn.qkv.weight
     assert not torch.equal(start, load(f"scratch:{backbone}", seed=2).vit.blocks[0].attn.qkv.weight)
     assert "With 50 % of the labels (18 images), backbone: " in output
+
+
+def test_worth_it_trains_all_arms_by_the_recipe_of_the_backbone(tmp_path, data, backbone, monkeypatch):
+    names = []
+
+    def noted(name, tuning, options):
+        names.append((name, tuning.recipe))
+        return []
+
+    monkeypatch.setattr(worth, "evaluate", noted)
+    monkeypatch.setattr(worth, "seconds_of_trainings", lambda *args: 0.0)
+    monkeypatch.setattr(
+        "rcmae.tasks.evaluation.finetune.suited_recipe",
+        lambda name, data: "small" if name == str(backbone) else "folder",
+    )
+    other = str(shutil.copytree(backbone, tmp_path / "other"))
+    argv = ["evaluate", "worth-it", str(backbone), "--data", str(data), "--against", other, "--device", "cpu"]
+    assert main([*argv, "--out", str(tmp_path / "o")]) == 0
+    assert {*names} == {(name, "small") for name in (f"scratch:{backbone}", str(backbone), other)}
+
+
+def test_worth_it_times_micro_batches_and_reports_a_lack_of_memory(
+    tmp_path, data, backbone, monkeypatch, capsys
+):
+    batches = []
+
+    class Noted(Classifier):
+        def forward(self, images):
+            batches.append(len(images))
+            return super().forward(images)
+
+    def without_memory(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(worth, "Classifier", Noted)
+    monkeypatch.setattr(worth, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    tuning = FineTune(recipe="bundled", settings=("batch_size=24",), accumulate=4)
+    options = EvaluationOptions(data=str(data), device="cpu", workers=0, cache=tmp_path / "c")
+    worth.seconds_of_trainings(str(backbone), Worth(percents=(100.0,)), tuning, options, World())
+    assert batches == [2, 4, 6]
+    monkeypatch.setattr(worth, "seconds_of_trainings", without_memory)
+    argv = ["evaluate", "worth-it", str(backbone), "--data", str(data), "--device", "cpu"]
+    assert main([*argv, "--out", str(tmp_path / "o")]) == 8
+    assert "or a smaller batch (--settings batch_size=N)" in capsys.readouterr().err
 
 
 def test_worth_it_is_reported_by_the_first_rank_only(tmp_path, backbone, monkeypatch, capsys):

@@ -392,8 +392,12 @@ def test_non_finite_steps_are_skipped_and_recorded_until_they_end_the_run(tmp_pa
 
 
 def test_a_run_cannot_be_resumed_with_other_settings_or_data(tmp_path, sets):
-    run(tmp_path / "run", sets, dataclasses.replace(PLAIN, steps=1, warmup_epochs=0.0))
     same = dataclasses.replace(PLAIN, steps=1, warmup_epochs=0.0)
+    run(tmp_path / "run", sets, same)
+    sixteen = copy.copy(sets[0])
+    sixteen.bits = 16
+    assert sets[0].bits is None, "no 16-bit image, so 16 bits are the same"
+    run(tmp_path / "run", (sixteen, sets[1]), same)
     with pytest.raises(ConfigError, match=r"was started with layer_decay 0.75 \(now 0.5\)"):
         run(tmp_path / "run", sets, dataclasses.replace(same, layer_decay=0.5))
     with pytest.raises(DataError, match=r"the data \(test\) has changed since"):

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binomtest
 
+from rcmae.engine.console import no_progress
 from rcmae.tasks.interval import margin, paired, with_margin
 from rcmae.tasks.learned import below_random, learned
-from rcmae.tasks.probe import PIXELS, RANDOM
+from rcmae.tasks.probe import PIXELS, RANDOM, Probes, ProbeSet, final_correct
 from tests.mutations import catches
 
 
@@ -90,6 +92,26 @@ def test_a_loss_on_few_images_is_remarked_on():
 )
 def test_without_labels_the_training_task_is_judged(tones, word):
     assert learned({}, [(tone, "") for tone in tones]).word == word
+
+
+def test_results_on_other_test_images_are_not_compared(tmp_path):
+    """A resumed run reads them again: an image may have become unreadable, or have another label."""
+    images, labels = torch.zeros(20, 1, 2, 2, dtype=torch.uint8), np.arange(20) % 2
+    lines = [{"kind": "baseline", "step": 0}, {"kind": "probe", "step": 2}]
+
+    def keep(truth: np.ndarray, step: int, *names: str) -> None:
+        chosen = ProbeSet(images, labels, images[: len(truth)], truth)
+        probes = Probes(chosen, tmp_path, torch.device("cpu"), "fp32", "never", no_progress)
+        probes._keep({name: {"linear": truth == 0} for name in names}, step)
+
+    keep(labels, 0, "raw_pixels", "random_init")
+    for truth, same in ((labels, True), (labels[1:], False), (1 - labels, False)):
+        keep(truth, 2, "student")
+        results = final_correct(tmp_path, lines)
+        assert [name for name, by_probe in results.items() if by_probe] == [PIXELS, RANDOM, "student"][
+            0 if same else 2 :
+        ]
+        assert ("have changed since the start" in learned(results, ()).text) is not same
 
 
 def test_before_the_first_probe_nothing_is_shown():

@@ -378,12 +378,16 @@ def test_only_the_length_of_a_finished_run_may_change(tmp_path, folder, monkeypa
         run(None, folder, steps=20)
 
 
-def test_an_extension_by_time_is_converted_at_the_speed_so_far(tmp_path, folder):
+def test_an_extension_by_time_is_converted_at_the_speed_so_far(tmp_path, folder, monkeypatch, capsys):
     run(tmp_path / "run", folder, steps=2)
     state = checkpoints(tmp_path / "run" / "checkpoints")[0] / "state.json"
     seconds = json.loads(state.read_text())["seconds"]
     run(tmp_path / "run", folder, steps=None, time=f"{3.01 * seconds:.6f}s")
     assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000006"
+    monkeypatch.setattr(pretraining.Recipe, "most_steps", lambda self, images: 7)
+    run(tmp_path / "run", folder, steps=None, time=f"{100 * seconds:.6f}s")
+    assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000007", "as many as a new run"
+    assert "a time stops at 7 on so few images" in capsys.readouterr().out
 
 
 def test_a_kill_while_an_extension_is_recorded_does_not_lose_it(tmp_path, folder, monkeypatch):

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from rcmae.config import to_toml
 from rcmae.engine.run import run_lock
 from rcmae.engine.schedules import fraction_of_run
+from rcmae.methods.rcmae import RCMAE
 from rcmae.report import curves as drawing
 from rcmae.report import pictures, write_report
 from rcmae.report.curves import SMALL, Line, by_depth, plot
@@ -528,8 +529,12 @@ def test_a_run_is_running_while_a_process_holds_its_lock(tmp_path, undrawn):
         pass
 
 
-def test_a_teacher_near_the_student_is_no_success(tmp_path, undrawn):
-    """Its panel is folded, and the page neither praises it nor reports that there were no alarms."""
+def test_a_teacher_near_the_student_is_no_success(tmp_path, undrawn, monkeypatch):
+    """The page says so once, folds its panel only, and neither praises it nor reports that there were no
+    alarms."""
+    (teacher,) = RCMAE.panels()
+    other = teacher._replace(id="other", title="Another panel", figures=(), more=())
+    monkeypatch.setattr(RCMAE, "panels", classmethod(lambda cls: (teacher, other)))
     run = recorded(run_directory(tmp_path / "run"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     short = [
@@ -542,7 +547,9 @@ def test_a_teacher_near_the_student_is_no_success(tmp_path, undrawn):
     first = words(part(page, 'id="verdict"', "</li>"))
     assert "The teacher's half-life is 3 steps: it is nearly the student" in first
     assert "No alarm" not in page and "it is ahead" not in page
+    assert page.count("it is nearly the student") == 1
     assert "<details>" in part(page, "<h2>The mean teacher</h2>", 'id="teacher"')
+    assert "<details>" not in part(page, "<h2>Another panel</h2>", 'id="other"')
 
 
 def test_evaluations_are_shown_and_distinguished(tmp_path):

@@ -7,6 +7,7 @@ the method).
 import contextlib
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -926,10 +927,14 @@ def _run(argv: list[str]) -> int:
         return _fail(_as_typed(str(e), argv) if isinstance(e, SettingsError) else str(e), e.exit_code)
     except MemoryError:
         return _fail("the host ran out of memory; try a smaller batch or fewer --workers", 8)
-    except (BrokenPipeError, SystemExit):  # rich turns the one into the other
+    except SystemExit as e:
+        if not isinstance(e.__context__, BrokenPipeError):  # which rich turns into SystemExit
+            raise
         return _closed_pipe()
     except OSError as e:
         signals.raise_if_received()  # a library may have turned Interrupted into another error
+        if isinstance(e, BrokenPipeError) and _output_closed():  # not a pipe between processes
+            return _closed_pipe()
         if debug:
             raise
         return _fail(f"{e.filename or 'a file'} cannot be used: {e.strerror or first_line(e)}", 6)
@@ -958,6 +963,14 @@ def _usage(e: CycloptsError) -> str:
         if similar := [name for name in names if words <= {*name.removeprefix("--").split("-")}]:
             return f"{text.partition(' Did you mean')[0]} Did you mean {' or '.join(similar[:4])}?"
     return text
+
+
+def _output_closed() -> bool:
+    """Whether the other end of this program's output is closed."""
+    poll = select.poll()
+    with contextlib.suppress(OSError):  # an output that is no file
+        poll.register(sys.stdout.fileno(), 0)  # 0: errors only
+    return bool(poll.poll(0))
 
 
 def _closed_pipe() -> int:

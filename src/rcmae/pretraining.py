@@ -375,6 +375,12 @@ class Pretraining(Trainer):
         and the new length is above the steps it has made."""
         if self.recipe.time:  # at the speed so far, with probes and checkpoints
             total = int(self.step * parse_time(self.recipe.time) / max(self.seconds, 1e-3))
+            if total > (most := self.recipe.most_steps(len(self.images))):  # as in `steps_within`
+                self.screen.say(
+                    f"{self.recipe.time} is enough for {total:,} steps, but a time stops at {most:,} on so "
+                    "few images; --steps can be larger"
+                )
+                total = most
         else:
             total = cast(int, self.recipe.total_steps(len(self.images)))
         given = " ".join(

@@ -119,7 +119,7 @@ class Diagnostics:
     @classmethod
     def weak_teacher(cls, means: Numbers) -> str:
         """Why the teacher has little effect in a run, in a sentence, from the `means` of the last log lines;
-        otherwise empty. With a sentence, the report folds the panels."""
+        otherwise empty. With a sentence, the report folds the panel "teacher"."""
         return ""
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..config import how_many
 from ..data.decode import BadImage, decode
 from ..engine import distributed
 from ..engine.distributed import World
@@ -90,7 +91,9 @@ def verdict(scores: dict[str, Any], parts: dict[str, Precision]) -> list[Sentenc
     known = {name: ap for name, ap in parts["mask"].per_class.items() if ap is not None}
     if len(known) > 1:
         hardest = min(known, key=known.__getitem__)
-        text = f"The hardest of {len(known)} classes is {hardest} (mask AP {_percent(known[hardest])})."
+        count = (parts["mask"].objects or {}).get(hardest)
+        of = f" on {how_many(count, 'object')}" if count else ""
+        text = f"The hardest of {len(known)} classes is {hardest} (mask AP {_percent(known[hardest])}{of})."
         sentences.append(("note", text))
     return sentences
 

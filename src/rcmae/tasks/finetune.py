@@ -171,7 +171,7 @@ class FineTuning(Supervised):
         self.scored: Scored | None = None
         data = {
             "train": train.fingerprint(),
-            "range_of_16-bit_images": f"{train.bits} bits",
+            "range_of_16-bit_images": f"{train.bits or 16} bits",
             "train_labels": _hash(train.labels),
             "test": test.fingerprint(),
             "test_labels": _hash(test.labels),

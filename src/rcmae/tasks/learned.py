@@ -54,7 +54,10 @@ def learned(correct: Mapping[str, Correct], judged: Sequence[Sentence]) -> Answe
     network = best_network(correct)
     names = (network, RANDOM, PIXELS)
     if not all("linear" in correct.get(name, {}) for name in names):
-        text = "No probe has been made since the start, or its results for each image (probes/) are missing."
+        text = (
+            "No probe has been made since the start, or its results for each image (probes/) are missing, or "
+            "the test images have changed since the start."
+        )
         return Answer("not shown", "note", text)
     features, random, pixels = (correct[name]["linear"] for name in names)
     gain, low, high = paired(features, random)

@@ -2,6 +2,7 @@
 during pre-training."""
 
 import functools
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -60,6 +60,11 @@ class ProbeSet:
     labels: Int[np.ndarray, " n"]
     test: UInt8[Tensor, "m c h w"]
     truth: Int[np.ndarray, " m"]
+
+    def test_hash(self) -> str:
+        """Identifies the test images and their labels. A resumed run reads them again, without those that
+        have become unreadable."""
+        return hashlib.sha256(self.test.numpy().tobytes() + self.truth.tobytes()).hexdigest()
 
     def probe_features(self, train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "m d"]) -> Correct:
         """The results of the linear and the k-NN probe on features."""
@@ -162,7 +167,8 @@ class Probes:
             for network, by_probe in correct.items()
             for probe, c in by_probe.items()
         }
-        replace_file(self.folder / f"{step:08d}.safetensors", save(tensors))
+        about = {"test": self.set.test_hash()}
+        replace_file(self.folder / f"{step:08d}.safetensors", save(tensors, about))
         return {network: accuracies(by_probe) for network, by_probe in correct.items()}
 
 
@@ -217,15 +223,21 @@ def read_images(
 
 def final_correct(run: Path, lines: list[dict[str, Any]]) -> dict[str, Correct]:
     """The results for each test image of the baselines and, in the last probe, of every network, by their
-    names; empty without probes, and without results where their file is missing."""
+    names; empty without probes, and without results where their file is missing. Baselines on other test
+    images than those of the last probe are left out, since results are compared image by image."""
     baselines = of_kind(lines, "baseline")[:1]
     results: dict[str, Correct] = {PIXELS: {}, RANDOM: {}} if baselines else {}
-    for line in [*baselines, *of_kind(lines, "probe")[-1:]]:
+    compared: tuple[Any, ...] | None = None
+    for line in [*of_kind(lines, "probe")[-1:], *baselines]:
         try:
-            tensors = load_file(run / "probes" / f"{line['step']:08d}.safetensors")
+            with safe_open(run / "probes" / f"{line['step']:08d}.safetensors", "np") as file:
+                about, names = file.metadata() or {}, file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError):
             continue
-        for key, correct in tensors.items():
+        images = about.get("test"), *{len(correct) for correct in tensors.values()}
+        compared = compared or images
+        for key, correct in tensors.items() if images == compared else ():
             network, _, probe = key.partition("/")
             name = {"raw_pixels": PIXELS, "random_init": RANDOM}.get(network, network)
             results.setdefault(name, {})[probe] = correct.astype(bool)

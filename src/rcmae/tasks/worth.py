@@ -16,7 +16,7 @@ from ..config import how_many
 from ..engine import distributed
 from ..engine.console import Screen, clock
 from ..engine.distributed import World, autocast
-from ..engine.run import write_json
+from ..engine.run import translate_errors, write_json
 from ..errors import ConfigError
 from ..models.backbone import Backbone
 from ..models.classifier import Classifier, classifier
@@ -27,6 +27,7 @@ from .evaluation.finetune import FineTune
 from .evaluation.worth import Worth
 from .finetune import fitted
 from .interval import interval, percents, points
+from .supervised import ADVICE
 
 SCRATCH = "from scratch"
 
@@ -49,7 +50,8 @@ def worth_it(
     Within a seed, every arm has the same labels, order and augmentation. Raises the errors of `rcmae.errors`.
     """
     task.check_settings(name, tuning, options)
-    with distributed.process_group(distributed.pick_device(options.device)) as world:
+    device = distributed.pick_device(options.device)
+    with distributed.process_group(device) as world, translate_errors(device, world, ADVICE):
         return _worth_it(name, task, tuning, options, world, say if world.is_main else lambda text: None)
 
 
@@ -62,12 +64,16 @@ def _worth_it(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     options = options.with_data(name)
+    # The default recipe depends on the backbone, but all arms must be trained by the same one.
+    tuning = replace(tuning, recipe=tuning.resolve_recipe(name, options)[0])
     out = results_folder(name, options) / "worth-it"
     compared, rows = arms(name, task.against), []
     total = len(task.percents) * task.seeds * len(compared)
     labels = ", ".join(f"{percent:g}" for percent in task.percents)
     say(f"{total} trainings: {', '.join(compared)}, on {labels} % of the labels, {task.seeds} seeds each")
-    expected = task.seeds * len(compared) * seconds_of_trainings(name, task, tuning, options, world)
+    with Screen(world.is_main).progress("opening the images and timing a step", 1):
+        each = seconds_of_trainings(name, task, tuning, options, world)
+    expected = task.seeds * len(compared) * each
     say(f"about {clock(expected)} in all, estimated from a step on this machine, without reading images")
     for backbone, which in compared.values():
         # A backbone that cannot be loaded must raise its error before hours of training.
@@ -106,15 +112,16 @@ def seconds_of_trainings(
     name: str, task: Worth, tuning: FineTune, options: EvaluationOptions, world: World
 ) -> float:
     """The duration of one training of the backbone at each percentage of the labels, from the time of a step
-    on gray images of a growing batch."""
+    on gray images of a growing batch, up to a micro-batch."""
     context, *_ = contexts(name, tuning, options, world, Screen(False))
     recipe, backbone = tuning.resolve_recipe(name, options)[1], context.backbone
     assert isinstance(backbone, Backbone)  # check_settings refuses "pixels"
     model = Classifier(classifier(backbone, len(context.set.classes)), *backbone.statistics)
     model.to(context.device).train()
     batch, seconds = 1, 0.0
-    while seconds < 0.5 and batch < recipe.batch_size:  # the first steps, which are slow, are short
-        batch *= 2
+    largest = max(2, recipe.batch_size // (world.size * tuning.accumulate))
+    while seconds < 0.5 and batch < largest:  # the first steps, which are slow, are short
+        batch = min(2 * batch, largest)
         images = torch.full((batch, backbone.channels, *backbone.shape), 0.5, device=context.device)
         began = time.monotonic()
         with autocast(context.device, context.precision):

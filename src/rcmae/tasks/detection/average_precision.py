@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -70,6 +71,8 @@ class Precision(NamedTuple):
     bounds: tuple[float, float]
     "these bounds in pixels"
     backend: Literal["faster", "pycocotools"]
+    objects: dict[str, int] | None = None
+    "objects by the category's name, without crowds; None in files of earlier versions"
 
 
 class Misses(NamedTuple):
@@ -280,6 +283,7 @@ def evaluate(
         run.accumulate()
         run.summarize()
     names = {category["id"]: category["name"] for category in truth["categories"]}
+    counts = Counter(each["category_id"] for each in truth["annotations"] if not each.get("iscrowd"))
     # [IoU, recall, class] for all sizes and 100 detections; -1 for a class without objects
     precision = run.eval["precision"][..., 0, -1]
     known = precision[0, 0] > -1
@@ -299,6 +303,7 @@ def evaluate(
         areas=rule,
         bounds=(low, high),
         backend=api.name,
+        objects={name: counts[category] for category, name in names.items()},
     )
 
 

@@ -151,7 +151,7 @@ class DetectionTraining(Supervised):
         self.scored: tuple[Predictions, dict[str, Precision]] | None = None
         data = {
             "train": train.fingerprint(),
-            "range_of_16-bit_images": f"{train.bits} bits",
+            "range_of_16-bit_images": f"{train.bits or 16} bits",
             "test": test.fingerprint(),
             "classes": train.classes,
         }
