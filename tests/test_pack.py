@@ -71,7 +71,7 @@ def test_labels_parts_and_pixels_are_kept(data, tmp_path):
             lossy = after.where(j).endswith(".jpg")
             assert np.abs(actual.astype(int) - expected).mean() < (3 if lossy else 0.01), before.where(i)
     train = open_source(str(out))
-    assert dict(train.left_out) == {"shard(s) of the validation part": 1}
+    assert dict(train.left_out) == {"shards of the validation part": 1}
     with tarfile.open(out / "train-000000.tar") as tar:
         members = {m.name.split("-", 1)[1]: tar.extractfile(m).read() for m in tar}
     for name in ("dog_small.bmp", "dog_deep.tif"):  # not larger, and more than 8 bits: as they are
