@@ -157,8 +157,17 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(data, tmp_path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
     with pytest.raises(StorageError, match=r"needs about \d+ kB, and 0 kB are free"):
         pack(data, tmp_path / "full", 64, workers=0)
-    shutil.copytree(f"{data}/train/dog", f"{data}/train/dog;cat")
-    with pytest.raises(DataError, match="'dog;cat' would be read as another one or as several labels"):
+    assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.parametrize("name", ["dog;cat", " dog", "dog,cat", "cat,pets"])
+def test_classes_that_shards_cannot_hold_are_refused(name, data, tmp_path):
+    shutil.copytree(f"{data}/train/dog", f"{data}/train/pets,cat")  # one class, unless "pets" is another one
+    pack(data, tmp_path / "out", 64, workers=0)
+    assert "pets,cat" in open_source(str(tmp_path / "out")).classes
+    part = "val" if name == "dog,cat" else "train"
+    shutil.copytree(f"{data}/train/dog", f"{data}/{part}/{name}")
+    with pytest.raises(DataError, match=f"'{name}' would be read as another one or as several labels"):
         pack(data, tmp_path / "full", 64, workers=0)
     assert not (tmp_path / "full").exists()
 

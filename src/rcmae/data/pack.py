@@ -32,7 +32,7 @@ from . import decode
 from .base import EXTENSIONS, Source
 from .dataset import plain_errors, quiet_worker
 from .decode import BadImage, Picture
-from .layout import part_of, several_labels
+from .layout import combined, part_of
 from .loader import usable_cores
 from .pixels import read_raw
 from .shards import MANIFEST, UNFINISHED
@@ -148,13 +148,15 @@ def _open_parts(data: str, channels: int, screen: Screen) -> dict[str, Source]:
         screen.say(source.summary())
         for note in source.notes:
             screen.say(f"note: {note}")
-        for label in source.classes:
-            if label != label.strip() or several_labels([b"image"], [label.encode()]):
-                raise DataError(
-                    f"{spec}: in a shard, the class name {label!r} would be read as another one or as "
-                    "several labels; rename the class"
-                )
         sources[name] = source
+    classes = sorted({label for source in sources.values() for label in source.classes})
+    several = combined({label.encode() for label in classes})
+    for label in classes:
+        if label != label.strip() or label.encode() in several:
+            raise DataError(
+                f"{data}: in a shard, the class name {label!r} would be read as another one or as several "
+                "labels; rename the class"
+            )
     return sources
 
 
