@@ -137,6 +137,21 @@ def test_a_killed_pack_continues(data, tmp_path, monkeypatch):
     assert kept.stat().st_mtime_ns == times[kept] and not (out / UNFINISHED).exists()
 
 
+def test_a_pack_that_is_killed_twice_keeps_its_numbering(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "SHARD_IMAGES", 2)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    pack(data, whole, 64, workers=0)
+    killed_in("_add", 5, data, out, 64)
+    with (out / UNFINISHED).open("a") as journal:
+        journal.write('{"name": "train-00')  # a line that the kill has cut
+    monkeypatch.setattr(packing, "SHARD_IMAGES", 3)
+    killed_in("_append", 1, data, out, 64)
+    pack(data, out, 64, workers=0)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+
+
 def test_what_does_not_fit_is_refused_and_leaves_nothing(data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     pack(data, out, 64, workers=0)
@@ -147,6 +162,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(data, tmp_path, monkeyp
         ({"out": Path(data) / "packed"}, "is within"),
         ({"channels": 5}, "give --original"),
         ({"size": 0}, "size must be 1 or more"),
+        ({"workers": -1}, "workers must be 0 or more"),
     ):
         with pytest.raises(ConfigError, match=message):
             pack(**{"data": data, "out": out, "size": 64, "workers": 0} | changes)
@@ -157,10 +173,27 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(data, tmp_path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
     with pytest.raises(StorageError, match=r"needs about \d+ kB, and 0 kB are free"):
         pack(data, tmp_path / "full", 64, workers=0)
-    shutil.copytree(f"{data}/train/dog", f"{data}/train/dog;cat")
-    with pytest.raises(DataError, match="'dog;cat' would be read as another one or as several labels"):
+    assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.parametrize("name", ["dog;cat", " dog", "dog,cat", "cat,pets"])
+def test_classes_that_shards_cannot_hold_are_refused(name, data, tmp_path):
+    shutil.copytree(f"{data}/train/dog", f"{data}/train/pets,cat")  # one class, unless "pets" is another one
+    pack(data, tmp_path / "out", 64, workers=0)
+    assert "pets,cat" in open_source(str(tmp_path / "out")).classes
+    part = "val" if name == "dog,cat" else "train"
+    shutil.copytree(f"{data}/train/dog", f"{data}/{part}/{name}")
+    with pytest.raises(DataError, match=f"'{name}' would be read as another one or as several labels"):
         pack(data, tmp_path / "full", 64, workers=0)
     assert not (tmp_path / "full").exists()
+
+
+def test_a_failure_is_shown_though_the_folder_cannot_be_removed(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
+    unlink = Path.unlink  # NFS keeps an open file that is removed, under another name
+    monkeypatch.setattr(Path, "unlink", lambda path: (path.with_name(".nfs01").touch(), unlink(path)))
+    with pytest.raises(StorageError, match="are free"):
+        pack(data, tmp_path / "out", 64, workers=0)
 
 
 def test_the_command_counts_what_is_unreadable(data, tmp_path, capsys):
@@ -169,3 +202,5 @@ def test_the_command_counts_what_is_unreadable(data, tmp_path, capsys):
     assert "packing 10 images into" in printed and "packed 9 images into 2 shards of" in printed
     assert "left out 1 unreadable image, such as" in printed
     assert "cut.jpg (truncated)" in printed, printed
+    assert main(["pack", data, str(tmp_path / "other"), "--original", "--size", "64"]) == 2
+    assert "leave --size out" in capsys.readouterr().err and not (tmp_path / "other").exists()

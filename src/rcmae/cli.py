@@ -217,7 +217,7 @@ def pack_data(
     out: Path,
     /,
     *,
-    size: Integer = 256,
+    size: Integer | None = None,
     original: bool = False,
     channels: Integer = 3,
     workers: Integer | None = None,
@@ -232,7 +232,7 @@ def pack_data(
     out
         The folder to write, for --data.
     size
-        Shorter side in pixels; smaller images are not enlarged.
+        Shorter side in pixels [default: 256]; smaller images are not enlarged.
     original
         Keep the bytes of the images instead.
     channels
@@ -242,7 +242,10 @@ def pack_data(
     """
     from .data.pack import MANIFEST, pack
 
-    result = pack(data, out, None if original else size, channels, workers, Screen(True))
+    if original and size is not None:
+        raise ConfigError("--original keeps the size of the images: leave --size out, or --original")
+    side = None if original else 256 if size is None else size
+    result = pack(data, out, side, channels, workers, Screen(True))
     if result.unreadable:
         count, first = how_many(len(result.unreadable), "unreadable image"), result.unreadable[0]
         print(f"left out {count}, such as {first['where']} ({first['reason']}): {out / MANIFEST} lists all")

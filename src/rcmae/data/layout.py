@@ -282,12 +282,15 @@ def several_labels(names: Sequence[bytes], labels: Sequence[bytes]) -> str:
     Names of classes may contain commas: "cat,dog" is such a name, unless "cat" or "dog" is another label or
     stands elsewhere in another one, as in "dog,owl". With a space after the comma it always is.
     """
-    distinct = set(labels)
-    multiple = {label for label in distinct if _SEVERAL.search(label)} or _joined(distinct)
-    if not multiple:
+    if not (multiple := combined(set(labels))):
         return ""
     image, label = next(pair for pair in zip(names, labels, strict=True) if pair[1] in multiple)
     return MULTI_LABEL.format(printable(image), printable(label))
+
+
+def combined(labels: set[bytes]) -> set[bytes]:
+    """The labels that consist of several ones."""
+    return {label for label in labels if _SEVERAL.search(label)} or _joined(labels)
 
 
 def _joined(labels: set[bytes]) -> set[bytes]:

@@ -14,8 +14,8 @@ import re
 import shutil
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from . import decode
 from .base import EXTENSIONS, Source
 from .dataset import plain_errors, quiet_worker
 from .decode import BadImage, Picture
-from .layout import part_of, several_labels
+from .layout import combined, part_of
 from .loader import usable_cores
 from .pixels import read_raw
 from .shards import MANIFEST, UNFINISHED
@@ -148,13 +148,15 @@ def _open_parts(data: str, channels: int, screen: Screen) -> dict[str, Source]:
         screen.say(source.summary())
         for note in source.notes:
             screen.say(f"note: {note}")
-        for label in source.classes:
-            if label != label.strip() or several_labels([b"image"], [label.encode()]):
-                raise DataError(
-                    f"{spec}: in a shard, the class name {label!r} would be read as another one or as "
-                    "several labels; rename the class"
-                )
         sources[name] = source
+    classes = sorted({label for source in sources.values() for label in source.classes})
+    several = combined({label.encode() for label in classes})
+    for label in classes:
+        if label != label.strip() or label.encode() in several:
+            raise DataError(
+                f"{data}: in a shard, the class name {label!r} would be read as another one or as several "
+                "labels; rename the class"
+            )
     return sources
 
 
@@ -223,7 +225,7 @@ def pack(
     `data`, StorageError if the shards do not fit on the disk.
     """
     screen = screen or Screen(False)
-    _check(data, out, size, channels)
+    _check(data, out, size, channels, workers)
     sources = _open_parts(data, channels, screen)
     encoder = Encoder(list(sources.values()), size, channels)
     plan = _plan(sources, size, channels)
@@ -237,7 +239,8 @@ def pack(
             processes = usable_cores() if workers is None else workers
             per_shard = _estimate(out, encoder, count, left, processes, screen)
             plan["images_per_shard"] = began.get("images_per_shard", per_shard)
-            _rewrite(journal, [plan, *finished.values()])
+            if not os.fstat(journal.fileno()).st_size:
+                _append(journal, plan, *finished.values())
             todo = [shard for shard in _shards(plan) if shard.name not in finished]
             for path in out.glob(".*.tar"):  # what a killed process left
                 path.unlink()
@@ -353,11 +356,13 @@ def _label(source: Source, index: int) -> bytes:
 # --- files of the folder ------------------------------------------------------------------------------------
 
 
-def _check(data: str, out: Path, size: int | None, channels: int) -> None:
+def _check(data: str, out: Path, size: int | None, channels: int, workers: int | None) -> None:
     """Raises ConfigError for settings that are not valid, and for a folder with other content than a
     pack."""
     if size is not None and size < 1:
         raise ConfigError(f"size must be 1 or more, not {size}")
+    if workers is not None and workers < 0:
+        raise ConfigError(f"workers must be 0 or more, not {workers}")
     if size is not None and channels not in (1, 3):
         raise ConfigError(f"images of {channels} channels cannot be reduced; give --original")
     if Path(data).is_dir() and out.resolve().is_relative_to(Path(data).resolve()):
@@ -397,14 +402,17 @@ def _journal(out: Path) -> Iterator[Any]:
             if (path := out / UNFINISHED).exists() and not path.stat().st_size:
                 path.unlink()
                 if created:
-                    out.rmdir()
+                    with suppress(OSError):  # NFS keeps the open file under another name
+                        out.rmdir()
 
 
 def _read(out: Path, journal: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The plan of an earlier call ({} without one), and the entries of its finished shards by name."""
+    """The plan of an earlier call ({} without one), and the entries of its finished shards by name, of which
+    the last one counts."""
     journal.seek(0)
-    # A kill may have cut the last line.
-    lines = [json.loads(line) for line in journal if line.endswith(b"\n")]
+    content = journal.read()
+    journal.truncate(content.rfind(b"\n") + 1)  # a kill may have cut the last line
+    lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
     if not lines and (out / MANIFEST).exists():
         plan = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         lines = [plan, *plan.pop("shards")]
@@ -430,16 +438,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _rewrite(journal: Any, lines: Iterable[dict[str, Any]]) -> None:
+def _append(journal: Any, *lines: dict[str, Any]) -> None:
     with _storing(Path(journal.name)):
-        journal.truncate(0)
-        for line in lines:
-            _append(journal, line)
-
-
-def _append(journal: Any, line: dict[str, Any]) -> None:
-    with _storing(Path(journal.name)):
-        journal.write(json.dumps(line).encode() + b"\n")
+        journal.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         journal.flush()
         os.fsync(journal.fileno())
 
