@@ -356,7 +356,7 @@ def test_only_the_length_of_a_finished_run_may_change(tmp_path, folder, monkeypa
             run(tmp_path / "run", folder, steps=10)
     for steps in (2, 20):
         with pytest.raises(
-            ConfigError, match=rf"at step 3 of 10, and --steps {steps} .* is another length: finish"
+            ConfigError, match=rf"at step 3 of 10, --steps {steps} .* is another length: finish"
         ):
             run(tmp_path / "run", folder, steps=steps)
     run(tmp_path / "run", folder, epochs=2.0, steps=None)  # the same length in another unit
