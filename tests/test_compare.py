@@ -1,6 +1,7 @@
 """The cost of a step: against counts by hand, or a real step."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from rcmae.cli import main
 from rcmae.compare.cost import MID_RUN, _Phases, _SavedBytes, cost, largest_batch, peak, recipes
 from rcmae.methods import METHODS
 from rcmae.methods.recipes import load_recipe
-from tests.conftest import batch_for, method_for, small
+from tests.conftest import ROOT, batch_for, method_for, small
+from tests.mutations import catches
 
 
 def test_flops_of_the_encoder_by_hand():
@@ -50,6 +52,21 @@ def test_the_backward_pass_of_a_convolution_costs_twice_its_forward_pass(groups)
         y.sum().backward()
     expected = 2 * 2 * 25 * 12 * (8 // groups) * 9
     assert counter.flops == {"student_forward": expected, "teacher_forward": 0, "backward": 2 * expected}
+
+
+@catches(
+    "results that share memory with arguments are counted again",
+    "rcmae.compare.cost:_WithoutData.new",
+    lambda old: lambda self, func, args, kwargs, given: func(*args, **kwargs),
+)
+def test_costs_are_those_recorded_with_torchs_fake_tensors():
+    """Which have the same purpose as our tensors without data, and take many times as long."""
+    recorded = json.loads((ROOT / "results" / "cost.json").read_text())["rows"]
+    row = next(r for r in recorded if (r["model"], r["name"]) == ("vit_small_patch16", "mae"))
+    recipe = recipes("vit_small_patch16", ["mae"])["mae"]
+    for key, value in asdict(cost(recipe)).items():
+        assert row[key] == value, key
+    assert row["peak"] == peak(recipe, 128, "bf16")
 
 
 def test_rcmae_costs_a_third_more_than_mae_and_saves_as_many_activations():

@@ -1,6 +1,6 @@
 """`rcmae compare cost`: the cost of a training step of each method, counted without executing it.
 
-A step is traced on fake tensors, which have a shape but no data, so any model and batch can be counted on any
+A step is traced on tensors that have a shape but no data, so any model and batch can be counted on any
 computer: FLOPs as 2 per multiply-add, bytes that autograd saves for the backward pass (each storage once),
 and the peak of all live storages. `measure` measures a real step on a device, with the workspaces of its
 kernels and the fragmentation of its allocator.
@@ -17,23 +17,23 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
 import torch
+import torch._meta_registrations
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import (
-    FlopCounterMode,
     conv_flop_count,
+    flop_registry,
     sdpa_backward_flop_count,
     sdpa_flop_count,
+    shape_wrapper,
 )
 
 from ..config import Recipe, changed
@@ -52,7 +52,7 @@ from ..report.build import write_page
 COUNTED_BATCHES = (4, 8)
 "Two batch sizes, whose difference gives the cost per image."
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 MID_RUN = Progress(100, 1000, 10)
 "A step past warm-ups and freezes."
@@ -180,19 +180,19 @@ def _resident() -> int:
 
 @contextlib.contextmanager
 def _traced(recipe: Recipe, batch: int, like: str = "cuda") -> Iterator[tuple[Method, dict[str, Tensor]]]:
-    """The method and a batch of its views as fake tensors; with the fused attention kernel unless `like` is
+    """The method and a batch of its views without data; with the fused attention kernel unless `like` is
     "cpu"."""
-    with torch.device("meta"):
+    with META, _Uninitialized():
         method = _method(recipe, batch)
     attend = blocks.attend if like == "cpu" else F.scaled_dot_product_attention
     with (
         signals.postponed(),  # torch calls the counters from C++
-        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        _WithoutData(),
         mock.patch.object(blocks, "attend", attend),
     ):
         method.to_empty(device="cpu")
         method.average_shapes(batch)
-        yield method, _views(method, recipe, batch, mode)
+        yield method, _views(method, recipe, batch)
 
 
 def _method(recipe: Recipe, batch: int) -> Method:
@@ -200,17 +200,119 @@ def _method(recipe: Recipe, batch: int) -> Method:
     return METHODS[recipe.method](changed(recipe, batch_size=batch), (0.5,) * channels, (0.25,) * channels)
 
 
-def _views(method: Method, recipe: Recipe, batch: int, mode: FakeTensorMode) -> dict[str, Tensor]:
-    with unset_fake_temporarily():
+def _views(method: Method, recipe: Recipe, batch: int) -> dict[str, Tensor]:
+    with _disable_current_modes():
         image = np.zeros((*recipe.images.shape, recipe.images.channels), np.uint8)
         real = default_collate([method.views()(image, np.random.default_rng(0))])
-    return {k: mode.from_tensor(v).expand(batch, *v.shape[1:]).clone() for k, v in real.items()}
+    return {k: v.expand(batch, *v.shape[1:]).clone() for k, v in real.items()}
+
+
+class _Uninitialized(TorchDispatchMode):
+    """Initializes no weights, which would take most of the time of building a network on META."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _Shape(Tensor):
+    """A tensor on the CPU without data. `meta` has its shape and its storage, and is on torch's device for
+    tensors without data, which autocast and the choice of kernels do not take for a CPU."""
+
+    meta: Tensor
+
+    @staticmethod
+    def __new__(cls, meta: Tensor) -> "_Shape":
+        strides, offset = meta.stride(), meta.storage_offset()
+        self = Tensor._make_wrapper_subclass(cls, meta.shape, strides, offset, dtype=meta.dtype, device=CPU)
+        self.meta = meta
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        with _WithoutData():
+            return func(*args, **(kwargs or {}))
+
+
+class _WithoutData(TorchDispatchMode):
+    """Makes all operations compute only the shapes of their results, once for the same shapes of arguments.
+    (torch's FakeTensorMode takes many times as long.)"""
+
+    results: ClassVar[dict[Any, Any]] = {}
+    "by operation and arguments; None if the result is not new: a changed argument, or a view of one"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {}
+        args, kwargs = _meta(args, given), _meta(kwargs or {}, given)
+        result = None
+        if given:
+            key = func, _signature(args), _signature(kwargs)
+            if key not in self.results:
+                self.results[key] = self.new(func, args, kwargs, given)
+            result = self.results[key]
+        return _shape(func(*args, **kwargs) if result is None else _new(result), given)
+
+    def new(self, func, args, kwargs, given):
+        """The result of an operation if it is new; else None."""
+        if func._schema.is_mutable:
+            return None
+        result, arguments = func(*args, **kwargs), {_storage(t)._cdata for t in given.values()}
+        return None if any(_storage(t)._cdata in arguments for t in _tensors(result)) else result
+
+
+def _meta(x: Any, given: dict[int, Tensor]) -> Any:
+    """The arguments of an operation on META. `given` gets the original of each tensor."""
+    if isinstance(x, Tensor):
+        meta = x.meta if isinstance(x, _Shape) else x.to(META)
+        given[id(meta)] = x
+        return meta
+    if isinstance(x, (list, tuple)):
+        return [_meta(each, given) for each in x]
+    if isinstance(x, dict):
+        return {key: _meta(value, given) for key, value in x.items()}
+    return META if isinstance(x, torch.device) else x
+
+
+def _signature(x: Any) -> Any:
+    """What the shapes of an operation's results depend on, hashable."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype
+    if isinstance(x, dict):
+        return tuple((key, _signature(value)) for key, value in x.items())
+    return tuple(map(_signature, x)) if isinstance(x, list) else (type(x), x)  # 1 and 1.0 give other types
+
+
+def _new(x: Any) -> Any:
+    """Tensors with the shapes of these results."""
+    if isinstance(x, Tensor):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
+    return type(x)(map(_new, x)) if isinstance(x, (list, tuple)) else x
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for each in x:
+            yield from _tensors(each)
+
+
+def _shape(x: Any, given: dict[int, Tensor]) -> Any:
+    """The results of an operation; one that was `given` is returned as it was."""
+    if isinstance(x, Tensor):
+        return given[id(x)] if id(x) in given else _Shape(x)
+    return type(x)(_shape(each, given) for each in x) if isinstance(x, (list, tuple)) else x
+
+
+def _storage(t: Tensor) -> torch.UntypedStorage:
+    return (t.meta if isinstance(t, _Shape) else t).untyped_storage()
 
 
 def _count(recipe: Recipe, batch: int, precision: str) -> dict[str, Any]:
     with _traced(recipe, batch) as (method, views):
         counter = _Phases()
-        saved = _SavedBytes({p.untyped_storage()._cdata for p in method.parameters()})
+        saved = _SavedBytes({_storage(p)._cdata for p in method.parameters()})
         if method.teacher is not None:
             counter.mark_teacher(method.teacher)
         with counter, autocast(CPU, precision):
@@ -231,25 +333,26 @@ def _convolution_backward_flops(grad: Any, x: Any, weight: Any, *rest: Any, **_:
     return sum(rest[-1][:2]) * conv_flop_count(list(x), list(weight), list(grad))
 
 
-class _Phases(FlopCounterMode):
+FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
+    # torch counts only the fused attention kernels of CUDA.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+    torch.ops.aten.convolution_backward: shape_wrapper(_convolution_backward_flops),
+}
+"FLOPs of the operations that have them, from their arguments and `out_val`."
+
+
+class _Phases(TorchDispatchMode):
     """FLOPs by phase; those inside the teacher's modules are its forward pass."""
 
     def __init__(self) -> None:
-        aten = torch.ops.aten
-        formulas: dict[Any, Any] = {
-            # torch counts only the fused attention kernels of CUDA.
-            aten._scaled_dot_product_flash_attention_for_cpu: (
-                lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-            ),
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-                lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-            ),
-            aten.convolution_backward: _convolution_backward_flops,
-        }
-        super().__init__(display=False, custom_mapping=formulas)
-        self.phase = "forward"
+        super().__init__()
+        self.phase, self.depth = "forward", 0
         self.flops = dict.fromkeys(("student_forward", "teacher_forward", "backward"), 0)
-        self.before = self.depth = 0
 
     def mark_teacher(self, teacher: nn.Module) -> None:
         """Count the work of this module as the teacher's."""
@@ -264,15 +367,14 @@ class _Phases(FlopCounterMode):
             module.register_forward_pre_hook(add(1))
             module.register_forward_hook(add(-1))
 
-    def _count_flops(self, func_packet, out, args, kwargs):
-        result = super()._count_flops(func_packet, out, args, kwargs)
-        phase = self.phase
-        if phase == "forward":
-            phase = "teacher_forward" if self.depth else "student_forward"
-        total = self.get_total_flops()
-        self.flops[phase] += total - self.before
-        self.before = total
-        return result
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if formula := FORMULAS.get(func.overloadpacket):
+            phase = self.phase
+            if phase == "forward":
+                phase = "teacher_forward" if self.depth else "student_forward"
+            self.flops[phase] += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -285,11 +387,9 @@ class _LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             self.add(tensor)
 
-    def add(self, t: Any) -> None:
+    def add(self, t: Tensor) -> None:
         """Count the storage of a tensor, unless it is counted already."""
-        if not isinstance(t, Tensor):
-            return
-        storage = t.untyped_storage()
+        storage = _storage(t)
         key, size = storage._cdata, storage.nbytes()
         if key not in self.storages:
             self.storages[key] = weakref.ref(storage, lambda _: self.remove(key, size))
@@ -302,7 +402,8 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        tree_map(self.add, out)
+        for t in _tensors(out):
+            self.add(t)
         return out
 
 
@@ -314,7 +415,7 @@ class _SavedBytes:
         self.alive: list[Any] = []
 
     def pack(self, t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
+        storage = _storage(t)
         if storage._cdata not in self.counted:
             self.counted.add(storage._cdata)
             self.alive.append(storage)  # or a new storage could reuse its address
