@@ -284,7 +284,7 @@ def write_gradients_page(result: dict[str, Any], out: Path) -> Path:
         }
         for key in MEASURES
     }
-    ylabel = "cosine with the previous step"
+    ylabel = "cosine with that step"
     svgs = {
         "similarity": plot(
             points, {"no effect": 0.0}, ylabel, xlabel="similarity of the features to those of batch B"

@@ -82,7 +82,7 @@ def plot(
         "axes.formatter.limits": (-4, 6),
     }
     with rc_context(settings):
-        turned = len("".join((ticks or {}).values())) > 30
+        turned = len("".join((ticks or {}).values())) > 24
         figure = Figure(figsize=(WIDTH, HEIGHT + turned), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
