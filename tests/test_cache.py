@@ -14,7 +14,7 @@ from rcmae.data.sources import open_source
 from rcmae.data.views import random_resized_crop, rng
 from rcmae.errors import ConfigError
 from rcmae.methods.mae import CropAndMask
-from rcmae.pretraining import pretrain
+from rcmae.pretraining import Pretraining, pretrain
 from rcmae.report.build import rate_figures
 from rcmae.trainer import Trainer
 from tests.conftest import small
@@ -91,6 +91,31 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     assert 2**20 < cache.free_memory() < 2**50
 
 
+@pytest.mark.parametrize(
+    ("line", "files", "free"),
+    [
+        ("0::/job/step", {"job/memory": ("max", "current", 9000, 4000)}, 6000),
+        (
+            "0::/job",
+            {"memory": ("max", "current", 9000, 4000), "job/memory": ("max", "current", 7000, 3000)},
+            5000,
+        ),
+        ("0::/", {"memory": ("max", "current", "max", 3000)}, 1_024_000),
+        ("5:memory:/job", {"memory/job/memory": ("limit_in_bytes", "usage_in_bytes", 8000, 1000)}, 8000),
+    ],
+)
+def test_free_memory_is_that_of_the_closest_limit(line, files, free, tmp_path):
+    """Groups may be limited at any level, and 1000 bytes are of cached files."""
+    contents = {"proc/meminfo": "MemAvailable: 1000 kB", "proc/self/cgroup": f"4:cpu:/job\n{line}\n"}
+    for place, (limit, usage, most, used) in files.items():
+        names = {limit: most, usage: used, "stat": "inactive_file 1000"}
+        contents |= {f"sys/fs/cgroup/{place}.{name}": f"{content}\n" for name, content in names.items()}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert cache.free_memory(tmp_path) == free
+
+
 @catches(
     "a resumed run does not notice another cache", "rcmae.data.cache:RamCache.changes", lambda old: "none"
 )
@@ -108,6 +133,23 @@ def test_a_run_with_the_cache_is_the_same_and_another_one_says_what_changes(tmp_
     printed = capsys.readouterr().out
     assert "8 are reduced to 32 px" in printed
     assert "note: cache was ram, 32 px and is now none: the resumed run will not be bitwise" in printed
+
+
+@catches(
+    "the cache is filled later", "rcmae.pretraining:Pretraining.fill_cache", lambda old: lambda self: None
+)
+def test_all_ranks_fill_the_cache_at_once_and_a_finished_run_does_not(tmp_path, monkeypatch, capsys):
+    """Rank 0 alone measures the baselines and saves, so the cache is full before that on every rank."""
+    recipe = changed(RECIPE, data=folder(tmp_path / "data", [(40, 60)] * 8), steps=1)
+    runtime = RuntimeConfig(out=tmp_path / "run", cache="ram", workers=0, device="cpu")
+    full, environment = [], Pretraining.environment
+    monkeypatch.setattr(Pretraining, "environment", lambda run: full.append(run.reduced) or environment(run))
+    pretrain(recipe, runtime)
+    assert full and set(full) == {"ram, 32 px"}
+    capsys.readouterr()
+    pretrain(recipe, runtime)
+    printed = capsys.readouterr().out
+    assert "is finished at step 1" in printed and "reduced" not in printed and "note: cache" not in printed
 
 
 @pytest.mark.parametrize(

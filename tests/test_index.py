@@ -54,6 +54,10 @@ def change(spec: str) -> None:
         (Path(spec) / "dog" / "5.png").write_bytes(encode(ramp()))
 
 
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 @catches(
     "an index is used though the set has changed",
     "rcmae.data.index:_unchanged",
@@ -102,5 +106,17 @@ def test_without_a_usable_index_the_set_is_listed(tmp_path, place, monkeypatch):
     file.write_bytes(file.read_bytes()[:-9])
     assert len(open_source(spec)) == 4  # from a damaged index, which is replaced
     assert len(open_source(spec)) == 4
+    file.unlink()
+    link = tmp_path / "data" / "cat" / "link.png"
+    link.symlink_to(tmp_path / "disk" / "5.png")  # of a disk that is not mounted yet
+    os.utime(link.parent, (time.time() - 3600,) * 2)
+    assert len(open_source(spec)) == 4 and not list(place.iterdir())
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "5.png").write_bytes(encode(ramp()))
+    assert len(open_source(spec)) == 5
     monkeypatch.setenv("XDG_CACHE_HOME", f"{spec}/dog/3.png")  # cannot be written
-    assert len(open_source(spec)) == 4
+    assert len(open_source(spec)) == 5
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert len(open_source(spec)) == 5

@@ -109,6 +109,8 @@ class Pretraining(Trainer):
             self.screen.say("note: the images are in memory already: --cache ram has no effect")
         elif self.runtime.cache == "ram":
             self.cache = RamCache(images, recipe, self.runtime.workers, ranks_here(), self.screen)
+        self.reduced = "none"
+        "what the cache changes in the pixels of crops"
         self.method = self.build(*self.statistics())
         self.loss_names = self.method.losses
         optimizer = adamw(self.method.student, recipe.optim, lr=0.0)  # `update` sets it before every step
@@ -158,8 +160,13 @@ class Pretraining(Trainer):
         return faster(self.images, self.runtime.workers, f"try {caching}{packing}")
 
     def environment(self) -> dict[str, Any]:
-        cache = self.cache.changes if self.cache else "none"
-        return super().environment() | {"max_pixels": self.runtime.max_pixels, "cache": cache}
+        return super().environment() | {"max_pixels": self.runtime.max_pixels, "cache": self.reduced}
+
+    def fill_cache(self) -> None:
+        """Called by all ranks at once, since each has its own cache, and one alone would let the others wait
+        until they time out."""
+        if self.cache:
+            self.reduced = self.cache.changes
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         return self.batches_from(self.dataset(), start, stop)
@@ -198,6 +205,7 @@ class Pretraining(Trainer):
     def begin(self) -> None:
         """Plan a new run: measure the baselines, set the number of steps, and write a first checkpoint, which
         also checks that the disk is writable."""
+        self.fill_cache()
         baselines: dict[str, Scores] = {}
         seconds = 0.0
         if self.probes:
@@ -369,6 +377,10 @@ class Pretraining(Trainer):
         self.extended = [(start, stop) for start, stop in state.get("extended", ())]
         if (length := state.get("length")) not in (None, self.recipe.length):
             self.extend(length)
+        if self.last_milestone < self.total:
+            self.fill_cache()
+        elif self.cache:  # a finished run reads no images
+            self.reduced = state["environment"].get("cache", "none")
 
     def extend(self, length: dict[str, Any]) -> None:
         """Plan more steps for a finished run of another `length`. Raises ConfigError unless it has finished

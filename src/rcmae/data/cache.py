@@ -28,6 +28,12 @@ TRIED, TRIED_SECONDS = 100, 5.0
 USED = 0.8
 "Fraction of the free memory that a cache may take."
 
+GROUPS = {
+    "": ("sys/fs/cgroup", ("memory.max", "memory.current")),
+    "memory": ("sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+}
+"Where control groups of version 2, and of version 1, are, and their files of the limit and the usage."
+
 
 class Decoder(Dataset):
     """Item i is the pixels to keep of image i and its original (height, width), or why it cannot be read."""
@@ -167,14 +173,25 @@ class Decoded:
         return pixels if shape[:2] == [h, w] else Reduced(pixels, (h, w))
 
 
-def free_memory() -> int:
-    """Bytes that processes can still take, of the machine or of their control group."""
-    text = Path("/proc/meminfo").read_text()
-    available = re.search(r"MemAvailable:\s+(\d+) kB", text)
-    free = 1024 * int(available[1]) if available else 0
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
-        limit, current = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        files = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-        free = min(free, limit - current + (int(files[1]) if files else 0))
-    return free
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that processes can still take, of the machine or of the control groups that contain this one."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
+    free = [1024 * int(available[1])] if available else []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                group = Path(path.lstrip("/"))  # which may be named as outside of a container
+                mount, names = GROUPS[controllers]
+                for folder in (group, *group.parents):
+                    with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+                        free.append(_left(root / mount / folder, *names))
+    return min(free, default=0)
+
+
+def _left(group: Path, limit: str, usage: str) -> int:
+    """Bytes below the limit of a control group; cached files count as free. Raises OSError or ValueError
+    without a limit."""
+    most, used = (int((group / name).read_text()) for name in (limit, usage))
+    cached = re.findall(r"^(?:total_)?inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+    return max(0, most - used + int(cached[-1] if cached else 0))

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,16 @@ time would not be noticed."""
 AnySource = TypeVar("AnySource", bound=Source)
 
 
+def cache_folder() -> Path:
+    """Where to keep what can be computed again: in ~/.cache, or with other temporary files for a user without
+    a home."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "rcmae"
+    except RuntimeError:  # there is neither HOME nor an entry of the user
+        return Path(tempfile.gettempdir()) / "rcmae"
+
+
 class Stamp(NamedTuple):
     """A folder or file that was listed, and its state before."""
 
@@ -53,8 +64,7 @@ class Index:
     def __init__(self, kind: type[AnySource], spec: str, *about: Any):
         extras = [extension for extension in OPTIONAL if missing_extra(extension)]
         key = json.dumps([__version__, kind.kind, spec, os.path.abspath(spec), extras, about])  # noqa: PTH100
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rcmae" / "index"
-        self.path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+        self.path = cache_folder() / "index" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
         self.kind, self.began = kind, time.time()
 
     def load(self) -> Any:
@@ -74,7 +84,9 @@ class Index:
 
     def save(self, source: Source, listed: Sequence[Stamp]) -> None:
         """Keep the index of a source, made from what was `listed`, if it is large and nothing has just
-        changed."""
+        changed. Broken links may be those of a disk that is not mounted yet."""
+        if source.left_out.get("broken links"):
+            return
         if len(source) < SMALLEST or max(s.modified for s in listed) / 1e9 > self.began - SETTLED:
             return
         arrays: dict[str, np.ndarray] = {"states": np.array([s[1:] for s in listed], np.int64)}

@@ -3,7 +3,6 @@ extraction), and its result."""
 
 import functools
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..data.dataset import Bad, Images
+from ..data.index import cache_folder
 from ..data.labeled import Labeled
 from ..data.loader import batches_of
 from ..data.sampler import BatchSampler
@@ -62,9 +62,7 @@ class EvaluationContext:
 
     @property
     def cache(self) -> Path:
-        return (
-            self.options.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rcmae"
-        )
+        return self.options.cache or cache_folder()
 
     def part(self, part: Literal["train", "test"]) -> Subset:
         """The test part, or the images of the training part whose labels are used."""
