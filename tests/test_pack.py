@@ -202,5 +202,7 @@ def test_the_command_counts_what_is_unreadable(data, tmp_path, capsys):
     assert "packing 10 images into" in printed and "packed 9 images into 2 shards of" in printed
     assert "left out 1 unreadable image, such as" in printed
     assert "cut.jpg (truncated)" in printed, printed
+    limited = ["pack", data, str(tmp_path / "limited"), "--workers", "0", "--max-pixels", "29e3"]
+    assert main(limited) == 0 and "left out 9 unreadable images" in capsys.readouterr().out
     assert main(["pack", data, str(tmp_path / "other"), "--original", "--size", "64"]) == 2
     assert "leave --size out" in capsys.readouterr().err and not (tmp_path / "other").exists()

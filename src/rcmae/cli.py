@@ -221,6 +221,7 @@ def pack_data(
     original: bool = False,
     channels: Integer = 3,
     workers: Integer | None = None,
+    max_pixels: float = RuntimeConfig().max_pixels,
 ) -> None:
     """Pack images into tar shards, reduced once, so that training reads them faster; the same command
     continues after an interruption.
@@ -239,13 +240,16 @@ def pack_data(
         Channels of an image, for --original.
     workers
         Processes [default: one for each core].
+    max_pixels
+        Images of more pixels count as unreadable.
     """
     from .data.pack import MANIFEST, pack
 
     if original and size is not None:
         raise ConfigError("--original keeps the size of the images: leave --size out, or --original")
+    check(RuntimeConfig(max_pixels=max_pixels))
     side = None if original else 256 if size is None else size
-    result = pack(data, out, side, channels, workers, Screen(True))
+    result = pack(data, out, side, channels, workers, Screen(True), max_pixels)
     if result.unreadable:
         count, first = how_many(len(result.unreadable), "unreadable image"), result.unreadable[0]
         print(f"left out {count}, such as {first['where']} ({first['reason']}): {out / MANIFEST} lists all")

@@ -26,7 +26,10 @@ def check_size(width: int, height: int, limit: int) -> None:
     if width * height == 0:
         raise BadImage("no pixels")
     if width * height > limit:
-        raise BadImage(f"{width} x {height} is above the limit of {limit:,} pixels, see --max-pixels")
+        raise BadImage(
+            f"{width} x {height} is above the limit of {limit:,} pixels, see --max-pixels "
+            "(`rcmae detect` has none)"
+        )
 
 
 def extra(module: str, name: str, what: str) -> Any:

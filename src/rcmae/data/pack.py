@@ -94,11 +94,16 @@ class Encoder(Dataset):
 
     def _encoded(self, source: Source, index: int) -> tuple[str, bytes]:
         raw = read_raw(source, index)
-        image = raw if isinstance(raw, np.ndarray) else decode.open_image(raw, self.channels)
+        image = (
+            raw if isinstance(raw, np.ndarray) else decode.open_image(raw, self.channels, source.pixel_limit)
+        )
         side = min(image.shape[:2]) if self.size is None else self.size
         if isinstance(raw, np.ndarray):
             return _file(shrink(raw, side), lossy=False)
-        if min(image.shape[:2]) <= side or decode.sixteen_bits(raw, self.channels) is not None:
+        if (
+            min(image.shape[:2]) <= side
+            or decode.sixteen_bits(raw, self.channels, source.pixel_limit) is not None
+        ):
             if isinstance(image, Picture):
                 image.pixels(least=1)  # raises BadImage if it is damaged
             return _extension(source.where(index), image, raw), raw
@@ -132,7 +137,7 @@ def _extension(name: str, image: Any, raw: bytes) -> str:
 # --- the plan -----------------------------------------------------------------------------------------------
 
 
-def _open_parts(data: str, channels: int, screen: Screen) -> dict[str, Source]:
+def _open_parts(data: str, channels: int, max_pixels: float, screen: Screen) -> dict[str, Source]:
     """The images to train on, and those of the part for testing, by the names of their shards."""
     parts = parts_of(data)
     specs = {"train" if parts else "images": data}
@@ -143,7 +148,11 @@ def _open_parts(data: str, channels: int, screen: Screen) -> dict[str, Source]:
         with screen.progress(f"indexing {spec}, %", 100) as tick:
             # Images whose range depends on the set are copied, so the range need not be known.
             source = open_source(
-                spec, channels, tick=lambda done: tick(round(100 * done)), value_range="dtype"
+                spec,
+                channels,
+                tick=lambda done: tick(round(100 * done)),
+                value_range="dtype",
+                max_pixels=max_pixels,
             )
         screen.say(source.summary())
         for note in source.notes:
@@ -170,6 +179,7 @@ def _plan(sources: dict[str, Source], size: int | None, channels: int) -> dict[s
         "size": size or "original",
         "quality": QUALITY,
         "channels": channels,
+        "max_pixels": next(iter(sources.values())).pixel_limit,
         "parts": {name: len(source) for name, source in sources.items()},
         "data": [source.fingerprint() for source in sources.values()],
         "labels": labels.hexdigest(),
@@ -217,16 +227,18 @@ def pack(
     channels: int = 3,
     workers: int | None = None,
     screen: Screen | None = None,
+    max_pixels: float = Source.pixel_limit,
 ) -> Result:
     """Write the images of `data` as tar shards into the folder `out`: their shorter side is reduced to `size`
-    pixels, or their bytes are kept with None. Continues what an earlier call began.
+    pixels, or their bytes are kept with None. Images of more than `max_pixels` are left out. Continues what
+    an earlier call began.
 
     Raises ConfigError for settings that are not valid and for a folder with other content, DataError for
     `data`, StorageError if the shards do not fit on the disk.
     """
     screen = screen or Screen(False)
     _check(data, out, size, channels, workers)
-    sources = _open_parts(data, channels, screen)
+    sources = _open_parts(data, channels, max_pixels, screen)
     encoder = Encoder(list(sources.values()), size, channels)
     plan = _plan(sources, size, channels)
     with _journal(out) as journal:
