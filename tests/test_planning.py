@@ -1,5 +1,6 @@
 """The end of `rcmae check`: the command for a set of images on this machine."""
 
+import functools
 import re
 import shlex
 
@@ -32,6 +33,7 @@ def planned(recipe, monkeypatch, step, reading=(0.0, 0.0, 1000.0), **changes):
     monkeypatch.setattr(planning, "measure_step", lambda run: step)
     monkeypatch.setattr(planning, "_reading", lambda run: reading)
     monkeypatch.setattr(planning, "_probing", lambda run: 0.0)
+    monkeypatch.setattr(planning, "_waiting", lambda run: 0.0)
     monkeypatch.setattr(planning, "processes", lambda source, workers: 1)
     loaded = changed(load_recipe(str(recipe)), data=str(recipe.parent / "set"), **changes)
     return plan(str(recipe), loaded, Screen(False))
@@ -70,10 +72,20 @@ def test_packing_is_suggested_where_it_saves_time(recipe, monkeypatch):
     assert not planned(recipe, monkeypatch, step=0.8, reading=(0.01, 0.001, 1000.0)).pack
 
 
+def test_packing_saves_the_time_of_reading_or_of_waiting_for_it():
+    """Steps of 1 s; reading a batch takes one process 1.2 s, packed 0.2."""
+    step = functools.partial(planning._packed_step, 1.0, 1.2, 0.2)
+    assert step(waiting=0.0, workers=1, shared=True) == 0.5, "two cores share a second of work less"
+    assert step(waiting=0.0, workers=4, shared=False) == 1.0, "a device that never waits"
+    assert step(waiting=0.9, workers=4, shared=False) == pytest.approx(0.1)
+    assert step(waiting=0.9, workers=1, shared=False) == 0.2, "the loader is still the slower one"
+
+
 def test_reading_originals_and_packed_images_is_measured(tmp_path, monkeypatch):
     for i in range(8):
         (tmp_path / f"{i}.jpg").write_bytes(encode(photograph(1200, 1600), "JPEG"))
     monkeypatch.setattr(planning, "measure_step", lambda run: 0.1)
+    monkeypatch.setattr(planning, "_waiting", lambda run: 0.0)
     measured = []
     reading = planning._reading
     monkeypatch.setattr(planning, "_reading", lambda run: measured.append(reading(run)) or measured[0])
@@ -102,6 +114,7 @@ def test_images_that_cannot_be_packed_smaller_have_a_plan(tmp_path, monkeypatch)
         bands = np.full((150, 150, 5), 10 * i, np.uint8)
         (tmp_path / f"{i}.tif").write_bytes(tiff(bands, photometric="minisblack", planarconfig="contig"))
     monkeypatch.setattr(planning, "measure_step", lambda run: 0.1)
+    monkeypatch.setattr(planning, "_waiting", lambda run: 0.0)
     recipe = changed(load_recipe("small"), data=str(tmp_path), batch_size=8, channels=5)
     assert not plan("small", recipe, Screen(False)).pack
 

@@ -95,6 +95,7 @@ def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = Run
         with closing(Pretraining(recipe, context)) as run:
             run.screen = screen
             step = measure_step(run)
+            waiting = _waiting(run)
             memory = round(2**30 * memory_gib(device))
             probing = _probing(run)
             original, packed, size = _reading(run)
@@ -110,12 +111,8 @@ def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = Run
     fitting = int((TIMES.get(device.type, TIMES["cuda"]) - probing) / step)
     steps = fixed or _rounded(max(SHORTEST * run.steps_per_epoch, min(most, fitting)))
     longer = {} if fixed else {n * steps: seconds(n * steps) for n in LONGER if n * steps <= most}
-    # On a CPU, reading and training share the cores; elsewhere, the slower of the two sets the speed.
     workers = max(1, processes(run.images, None))
-    if device.type == "cpu":
-        faster = max(step - batch * (original - packed) / (workers + 1), batch * packed / (workers + 1))
-    else:
-        faster = min(step, max(step - batch * original / workers, batch * packed / workers))
+    faster = _packed_step(step, batch * original, batch * packed, waiting, workers, device.type == "cpu")
     packing = images * (original + packed) / (workers + 1)
     pays = step > WORTHWHILE * faster and packing + seconds(steps, faster) < seconds(steps)
     side = packed_side(recipe)
@@ -142,6 +139,17 @@ def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = Run
         packed_seconds=packing + seconds(steps, faster),
         folder_seconds=other,
     )
+
+
+def _packed_step(
+    step: float, original: float, packed: float, waiting: float, workers: int, shared: bool
+) -> float:
+    """Seconds of a step on packed images. Given are those of a step on the originals and the fraction in which
+    it waits, and of one process to read a batch. Reading and training share the cores, or the slower of the
+    two sets the speed."""
+    if shared:
+        return max(step - (original - packed) / (workers + 1), packed / (workers + 1))
+    return min(step, max(step * (1 - waiting), packed / workers))
 
 
 def _rounded(steps: int) -> int:
@@ -171,6 +179,11 @@ def _command(name: str, recipe: Recipe, runtime: RuntimeConfig, steps: int) -> s
             values = value if isinstance(value, (list, tuple)) else [value]
             words += [f"--{key.replace('_', '-')}", *map(str, values)]
     return shlex.join([*words, "--steps", str(steps)])
+
+
+def _waiting(run: Pretraining) -> float:
+    """The fraction of the measured steps' time in which they waited for images."""
+    return run.window.read()["data_wait"]
 
 
 @torch.no_grad()
