@@ -144,9 +144,9 @@ def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = Run
 def _packed_step(
     step: float, original: float, packed: float, waiting: float, workers: int, shared: bool
 ) -> float:
-    """Seconds of a step on packed images. Given are those of a step on the originals and the fraction in which
-    it waits, and of one process to read a batch. Reading and training share the cores, or the slower of the
-    two sets the speed."""
+    """Seconds of a step on packed images. Given are those of a step on the originals, the fraction of it that
+    is waiting, and those of one process to read a batch. Reading and training share the cores, or the slower
+    of the two sets the speed."""
     if shared:
         return max(step - (original - packed) / (workers + 1), packed / (workers + 1))
     return min(step, max(step * (1 - waiting), packed / workers))
