@@ -975,7 +975,7 @@ def _usage(e: CycloptsError) -> str:
 def _output_closed() -> bool:
     """Whether the other end of this program's output is closed."""
     poll = select.poll()
-    with contextlib.suppress(OSError):  # an output that is no file
+    with contextlib.suppress(OSError):  # an output without a descriptor
         poll.register(sys.stdout.fileno(), 0)  # 0: errors only
     return bool(poll.poll(0))
 

@@ -294,7 +294,8 @@ class Trainer(ABC):
         self.skips = Skips(self.out / "checkpoints", self.divergence_advice)
         if self.step in milestones and self.last_milestone < self.step:  # it was interrupted by a signal
             self._milestone()
-        self.batches = self.loader(self.step, self.total)
+        # A finished run must not prepare images.
+        self.batches = self.loader(self.step, self.total) if self.step < self.total else iter(())
         first = self.step
         self.screen.start(self.total, first)
         self.window = LogWindow(self.device)
