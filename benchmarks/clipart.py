@@ -49,7 +49,9 @@ def main() -> None:
                 shutil.copyfile(path, to)
     for name, count in largest:
         print(f"{name:20} {count:,}")
-    print(f"{options.out}: {sum(names.values()):,} pictures")
+    files, taken = sum(map(len, contents.values())), sum(names.values())
+    reasons = "copies, in two classes, or in other folders"
+    print(f"{options.out}: {taken:,} pictures; left out {files - taken:,}: {reasons}")
 
 
 if __name__ == "__main__":

@@ -385,7 +385,7 @@ def test_an_extension_by_time_is_converted_at_the_speed_so_far(tmp_path, folder,
     monkeypatch.setattr(pretraining.Recipe, "most_steps", lambda self, images: 7)
     run(tmp_path / "run", folder, steps=None, time=f"{100 * seconds:.6f}s")
     assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step_00000007", "as many as a new run"
-    assert "a time stops at 7 on so few images" in capsys.readouterr().out
+    assert "a time stops at 7 steps on so few images" in capsys.readouterr().out
 
 
 def test_a_kill_while_an_extension_is_recorded_does_not_lose_it(tmp_path, folder, monkeypatch):

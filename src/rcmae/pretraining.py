@@ -40,7 +40,7 @@ from .methods.mean_teacher import SHORT_HALF_LIFE
 from .methods.recipes import load_recipe, recipe_type
 from .models.backbone import Backbone, Channels, Statistics, usual_statistics
 from .report import write_report
-from .step_time import steps_within
+from .step_time import at_most, steps_within
 from .tasks.interval import with_margin
 from .tasks.learned import show_table
 from .tasks.probe import KINDS, Probes, Scores, probe_set, size_note
@@ -386,13 +386,7 @@ class Pretraining(Trainer):
         """Plan more steps for a finished run of another `length`. Raises ConfigError unless it has finished
         and the new length is above the steps it has made."""
         if self.recipe.time:  # at the speed so far, with probes and checkpoints
-            total = int(self.step * parse_time(self.recipe.time) / max(self.seconds, 1e-3))
-            if total > (most := self.recipe.most_steps(len(self.images))):  # as in `steps_within`
-                self.screen.say(
-                    f"{self.recipe.time} is enough for {total:,} steps, but a time stops at {most:,} on so "
-                    "few images; --steps can be larger"
-                )
-                total = most
+            total = at_most(self, int(self.step * parse_time(self.recipe.time) / max(self.seconds, 1e-3)))
         else:
             total = cast(int, self.recipe.total_steps(len(self.images)))
         given = " ".join(

@@ -36,10 +36,16 @@ def steps_within(run: Trainer, budget: str, probing: float, began: float) -> int
             f"{-int(-need // 60)}m for 100 steps" + (", or fewer --probes" if probing else "")
         )
     run.screen.say(f"{budget} is enough for about {steps:,} steps of {1000 * step:.0f} ms")
-    if steps > (most := run.recipe.most_steps(len(run.images))):
+    return at_most(run, steps)
+
+
+def at_most(run: Trainer, steps: int) -> int:
+    """The steps that a time is enough for, without those beyond which no gain is known; says so."""
+    most = run.recipe.most_steps(len(run.images))
+    if steps > most:
         run.screen.say(
-            f"the run has {most:,}: beyond {most / run.steps_per_epoch:,.0f} epochs, no gain is known for so "
-            "few images; --steps can be larger"
+            f"a time stops at {most:,} steps on so few images, not at {steps:,}: no gain is known beyond "
+            f"{most / run.steps_per_epoch:,.0f} epochs; --steps can be larger"
         )
     return min(steps, most)
 

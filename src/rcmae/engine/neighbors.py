@@ -14,13 +14,10 @@ from pathlib import Path
 POLICY = "OMP_WAIT_POLICY"
 
 BUSY = 0.3
-"Cores that other processes keep busy from which on threads sleep; that of an idle desktop is below 0.1."
+"Cores that other processes keep busy from which on threads sleep."
 
 SHARE = 0.7
 "Fraction of its threads' cores below which a process has been disturbed; spinning threads use nearly all."
-
-TICK = 0.01
-"Seconds per unit of /proc/stat."
 
 
 class Neighbors:
@@ -44,7 +41,7 @@ def _others() -> float | None:
         rows = [line.split() for line in Path("/proc/stat").read_text(encoding="ascii").splitlines()]
         # user, nice, system; idle and iowait, irq and softirq and steal follow
         used = sum(int(ticks) for name, *row in rows if name in usable for ticks in row[:3])
-        return used * TICK - time.process_time()
+        return used / os.sysconf("SC_CLK_TCK") - time.process_time()
     return None
 
 
