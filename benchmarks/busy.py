@@ -80,25 +80,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    machine = describe_machine(torch.device("cpu"), "auto")
     speeds: dict[str, dict[str, list[float]]] = {n: {p: [] for p in POLICIES} for n in NEIGHBORS}
-    with tempfile.TemporaryDirectory() as temporary:
-        for number in range(options.rounds):
+    results = {"images_per_s": speeds, "rounds": 0, "steps": options.steps, "machine": machine}
+    for number in range(1, options.rounds + 1):
+        with tempfile.TemporaryDirectory() as temporary:
             for neighbor, wanted in NEIGHBORS.items():
                 for policy in POLICIES:
-                    folder = Path(temporary) / f"{number}-{neighbor}-{policy[:8]}"
                     with busy_process(wanted):
+                        folder = Path(temporary) / f"{neighbor}-{policy[:8]}"
                         speed = images_per_s(policy, options.steps, folder)
                     speeds[neighbor][policy].append(speed)
                     print(f"round {number}, {neighbor}, {policy}: {speed:.0f} images/s", flush=True)
-    results = {
-        "images_per_s": speeds,
-        "rounds": options.rounds,
-        "steps": options.steps,
-        "machine": describe_machine(torch.device("cpu"), "auto"),
-    }
+        results["rounds"] = number
+        if options.out:
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
