@@ -1,7 +1,7 @@
 #!/bin/sh
 # All measurements that need a GPU: sh benchmarks/gpu.sh [GIB]. The same command resumes where it stopped.
 # Writes results/*_cuda.json: predicted and measured memory and speed of every method, the largest batch that
-# fits, the race, and a training step of detection. This script has not been run yet.
+# fits, the race, a training step of detection, and the loader with the device cache. This script has not been run yet.
 set -eu
 cd "$(dirname "$0")/.."
 gib=${1:-$(python -c 'import torch; print(int(torch.cuda.mem_get_info()[1] / 2**30))')}
@@ -28,3 +28,6 @@ done
 for batch in 16 8 4 2 1; do
   python -m benchmarks.detection_step --side 1024 --batch "$batch" --models vit_base_patch16_224 --rounds 10 --device cuda && break
 done
+
+# The loader beside others, with rows of --cache device.
+python -m benchmarks.loader --out results/loader_cuda.json

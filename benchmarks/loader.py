@@ -8,7 +8,8 @@ also draws the mask. torchvision's and lightly-train's also normalize, since the
 timm's and ours return 8 bits, which are normalized on the device.
 
 Processor time of one process, in rounds in which all loaders take turns, so that other processes disturb all
-of them alike; files are in the page cache. Loaders whose package is not installed are left out.
+of them alike; files are in the page cache. Loaders whose package is not installed are left out, and rows of
+`--cache device` without a GPU.
 """
 
 import argparse
@@ -34,8 +35,8 @@ from PIL import Image, features
 from benchmarks import markdown
 from rcmae.config import Images as ImagesConfig
 from rcmae.config import Recipe
-from rcmae.data.cache import RamCache
-from rcmae.data.dataset import Images
+from rcmae.data.cache import DeviceCache, RamCache
+from rcmae.data.dataset import Images, collate
 from rcmae.data.pack import pack
 from rcmae.data.sources import open_source
 from rcmae.engine.run import describe_machine
@@ -56,13 +57,13 @@ NOISE = 3.0
 
 class Set(NamedTuple):
     """A kind of images: width and height, how many, their format, and where they lie: in files, in a tar
-    shard, in a shard of `rcmae pack`, or for rcmae in its RAM cache and for the others in files."""
+    shard, in a shard of `rcmae pack`, or for rcmae in one of its caches and for the others in files."""
 
     width: int
     height: int
     images: int
     form: str = "JPEG"
-    place: Literal["files", "shard", "packed", "cache"] = "files"
+    place: Literal["files", "shard", "packed", "ram", "device"] = "files"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,8 +79,10 @@ SETS = {
     "PNG 1920 x 1440": Set(1920, 1440, 12, "PNG"),
     "tar shard of JPEG 500 x 375": Set(500, 375, 120, place="shard"),
     "JPEG 1920 x 1440, packed": Set(1920, 1440, 100, place="packed"),
-    "JPEG 500 x 375, --cache ram": Set(500, 375, 120, place="cache"),
-    "JPEG 1920 x 1440, --cache ram": Set(1920, 1440, 24, place="cache"),
+    "JPEG 500 x 375, --cache ram": Set(500, 375, 120, place="ram"),
+    "JPEG 1920 x 1440, --cache ram": Set(1920, 1440, 24, place="ram"),
+    "JPEG 500 x 375, --cache device": Set(500, 375, 120, place="device"),
+    "JPEG 1920 x 1440, --cache device": Set(1920, 1440, 24, place="device"),
 }
 
 Loader = Callable[[Path], Callable[[int], Iterator[Any]]]
@@ -101,6 +104,19 @@ def rcmae_cached(path: Path) -> Callable[[int], Iterator[Any]]:
     opened = RamCache(source, Recipe(images=IMAGES), workers=0).images.opened
     data = Images(source, CropAndMask(IMAGES, (SIDE // 16) ** 2), seed=0, opened=opened)
     return lambda epoch: (data[epoch, i] for i in range(len(data)))
+
+
+def rcmae_on_gpu(path: Path) -> Callable[[int], Iterator[Any]]:
+    """The same with --cache device, until the GPU has cut out all crops of an epoch."""
+    source = open_source(str(path))
+    cache = DeviceCache(source, Recipe(images=IMAGES), workers=0, device=torch.device("cuda"))
+    data = Images(source, CropAndMask(IMAGES, (SIDE // 16) ** 2), seed=0, opened=cache.opened)
+
+    def epoch(number: int) -> Iterator[torch.Tensor]:
+        yield from cache.cut(collate([data[number, i] for i in range(len(data))])["image"])
+        torch.cuda.synchronize()
+
+    return epoch
 
 
 def encoded(path: Path) -> Iterator[bytes]:
@@ -167,6 +183,8 @@ LOADERS: dict[str, tuple[str, Loader]] = {
     "timm": ("timm", timm),
 }
 "Name: the package, and its loader."
+
+CACHED: dict[str, Loader] = {"ram": rcmae_cached, "device": rcmae_on_gpu}
 
 REFERENCE = "torchvision v1"
 
@@ -300,6 +318,8 @@ def main() -> int:
         name: loader for name, (package, loader) in LOADERS.items() if importlib.util.find_spec(package)
     }
     chosen = {k: v for k, v in SETS.items() if any(part.strip() in k for part in options.sets.split(","))}
+    if not torch.cuda.is_available():
+        chosen = {k: v for k, v in chosen.items() if v.place != "device"}
     pictures = photographs(options.photographs)
     sets, rows = {}, []
     with tempfile.TemporaryDirectory() as folder:
@@ -307,8 +327,8 @@ def main() -> int:
             path = make(Path(folder) / str(number), pictures, facts)
             size = sum(len(raw) for raw in encoded(path)) / facts.images / 1000
             sets[kind] = {"images": facts.images, "kilobytes": size}
-            cached = {"rcmae": rcmae_cached} if facts.place == "cache" else {}
-            measured = rates(path, facts.images, loaders | cached, options.rounds)
+            ours = CACHED.get(facts.place, rcmae)
+            measured = rates(path, facts.images, loaders | {"rcmae": ours}, options.rounds)
             for name in loaders:
                 rows.append(speeds := row(kind, name, measured))
                 speed = f"{speeds['images_per_second']:8.1f} images/s {speeds['ratio']:5.2f}x"

@@ -7,11 +7,12 @@ import torch
 
 from rcmae.config import RuntimeConfig, changed
 from rcmae.data import cache, loader
-from rcmae.data.cache import RamCache
+from rcmae.data.cache import DeviceCache, RamCache
 from rcmae.data.dataset import Images
 from rcmae.data.pixels import read_image
+from rcmae.data.resample import resize
 from rcmae.data.sources import open_source
-from rcmae.data.views import random_resized_crop, rng
+from rcmae.data.views import _resized, random_resized_crop, rng
 from rcmae.errors import ConfigError
 from rcmae.methods.mae import CropAndMask
 from rcmae.pretraining import Pretraining, pretrain
@@ -58,7 +59,7 @@ def test_crops_of_images_that_are_not_reduced_are_the_same(tmp_path):
 def test_crops_of_reduced_images_lie_in_the_same_place(tmp_path):
     source = open_source(folder(tmp_path / "data", [(240, 320), (333, 250)]))
     cached = RamCache(source, RECIPE, 0)
-    assert cached.changes == "ram, 32 px"
+    assert cached.changes == "reduced to 32 px"
     for i in range(2):
         assert min(cached.images.shapes[i, :2]) == 32
         pixels = read_image(source, i, 3)
@@ -70,6 +71,66 @@ def test_crops_of_reduced_images_lie_in_the_same_place(tmp_path):
             assert (crops[0] - crops[1]).abs().float().mean() < 8
     tall = cached.images.opened(1)
     assert tall.shape == (333, 250, 3) and tall.crop((332, 249, 1, 1), (16, 16)).shape == (1, 1, 3)
+
+
+@catches(
+    "resized crops are rounded down",
+    "rcmae.data.resample:_weighted",
+    lambda old: lambda images, lengths, size: old(images.clamp(1) - 1, lengths, size),
+)
+@pytest.mark.parametrize("shape", [(64, 64), (24, 31), (224, 160)])
+def test_resized_batches_are_those_of_torchvision_bit_for_bit(shape):
+    """Unless reduced more than four times, where weights have fewer bits."""
+    generator = torch.Generator().manual_seed(0)
+    for height, width in [(4 * shape[0], 4 * shape[1]), shape, (7, 90), (1, 1)]:
+        pixels = torch.randint(0, 256, (4, 3, height, width), generator=generator, dtype=torch.uint8)
+        pixels[2:] = 255 * (pixels[2:] > 127)  # whose resized values lie outside 0 to 255
+        sizes = [torch.randint(1, n + 1, (4,), generator=generator) for n in (height, width)]
+        for image, h, w, resized in zip(pixels, *sizes, resize(pixels, *sizes, shape), strict=True):
+            assert torch.equal(resized, by_torchvision(image[:, :h, :w], shape))
+    large = torch.randint(0, 256, (3, 600, 500), generator=generator, dtype=torch.uint8)
+    resized = resize(large.unsqueeze(0), torch.tensor([600]), torch.tensor([500]), (32, 32))[0]
+    assert 0 < (resized.int() - by_torchvision(large, (32, 32)).int()).abs().max() <= 1
+
+
+def by_torchvision(image: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    return _resized(image.permute(1, 2, 0).numpy(), (0, 0, *image.shape[1:]), shape)
+
+
+@catches(
+    "crops of the device are not flipped",
+    "rcmae.data.cache:DeviceCache.cut",
+    lambda old: lambda self, crops: old(self, crops._replace(flipped=0 * crops.flipped)),
+)
+def test_a_run_with_the_device_cache_equals_one_with_the_ram_cache(tmp_path, monkeypatch, capsys):
+    data = folder(tmp_path / "data", [(20 + 9 * i, 95 - 3 * i) for i in range(11)])
+    (tmp_path / "data" / "03.jpg").write_bytes(b"no image")
+    monkeypatch.setattr(DeviceCache, "devices", ("cpu",))  # slower than --cache ram there
+    monkeypatch.setattr(cache, "PIXELS", 3000)  # a batch is cut out in several parts
+    weights = {}
+    for method in ("rcmae", "data2vec"):
+        recipe = changed(small(method), size=16, crop_scale=(0.25, 1.0), flip=True, data=data, steps=3)
+        for kind, workers in (("ram", 1), ("device", 0), ("device", 2)):
+            out = tmp_path / f"{method}-{kind}-{workers}"
+            pretrain(recipe, RuntimeConfig(out=out, cache=kind, workers=workers, device="cpu"))
+            saved = (out / "checkpoints").glob("step_*3/model.safetensors")
+            weights[method, kind, workers] = next(saved).read_bytes()
+            assert (out / "bad_files.jsonl").is_file()
+        assert len({v for (name, *_), v in weights.items() if name == method}) == 1
+    printed = capsys.readouterr().out
+    assert "--cache device: 10 images in" in printed and "are reduced to 32 px" in printed
+
+
+def test_what_the_device_cache_cannot_do_is_refused(tmp_path, monkeypatch):
+    source = open_source(folder(tmp_path / "data", [(240, 320)] * 8))
+    with pytest.raises(ConfigError, match="only cuts out crops, and dino changes their colors too"):
+        DeviceCache(source, changed(small("dino"), size=16), 0)
+    with pytest.raises(ConfigError, match="needs a GPU with CUDA, not cpu"):
+        DeviceCache(source, RECIPE, 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40_000, 80_000))
+    message = "--cache device takes about 33 kB.*20 kB may be taken .50% of the free memory of the GPU"
+    with pytest.raises(ConfigError, match=message):
+        DeviceCache(source, RECIPE, 0, device=torch.device("cuda"))
 
 
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
@@ -132,7 +193,7 @@ def test_a_run_with_the_cache_is_the_same_and_another_one_says_what_changes(tmp_
         pretrain(recipe, RuntimeConfig(out=tmp_path / "large run", cache=kind, workers=0, device="cpu"))
     printed = capsys.readouterr().out
     assert "8 are reduced to 32 px" in printed
-    assert "note: cache was ram, 32 px and is now none: the resumed run will not be bitwise" in printed
+    assert "note: cache was reduced to 32 px and is now none: the resumed run will not be bitwise" in printed
 
 
 @catches(
@@ -145,7 +206,7 @@ def test_all_ranks_fill_the_cache_at_once_and_a_finished_run_does_not(tmp_path, 
     full, environment = [], Pretraining.environment
     monkeypatch.setattr(Pretraining, "environment", lambda run: full.append(run.reduced) or environment(run))
     pretrain(recipe, runtime)
-    assert full and set(full) == {"ram, 32 px"}
+    assert full and set(full) == {"reduced to 32 px"}
     capsys.readouterr()
     pretrain(recipe, runtime)
     printed = capsys.readouterr().out

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .config import LENGTHS, Recipe, RuntimeConfig, changed, check, how_many, parse_time, recipe_hash
-from .data.cache import RamCache
+from .data.cache import DeviceCache, RamCache
 from .data.dataset import Images, measure_statistics
 from .data.loader import faster, ranks_here
 from .data.pixels import measure_bits
@@ -105,10 +105,13 @@ class Pretraining(Trainer):
         images = open_images(recipe, context.screen, context.world, max_pixels)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
         self.cache: RamCache | None = None
-        if self.runtime.cache == "ram" and images.in_memory:
+        shared = (images, recipe, self.runtime.workers, ranks_here(), self.screen)
+        if self.runtime.cache == "device":
+            self.cache = DeviceCache(*shared, self.device)
+        elif self.runtime.cache == "ram" and images.in_memory:
             self.screen.say("note: the images are in memory already: --cache ram has no effect")
         elif self.runtime.cache == "ram":
-            self.cache = RamCache(images, recipe, self.runtime.workers, ranks_here(), self.screen)
+            self.cache = RamCache(*shared)
         self.reduced = "none"
         "what the cache changes in the pixels of crops"
         self.method = self.build(*self.statistics())
@@ -150,7 +153,7 @@ class Pretraining(Trainer):
         return method.to(self.device)
 
     def dataset(self) -> Images:
-        opened = self.cache.images.opened if self.cache else None
+        opened = self.cache.opened if self.cache else None
         channels = self.recipe.images.channels
         return Images(self.images, self.method.views(), self.seed, channels, opened=opened)
 
@@ -169,7 +172,15 @@ class Pretraining(Trainer):
             self.reduced = self.cache.changes
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        return self.batches_from(self.dataset(), start, stop)
+        # After an error in `cut`, its traceback would keep the loader processes alive.
+        with contextlib.closing(self.batches_from(self.dataset(), start, stop)) as batches:
+            for batch in batches:
+                yield self.cut(batch)
+
+    def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with the crops that a device cache cuts out."""
+        cache, crops = self.cache, batch["image"]
+        return batch | {"image": cache.cut(crops)} if isinstance(cache, DeviceCache) else batch
 
     # --- the step -------------------------------------------------------------------------------------------
 
@@ -360,7 +371,7 @@ class Pretraining(Trainer):
 
     @cached_property
     def fixed(self) -> dict[str, Tensor]:
-        return first_batch(self.dataset(), self.device, self.screen)
+        return self.cut(first_batch(self.dataset(), self.device, self.screen))
 
     # --- saving ---------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ and the measurements.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -145,7 +145,7 @@ class Trainer(ABC):
         """What would shorten the waiting for data; empty if nothing would."""
         return faster(self.images, self.runtime.workers)
 
-    def batches_from(self, dataset: Dataset, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    def batches_from(self, dataset: Dataset, start: int, stop: int) -> Generator[dict[str, Any]]:
         """Micro-batches of a data set of the training images, for `loader`."""
         keys, workers = self.sampler(start, stop), self.runtime.workers
         return batches_of(dataset, keys, self.images, workers, self.device, self.bad.note)

@@ -67,9 +67,10 @@ class RuntimeConfig(BaseRuntimeConfig):
     "images of more pixels count as unreadable, since decoding one takes 3 bytes per pixel and more"
     on_alarm: Literal["warn", "stop"] = "warn"
     """when a fault of the teacher or a collapse is detected: print a warning, or save and stop the run"""
-    cache: Literal["none", "ram"] = "none"
+    cache: Literal["none", "ram", "device"] = "none"
     """ram: keep the decoded images in memory, reduced to what the recipe's crops need, which changes the
-    pixels of large images, see docs/data.md"""
+    pixels of large images, see docs/data.md; device: in the memory of the GPU, which also cuts out the
+    crops"""
 
     def rules(self) -> Rules:
         return [*super().rules(), *self.each("must be above 0", "max_pixels")]

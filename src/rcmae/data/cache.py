@@ -1,4 +1,5 @@
-"""`--cache ram`: the decoded images in a block of memory that all loader processes share."""
+"""`--cache ram`: the decoded images in a block of memory that all loader processes share; `--cache device`:
+in the memory of the GPU, which cuts out and resizes the crops, a batch at a time."""
 
 import contextlib
 import math
@@ -10,6 +11,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import Recipe, how_many, readable_size
@@ -20,13 +24,17 @@ from .dataset import plain_errors, quiet_worker
 from .decode import SPARE, BadImage
 from .loader import processes
 from .pixels import open_image
-from .views import Image, Reduced, shrink
+from .resample import resize
+from .views import Cut, Image, Reduced, Stored, shrink
 
 TRIED, TRIED_SECONDS = 100, 5.0
 "Images decoded to estimate memory and time, and the time after which no more are tried."
 
-USED = 0.8
-"Fraction of the free memory that a cache may take."
+USED, DEVICE_USED = 0.8, 0.5
+"Fractions of the free memory, and of that of a GPU, whose rest training needs, that a cache may take."
+
+PIXELS = 2**23
+"Pixels of the largest crops of a batch that are cut out at once, which limits the memory that it takes."
 
 GROUPS = {
     "": ("sys/fs/cgroup", ("memory.max", "memory.current")),
@@ -57,6 +65,8 @@ class RamCache:
     the same pixels.
     """
 
+    name = "--cache ram"
+
     def __init__(
         self,
         source: Source,
@@ -68,7 +78,7 @@ class RamCache:
         """Estimate the memory, and print it. Raises ConfigError if that of all `ranks` of this machine is
         more than may be taken; `images` then fills the cache."""
         if sys.platform != "linux":
-            raise ConfigError("--cache ram needs Linux, whose loader processes share memory; leave it out")
+            raise ConfigError(f"{self.name} needs Linux, whose loader processes share memory; leave it out")
         views = [(min(recipe.images.shape), max(recipe.images.shape), recipe.images.crop_scale[0])]
         if crops := getattr(recipe, "crops", None):
             views.append((crops.local_size, crops.local_size, crops.local_scale[0]))
@@ -78,20 +88,28 @@ class RamCache:
         self.decoder = Decoder(source, recipe.images.channels, self.side)
         self.workers, self.screen = processes(source, workers), screen or Screen(False)
         size, seconds = self._try()
-        self.limit, need = int(USED * free_memory() / ranks), math.ceil(size * len(source))
+        (self.limit, bound), need = self.bound(ranks), math.ceil(size * len(source))
         if need > self.limit:
             fitting = int(self.side * math.sqrt(0.95 * self.limit / need))
             packing = f"reduce the images with `rcmae pack {recipe.data} OUT --size {fitting}`, or "
             raise ConfigError(
-                f"--cache ram takes about {readable_size(need)} for {how_many(len(source), 'image')}"
+                f"{self.name} takes about {readable_size(need)} for {how_many(len(source), 'image')}"
                 f"{f' in each of {ranks} processes' if ranks > 1 else ''}, and {readable_size(self.limit)} "
-                f"may be taken ({USED:.0%} of the free memory); "
+                f"may be taken ({bound}); "
                 f"{packing if fitting >= max(recipe.images.shape) else ''}leave --cache out"
             )
         self.screen.say(
-            f"--cache ram: about {readable_size(need)} of {readable_size(self.limit)} that may be taken, "
+            f"{self.name}: about {readable_size(need)} of {readable_size(self.limit)} that may be taken, "
             f"filled in about {clock(seconds * len(source) / max(1, self.workers))}"
         )
+
+    def bound(self, ranks: int) -> tuple[int, str]:
+        """Bytes that each of `ranks` caches may take, and what they are."""
+        return int(USED * free_memory() / ranks), f"{USED:.0%} of the free memory"
+
+    def opened(self, index: int) -> Image | Stored:
+        """Image `index`, for the views of a method. Raises BadImage."""
+        return self.images.opened(index)
 
     def _try(self) -> tuple[float, float]:
         """Mean bytes, and seconds of one process, of an image; from a fixed random sample."""
@@ -119,7 +137,7 @@ class RamCache:
             worker_init_fn=quiet_worker,
             prefetch_factor=4 if self.workers else None,
         )
-        with self.screen.progress("filling --cache ram", count) as tick:
+        with self.screen.progress(f"filling {self.name}", count) as tick:
             index = 0
             for batch in plain_errors(loader):
                 for item in batch:
@@ -127,7 +145,7 @@ class RamCache:
                         decoded.bad[index] = item
                     elif (end := used + item[0].nbytes) > self.limit:
                         raise ConfigError(
-                            f"--cache ram takes more than the {readable_size(self.limit)} that may be taken, "
+                            f"{self.name} takes more than the {readable_size(self.limit)} that may be taken, "
                             f"at image {index:,} of {count:,}; leave --cache out"
                         )
                     else:
@@ -137,7 +155,7 @@ class RamCache:
                 tick(index)
         reduced = int((decoded.original != decoded.shapes[:, :2]).any(1).sum())
         self.screen.say(
-            f"--cache ram: {how_many(count - len(decoded.bad), 'image')} in {readable_size(used)}; "
+            f"{self.name}: {how_many(count - len(decoded.bad), 'image')} in {readable_size(used)}; "
             + (f"{reduced:,} are reduced to {self.side} px" if reduced else "none is reduced")
         )
         return decoded
@@ -146,7 +164,81 @@ class RamCache:
     def changes(self) -> str:
         """What it changes in the pixels of crops; "none" if nothing."""
         shorter = self.images.original.min(1)
-        return "none" if shorter.max(initial=0) <= self.exact_side else f"ram, {self.side} px"
+        return "none" if shorter.max(initial=0) <= self.exact_side else f"reduced to {self.side} px"
+
+
+class DeviceCache(RamCache):
+    """The images of a `RamCache` on the device, from which `cut` makes a batch of crops. They equal those of
+    the RamCache, unless reduced more than four times, see `resample`."""
+
+    name, devices = "--cache device", ("cuda",)
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        workers: int | None,
+        ranks: int = 1,
+        screen: Screen | None = None,
+        device: torch.device = torch.device("cpu"),
+    ):
+        """As RamCache; the images are decoded in main memory, which must hold them too. Raises ConfigError
+        also for a method that changes more than the place of its crops, and without a GPU."""
+        if hasattr(recipe, "crops"):
+            raise ConfigError(
+                f"--cache device only cuts out crops, and {recipe.method} changes their colors too: use "
+                "--cache ram"
+            )
+        if device.type not in self.devices:
+            raise ConfigError(f"--cache device needs a GPU with CUDA, not {device.type}: use --cache ram")
+        self.device, self.shape = device, recipe.images.shape
+        super().__init__(source, recipe, workers, ranks, screen)
+
+    def bound(self, ranks: int) -> tuple[int, str]:
+        limit, text = super().bound(ranks)
+        if self.device.type != "cuda":
+            return limit, text
+        free = int(DEVICE_USED * torch.cuda.mem_get_info(self.device)[0])
+        return min((limit, text), (free, f"{DEVICE_USED:.0%} of the free memory of the GPU"))
+
+    @cached_property
+    def images(self) -> "Decoded":
+        decoded = super().images
+        used = int((decoded.starts + decoded.shapes.prod(1)).max(initial=0))
+        channels = self.decoder.channels
+        # Images follow one another, so a pixel is a row.
+        self.pixels = torch.from_numpy(decoded.block[:used]).view(-1, channels).to(self.device)
+        self.starts = torch.from_numpy(decoded.starts // channels).to(self.device)
+        self.widths = torch.from_numpy(decoded.shapes[:, 1]).to(self.device)
+        if self.pixels.is_cuda:
+            decoded.block = decoded.block[:0]
+        return decoded
+
+    def opened(self, index: int) -> Stored:
+        images = self.images
+        if index in images.bad:
+            raise BadImage(images.bad[index])
+        (height, width, _), original = images.shapes[index].tolist(), images.original[index].tolist()
+        return Stored(index, (height, width), (original[0], original[1]))
+
+    def cut(self, crops: Cut) -> UInt8[Tensor, "b c h w"]:
+        """The crops of a batch, on the device."""
+        values = torch.stack([torch.as_tensor(v).long() for v in crops])  # [6, b]
+        largest = math.prod(values[3:5].amax(1).tolist())
+        return torch.cat([self._cut(part) for part in values.split(max(1, PIXELS // largest), 1)])
+
+    def _cut(self, crops: Int[Tensor, "6 b"]) -> UInt8[Tensor, "b c h w"]:
+        rows, columns = (torch.arange(int(n), device=self.device) for n in crops[3:5].amax(1))
+        image, top, left, height, width, flipped = crops.to(self.device, non_blocking=True)
+
+        def places(first: Int[Tensor, " b"], length: Int[Tensor, " b"], steps: Int[Tensor, " n"]) -> Tensor:
+            return first.unsqueeze(1) + torch.minimum(steps, length.unsqueeze(1) - 1)  # [b, n]
+
+        y, x = places(top, height, rows), places(left, width, columns)
+        pixel = (self.starts[image].unsqueeze(1) + y * self.widths[image].unsqueeze(1)).unsqueeze(2)
+        images = self.pixels[pixel + x.unsqueeze(1)].permute(0, 3, 1, 2)  # [b, c, rows, columns]
+        resized = resize(images, height, width, self.shape)
+        return torch.where(flipped.bool()[:, None, None, None], resized.flip(3), resized)
 
 
 class Decoded:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..config import how_many
@@ -22,7 +21,7 @@ from .base import Source
 from .decode import BadImage
 from .pixels import moments, open_image, read_image
 from .sampler import Key
-from .views import Image, rng
+from .views import rng
 
 ATTEMPTS = 20
 "Number of substitutes tried for an unreadable image."
@@ -47,13 +46,13 @@ class Images(Dataset):
     def __init__(
         self,
         source: Source,
-        view: Callable[[Image, np.random.Generator], dict[str, Tensor]],
+        view: Callable[[Any, np.random.Generator], dict[str, Any]],
         seed: int,
         channels: int = 3,
         labeled: bool = False,
-        opened: Callable[[int], Image] | None = None,
+        opened: Callable[[int], Any] | None = None,
     ):
-        """`opened` gives image i, by default from the source."""
+        """`opened` gives image i in the form that `view` takes, by default an `Image` of the source."""
         self.source, self.view, self.seed, self.labeled = source, view, seed, labeled
         self.opened = opened or functools.partial(open_image, source, channels=channels)
 

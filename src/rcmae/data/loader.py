@@ -1,7 +1,7 @@
 """Data loading: batches on the device."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def batches_of(
     device: torch.device,
     note: Callable[[list[Bad]], None],
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]] = collate,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """Batches of `dataset` on the device, one for each list of keys. `note` is called with the unreadable
     images.
 

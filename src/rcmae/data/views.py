@@ -4,6 +4,8 @@ In shapes, ch and cw are the height and width of a crop.
 """
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +14,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from ..config import Images
 from .decode import Picture
+
+Box = tuple[int, int, int, int]
+"Top, left, height and width, in pixels."
 
 
 class Reduced:
@@ -21,17 +27,43 @@ class Reduced:
     def __init__(self, pixels: UInt8[np.ndarray, "h w c"], original: tuple[int, int]):
         self.pixels, self.shape = pixels, (*original, pixels.shape[2])
 
-    def crop(self, box: tuple[int, int, int, int], shape: tuple[int, int]) -> UInt8[np.ndarray, "ch cw c"]:
-        """The pixels in `box` (top, left, height, width), to the nearest pixel; `shape` does not matter."""
-        top, left, height, width = box
-        (y, below), (x, right) = (
-            (min(round(start * factor), size - 1), round((start + length) * factor))
-            for start, length, size, factor in (
-                (top, height, self.pixels.shape[0], self.pixels.shape[0] / self.shape[0]),
-                (left, width, self.pixels.shape[1], self.pixels.shape[1] / self.shape[1]),
-            )
-        )
-        return np.ascontiguousarray(self.pixels[y : max(y + 1, below), x : max(x + 1, right)])
+    def crop(self, box: Box, shape: tuple[int, int]) -> UInt8[np.ndarray, "ch cw c"]:
+        """The pixels in `box`, to the nearest pixel; `shape` does not matter."""
+        y, x, height, width = reduced_box(box, self.shape[:2], self.pixels.shape[:2])
+        return np.ascontiguousarray(self.pixels[y : y + height, x : x + width])
+
+
+def reduced_box(box: Box, original: tuple[int, ...], reduced: tuple[int, ...]) -> Box:
+    """`box` of an image of `original` height and width, in the nearest pixels of one that is `reduced`."""
+    starts, lengths = [], []
+    for start, length, before, size in zip(box[:2], box[2:], original, reduced, strict=True):
+        factor = size / before
+        starts.append(min(round(start * factor), size - 1))
+        lengths.append(max(1, round((start + length) * factor) - starts[-1]))
+    return starts[0], starts[1], lengths[0], lengths[1]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Image `index` of those stored on a device, of `stored` height and width, of which a crop is requested
+    in the coordinates of the original one."""
+
+    index: int
+    stored: tuple[int, int]
+    shape: tuple[int, int]
+    "height and width of the original"
+
+
+class Cut(NamedTuple):
+    """A crop of image number `image` that the device cuts out, in pixels of the stored image; in a batch,
+    every value is a tensor [b]."""
+
+    image: int
+    top: int
+    left: int
+    height: int
+    width: int
+    flipped: bool
 
 
 Opened = UInt8[np.ndarray, "h w c"] | Picture
@@ -56,16 +88,38 @@ def random_resized_crop(
 
     With scale (1, 1), an image that already has the shape is returned unchanged.
     """
-    h, w = image.shape[:2]
+    return _resized(image, random_box(image.shape, shape, scale, rng, ratio), shape)
+
+
+def random_box(
+    size: tuple[int, ...],
+    shape: tuple[int, int],
+    scale: tuple[float, float],
+    rng: np.random.Generator,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """The box of `random_resized_crop` in an image of `size` (height, width)."""
+    h, w = size[:2]
     whole = scale == (1.0, 1.0) and (h, w) == tuple(shape)
-    return _resized(image, (0, 0, h, w) if whole else crop_box(h, w, scale, ratio, rng), shape)
+    return (0, 0, h, w) if whole else crop_box(h, w, scale, ratio, rng)
+
+
+def random_crop(
+    image: Image | Stored, settings: Images, rng: np.random.Generator
+) -> UInt8[Tensor, "c ch cw"] | Cut:
+    """A random crop, perhaps flipped, as [images] of a recipe says."""
+    if isinstance(image, Stored):
+        box = random_box(image.shape, settings.shape, settings.crop_scale, rng)
+        flipped = settings.flip and rng.random() < 0.5
+        return Cut(image.index, *reduced_box(box, image.shape, image.stored), flipped)
+    crop = random_resized_crop(image, settings.shape, settings.crop_scale, rng)
+    return flip(crop, rng) if settings.flip else crop
 
 
 def crop_box(
     h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop of an image of h x w. As in torchvision, a central crop if
-    none of ten draws fits."""
+) -> Box:
+    """A random crop of an image of h x w. As in torchvision, a central crop if none of ten draws fits."""
     low, high = np.log(ratio)
     areas, aspects = rng.uniform(*scale, 10) * h * w, np.exp(rng.uniform(low, high, 10))
     for area, aspect in zip(areas.tolist(), aspects.tolist(), strict=True):
@@ -105,9 +159,7 @@ def shrink(image: Opened, side: int) -> UInt8[np.ndarray, "sh sw c"]:
     return _resized(image, (0, 0, h, w), shape).permute(1, 2, 0).numpy()
 
 
-def _resized(
-    image: Image, box: tuple[int, int, int, int], shape: tuple[int, int]
-) -> UInt8[Tensor, "c ch cw"]:
+def _resized(image: Image, box: Box, shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
     top, left, height, width = box
     if isinstance(image, np.ndarray):
         part = np.ascontiguousarray(image[top : top + height, left : left + width])

@@ -30,7 +30,7 @@ def batch_of(samples: list[dict[str, Any]], device: torch.device) -> dict[str, T
     """The samples of a data set as a batch on the device."""
     batch = collate(samples)
     del batch["bad"]
-    return {k: v.to(device) for k, v in batch.items()}
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 @torch.no_grad()

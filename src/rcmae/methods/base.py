@@ -9,7 +9,6 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from ..config import Recipe
-from ..data.views import Image
 from ..engine.schedules import Progress
 from ..models.backbone import Backbone, Channels, Standardizing, Statistics
 from ..models.encoder import WithEncoder
@@ -17,8 +16,9 @@ from ..models.patches import patchify
 from ..models.teacher import Teacher
 from .diagnostics import Diagnostics
 
-Transform = Callable[[Image, np.random.Generator], dict[str, Tensor]]
-"An image and a generator to the named tensors of a sample. Picklable, for loader workers."
+Transform = Callable[[Any, np.random.Generator], dict[str, Any]]
+"""An image and a generator to the named tensors of a sample. Picklable, for loader workers. Methods that only
+cut out crops take a `Stored` image too."""
 
 RECORDED_VALUES = 2**17
 """Predicted values of a step that the diagnostics use: those of the first images, at least 8. The memory for

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..config import Images, Rules, Section, broken
 from ..data.masking import visible_count
-from ..data.views import Image
+from ..data.views import Image, Stored, random_crop
 from ..engine.schedules import Progress
 from ..models.autoencoder import build_encoder
 from ..models.backbone import Channels
@@ -33,7 +33,6 @@ from ..models.teacher import Teacher
 from .base import RECORDED_VALUES
 from .diagnostics import Curve, Figure, Numbers, Sentence
 from .distillation import EncoderWithHead, StudentWithPredictor
-from .mae import random_crop
 from .mean_teacher import MeanTeacher, MeanTeacherRecipe, TeacherSettings, latent_rules
 
 
@@ -134,7 +133,7 @@ class CropAndMasks:
     visible: int
     side: int
 
-    def __call__(self, image: Image, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Image | Stored, rng: np.random.Generator) -> dict[str, Any]:
         crop = random_crop(image, self.images, rng)
         orders = [mask_order(self.grid, self.visible, self.side, rng) for _ in range(self.masks)]
         return {"image": crop, "orders": torch.from_numpy(np.stack(orders))}

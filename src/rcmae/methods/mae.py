@@ -8,7 +8,7 @@ reconstruction from the visible quarter of the patches.
 
 import json
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NotRequired, TypedDict
+from typing import Any, ClassVar, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import Images, Recipe, Rules, Section
 from ..data.masking import random_order, visible_count
-from ..data.views import Image, flip, random_resized_crop
+from ..data.views import Image, Stored, random_crop
 from ..engine.schedules import Progress
 from ..models.autoencoder import Autoencoder, AutoencoderNetwork, build
 from ..models.backbone import Backbone, Channels
@@ -63,12 +63,6 @@ class Batch(TypedDict):
     "RC-MAE with different masks: the order for the teacher"
 
 
-def random_crop(image: Image, settings: Images, rng: np.random.Generator) -> UInt8[Tensor, "c ch cw"]:
-    """A random crop of an image, perhaps flipped."""
-    crop = random_resized_crop(image, settings.shape, settings.crop_scale, rng)
-    return flip(crop, rng) if settings.flip else crop
-
-
 @dataclass(frozen=True)
 class CropAndMask:
     """One random crop, and a random order of its patches (visible ones first) under each name in `orders`."""
@@ -77,7 +71,7 @@ class CropAndMask:
     patches: int
     orders: tuple[str, ...] = ("order",)
 
-    def __call__(self, image: Image, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Image | Stored, rng: np.random.Generator) -> dict[str, Any]:
         crop = random_crop(image, self.images, rng)
         return {"image": crop} | {k: torch.from_numpy(random_order(self.patches, rng)) for k in self.orders}
 
