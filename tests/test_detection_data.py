@@ -466,7 +466,7 @@ def test_scenes_are_a_source_of_images_without_labels():
 
 def test_scenes_can_be_audited(monkeypatch):
     monkeypatch.setattr(ScenesSource.__init__, "__defaults__", ("train", 16, 128, 0))
-    report = audit("bundled:scenes", recipe=check(small(size=32)))
+    report = audit(open_source("bundled:scenes", size=32), recipe=check(small(size=32)))
     assert (report.images, report.widths, report.classes) == (16, (32, 32, 32), {}) and report.fit
 
 

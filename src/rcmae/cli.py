@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -197,17 +197,22 @@ def check_data(
     chosen = check(changed(load_recipe(name), **given))
     runtime = check(RuntimeConfig(max_corrupt_fraction=max_corrupt_fraction, max_pixels=max_pixels))
     screen = Screen(True)
-    result = audit.audit(path, val, chosen, max_corrupt_fraction, screen, max_pixels)
+    images = audit.indexed(path, chosen, screen, max_pixels)
+    other = audit.indexed(val, chosen, screen, max_pixels) if val else None
+    result = audit.audit(images, other, chosen, max_corrupt_fraction, screen)
     if recipe is None and name == "folder":
         name, settings = suggested(result.shorter_side)
         chosen = check(changed(load_recipe(name), **settings, **given))
-        result = replace(result, batch=chosen.optim.batch_size)
+        result = replace(result, batch=chosen.optim.batch_size, crop=chosen.images.shape)
     _console().print(audit.render(result))
     if json:
         json.write_text(audit.to_json(result), encoding="utf-8")
     if not result.fit:
         return 3
-    screen.say("\n".join(lines(plan(name, changed(chosen, data=path), screen, runtime))))
+    planned = plan(name, changed(chosen, data=path), images, screen, runtime)
+    screen.say("\n".join(lines(planned)))
+    if json:
+        json.write_text(audit.to_json(result, plan=asdict(planned)), encoding="utf-8")
     return 0
 
 
