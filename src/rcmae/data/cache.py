@@ -5,7 +5,6 @@ import math
 import mmap
 import re
 import sys
-import time
 from functools import cached_property
 from pathlib import Path
 
@@ -18,12 +17,9 @@ from ..errors import ConfigError
 from .base import Source
 from .dataset import plain_errors, quiet_worker
 from .decode import SPARE, BadImage
-from .loader import processes
+from .loader import processes, sample, try_some
 from .pixels import open_image
 from .views import Image, Reduced, shrink
-
-TRIED, TRIED_SECONDS = 100, 5.0
-"Images decoded to estimate memory and time, and the time after which no more are tried."
 
 USED = 0.8
 "Fraction of the free memory that a cache may take."
@@ -94,17 +90,13 @@ class RamCache:
         )
 
     def _try(self) -> tuple[float, float]:
-        """Mean bytes, and seconds of one process, of an image; from a fixed random sample."""
-        chosen = np.random.Generator(np.random.Philox(key=2)).permutation(len(self.decoder.source))[:TRIED]
-        sizes, began = [], time.monotonic()
-        with self.screen.progress("trying some images", len(chosen)) as tick:
-            for index in chosen.tolist():
-                item = self.decoder[index]
-                sizes.append(0 if isinstance(item, str) else item[0].nbytes)
-                tick(len(sizes))
-                if time.monotonic() - began > TRIED_SECONDS:
-                    break
-        return sum(sizes) / len(sizes), (time.monotonic() - began) / len(sizes)
+        """Mean bytes, and seconds of one process, of an image."""
+
+        def size(index: int) -> int:
+            item = self.decoder[index]
+            return 0 if isinstance(item, str) else item[0].nbytes
+
+        return try_some(sample(len(self.decoder.source)), size, self.screen)
 
     @cached_property
     def images(self) -> "Decoded":

@@ -1,15 +1,23 @@
 """Data loading: batches on the device."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..engine.console import Screen
 from .base import Source
 from .dataset import Bad, collate, plain_errors, quiet_worker
+
+TRIED, TRIED_SECONDS = 100, 5.0
+"Images read to estimate space and time, and the time after which no more are tried."
+
+Key = TypeVar("Key")
 
 
 def ranks_here() -> int:
@@ -38,6 +46,24 @@ def faster(source: Source, workers: int | None, shrinking: str = "") -> str:
     if processes(source, workers) < cores - 1 and busy < cores - 1:
         return f"give --workers {cores - 1}"
     return "" if source.in_memory else shrinking
+
+
+def sample(count: int) -> list[int]:
+    """Up to `TRIED` of the indices below `count`, in random order, always the same."""
+    return np.random.Generator(np.random.Philox(key=0)).permutation(count)[:TRIED].tolist()
+
+
+def try_some(keys: Sequence[Key], size: Callable[[Key], int], screen: Screen) -> tuple[float, float]:
+    """The mean size of an image in bytes, and the seconds in which one process reads it: `size` reads the
+    image of a key. `keys` should be few and random, and are tried for `TRIED_SECONDS`."""
+    total, done, began = 0, 0, time.monotonic()
+    with screen.progress("trying some images", len(keys)) as tick:
+        for key in keys:
+            total += size(key)
+            tick(done := done + 1)
+            if time.monotonic() - began > TRIED_SECONDS:
+                break
+    return total / done, (time.monotonic() - began) / done
 
 
 def batches_of(
