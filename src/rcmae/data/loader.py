@@ -17,6 +17,9 @@ from .dataset import Bad, collate, plain_errors, quiet_worker
 TRIED, TRIED_SECONDS = 100, 5.0
 "Images read to estimate space and time, and the time after which no more are tried."
 
+IMAGES_EACH = 32
+"Images for each loader process, which take about as long to read as the process to start."
+
 Key = TypeVar("Key")
 
 
@@ -32,11 +35,14 @@ def usable_cores() -> int:
 
 
 def processes(source: Source, workers: int | None) -> int:
-    """`workers`, or the default number of loader processes: one for each core but one, and 0 for images in
-    memory."""
+    """`workers`, or the default number of loader processes: one for each core but one, but no more than one
+    for `IMAGES_EACH` images, and 0 for images in memory.
+
+    There is no other limit: to feed a GPU with large photographs takes a hundred cores.
+    """
     if workers is not None:
         return workers
-    return 0 if source.in_memory else max(1, usable_cores() - 1)
+    return 0 if source.in_memory else max(1, min(usable_cores() - 1, len(source) // IMAGES_EACH))
 
 
 def faster(source: Source, workers: int | None, shrinking: str = "") -> str:
