@@ -177,6 +177,11 @@ FAILURES = [
         2,
         "--no-sinkhorn is a setting of dino, ibot and msn; this run's method is rcmae",
     ),
+    (
+        ["pretrain", "mocov3-bundled", "--local-crops", "0"],
+        2,
+        "--local-crops is a setting of dino, ibot and msn; this run's method is mocov3",
+    ),
     (["pretrain", "folder", "--method", "mae", "--data", "{tmp}/nowhere"], 3, "{tmp}/nowhere does not exist"),
     (
         ["pretrain", "--method=rcmea"],
@@ -513,7 +518,7 @@ def test_help_of_pretrain_shows_only_the_settings_of_its_method(tmp_path, capsys
                 "batch-size": "128",
                 "clip": "3.0",
                 "teacher-temperature": "0.03",
-                "blur": "0.0 0.0 0.0",
+                "local-blur": "0.0",
             },
         ),
         (["{tmp}/mine.toml"], {"method": "mae", "size": "96", "crop-scale": "0.2 1.0", "flip": "True"}),

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..config import Recipe, how_many, readable_size
 from ..engine.console import Screen, clock
 from ..errors import ConfigError
+from .augment import LocalCrops
 from .base import Source
 from .dataset import plain_errors, quiet_worker
 from .decode import SPARE, BadImage
@@ -66,7 +67,8 @@ class RamCache:
         if sys.platform != "linux":
             raise ConfigError("--cache ram needs Linux, whose loader processes share memory; leave it out")
         views = [(min(recipe.images.shape), max(recipe.images.shape), recipe.images.crop_scale[0])]
-        if crops := getattr(recipe, "crops", None):
+        crops = getattr(recipe, "crops", None)
+        if isinstance(crops, LocalCrops) and crops.local_crops:
             views.append((crops.local_size, crops.local_size, crops.local_scale[0]))
         self.side = math.ceil(max(size / math.sqrt(low) for _, size, low in views))
         # Larger JPEGs are decoded at a smaller scale without the cache.
