@@ -49,6 +49,7 @@ def images(root: Path, count: int = 12) -> Path:
 FAILURES = [
     (["pretrain", "--gama", "3"], 2, "Unknown option: --gama. Did you mean --gamma?"),
     (["pretrain", "--lr", "1"], 2, "Unknown option: --lr. Did you mean --base-lr or --min-lr?"),
+    (["evaluate", "knn", "x", "--cache", "c"], 2, "Unknown option: --cache. Did you mean --feature-cache?"),
     (["export", "x"], 2, "no command 'export': `rcmae pretrain` exports at every checkpoint, to RUN/export"),
     (["plan", "x"], 2, "no command 'plan': `rcmae check DATA` plans a run"),
     (["embed", "x"], 2, "no command 'embed': use rcmae.load(RUN) in Python"),

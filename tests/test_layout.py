@@ -696,7 +696,7 @@ def test_an_evaluation_says_and_records_what_was_read(tmp_path, capsys):
     classes(tmp_path / "d" / "train", count=6), classes(tmp_path / "d" / "val", count=2)
     fill(tmp_path / "d" / "val", "a/notes.txt", content=b"x")
     out = tmp_path / "out"
-    where = ["--device", "cpu", "--out", str(out), "--cache", str(tmp_path / "cache")]
+    where = ["--device", "cpu", "--out", str(out), "--feature-cache", str(tmp_path / "cache")]
     assert main(["evaluate", "knn", "pixels", "--data", str(tmp_path / "d"), "--k", "2", *where]) == 0
     lines = [
         f"{tmp_path}/d/train: read 12 images of 2 classes (a, b)",

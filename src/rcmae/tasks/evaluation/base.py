@@ -73,7 +73,7 @@ class EvaluationOptions(WeightsOptions):
     "loader processes; default: chosen by the data and the number of cores"
     out: Path | None = None
     "where to write the results; default: RUN/evaluate, or runs/evaluate/NAME"
-    cache: Path | None = None
+    feature_cache: Path | None = None
     "where to keep features and label splits; default: ~/.cache/rcmae"
 
     def with_data(self, backbone: str) -> Self:
