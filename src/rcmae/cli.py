@@ -44,7 +44,7 @@ from .errors import ConfigError, Preempted, RcmaeError, SettingsError, first_lin
 from .lab.settings import GradientSettings
 from .tasks.detection.settings import DetectionOptions, ScoringOptions
 from .tasks.evaluation import TASKS
-from .tasks.evaluation.base import EvaluationOptions, Task, Which
+from .tasks.evaluation.base import EvaluationOptions, ReadingOptions, Task, Which
 from .tasks.evaluation.finetune import FineTune
 from .tasks.evaluation.worth import Worth
 
@@ -101,6 +101,7 @@ def _as_flags(section: type, how: Parameter = Flat, values: dict[str, Any] | Non
 for options in (
     BaseRuntimeConfig,
     RuntimeConfig,
+    ReadingOptions,
     EvaluationOptions,
     *TASKS.values(),
     Worth,
@@ -803,6 +804,7 @@ def detect_show(
     out: Path | None = None,
     threshold: float = 0.5,
     device: Device = "auto",
+    reading: Annotated[ReadingOptions, Flat] = ReadingOptions(),
 ) -> None:
     """Draw boxes, masks, classes and scores on images.
 
@@ -822,7 +824,7 @@ def detect_show(
         raise ConfigError("no images given: rcmae detect show CHECKPOINT IMAGE...")
     out = out or run_of(checkpoint) / "show"
     _check_folder(out)
-    for path, scores in show_detections(checkpoint, images, out, threshold, device):
+    for path, scores in show_detections(checkpoint, images, out, threshold, device, reading):
         if above := sum(score >= threshold for score in scores):
             print(f"Open {path}: {how_many(above, 'object')}")
         else:
