@@ -118,7 +118,11 @@ def evaluate(out: Path, seed: int, name: str) -> str:
         cached = Cached(backbone.eval().requires_grad_(False))
         for percent in PERCENTS:
             options = EvaluationOptions(
-                labels=percent, seed=seed, device="cpu", cache=out / "cache", out=out / "tuned" / file.stem
+                labels=percent,
+                seed=seed,
+                device="cpu",
+                feature_cache=out / "cache",
+                out=out / "tuned" / file.stem,
             )
             precision = pick_precision("auto", device)
             context = EvaluationContext(

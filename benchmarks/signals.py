@@ -37,7 +37,7 @@ BOUNDS = {"response": 1.0, "end": 5.0}
 "In seconds."
 TINY = "scratch:timm:vit_tiny_patch16_224"
 
-LABELED = "--data {photos} --out {out} --cache {out}/cache"
+LABELED = "--data {photos} --out {out} --feature-cache {out}/cache"
 
 COMMANDS = {
     "pretrain": "pretrain folder --data {photos}/train --batch-size 16 --steps 1000 --out {out}",

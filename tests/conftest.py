@@ -69,7 +69,7 @@ def small(method: str = "rcmae", **changes) -> c.Recipe:
         optim=c.Optim(batch_size=8, base_lr=0.03),
         probe=c.Probe(probes=0),
     )
-    values = {"target_eps": 0.1, "local_crops": 0 if method == "mocov3" else 2, "local_size": 8}
+    values = {"target_eps": 0.1, "local_crops": 2, "local_size": 8}
     values |= {"model": "vit_tiny_small_images", "width": 24, "depth": 2, "heads": 2}
     values |= {"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2}
     values |= {"prototypes": 12, "head_width": 20, "embedding": 8}

@@ -78,7 +78,7 @@ def main(out: Path, data: Path, case: str) -> int:
         args = ["--recipe", f"{data}/tiny.toml", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
         return cli.main(["detect", "train", f"{data}/backbone", "--out", str(out), *args])
     try:
-        run(out, data, **METHODS.get(case, {"steps": 6}))
+        run(out, data, runtime={"cache": "ram"} if case == "cache" else {}, **METHODS.get(case, {"steps": 6}))
     except Preempted as e:
         assert case == "stop", e
         assert "saved at step 4" in str(e)

@@ -30,7 +30,7 @@ def ranks(log: Path, function: Callable[..., Any], *args: Any) -> tuple[list[int
     output."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logs = [log.with_suffix(f".{rank}") for rank in range(2)]
     processes = [
         start(logs[rank], function, *args, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)

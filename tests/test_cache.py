@@ -213,9 +213,22 @@ def test_all_ranks_fill_the_cache_at_once_and_a_finished_run_does_not(tmp_path, 
     assert "is finished at step 1" in printed and "reduced" not in printed and "note: cache" not in printed
 
 
+@catches(
+    "a process for each core, for any number of images",
+    "rcmae.data.loader:processes",
+    lambda old: lambda source, workers: loader.usable_cores() - 1,
+)
+def test_small_sets_have_few_loader_processes(monkeypatch):
+    for cores, images, expected in ((64, 10, 1), (64, 640, 20), (64, 10**6, 63), (1, 640, 1)):
+        monkeypatch.setattr(loader, "usable_cores", lambda cores=cores: cores)
+        source = type("source", (), {"in_memory": False, "__len__": lambda self, n=images: n})()
+        assert loader.processes(source, None) == expected
+        assert loader.processes(source, 99) == 99
+
+
 @pytest.mark.parametrize(
     ("workers", "load", "advice"),
-    [(2, 1.0, "give --workers 7"), (7, 1.0, "pack"), (2, 9.0, "pack"), (None, 1.0, "pack")],
+    [(2, 1.0, "give --workers 7"), (7, 1.0, "pack"), (2, 9.0, "pack"), (None, 1.0, "give --workers 7")],
 )
 def test_advice_on_slow_loading(workers, load, advice, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "usable_cores", lambda: 8)

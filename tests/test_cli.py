@@ -49,6 +49,7 @@ def images(root: Path, count: int = 12) -> Path:
 FAILURES = [
     (["pretrain", "--gama", "3"], 2, "Unknown option: --gama. Did you mean --gamma?"),
     (["pretrain", "--lr", "1"], 2, "Unknown option: --lr. Did you mean --base-lr or --min-lr?"),
+    (["evaluate", "knn", "x", "--cache", "c"], 2, "Unknown option: --cache. Did you mean --feature-cache?"),
     (["export", "x"], 2, "no command 'export': `rcmae pretrain` exports at every checkpoint, to RUN/export"),
     (["plan", "x"], 2, "no command 'plan': `rcmae check DATA` plans a run"),
     (["embed", "x"], 2, "no command 'embed': use rcmae.load(RUN) in Python"),
@@ -176,6 +177,11 @@ FAILURES = [
         ["pretrain", "--no-sinkhorn"],
         2,
         "--no-sinkhorn is a setting of dino, ibot and msn; this run's method is rcmae",
+    ),
+    (
+        ["pretrain", "mocov3-bundled", "--local-crops", "0"],
+        2,
+        "--local-crops is a setting of dino, ibot and msn; this run's method is mocov3",
     ),
     (["pretrain", "folder", "--method", "mae", "--data", "{tmp}/nowhere"], 3, "{tmp}/nowhere does not exist"),
     (
@@ -513,7 +519,7 @@ def test_help_of_pretrain_shows_only_the_settings_of_its_method(tmp_path, capsys
                 "batch-size": "128",
                 "clip": "3.0",
                 "teacher-temperature": "0.03",
-                "blur": "0.0 0.0 0.0",
+                "local-blur": "0.0",
             },
         ),
         (["{tmp}/mine.toml"], {"method": "mae", "size": "96", "crop-scale": "0.2 1.0", "flip": "True"}),

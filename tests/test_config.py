@@ -27,9 +27,12 @@ from rcmae.config import (
     shipped_recipes,
     to_toml,
 )
+from rcmae.data.augment import Crops, LocalCrops
 from rcmae.errors import ConfigError
 from rcmae.methods import METHODS
+from rcmae.methods.dino import DINORecipe
 from rcmae.methods.recipes import digits_recipe, load_recipe, parse_recipe, recipe_type, with_method
+from tests.mutations import catches
 
 
 @given(
@@ -194,10 +197,19 @@ def test_a_new_training_length_replaces_the_previous_one():
 
 
 def test_a_section_keeps_the_values_that_its_method_gives_it():
-    """MoCo v3 has no small crops by default; other values of the same section in a file do not change
-    that."""
-    assert parse_recipe("method = 'mocov3'\n[crops]\ngray = 0.5", "x").crops.local_crops == 0
-    assert parse_recipe("method = 'dino'\n[crops]\ngray = 0.5", "x").crops.local_crops == 8
+    """Other values of the same section in a file do not change that."""
+    recipe = parse_recipe("method = 'data2vec'\n[teacher]\nmomentum = 0.5", "x")
+    assert (recipe.teacher.schedule, recipe.teacher.momentum) == ("linear", 0.5)
+
+
+@catches("mocov3 has local crops", "rcmae.methods.mocov3:MoCoV3.recipe_type", lambda old: DINORecipe)
+def test_settings_of_local_crops_are_those_of_methods_that_have_them():
+    with pytest.raises(ConfigError, match=r"crops.local_size is a setting of dino, ibot and msn; this"):
+        parse_recipe("method = 'mocov3'\n[crops]\nlocal_size = 16", "x")
+    recipe = changed(load_recipe("dino-bundled"), local_crops=2, gray=0.1)
+    without = with_method(recipe, "mocov3").crops
+    assert without == Crops(jitter=recipe.crops.jitter, gray=0.1, blur=(0.0, 0.0), solarize=0.0)
+    assert with_method(with_method(recipe, "mocov3"), "dino").crops == LocalCrops(**vars(without))
 
 
 def test_units():

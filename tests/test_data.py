@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -19,13 +20,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from torch.utils.data import DataLoader
 
 from rcmae.cli import main
 from rcmae.config import Images as ImagesConfig
 from rcmae.data import audit as audit_module
 from rcmae.data import decode as decode_module
-from rcmae.data.audit import _unfit, audit, to_json
+from rcmae.data.audit import _unfit, audit, indexed, render, to_json
 from rcmae.data.base import Strings, printable
 from rcmae.data.dataset import BadFiles, Images, collate, measure_statistics, quiet_worker, read_image
 from rcmae.data.decode import BadImage, decode
@@ -742,7 +744,7 @@ def test_the_audit_finds_unreadable_duplicate_leaked_and_constant_images(tmp_pat
         tmp_path / "val",
         {"leak.png": files["05.png"], "own.png": images.encode(np.eye(20, dtype=np.uint8) * 255)},
     )
-    report = audit(str(tmp_path / "train"), val=str(tmp_path / "val"), recipe=small(size=224))
+    report = audit(*(open_source(str(tmp_path / part)) for part in ("train", "val")), small(size=22))
     assert report.images == len(files)
     assert sorted(Path(w).name for w, _ in report.unreadable) == sorted(BAD)
     assert [sorted(Path(w).name for w in d) for d in report.duplicates] == [["03.png", "copy.png"]]
@@ -751,8 +753,15 @@ def test_the_audit_finds_unreadable_duplicate_leaked_and_constant_images(tmp_pat
     assert (report.widths, report.heights) == ((24, 24, 24), (20, 20, 20))
     assert report.fit
     assert report.shorter_side == 20
-    assert json.loads(to_json(report))["fit"] is True
-    assert not audit(str(fill(tmp_path / "bad", {f"{i}.png": b"x" for i in range(12)})), recipe=small()).fit
+    assert report.smaller == 1 and replace(report, crop=(20, 24)).smaller == 0
+    text = Console(file=io.StringIO(), width=200)
+    text.print(render(report))
+    assert "22 x 22 px; 100.0% of the images are smaller" in text.file.getvalue()
+    written = json.loads(to_json(report))
+    assert written["fit"] is True and written["smaller_than_crop"] == 1 and "sizes" not in written
+    bad = open_source(str(fill(tmp_path / "bad", {f"{i}.png": b"x" for i in range(12)})))
+    unfit = audit(bad, recipe=small())
+    assert not unfit.fit and unfit.smaller == unfit.shorter_side == 0
 
 
 def test_long_work_shows_its_progress(tmp_path, monkeypatch, capsys):
@@ -776,7 +785,8 @@ def test_long_work_shows_its_progress(tmp_path, monkeypatch, capsys):
         yield ticks_by_task[what].append
 
     monkeypatch.setattr(Screen, "progress", progress)
-    audit(root, val=root, recipe=small(), screen=Screen(True))
+    screen = Screen(True)
+    audit(indexed(root, small(), screen), indexed(root, small(), screen), small(), screen=screen)
     assert capsys.readouterr().out == 2 * f"{root}: read 6 images\n"
     assert all(
         6 in ticks_by_task[f"{what} {root}"] or ticks_by_task[f"{what} {root}"] == list(range(6))
@@ -794,10 +804,11 @@ def test_moments_of_any_picture_are_those_of_its_pixels():
         np.testing.assert_allclose(square, (values**2).mean(0), rtol=1e-12)
 
 
-def test_an_invalid_validation_set_is_reported_before_any_image_is_read(tmp_path, monkeypatch):
+def test_an_invalid_validation_set_is_reported_before_any_image_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(audit_module, "open_image", lambda *args: pytest.fail("read an image"))
-    with pytest.raises(DataError, match="nowhere does not exist"):
-        audit(str(fill(tmp_path / "train", good(2))), val=str(tmp_path / "nowhere"))
+    train = str(fill(tmp_path / "train", good(2)))
+    assert main(["check", train, "--val", str(tmp_path / "nowhere")]) == 3
+    assert "nowhere does not exist" in capsys.readouterr().err
 
 
 def test_a_tiff_that_needs_a_missing_extra_is_an_unreadable_image(monkeypatch):
@@ -836,7 +847,7 @@ def test_more_shards_than_open_files(tmp_path):
 
 def test_too_few_images_are_unfit_for_training(tmp_path):
     fill(tmp_path, good(3))
-    report = audit(str(tmp_path))
+    report = audit(open_source(str(tmp_path)))
     assert not report.fit
     assert "fewer than a batch of" in _unfit(report)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFile
 
 from rcmae.config import Images as ImagesConfig
-from rcmae.data.augment import Crops, MultiCrop
+from rcmae.data.augment import LocalCrops, MultiCrop
 from rcmae.data.dataset import STATISTICS_SIDE, Images, measure_statistics
 from rcmae.data.decode import BadImage, Picture, decode, open_image, read_header, sixteen_bits
 from rcmae.data.labeled import open_labeled
@@ -169,7 +169,7 @@ def test_all_crops_of_a_multi_crop_are_close(photograph):
     """A later crop may need a larger scale than the first."""
     raw = jpeg(photograph)
     plain = {"jitter": (0.0, 0.0, 0.0, 0.0), "gray": 0.0, "solarize": 0.0}
-    crops = Crops(local_crops=4, local_size=64, local_scale=(0.01, 0.05), **plain)
+    crops = LocalCrops(local_crops=4, local_size=64, local_scale=(0.01, 0.05), **plain)
     view = MultiCrop(ImagesConfig(size=64, crop_scale=(0.5, 1.0)), crops)
     picture = open_image(raw)
     ours, full = view(picture, rng(0, 0, 0)), view(decode(raw), rng(0, 0, 0))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as api
 
+from rcmae.cli import main
 from rcmae.config import check
 from rcmae.data.audit import audit
 from rcmae.data.dataset import BadFiles
@@ -20,13 +21,15 @@ from rcmae.data.decode import BadImage
 from rcmae.data.digits import ScenesSource, run_lengths, scene, write_coco
 from rcmae.data.sources import open_source
 from rcmae.errors import ConfigError, DataError
+from rcmae.interop.timm_export import export
 from rcmae.tasks.detection import annotations, masks
-from rcmae.tasks.detection.coco import CocoSet, Objects, open_coco, sample_images
+from rcmae.tasks.detection.coco import CocoSet, Objects, open_coco, open_test, sample_images
 from rcmae.tasks.detection.masks import Masks, mask_api
 from rcmae.tasks.detection.views import MIN_PIXELS, Detections, Jitter, detection_batches, fit
 from tests.conftest import small
 from tests.images import encode
 from tests.mutations import catches
+from tests.test_detection_train import backbone
 
 H, W = 24, 32
 TRIANGLE = [4.0, 3.0, 20.0, 5.0, 9.5, 17.0]
@@ -267,7 +270,9 @@ INVALID = {
     "areas that are not between 0 and 1e10: 1 (102)": changes_of("annotations", 1, area=2e10),
     "iscrowd other than 0 and 1: 1 (102)": changes_of("annotations", 1, iscrowd="0"),
     "images with an invalid height or width: 1 (20)": changes_of("images", 1, height=0),
-    "images with an invalid height or width: 1 (10)": changes_of("images", 0, height=10**6, width=10**6),
+    "images of more than 100,000,000 pixels, see --max-pixels: 1 (10)": changes_of(
+        "images", 0, height=10**6, width=10**6
+    ),
     "run lengths written as Python bytes (write counts.decode(), not str(counts)): 1 (103)": changes_of(
         "annotations", 2, segmentation={"size": [H, W], "counts": "b'00'"}
     ),
@@ -340,6 +345,29 @@ def test_invalid_detection_data_is_reported_in_one_line(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             open_coco(spec)
+
+
+@catches(
+    "--range is ignored",
+    "rcmae.tasks.detection.coco:_set_range",
+    lambda old: lambda sets, value_range, *more: old(sets, "data", *more),
+)
+def test_range_and_the_limit_of_pixels_are_those_that_are_given(tmp_path, capsys):
+    root = write(tmp_path / "set")
+    for file in root.rglob("*.png"):
+        Image.fromarray(np.full((H, W), 4000, np.uint16)).save(file)
+    for value_range, bits, white in (("data", 12, 4095), ("dtype", 16, 65535)):
+        for part in open_coco(str(root), value_range=value_range, max_pixels=5000):
+            assert part.bits == bits and part.take([0]).pixel_limit == 5000
+            assert part.pixels(0).max() == round(255 * 4000 / white)
+    assert open_test(str(root), value_range="dtype").bits == 16
+    with pytest.raises(DataError, match=f"images of more than {H * W - 1} pixels, see --max-pixels: 3"):
+        open_test(str(root), max_pixels=H * W - 1)
+    export(backbone(), tmp_path / "backbone", {})
+    arguments = ["detect", "train", str(tmp_path / "backbone"), "--data", str(root), "--recipe", "bundled"]
+    assert main([*arguments, "--out", str(tmp_path / "run"), "--max-pixels", "9"]) == 3
+    assert "images of more than 9 pixels, see --max-pixels" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_few_boxes_without_area_are_noted_and_left_out_of_training(tmp_path):
@@ -466,7 +494,7 @@ def test_scenes_are_a_source_of_images_without_labels():
 
 def test_scenes_can_be_audited(monkeypatch):
     monkeypatch.setattr(ScenesSource.__init__, "__defaults__", ("train", 16, 128, 0))
-    report = audit("bundled:scenes", recipe=check(small(size=32)))
+    report = audit(open_source("bundled:scenes", size=32), recipe=check(small(size=32)))
     assert (report.images, report.widths, report.classes) == (16, (32, 32, 32), {}) and report.fit
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
@@ -19,6 +20,7 @@ from rcmae.cli import main
 from rcmae.errors import Preempted
 from rcmae.tasks.detection.coco import open_coco
 from tests.conftest import stop_at
+from tests.mutations import catches
 from tests.test_detection_train import TINY, run
 from tests.test_report import chromium, curves, part, run_directory, words
 
@@ -52,6 +54,28 @@ def page(out: Path) -> str:
     """The page that the command writes."""
     assert main(["report", str(out)]) == 0
     return (out / "report.html").read_text()
+
+
+@catches(
+    "pictures are shown with another range than those of the training",
+    "rcmae.report.detection_page:decode",
+    lambda old: lambda *more, bits: old(*more),
+)
+def test_images_are_shown_as_they_are_trained_on(tmp_path, finished, capsys):
+    detector = shutil.copytree(finished / "export" / "detector", tmp_path / "detector")
+    config = json.loads((detector / "config.json").read_text())
+    config["rcmae"]["bits"] = 12
+    (detector / "config.json").write_text(json.dumps(config))
+    Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(tmp_path / "x.png")
+    out = ["--threshold", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    show = ["detect", "show", str(detector), str(tmp_path / "x.png"), *out]
+    for options, brightness in (([], 249), (["--range", "dtype"], 16)):
+        assert main([*show, *options]) == 0
+        assert np.median(np.asarray(Image.open(tmp_path / "out" / "x.png").convert("L"))) == brightness
+    assert main([*show, "--max-pixels", "4000"]) == 3
+    assert "64 x 64 is above the limit of 4,000 pixels, see --max-pixels" in capsys.readouterr().err
+    assert main(["detect", "eval", str(finished), "--max-pixels", "9", "--out", str(tmp_path / "e")]) == 3
+    assert "images of more than 9 pixels, see --max-pixels" in capsys.readouterr().err
 
 
 def test_a_detector_that_was_stopped_has_a_page_too(tmp_path, sets, monkeypatch):

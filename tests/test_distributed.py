@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,20 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     "the logged losses are those of one rank",
     "rcmae.engine.distributed:average",
     lambda old: lambda value: value,
+    case="plain",
+)
+@catches(
+    "the second rank reads other images from its cache",
+    "rcmae.data.cache:Decoded.opened",
+    lambda old: lambda self, index: old(self, index - int(os.environ.get("RANK", "0"))),
+    case="cache",
 )
 @pytest.mark.slow
-def test_two_processes_train_like_one(tmp_path, folder):  # noqa: F811
+@pytest.mark.parametrize("case", ["plain", "cache"])
+def test_two_processes_train_like_one(case, tmp_path, folder):  # noqa: F811
     run(tmp_path / "one", folder, steps=6)
-    together(tmp_path / "two", folder)
+    output = together(tmp_path / "two", folder, case)
+    assert output.count("--cache ram: 40 images in 58 kB; none is reduced") == (case == "cache")
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in one.items():
         # The key biases have no gradient but rounding (see benchmarks/parity.py), which differs.

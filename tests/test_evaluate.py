@@ -97,7 +97,7 @@ def run(tmp_path, *argv) -> tuple[int, dict]:
             "cpu",
             "--out",
             str(out),
-            "--cache",
+            "--feature-cache",
             str(tmp_path / "cache"),
         ]
     )
@@ -217,7 +217,7 @@ def test_a_record_that_only_contains_the_hash_is_not_replaced(tmp_path, data):
             "3",
             "--device",
             "cpu",
-            "--cache",
+            "--feature-cache",
             tmp_path / "cache",
         ],
     )
@@ -526,7 +526,7 @@ def wnids(tmp_path_factory):
 def test_the_papers_protocol_runs_on_small_sets_laid_out_like_imagenet(tmp_path, wnids, backbone, capsys):
     """benchmarks/paper's commands: fine-tune, then the tuned classifier on -A, -R, -Sketch and ReaL, and one
     of three classes on -C."""
-    common = ["--device", "cpu", "--workers", "0", "--cache", str(tmp_path / "cache"), "--out"]
+    common = ["--device", "cpu", "--workers", "0", "--feature-cache", str(tmp_path / "cache"), "--out"]
     tune = [
         "--recipe",
         "vitb16-in1k",
@@ -660,7 +660,7 @@ def test_results_of_fine_tuned_models_appear_in_the_report_of_the_pretraining_ru
     for which in ("student", "teacher"):
         export(method_for(small()).backbone(which), tmp_path / "mine" / "export" / which, {"method": "rcmae"})
     tune = ["--recipe", "bundled", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
-    common = ["--data", str(data), "--device", "cpu", "--workers", "0", "--cache", "cache"]
+    common = ["--data", str(data), "--device", "cpu", "--workers", "0", "--feature-cache", "cache"]
     robust = ["--no-corruptions", "--no-attacks"]
     for argv in (
         ["finetune", "mine", *tune],
@@ -785,10 +785,10 @@ def test_two_processes_share_the_work_and_agree_with_one(tmp_path, data):
     for task in (["knn", "--k", "3"], ["finetune", *tune]):
         argv = ["evaluate", *map(str, [task[0], tmp_path / "run", *task[1:], *options])]
         codes, output = ranks(
-            tmp_path / task[0], main, [*argv, str(tmp_path / "two"), "--cache", str(tmp_path / "c2")]
+            tmp_path / task[0], main, [*argv, str(tmp_path / "two"), "--feature-cache", str(tmp_path / "c2")]
         )
         assert codes == [0, 0], output[-3000:]
-        assert main([*argv, str(tmp_path / "one"), "--cache", str(tmp_path / "c1")]) == 0
+        assert main([*argv, str(tmp_path / "one"), "--feature-cache", str(tmp_path / "c1")]) == 0
         for which in ("student", "teacher"):
             one, both = (
                 record(tmp_path / where, f"{task[0]}-{which}")["metrics"] for where in ("one", "two")
@@ -809,7 +809,7 @@ def test_the_images_of_a_run_are_the_default(tmp_path, data, monkeypatch, capsys
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.toml").write_text(to_toml(small(data=str(images))))
         export(method_for(small()).backbone(), tmp_path / name / "export" / "teacher", {"method": "rcmae"})
-    common = ["--device", "cpu", "--workers", "0", "--cache", "cache"]
+    common = ["--device", "cpu", "--workers", "0", "--feature-cache", "cache"]
     tune = ["--recipe", "bundled", "--settings", "steps=2", "batch_size=8", "warmup_epochs=0"]
     robust = ["--no-corruptions", "--no-attacks"]
     for argv, file in (
@@ -855,7 +855,7 @@ def test_weights_are_read_once(tmp_path, data, monkeypatch):
         device="cpu",
         workers=0,
         out=tmp_path / "o",
-        cache=tmp_path / "c",
+        feature_cache=tmp_path / "c",
     )
     assert len(evaluate(str(tmp_path / "x.pth"), KINDS["knn"](), options)) == 2
     assert reads == [tmp_path / "x.pth"]
@@ -891,7 +891,7 @@ def test_worth_it_compares_with_training_from_scratch_for_each_seed(tmp_path, da
         "--against",
         "pixels",
     ]
-    folders = ["--out", tmp_path / "o", "--cache", tmp_path / "c"]
+    folders = ["--out", tmp_path / "o", "--feature-cache", tmp_path / "c"]
     for other, code in (("pixels", 2), (tmp_path / "typo", 4)):
         assert main([str(a) for a in [*argv[:-1], other, *folders]]) == code, "reported before any training"
         assert not (tmp_path / "o").exists()
@@ -948,7 +948,7 @@ def test_worth_it_times_micro_batches_and_reports_a_lack_of_memory(
     monkeypatch.setattr(worth, "Classifier", Noted)
     monkeypatch.setattr(worth, "time", SimpleNamespace(monotonic=lambda: 0.0))
     tuning = FineTune(recipe="bundled", settings=("batch_size=24",), accumulate=4)
-    options = EvaluationOptions(data=str(data), device="cpu", workers=0, cache=tmp_path / "c")
+    options = EvaluationOptions(data=str(data), device="cpu", workers=0, feature_cache=tmp_path / "c")
     worth.seconds_of_trainings(str(backbone), Worth(percents=(100.0,)), tuning, options, World())
     assert batches == [2, 4, 6]
     monkeypatch.setattr(worth, "seconds_of_trainings", without_memory)
@@ -1199,7 +1199,8 @@ def test_errors_are_reported_in_one_line_and_leave_no_files(
     (tmp_path / "own.toml").write_text("seed = 3\nsteps = 2\nwarmup_epochs = 1\n")
     argv = [a.format(tmp=tmp_path, data=data, backbone=backbone) for a in argv]
     assert (
-        main(["evaluate", *argv, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == code
+        main(["evaluate", *argv, "--out", str(tmp_path / "out"), "--feature-cache", str(tmp_path / "cache")])
+        == code
     )
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], lines

@@ -456,21 +456,33 @@ def test_unicode_forms_of_a_class_are_joined(tmp_path):
 # --- samples of shards --------------------------------------------------------------------------------------
 
 
+@catches(
+    "the alphabetically first image of a sample is read",
+    "rcmae.data.shards:_rank",
+    lambda old: lambda suffix: (suffix.count(b"."), 0, 0, suffix),
+)
 def test_a_sample_is_one_image_with_its_label(tmp_path):
     """Whatever stands beside it, and in any order."""
     for members in (
         ["0.cls", "0.depth.png", "0.png", "0.seg.png"],
         ["0.seg.png", "0.jpg", "0.png", "0.cls"],
         ["d.x/0.left.png", "d.x/0.json", "d.x/0.right.PNG", "d.x/0.txt"],
+        ["0.depth.png", "0.cls", "0.rgb.jpg", "0.image.png"],
+        ["0.cls", "0.mask.png", "0.img.png", "0.bmp", "0.jpg"],
+        ["0.bmp", "0.cls", "0.gif", "0.png"],
     ):
         content = {"cls": "x", "json": '{"Label": "x", "caption": "y"}', "txt": "a text"}
         other = [("z/1.png", picture(9)), ("z/1.cls", "y")]
         sample = [(name, content.get(name.rsplit(".", 1)[1], picture(i))) for i, name in enumerate(members)]
         spec = shard(tmp_path / "x.tar", *sample, *other)
-        best = next(n for n in ("0.jpg", "0.png", "0.left.png") if n in {m.split("/")[-1] for m in members})
+        names = {name.rsplit("/")[-1] for name in members}
+        best = next(n for n in ("0.jpg", "0.png", "0.rgb.jpg", "0.left.png") if n in names)
         assert read_images(spec) == {"x": [best], "y": ["1.png"]}, members
-        pictures = sum(name.lower().endswith(("png", "jpg")) for name in members)
-        assert open_source(str(spec)).left_out["further images of a sample"] == pictures - 1
+        source, kinds = open_source(str(spec)), ("png", "jpg", "bmp", "gif")
+        suffixes = sorted(n[2:].lower() for n in names if n.lower().endswith(kinds))
+        suffixes.remove(best[2:])
+        assert source.left_out["further images of a sample"] == len(suffixes)
+        assert f"one is read: .{best[2:]}, not .{', .'.join(suffixes)}" in source.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -480,12 +492,13 @@ def test_a_sample_is_one_image_with_its_label(tmp_path):
         (["Mr.Smith.png", "Mr.Jones.png", "a/Mr.Jones.png", "x.png"], 0),
         (["0.png", "0.seg.png", "1.png", "1.seg.png"], 2),
         (["cam/0.left.png", "cam/0.right.png"], 0),
+        (["0.depth.png", "0.rgb.png"], 1),
         (["img.1.png", "img.2.png", "img.txt"], 1),
         (["img.1.png", "img.2.png", "README.txt"], 0),
     ],
 )
 def test_names_with_dots_in_a_tar_file_of_nothing_but_images(tmp_path, names, left_out):
-    """Without files of another kind beside the images, only those beside a plain name are left out."""
+    """Without files of another kind beside the images, only those beside a usual name are left out."""
     source = open_source(
         str(shard(tmp_path / "x.tar", *((name, picture(i)) for i, name in enumerate(names))))
     )
@@ -696,7 +709,7 @@ def test_an_evaluation_says_and_records_what_was_read(tmp_path, capsys):
     classes(tmp_path / "d" / "train", count=6), classes(tmp_path / "d" / "val", count=2)
     fill(tmp_path / "d" / "val", "a/notes.txt", content=b"x")
     out = tmp_path / "out"
-    where = ["--device", "cpu", "--out", str(out), "--cache", str(tmp_path / "cache")]
+    where = ["--device", "cpu", "--out", str(out), "--feature-cache", str(tmp_path / "cache")]
     assert main(["evaluate", "knn", "pixels", "--data", str(tmp_path / "d"), "--k", "2", *where]) == 0
     lines = [
         f"{tmp_path}/d/train: read 12 images of 2 classes (a, b)",

@@ -1,8 +1,10 @@
 """The end of `rcmae check`: the command for a set of images on this machine."""
 
 import functools
+import json
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from rcmae import planning
 from rcmae.cli import main
 from rcmae.config import changed, to_toml
+from rcmae.data import sources
+from rcmae.data.sources import kind_of, open_source
 from rcmae.engine.console import Screen
 from rcmae.methods.recipes import load_recipe
 from rcmae.planning import lines, plan, suggested
@@ -36,13 +40,22 @@ def planned(recipe, monkeypatch, step, reading=(0.0, 0.0, 1000.0), **changes):
     monkeypatch.setattr(planning, "_waiting", lambda run: 0.0)
     monkeypatch.setattr(planning, "processes", lambda source, workers: 1)
     loaded = changed(load_recipe(str(recipe)), data=str(recipe.parent / "set"), **changes)
-    return plan(str(recipe), loaded, Screen(False))
+    return plan(str(recipe), loaded, open_source(loaded.data), Screen(False))
 
 
 def test_check_ends_with_a_command_that_runs(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["check", "set", "--recipe", "small.toml", "--batch-size", "12"]) == 0
-    command = re.search(r"^ +(rcmae pretrain .*)$", capsys.readouterr().out, re.M)[1]
+    opened = []
+    monkeypatch.setattr(sources, "kind_of", lambda spec: opened.append(spec) or kind_of(spec))
+    args = ["check", "set", "--recipe", "small.toml", "--batch-size", "12", "--json", "check.json"]
+    assert main(args) == 0
+    output = capsys.readouterr().out
+    assert opened == ["set"]
+    assert "16 x 16 px; 0.0% of the images are smaller" in output
+    command = re.search(r"^ +(rcmae pretrain .*)$", output, re.M)[1]
+    written = json.loads(Path("check.json").read_text())
+    assert written["plan"]["command"] == command and written["smaller_than_crop"] == 0
+    assert all(written["plan"][key] > 0 for key in ("seconds", "memory", "disk"))
     words = shlex.split(command)[1:]
     steps = int(words[words.index("--steps") + 1])
     assert steps >= planning.SHORTEST * 2 and "--batch-size" in words
@@ -89,7 +102,8 @@ def test_reading_originals_and_packed_images_is_measured(tmp_path, monkeypatch):
     measured = []
     reading = planning._reading
     monkeypatch.setattr(planning, "_reading", lambda run: measured.append(reading(run)) or measured[0])
-    plan("small", changed(load_recipe("small"), data=str(tmp_path), batch_size=8), Screen(False))
+    small = changed(load_recipe("small"), data=str(tmp_path), batch_size=8)
+    plan("small", small, open_source(small.data), Screen(False))
     original, packed, size = measured[0]
     assert original > 2 * packed > 0 and 1000 < size < 50_000
 
@@ -116,7 +130,7 @@ def test_images_that_cannot_be_packed_smaller_have_a_plan(tmp_path, monkeypatch)
     monkeypatch.setattr(planning, "measure_step", lambda run: 0.1)
     monkeypatch.setattr(planning, "_waiting", lambda run: 0.0)
     recipe = changed(load_recipe("small"), data=str(tmp_path), batch_size=8, channels=5)
-    assert not plan("small", recipe, Screen(False)).pack
+    assert not plan("small", recipe, open_source(recipe.data, 5), Screen(False)).pack
 
 
 def test_a_set_that_is_large_enough_for_the_suggested_recipe_is_fit(tmp_path, capsys):

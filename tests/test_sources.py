@@ -76,7 +76,7 @@ def test_a_new_kind_of_source_works_with_every_command(tmp_path, capsys):
     common = [
         "--device",
         "cpu",
-        "--cache",
+        "--feature-cache",
         str(tmp_path / "cache"),
         "--out",
         str(tmp_path / "scores"),

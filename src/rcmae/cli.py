@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -44,7 +44,7 @@ from .errors import ConfigError, Preempted, RcmaeError, SettingsError, first_lin
 from .lab.settings import GradientSettings
 from .tasks.detection.settings import DetectionOptions, ScoringOptions
 from .tasks.evaluation import TASKS
-from .tasks.evaluation.base import EvaluationOptions, Task, Which
+from .tasks.evaluation.base import EvaluationOptions, ReadingOptions, Task, Which
 from .tasks.evaluation.finetune import FineTune
 from .tasks.evaluation.worth import Worth
 
@@ -101,6 +101,7 @@ def _as_flags(section: type, how: Parameter = Flat, values: dict[str, Any] | Non
 for options in (
     BaseRuntimeConfig,
     RuntimeConfig,
+    ReadingOptions,
     EvaluationOptions,
     *TASKS.values(),
     Worth,
@@ -197,17 +198,22 @@ def check_data(
     chosen = check(changed(load_recipe(name), **given))
     runtime = check(RuntimeConfig(max_corrupt_fraction=max_corrupt_fraction, max_pixels=max_pixels))
     screen = Screen(True)
-    result = audit.audit(path, val, chosen, max_corrupt_fraction, screen, max_pixels)
+    images = audit.indexed(path, chosen, screen, max_pixels)
+    other = audit.indexed(val, chosen, screen, max_pixels) if val else None
+    result = audit.audit(images, other, chosen, max_corrupt_fraction, screen)
     if recipe is None and name == "folder":
         name, settings = suggested(result.shorter_side)
         chosen = check(changed(load_recipe(name), **settings, **given))
-        result = replace(result, batch=chosen.optim.batch_size)
+        result = replace(result, batch=chosen.optim.batch_size, crop=chosen.images.shape)
     _console().print(audit.render(result))
     if json:
         json.write_text(audit.to_json(result), encoding="utf-8")
     if not result.fit:
         return 3
-    screen.say("\n".join(lines(plan(name, changed(chosen, data=path), screen, runtime))))
+    planned = plan(name, changed(chosen, data=path), images, screen, runtime)
+    screen.say("\n".join(lines(planned)))
+    if json:
+        json.write_text(audit.to_json(result, plan=asdict(planned)), encoding="utf-8")
     return 0
 
 
@@ -798,6 +804,7 @@ def detect_show(
     out: Path | None = None,
     threshold: float = 0.5,
     device: Device = "auto",
+    reading: Annotated[ReadingOptions, Flat] = ReadingOptions(),
 ) -> None:
     """Draw boxes, masks, classes and scores on images.
 
@@ -817,7 +824,7 @@ def detect_show(
         raise ConfigError("no images given: rcmae detect show CHECKPOINT IMAGE...")
     out = out or run_of(checkpoint) / "show"
     _check_folder(out)
-    for path, scores in show_detections(checkpoint, images, out, threshold, device):
+    for path, scores in show_detections(checkpoint, images, out, threshold, device, reading):
         if above := sum(score >= threshold for score in scores):
             print(f"Open {path}: {how_many(above, 'object')}")
         else:

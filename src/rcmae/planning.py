@@ -17,6 +17,7 @@ import torch
 from .compare.cost import cost
 from .config import Recipe, RuntimeConfig, flat, how_many, readable_size
 from .data import decode
+from .data.base import Source
 from .data.decode import BadImage
 from .data.loader import processes
 from .data.pack import Encoder
@@ -82,8 +83,10 @@ def suggested(shorter_side: int) -> tuple[str, dict[str, int]]:
     return "small" if small else "folder", {"size": 32, "patch": 4} if shorter_side < TINY else {}
 
 
-def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = RuntimeConfig()) -> Plan:
-    """Measure a run of `recipe`, which `name` loads, on its data.
+def plan(
+    name: str, recipe: Recipe, images: Source, screen: Screen, runtime: RuntimeConfig = RuntimeConfig()
+) -> Plan:
+    """Measure a run of `recipe`, which `name` loads, on its images.
 
     Raises the errors of a run.
     """
@@ -92,7 +95,7 @@ def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = Run
         keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder, translate_errors(device, World(), ADVICE):
         context = RunContext(Path(folder), runtime, device, World(), Screen(False))
-        with closing(Pretraining(recipe, context)) as run:
+        with closing(Pretraining(recipe, context, images)) as run:
             run.screen = screen
             step = measure_step(run)
             waiting = _waiting(run)
@@ -101,19 +104,19 @@ def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = Run
             original, packed, size = _reading(run)
             disk = _disk(run)
             patch = run.method.backbone("student").vit.patch_embed.patch_size[0]
-    images, batch = len(run.images), run.batch_size
+    count, batch = len(images), run.batch_size
 
     def seconds(steps: int, step: float = step) -> float:
         return steps * step + probing
 
-    most = recipe.most_steps(images)
-    fixed = recipe.steps or (recipe.epochs and recipe.total_steps(images))
+    most = recipe.most_steps(count)
+    fixed = recipe.steps or (recipe.epochs and recipe.total_steps(count))
     fitting = int((TIMES.get(device.type, TIMES["cuda"]) - probing) / step)
     steps = fixed or _rounded(max(SHORTEST * run.steps_per_epoch, min(most, fitting)))
     longer = {} if fixed else {n * steps: seconds(n * steps) for n in LONGER if n * steps <= most}
-    workers = max(1, processes(run.images, None))
+    workers = max(1, processes(images, None))
     faster = _packed_step(step, batch * original, batch * packed, waiting, workers, device.type == "cpu")
-    packing = images * (original + packed) / (workers + 1)
+    packing = count * (original + packed) / (workers + 1)
     pays = step > WORTHWHILE * faster and packing + seconds(steps, faster) < seconds(steps)
     side = packed_side(recipe)
     target = f"{_label(recipe.data)}-{side}"
@@ -135,7 +138,7 @@ def plan(name: str, recipe: Recipe, screen: Screen, runtime: RuntimeConfig = Run
         disk=disk,
         longer=longer,
         pack=f"rcmae pack {shlex.quote(recipe.data)} {shlex.quote(target)} --size {side}" if pays else "",
-        packed_bytes=round(size * images),
+        packed_bytes=round(size * count),
         packed_seconds=packing + seconds(steps, faster),
         folder_seconds=other,
     )

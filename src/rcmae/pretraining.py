@@ -91,7 +91,8 @@ class Pretraining(Trainer):
     runtime: RuntimeConfig
     free = ("data", *LENGTHS)
 
-    def __init__(self, recipe: Recipe, context: RunContext):
+    def __init__(self, recipe: Recipe, context: RunContext, images: Source | None = None):
+        """`images` are those of the recipe, if they are open already."""
         self.began = time.monotonic()
         check_parts(recipe.optim.batch_size, context.world.size, context.runtime.accumulate)
         caveat = METHODS[recipe.method].accumulation_caveat(recipe)
@@ -102,7 +103,8 @@ class Pretraining(Trainer):
             )
         check_same_recipe(context.out, recipe, load_recipe, self.free)
         max_pixels = cast(RuntimeConfig, context.runtime).max_pixels
-        images = open_images(recipe, context.screen, context.world, max_pixels)
+        if images is None:
+            images = open_images(recipe, context.screen, context.world, max_pixels)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
         self.cache: RamCache | None = None
         shared = (images, recipe, self.runtime.workers, ranks_here(), self.screen)

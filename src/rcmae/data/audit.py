@@ -8,8 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from PIL import Image
 from rich.console import Group
 from rich.table import Table
@@ -52,12 +54,21 @@ class Audit:
     images_per_second: float
     classes: dict[str, int]
     batch: int
+    crop: tuple[int, int]
+    "height and width, in pixels"
     max_corrupt_fraction: float
+    sizes: Int[np.ndarray, "n 2"]
+    "height and width of each readable image, in pixels; not in the JSON file"
 
     @property
     def shorter_side(self) -> int:
-        """The median of the images' shorter sides, approximately."""
-        return min(self.widths[1], self.heights[1])
+        """The median of the images' shorter sides."""
+        return _range(self.sizes.min(1))[1]
+
+    @property
+    def smaller(self) -> float:
+        """The fraction of the images that are smaller than the crop, which enlarges them."""
+        return float((self.sizes < self.crop).any(1).mean()) if len(self.sizes) else 0.0
 
     @property
     def fit(self) -> bool:
@@ -70,18 +81,15 @@ class Audit:
 
 
 def audit(
-    path: str,
-    val: str | None = None,
+    source: Source,
+    val: Source | None = None,
     recipe: Recipe = Recipe(),
     max_corrupt_fraction: float = 0.01,
     screen: Screen | None = None,
-    max_pixels: float = Source.pixel_limit,
 ) -> Audit:
-    """Read every image of `path` once, and the bytes of the images of `val`, with progress on the `screen`.
-    Raises the DataErrors of `open_source`."""
+    """Read every image of `source` once, and the bytes of the images of `val`, with progress on the
+    `screen`."""
     channels, screen = recipe.images.channels, screen or Screen(False)
-    source = _indexed(path, recipe, screen, max_pixels)
-    other = _indexed(val, recipe, screen, max_pixels) if val else None
     formats, modes = Counter[str](), Counter[str]()
     sizes: list[tuple[int, int]] = []
     unreadable: list[tuple[str, str]] = []
@@ -108,12 +116,12 @@ def audit(
         if 255 * np.sqrt(np.maximum(square - mean**2, 0)).max() < FLAT:
             constant.append(source.where(i))
     if unreadable:
-        screen.say(f"{path}: {reading(len(source), source.left_out, len(unreadable))}")
+        screen.say(f"{source.name}: {reading(len(source), source.left_out, len(unreadable))}")
     count = len(sizes)
     mean = sums / max(count, 1)
-    heights, widths = (np.array(sizes) if sizes else np.zeros((1, 2), int)).T
+    heights, widths = np.array(sizes, int).reshape(-1, 2).T
     return Audit(
-        name=path,
+        name=source.name,
         kind=source.kind,
         images=len(source),
         left_out=dict(source.left_out),
@@ -124,18 +132,21 @@ def audit(
         heights=_range(heights),
         unreadable=unreadable,
         duplicates=[tuple(source.where(i) for i in same) for same in hashes.values() if len(same) > 1],
-        leaks=_leaks(source, hashes, other, screen) if other else [],
+        leaks=_leaks(source, hashes, val, screen) if val else [],
         constant=constant,
         mean=tuple(mean.tolist()),
         std=tuple(np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0)).tolist()),
         images_per_second=count / max(seconds, 1e-9),
         classes=_classes(source),
         batch=recipe.optim.batch_size,
+        crop=recipe.images.shape,
         max_corrupt_fraction=max_corrupt_fraction,
+        sizes=np.stack([heights, widths], 1),
     )
 
 
-def _indexed(path: str, recipe: Recipe, screen: Screen, max_pixels: float) -> Source:
+def indexed(path: str, recipe: Recipe, screen: Screen, max_pixels: float = Source.pixel_limit) -> Source:
+    """The images of `path`, with the settings of `recipe`. Raises the errors of `open_source`."""
     with screen.progress(f"indexing {path}, %", 100) as tick:
         source = open_source(
             path,
@@ -180,7 +191,7 @@ def _header(raw: bytes | np.ndarray) -> tuple[str, str]:
 
 
 def _range(values: np.ndarray) -> tuple[int, int, int]:
-    return int(values.min()), int(np.median(values)), int(values.max())
+    return (int(values.min()), int(np.median(values)), int(values.max())) if len(values) else (0, 0, 0)
 
 
 def _leaks(
@@ -204,9 +215,11 @@ def _classes(source: Source) -> dict[str, int]:
     return {name: int(n) for name, n in zip(source.classes, counts, strict=True)}
 
 
-def to_json(result: Audit) -> str:
-    """The complete results."""
-    return json.dumps(dataclasses.asdict(result) | {"fit": result.fit}, indent=1) + "\n"
+def to_json(result: Audit, **more: Any) -> str:
+    """The complete results, and `more` of them."""
+    values = dataclasses.asdict(result) | {"smaller_than_crop": result.smaller, "fit": result.fit} | more
+    del values["sizes"]
+    return json.dumps(values, indent=1) + "\n"
 
 
 def render(result: Audit) -> Group:
@@ -217,6 +230,8 @@ def render(result: Audit) -> Group:
         "modes": _counts(result.modes),
         "width": "smallest {:,}, median {:,}, largest {:,} px".format(*result.widths),
         "height": "smallest {:,}, median {:,}, largest {:,} px".format(*result.heights),
+        "crop": "{1} x {0} px".format(*result.crop)
+        + f"; {result.smaller:.1%} of the images are smaller, and are enlarged",
         "mean of channels": " ".join(f"{v:.3f}" for v in result.mean),
         "standard deviation": " ".join(f"{v:.3f}" for v in result.std) + "  (used by --normalize data)",
         "decoding": f"{result.images_per_second:,.0f} images/s on one core (JPEG: no more than "

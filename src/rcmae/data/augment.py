@@ -21,6 +21,30 @@ SIGMA = (0.1, 2.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Crops(Section):
+    """Two global crops, set by [images], with color augmentation."""
+
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """strength of the jitter of brightness, contrast, saturation and hue in 80 % of the crops, for images
+    with 3 channels"""
+    gray: float = 0.2
+    "probability of converting a crop to grayscale"
+    blur: tuple[float, float] = (1.0, 0.1)
+    "probability of Gaussian blur: first global crop, second global crop"
+    solarize: float = 0.2
+    "probability of solarization, for the second global crop only"
+
+    def rules(self) -> Rules:
+        return [
+            (
+                all(v >= 0 for v in self.jitter) and self.jitter[3] <= 0.5,
+                f"jitter must be 0 or more, its hue at most 0.5, not {self.jitter}",
+            ),
+            *self.each("is a fraction, from 0 to 1", "gray", "blur", "solarize"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalCrops(Crops):
     """The views of self-distillation: two global crops, set by [images], and local crops, with color
     augmentation."""
 
@@ -30,36 +54,23 @@ class Crops(Section):
     "side of a local crop in pixels; a multiple of the patch size"
     local_scale: tuple[float, float] = (0.05, 0.4)
     "range of the area of a local crop, as a fraction of the image"
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """strength of the jitter of brightness, contrast, saturation and hue in 80 % of the crops, for images
-    with 3 channels"""
-    gray: float = 0.2
-    "probability of converting a crop to grayscale"
-    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    "probability of Gaussian blur: first global crop, second global crop, local crops"
-    solarize: float = 0.2
-    "probability of solarization, for the second global crop only"
+    local_blur: float = 0.5
+    "probability of Gaussian blur of a local crop"
 
     def rules(self) -> Rules:
         low, high = self.local_scale
-        fractions = {"gray": self.gray, "solarize": self.solarize} | {
-            f"blur {i}": v for i, v in enumerate(self.blur)
-        }
         return [
-            (self.local_crops >= 0, f"local_crops must be 0 or more, not {self.local_crops}"),
-            (self.local_size > 0, f"local_size must be above 0, not {self.local_size}"),
+            *self.each("must be 0 or more", "local_crops"),
+            *self.each("must be above 0", "local_size"),
             (0 < low <= high <= 1, f"local_scale must satisfy 0 < low <= high <= 1, not {self.local_scale}"),
-            (
-                all(v >= 0 for v in self.jitter) and self.jitter[3] <= 0.5,
-                f"jitter must be 0 or more, its hue at most 0.5, not {self.jitter}",
-            ),
-            *((0 <= v <= 1, f"{k} is a fraction, from 0 to 1, not {v}") for k, v in fractions.items()),
+            *self.each("is a fraction, from 0 to 1", "local_blur"),
+            *super().rules(),
         ]
 
 
 @dataclass(frozen=True)
 class MultiCrop:
-    """Two global crops, stacked as "image", and `local_crops` local ones as "local"."""
+    """Two global crops, stacked as "image", and local ones, if there are any, as "local"."""
 
     images: Images
     crops: Crops
@@ -72,12 +83,14 @@ class MultiCrop:
             )
             for i in (0, 1)
         ]
-        small = [
-            self._view(image, (c.local_size,) * 2, c.local_scale, rng, c.blur[2], 0.0)
-            for _ in range(c.local_crops)
-        ]
         batch = {"image": torch.stack(views)}  # [2, c, h, w]
-        return batch | ({"local": torch.stack(small)} if small else {})  # local [v, c, h, w]
+        if isinstance(c, LocalCrops) and c.local_crops:
+            small = [
+                self._view(image, (c.local_size,) * 2, c.local_scale, rng, c.local_blur, 0.0)
+                for _ in range(c.local_crops)
+            ]
+            batch["local"] = torch.stack(small)  # [v, c, h, w]
+        return batch
 
     def _view(
         self,

@@ -6,7 +6,6 @@ import math
 import mmap
 import re
 import sys
-import time
 from functools import cached_property
 from pathlib import Path
 
@@ -19,16 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 from ..config import Recipe, how_many, readable_size
 from ..engine.console import Screen, clock
 from ..errors import ConfigError
+from .augment import LocalCrops
 from .base import Source
 from .dataset import plain_errors, quiet_worker
 from .decode import SPARE, BadImage
-from .loader import processes
+from .loader import processes, sample, try_some
 from .pixels import open_image
 from .resample import resize
 from .views import Cut, Image, Reduced, Stored, shrink
-
-TRIED, TRIED_SECONDS = 100, 5.0
-"Images decoded to estimate memory and time, and the time after which no more are tried."
 
 USED, DEVICE_USED = 0.8, 0.5
 "Fractions of the free memory, and of that of a GPU, whose rest training needs, that a cache may take."
@@ -80,7 +77,8 @@ class RamCache:
         if sys.platform != "linux":
             raise ConfigError(f"{self.name} needs Linux, whose loader processes share memory; leave it out")
         views = [(min(recipe.images.shape), max(recipe.images.shape), recipe.images.crop_scale[0])]
-        if crops := getattr(recipe, "crops", None):
+        crops = getattr(recipe, "crops", None)
+        if isinstance(crops, LocalCrops) and crops.local_crops:
             views.append((crops.local_size, crops.local_size, crops.local_scale[0]))
         self.side = math.ceil(max(size / math.sqrt(low) for _, size, low in views))
         # Larger JPEGs are decoded at a smaller scale without the cache.
@@ -112,17 +110,13 @@ class RamCache:
         return self.images.opened(index)
 
     def _try(self) -> tuple[float, float]:
-        """Mean bytes, and seconds of one process, of an image; from a fixed random sample."""
-        chosen = np.random.Generator(np.random.Philox(key=2)).permutation(len(self.decoder.source))[:TRIED]
-        sizes, began = [], time.monotonic()
-        with self.screen.progress("trying some images", len(chosen)) as tick:
-            for index in chosen.tolist():
-                item = self.decoder[index]
-                sizes.append(0 if isinstance(item, str) else item[0].nbytes)
-                tick(len(sizes))
-                if time.monotonic() - began > TRIED_SECONDS:
-                    break
-        return sum(sizes) / len(sizes), (time.monotonic() - began) / len(sizes)
+        """Mean bytes, and seconds of one process, of an image."""
+
+        def size(index: int) -> int:
+            item = self.decoder[index]
+            return 0 if isinstance(item, str) else item[0].nbytes
+
+        return try_some(sample(len(self.decoder.source)), size, self.screen)
 
     @cached_property
     def images(self) -> "Decoded":

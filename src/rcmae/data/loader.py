@@ -1,15 +1,26 @@
 """Data loading: batches on the device."""
 
 import os
-from collections.abc import Callable, Generator, Iterable
-from typing import Any
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..engine.console import Screen
 from .base import Source
 from .dataset import Bad, collate, plain_errors, quiet_worker
+
+TRIED, TRIED_SECONDS = 100, 5.0
+"Images read to estimate space and time, and the time after which no more are tried."
+
+IMAGES_EACH = 32
+"Images for each loader process, which take about as long to read as the process to start."
+
+Key = TypeVar("Key")
 
 
 def ranks_here() -> int:
@@ -24,11 +35,14 @@ def usable_cores() -> int:
 
 
 def processes(source: Source, workers: int | None) -> int:
-    """`workers`, or the default number of loader processes: one for each core but one, and 0 for images in
-    memory."""
+    """`workers`, or the default number of loader processes: one for each core but one, but no more than one
+    for `IMAGES_EACH` images, and 0 for images in memory.
+
+    There is no other limit: to feed a GPU with large photographs takes a hundred cores.
+    """
     if workers is not None:
         return workers
-    return 0 if source.in_memory else max(1, usable_cores() - 1)
+    return 0 if source.in_memory else max(1, min(usable_cores() - 1, len(source) // IMAGES_EACH))
 
 
 def faster(source: Source, workers: int | None, shrinking: str = "") -> str:
@@ -38,6 +52,24 @@ def faster(source: Source, workers: int | None, shrinking: str = "") -> str:
     if processes(source, workers) < cores - 1 and busy < cores - 1:
         return f"give --workers {cores - 1}"
     return "" if source.in_memory else shrinking
+
+
+def sample(count: int) -> list[int]:
+    """Up to `TRIED` of the indices below `count`, in random order, always the same."""
+    return np.random.Generator(np.random.Philox(key=0)).permutation(count)[:TRIED].tolist()
+
+
+def try_some(keys: Sequence[Key], size: Callable[[Key], int], screen: Screen) -> tuple[float, float]:
+    """The mean size of an image in bytes, and the seconds in which one process reads it: `size` reads the
+    image of a key. `keys` should be few and random, and are tried for `TRIED_SECONDS`."""
+    total, done, began = 0, 0, time.monotonic()
+    with screen.progress("trying some images", len(keys)) as tick:
+        for key in keys:
+            total += size(key)
+            tick(done := done + 1)
+            if time.monotonic() - began > TRIED_SECONDS:
+                break
+    return total / done, (time.monotonic() - began) / done
 
 
 def batches_of(

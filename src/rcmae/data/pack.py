@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import tarfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -33,7 +32,7 @@ from .base import EXTENSIONS, Source
 from .dataset import plain_errors, quiet_worker
 from .decode import BadImage, Picture
 from .layout import combined, part_of
-from .loader import usable_cores
+from .loader import TRIED, sample, try_some, usable_cores
 from .pixels import read_raw
 from .shards import MANIFEST, UNFINISHED
 from .sources import open_source, parts_of
@@ -47,9 +46,6 @@ LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000", "HEIF", "JXL")
 
 JPEG_LIMIT = 65_000
 "Longest side of a JPEG in pixels."
-
-TRIED, TRIED_SECONDS = 100, 10.0
-"Images packed to estimate space and time, and the time after which no more are tried."
 
 SHARD_BYTES, SHARD_IMAGES, SHARDS = 2**29, 5_000, 64
 """Most bytes (by the estimate) and images of a shard, and the number of shards of a set that is large enough
@@ -196,25 +192,19 @@ def _shards(plan: dict[str, Any]) -> list[Shard]:
 
 
 def _try(encoder: Encoder, screen: Screen) -> tuple[float, float]:
-    """The mean bytes in a shard, and seconds of one process, of an image; from a fixed random sample."""
-    keys = [(part, i) for part, source in enumerate(encoder.sources) for i in _sample(len(source))]
+    """The mean bytes in a shard, and seconds of one process, of an image."""
+    keys = [(part, i) for part, source in enumerate(encoder.sources) for i in sample(len(source))]
     np.random.Generator(np.random.Philox(key=0)).shuffle(keys)
-    keys, size, done, began = keys[:TRIED], 0, 0, time.monotonic()
-    with screen.progress("trying some images", len(keys)) as tick:
-        for part, index in keys:
-            result = encoder[part, index]
-            if not isinstance(result, BadImage):
-                # Blocks of 512 bytes: the header, the content, and two for the label.
-                labeled = encoder.sources[part].labels is not None
-                size += 512 * (1 + -(-len(result[1]) // 512) + 2 * labeled)
-            tick(done := done + 1)
-            if time.monotonic() - began > TRIED_SECONDS:
-                break
-    return size / done, (time.monotonic() - began) / done
 
+    def size(key: tuple[int, int]) -> int:
+        result = encoder[key]
+        if isinstance(result, BadImage):
+            return 0
+        # Blocks of 512 bytes: the header, the content, and two for the label.
+        labeled = encoder.sources[key[0]].labels is not None
+        return 512 * (1 + -(-len(result[1]) // 512) + 2 * labeled)
 
-def _sample(count: int) -> list[int]:
-    return np.random.Generator(np.random.Philox(key=0)).permutation(count)[:TRIED].tolist()
+    return try_some(keys[:TRIED], size, screen)
 
 
 # --- packing ------------------------------------------------------------------------------------------------

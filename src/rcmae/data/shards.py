@@ -19,7 +19,7 @@ from ..errors import DataError
 from .base import EXTENSIONS, OpenOptions, Source, Strings, no_labels, numbered, printable, reading
 from .files import files_below
 from .index import Index, stamp
-from .layout import LABEL_NAMES, TESTING, ImageFilter, part_of, select
+from .layout import LABEL_NAMES, TESTING, ImageFilter, listed, part_of, select
 
 OPEN_SHARDS = 64
 "Open shards per process; systems typically allow 1,024 open files."
@@ -29,6 +29,9 @@ MANIFEST, UNFINISHED = "manifest.json", "unfinished.jsonl"
 
 LARGEST_LABEL = 2**20
 "Bytes that are read of a .cls or .json file."
+
+USUAL = (b"", b"rgb", b"image", b"img")
+"What stands between the first dot and the extension of a sample's image, the most usual first."
 
 _LABEL_KEY = re.compile(rb'"(' + "|".join(LABEL_NAMES).encode() + rb')"\s*:', re.IGNORECASE)
 
@@ -73,7 +76,7 @@ class Shards(Source):
         for folder in {shard.parent for shard in shards}:
             if (folder / UNFINISHED).exists():
                 raise DataError(f"{folder} is not completely packed; run the same `rcmae pack` again")
-        listed = [stamp(os.fsencode(shard)) for shard in shards]
+        stamps = [stamp(os.fsencode(shard)) for shard in shards]
         index = Index(cls, spec, list(map(str, shards)), image_filter.left_out)
         if source := index.load():
             source.opened = OrderedDict()
@@ -89,11 +92,13 @@ class Shards(Source):
         labels: list[bytes] = []
         extents: list[tuple[int, int, int]] = []
         links: list[int] = []
+        choices = Counter[tuple[bytes, bytes]]()
         for number, shard in enumerate(shards):
             try:
                 samples = _samples(
                     shard,
                     image_filter,
+                    choices,
                     lambda done: options.tick((number + done) / len(shards)),  # noqa: B023
                 )
             except PermissionError:
@@ -116,8 +121,9 @@ class Shards(Source):
                 f"{reading(0, image_filter.left_out)}; looked for {' '.join(EXTENSIONS)}"
             )
         names, extents = [names[i] for i in chosen], [extents[i] for i in chosen]
+        notes = (*notes, *_choices_note(choices))
         source = cls(spec, shards, names, extents, labels, notes, image_filter.left_out, why)
-        index.save(source, listed)
+        index.save(source, stamps)
         return source
 
     @classmethod
@@ -152,16 +158,20 @@ class Shards(Source):
 
 
 def _samples(
-    shard: Path, image_filter: ImageFilter, tick: Callable[[float], None]
+    shard: Path,
+    image_filter: ImageFilter,
+    choices: Counter[tuple[bytes, bytes]],
+    tick: Callable[[float], None],
 ) -> list[tuple[bytes, int, int, bytes]]:
     """The image of each sample in a shard, in the order of their data: name, offset, size, and label (empty
     for none). `tick` is called with the fraction read.
 
     If no image stands beside a file of another kind, names with dots need not be those of samples: then only
-    the images beside one with a plain extension are left out. Links are resolved. Raises the errors of
-    tarfile and OSError.
+    the images beside one with a usual name are left out. `choices` counts pairs of suffixes: of the image of
+    a sample that is read, and of another one that is not. Links are resolved. Raises the errors of tarfile
+    and OSError.
     """
-    images: dict[bytes, list[tuple[tuple[int, bytes], bytes, int, int]]] = defaultdict(list)
+    images: dict[bytes, list[tuple[tuple[int, int, int, bytes], bytes, int, int]]] = defaultdict(list)
     others: set[bytes] = set()
     labels: dict[bytes, bytes] = {}
     texts: dict[bytes, bytes] = {}
@@ -181,8 +191,7 @@ def _samples(
                 elif label := _json_label(content, image_filter):
                     texts[key] = label
             elif image_filter.takes(name.removeprefix(b"./")):
-                # The plainest extension is that of the image: .jpg rather than .seg.png.
-                images[key].append(((suffix.count(b"."), suffix), name, offset, size))
+                images[key].append((_rank(suffix), name, offset, size))
             else:
                 others.add(key)
 
@@ -214,12 +223,36 @@ def _samples(
     one_each = not others.isdisjoint(images)
     chosen = []
     for key, candidates in images.items():
-        (dots, _), *_ = plainest = min(candidates)
-        read = [plainest] if one_each or not dots else candidates
-        if further := len(candidates) - len(read):
-            image_filter.left_out["further images of a sample"] += further
-        chosen += [(name, offset, size, labels.get(key, b"")) for _, name, offset, size in read]
+        best, *further = sorted(candidates)
+        usual, *_, suffix = best[0]
+        if further and (one_each or usual < len(USUAL)):
+            image_filter.left_out["further images of a sample"] += len(further)
+            choices.update((suffix, rank[-1]) for rank, *_ in further)
+            candidates = [best]
+        chosen += [(name, offset, size, labels.get(key, b"")) for _, name, offset, size in candidates]
     return sorted(chosen, key=lambda sample: sample[1])
+
+
+def _rank(suffix: bytes) -> tuple[int, int, int, bytes]:
+    """The order in which an image of a sample is preferred, by its name from the first dot on, in lower case:
+    usual names, few dots, usual formats, and the suffix.
+
+    >>> sorted([b"seg.png", b"depth.exr.png", b"rgb.jpg", b"png", b"jpg"], key=_rank)
+    [b'jpg', b'png', b'rgb.jpg', b'seg.png', b'depth.exr.png']
+    """
+    middle, _, extension = suffix.rpartition(b".")
+    name = USUAL.index(middle) if middle in USUAL else len(USUAL)
+    return name, suffix.count(b"."), EXTENSIONS.index(f".{extension.decode()}"), suffix
+
+
+def _choices_note(choices: Counter[tuple[bytes, bytes]]) -> tuple[str, ...]:
+    """The note on samples of several images, one of which is read."""
+    by_read: dict[bytes, list[bytes]] = defaultdict(list)
+    for (suffix, other), _ in choices.most_common():
+        by_read[suffix].append(b"." + other)
+    texts = [f".{printable(suffix)}, not {listed(others)}" for suffix, others in by_read.items()]
+    shown = [*texts[:3], *(["..."] if len(texts) > 3 else [])]
+    return (f"of samples with several images, one is read: {'; '.join(shown)}",) if texts else ()
 
 
 def _target(members: dict[str, tarfile.TarInfo], link: tarfile.TarInfo) -> tarfile.TarInfo | None:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import Rules, Section
+from ..data.augment import LocalCrops
 from ..engine.schedules import Progress
 from ..models.backbone import Channels
 from ..models.heads import PrototypeHead
@@ -77,6 +78,7 @@ class DINORecipe(SelfDistillationRecipe):
     """The recipe of `dino`."""
 
     method: str = "dino"
+    crops: LocalCrops = LocalCrops()
     dino: DINOSettings = DINOSettings()
 
 

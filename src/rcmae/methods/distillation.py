@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from ..config import broken
-from ..data.augment import Crops, MultiCrop
+from ..data.augment import Crops, LocalCrops, MultiCrop
 from ..engine.distributed import average
 from ..models.autoencoder import build_encoder
 from ..models.backbone import Channels
@@ -85,15 +85,16 @@ class SelfDistillation(MeanTeacher):
                 optim.batch_size >= 2,
                 f"{recipe.method} compares images: give a batch_size of 2 or more, not {optim.batch_size}",
             ),
-            (
-                not c.local_crops or c.local_size <= min(recipe.images.shape),
-                f"local_size {c.local_size} is larger than the image, {min(recipe.images.shape)}",
-            ),
-            (
-                not c.local_crops or c.local_size % encoder.patch == 0,
-                f"local_size {c.local_size} is not a multiple of the patch, {encoder.patch}",
-            ),
         ]
+        if isinstance(c, LocalCrops) and c.local_crops:
+            shortest = min(recipe.images.shape)
+            rules += [
+                (c.local_size <= shortest, f"local_size {c.local_size} is larger than the image, {shortest}"),
+                (
+                    c.local_size % encoder.patch == 0,
+                    f"local_size {c.local_size} is not a multiple of the patch, {encoder.patch}",
+                ),
+            ]
         return broken(rules)
 
     @abstractmethod

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Rules, Section
-from ..data.augment import Crops
 from ..engine.schedules import Progress
 from ..models.heads import mlp
 from .diagnostics import Curve, Figure, Numbers, Sentence
@@ -45,7 +44,6 @@ class MoCoV3Recipe(SelfDistillationRecipe):
     """The recipe of `mocov3`."""
 
     method: str = "mocov3"
-    crops: Crops = Crops(local_crops=0)
     mocov3: MoCoV3Settings = MoCoV3Settings()
 
 
@@ -59,12 +57,6 @@ class MoCoV3(SelfDistillation):
     @classmethod
     def accumulation_caveat(cls, recipe: MoCoV3Recipe) -> str:
         return "the other images and the heads' statistics are those of a micro-batch"
-
-    @classmethod
-    def validate(cls, recipe: SelfDistillationRecipe) -> list[str]:
-        count = recipe.crops.local_crops
-        problem = f"mocov3 has no local crops: give --local-crops 0, not {count}"
-        return super().validate(recipe) + ([problem] if count else [])
 
     def build_head(self, inputs: int) -> nn.Module:
         h = self.recipe.head

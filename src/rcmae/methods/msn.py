@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..config import Rules, Section
+from ..data.augment import LocalCrops
 from ..data.masking import random_order
 from ..data.views import Image
 from ..engine.schedules import Progress
@@ -68,6 +69,7 @@ class MSNRecipe(SelfDistillationRecipe):
     """The recipe of `msn`."""
 
     method: str = "msn"
+    crops: LocalCrops = LocalCrops()
     msn: MSNSettings = MSNSettings()
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import how_many
+from ..config import check, how_many
 from ..data.decode import BadImage, decode
 from ..engine import distributed
 from ..engine.distributed import World
@@ -22,6 +22,7 @@ from ..tasks.detection.files import load_detector
 from ..tasks.detection.predict import images_scored
 from ..tasks.detection.settings import load_detect
 from ..tasks.detection.views import fit
+from ..tasks.evaluation.base import ReadingOptions
 from .build import failure_sentences, heading, rate_figures, state, template
 from .curves import Line, column, plot
 from .detection_figures import curve_figure, progress_figure, save_picture, side_by_side
@@ -128,7 +129,12 @@ class Shown(NamedTuple):
 
 
 def show_detections(
-    checkpoint: Path, images: Sequence[Path], out: Path, threshold: float = 0.5, device: str = "auto"
+    checkpoint: Path,
+    images: Sequence[Path],
+    out: Path,
+    threshold: float = 0.5,
+    device: str = "auto",
+    reading: ReadingOptions = ReadingOptions(),
 ) -> Iterator[Shown]:
     """Write pictures with boxes, masks, classes and scores of at least `threshold`, one after the other.
 
@@ -136,6 +142,7 @@ def show_detections(
     """
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold must lie in 0 to 1, not {threshold:g}")
+    check(reading)
     target = distributed.pick_device(device)
     loaded = load_detector(checkpoint)
     names = [f"{image.stem}.png" for image in images]
@@ -143,10 +150,11 @@ def show_detections(
         names = [f"{number:03d}-{name}" if name in repeated else name for number, name in enumerate(names)]
     out.mkdir(parents=True, exist_ok=True)
     channels = cast(Tensor, loaded.model.mean).shape[1]
+    bits = loaded.about.get("bits") if reading.range == "data" else None
     bad = []
     for image, name in zip(images, names, strict=True):
         try:
-            pixels = decode(image.read_bytes(), channels)
+            pixels = decode(image.read_bytes(), channels, int(reading.max_pixels), bits=bits or 16)
         except (OSError, BadImage) as e:
             bad.append(f"{image}: {getattr(e, 'strerror', None) or e}")
             continue

@@ -62,7 +62,7 @@ class EvaluationContext:
 
     @property
     def cache(self) -> Path:
-        return self.options.cache or cache_folder()
+        return self.options.feature_cache or cache_folder()
 
     def part(self, part: Literal["train", "test"]) -> Subset:
         """The test part, or the images of the training part whose labels are used."""

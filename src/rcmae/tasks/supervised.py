@@ -70,6 +70,9 @@ class Supervised(Trainer):
         self.images_in_words, self.facts = images, facts
         self.setup(model, optimizer, data, load, backbone)
 
+    def environment(self) -> dict[str, Any]:
+        return super().environment() | {"max_pixels": self.images.pixel_limit}
+
     # --- implemented by subclasses --------------------------------------------------------------------------
 
     @abstractmethod

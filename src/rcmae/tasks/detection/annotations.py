@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ...data.base import Source, printable
-from ...data.decode import PIXEL_LIMIT
 from ...data.files import Files
 from ...engine.console import ShowProgress
 from ...engine.distributed import World
@@ -91,7 +90,7 @@ class Part:
                         if is_integer(entry[key]):
                             self.noted["ids given as text or float, read as integers"].append(given)
 
-    def validate_content(self, tick: Callable[[int], None]) -> None:
+    def validate_content(self, tick: Callable[[int], None], max_pixels: float = Source.pixel_limit) -> None:
         """Validate everything else but the image files. Adds missing areas to the annotations. `tick` is
         called with the number of annotations that were validated."""
         images, categories, _ = (self.unique(name) for name in KEYS)
@@ -102,10 +101,14 @@ class Part:
         with_objects: set[int | None] = set()
         for image in images.values():
             h, w = image["height"], image["width"]
-            if is_integer(h) and is_integer(w) and min(h, w) > 0 and h * w <= PIXEL_LIMIT:
-                sizes[image["id"]] = h, w
-            else:
+            if not (is_integer(h) and is_integer(w) and min(h, w) > 0):
                 self.wrong["images with an invalid height or width"].append(image["id"])
+            elif h * w > max_pixels:
+                self.wrong[f"images of more than {max_pixels:,.0f} pixels, see --max-pixels"].append(
+                    image["id"]
+                )
+            else:
+                sizes[image["id"]] = h, w
         for number, a in enumerate(self.data["annotations"]):
             tick(number)
             image_id, crowd = a["image_id"] if is_integer(a["image_id"]) else None, bool(a.get("iscrowd"))

@@ -191,7 +191,9 @@ def open_coco(
     test_images: int = 256,
     size: int = 128,
     channels: int = 3,
+    value_range: str = "data",
     bits: int | None = None,
+    max_pixels: float = Source.pixel_limit,
     progress: ShowProgress = no_progress,
     world: World = World(),
 ) -> tuple[CocoSet, CocoSet]:
@@ -200,9 +202,9 @@ def open_coco(
 
     The test set is the part val of the folder (or, without it, test), unless `val` is another folder. With
     `val`, each of the two may also be a JSON file, or a folder of a single part. The numbers of images,
-    `size` in pixels and `channels` are for a source that generates its images; `bits` are those of the images
-    that the backbone was trained on, see `measure_bits`. Raises ConfigError, or DataError with all problems
-    of both sets.
+    `size` in pixels and `channels` are for a source that generates its images; `value_range` and `max_pixels`
+    as in `open_source`, and `bits` are those of the images that the backbone was trained on, see
+    `measure_bits`. Raises ConfigError, or DataError with all problems of both sets.
     """
     options, alone = OpenOptions(channels, size), val is not None
     both = "give the part to train on with --data and the other with --val, as folders or JSON files"
@@ -212,8 +214,8 @@ def open_coco(
             _part(data, ("train",), train_images, options, alone, both),
             _part(val or data, TEST, test_images, options, alone, other),
         ]
-    train, test = _validated(parts, progress, world)
-    measure_bits((train, test), channels, bits, progress, world)
+    train, test = _validated(parts, max_pixels, progress, world)
+    _set_range((train, test), value_range, channels, bits, progress, world)
     return train, test
 
 
@@ -225,7 +227,9 @@ def open_test(
     channels: int = 3,
     categories: Mapping[int, str] | None = None,
     upright: bool | None = None,
+    value_range: str = "data",
     bits: int | None = None,
+    max_pixels: float = Source.pixel_limit,
     progress: ShowProgress = no_progress,
     world: World = World(),
 ) -> CocoSet:
@@ -233,15 +237,31 @@ def open_test(
     JSON file, or a source with objects.
 
     `categories` are the names of the detector's classes by their ids, and `upright` is the orientation of the
-    annotations that it was trained on, for a set that does not tell its own; `bits` as in `open_coco`. Raises
-    the errors of `open_coco`.
+    annotations that it was trained on, for a set that does not tell its own; the other arguments as in
+    `open_coco`. Raises the errors of `open_coco`.
     """
     advice = "give --data a folder or JSON file of this part"
     with progress(f"reading the annotations of {data}", 1):
         part = _part(data, TEST, images, OpenOptions(channels, size), True, advice)
-    [test] = _validated([part], progress, world, categories, upright)
-    measure_bits([test], channels, bits, progress, world)
+    [test] = _validated([part], max_pixels, progress, world, categories, upright)
+    _set_range([test], value_range, channels, bits, progress, world)
     return test
+
+
+def _set_range(
+    sets: Sequence[CocoSet],
+    value_range: str,
+    channels: int,
+    bits: int | None,
+    progress: ShowProgress,
+    world: World,
+) -> None:
+    """Set what is white in 16-bit images, see `open_source`."""
+    if value_range == "data":
+        measure_bits(sets, channels, bits, progress, world)
+    else:
+        for each in sets:
+            each.bits = 16
 
 
 def forms() -> str:
@@ -276,6 +296,7 @@ def _part(
 
 def _validated(
     parts: list[Part],
+    max_pixels: float,
     progress: ShowProgress,
     world: World,
     categories: Mapping[int, str] | None = None,
@@ -289,7 +310,7 @@ def _validated(
     drop_groups(parts, categories or ())
     for part in parts:
         with progress(f"checking the objects of {part.name}", len(part.data["annotations"])) as tick:
-            part.validate_content(tick)
+            part.validate_content(tick, max_pixels)
         if part.source is None:
             part.validate_files(progress, world)
     owner = "the detector"
@@ -300,6 +321,8 @@ def _validated(
     _refuse(parts)
     upright, reasons = decide(sum((part.fits for part in parts), Counter[Fit]()), upright)
     sets = [CocoSet(part, upright) for part in parts]
+    for each in sets:
+        each.pixel_limit = int(max_pixels)
     sets[0].notes = [*sets[0].notes, *reasons]
     return sets
 

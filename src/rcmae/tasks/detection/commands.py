@@ -56,7 +56,9 @@ def train_detector(name: str, options: DetectionOptions, runtime: BaseRuntimeCon
             options.data,
             options.val,
             channels=backbone.channels,
+            value_range=options.range,
             bits=backbone.bits,
+            max_pixels=options.max_pixels,
             progress=screen.progress,
             world=world,
         )
@@ -121,7 +123,9 @@ def score_detector(checkpoint: Path, options: ScoringOptions) -> dict[str, Any] 
             channels=channels,
             categories=dict(zip(loaded.category_ids, loaded.classes, strict=True)),
             upright=loaded.about.get("upright"),
+            value_range=options.range,
             bits=loaded.about.get("bits"),
+            max_pixels=options.max_pixels,
             progress=screen.progress,
             world=world,
         )

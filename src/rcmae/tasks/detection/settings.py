@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...config import Rules, Section, check, load_settings, parse_settings, shipped_recipes
-from ..evaluation.base import WeightsOptions
+from ..evaluation.base import ReadingOptions, WeightsOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def load_detect(name: str) -> DetectionRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionOptions(WeightsOptions):
+class DetectionOptions(ReadingOptions, WeightsOptions):
     """Options of `rcmae detect train`, in addition to those of the runtime."""
 
     data: str = "bundled:scenes"
@@ -138,7 +138,7 @@ class DetectionOptions(WeightsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringOptions(Section):
+class ScoringOptions(ReadingOptions):
     """Options of `rcmae detect eval`."""
 
     data: str | None = None
@@ -161,6 +161,7 @@ class ScoringOptions(Section):
 
     def rules(self) -> Rules:
         return [
+            *super().rules(),
             (self.batch >= 1, f"batch must be 1 or more, not {self.batch}"),
             (self.workers is None or self.workers >= 0, f"workers must be 0 or more, not {self.workers}"),
         ]

@@ -40,13 +40,28 @@ class WeightsOptions(Section):
 
     def rules(self) -> Rules:
         return [
+            *super().rules(),
             (self.height is None or self.size is not None, "height needs size, which is then the width"),
             *self.each("must be 1 or more", "heads", "size", "height"),
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(WeightsOptions):
+class ReadingOptions(Section):
+    """How images are read."""
+
+    range: Literal["data", "dtype"] = "data"
+    """what is white in 16-bit images: the largest value of the bits that the data use (8, 10, 12, 14 or 16),
+    or 65,535; as in pre-training"""
+    max_pixels: float = 100e6
+    "images of more pixels count as unreadable, since decoding one takes 3 bytes per pixel and more"
+
+    def rules(self) -> Rules:
+        return [*super().rules(), *self.each("must be above 0", "max_pixels")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(ReadingOptions, WeightsOptions):
     """Options of every task."""
 
     data: str | None = None
@@ -54,11 +69,6 @@ class EvaluationOptions(WeightsOptions):
     list`; default: those of the run, or the bundled digits for a backbone that is not from a run"""
     val: str | None = None
     "the images to score on, if data does not contain them"
-    range: Literal["data", "dtype"] = "data"
-    """what is white in 16-bit images: the largest value of the bits that the data use (8, 10, 12, 14 or 16),
-    or 65,535; as in pre-training"""
-    max_pixels: float = 100e6
-    "images of more pixels count as unreadable, since decoding one takes 3 bytes per pixel and more"
     which: Which = "teacher"
     "which network of a run or an official checkpoint; both evaluates both"
     labels: float = 100.0
@@ -73,7 +83,7 @@ class EvaluationOptions(WeightsOptions):
     "loader processes; default: chosen by the data and the number of cores"
     out: Path | None = None
     "where to write the results; default: RUN/evaluate, or runs/evaluate/NAME"
-    cache: Path | None = None
+    feature_cache: Path | None = None
     "where to keep features and label splits; default: ~/.cache/rcmae"
 
     def with_data(self, backbone: str) -> Self:
@@ -94,7 +104,6 @@ class EvaluationOptions(WeightsOptions):
             (0 < self.labels <= 100, f"labels is a percentage above 0 and up to 100, not {self.labels:g}"),
             *self.each("must be 0 or more and below 2**63", "seed"),
             *self.each("must be 0 or more", "workers"),
-            *self.each("must be above 0", "max_pixels"),
         ]
 
 
