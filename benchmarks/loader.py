@@ -5,7 +5,7 @@ The photographs are resized to each size in `SETS`, with the noise of a sensor, 
 bytes as those of cameras; without a folder, they are noise with the spectrum of photographs. Every loader
 makes the crop of MAE's pre-training: 0.2 to 1 of the area, bicubic with antialiasing, flipped at random. Ours
 also draws the mask. torchvision's and lightly-train's also normalize, since their training loops expect it;
-timm's and ours return 8 bits, which are normalized on the device.
+timm's and ours return 8 bits, which are normalized on the device. lightly-train reads no tar shards.
 
 Processor time of one process, in rounds in which all loaders take turns, so that other processes disturb all
 of them alike; files are in the page cache. Loaders whose package is not installed are left out, and rows of
@@ -176,11 +176,28 @@ def timm(path: Path) -> Callable[[int], Iterator[Any]]:
     return lambda epoch: (transform(Image.open(io.BytesIO(raw)).convert("RGB")) for raw in encoded(path))
 
 
+def lightly_train(path: Path) -> Callable[[int], Iterator[Any]]:
+    """lightly-train's data set and crop, which averages over areas instead of bicubic resizing."""
+    from albumentations import Compose, HorizontalFlip, Normalize
+    from albumentations.pytorch import ToTensorV2
+    from lightly_train._data.image_dataset import ImageDataset
+    from lightly_train._transforms.random_resized_crop import get_random_resized_crop
+    from lightly_train._transforms.transform import RandomResizedCropArgs
+
+    area = RandomResizedCropArgs(min_scale=SCALE[0], max_scale=SCALE[1], min_ratio=3 / 4, max_ratio=4 / 3)
+    crop = get_random_resized_crop((SIDE, SIDE), area)
+    transform = Compose([crop, HorizontalFlip(), Normalize(MEAN, STD), ToTensorV2()])
+    names = sorted(file.name for file in path.iterdir())
+    data = ImageDataset(path, names, lambda inputs: [transform(**inputs)], num_channels=3)
+    return lambda epoch: (data[i]["views"][0] for i in range(len(data)))
+
+
 LOADERS: dict[str, tuple[str, Loader]] = {
     "rcmae": ("rcmae", rcmae),
     "torchvision v1": ("torchvision", torchvision_v1),
     "torchvision v2": ("torchvision", torchvision_v2),
     "timm": ("timm", timm),
+    "lightly-train": ("lightly_train", lightly_train),
 }
 "Name: the package, and its loader."
 
@@ -288,6 +305,8 @@ def table(results: dict[str, Any]) -> str:
             "{:,.{d}f} ({:.2f}x)".format(
                 cells[n]["images_per_second"], cells[n]["ratio"], d=int(cells[n]["images_per_second"] < 100)
             )
+            if n in cells
+            else ""
             for n in names
         ]
         rows.append([kind, f"{facts['kilobytes']:,.0f}", *rates, f"{cells['rcmae']['cores']:,.0f}"])
@@ -328,8 +347,11 @@ def main() -> int:
             size = sum(len(raw) for raw in encoded(path)) / facts.images / 1000
             sets[kind] = {"images": facts.images, "kilobytes": size}
             ours = CACHED.get(facts.place, rcmae)
-            measured = rates(path, facts.images, loaders | {"rcmae": ours}, options.rounds)
-            for name in loaders:
+            able = loaders | {"rcmae": ours}
+            if path.suffix == ".tar":
+                able.pop("lightly-train", None)
+            measured = rates(path, facts.images, able, options.rounds)
+            for name in able:
                 rows.append(speeds := row(kind, name, measured))
                 speed = f"{speeds['images_per_second']:8.1f} images/s {speeds['ratio']:5.2f}x"
                 print(f"{kind:30} {name:16} {speed}", flush=True)

@@ -34,8 +34,9 @@ from .tasks.finetune_recipe import SMALL
 TINY = 48
 "Median of the images' shorter sides, in pixels, below which crops of 32 px are enough."
 
-TIMES = {"cpu": 1800.0, "cuda": 28800.0}
-"Seconds of the suggested run, if the images bear so long a one: half an hour, a night."
+TIMES = {"cpu": 1500.0, "cuda": 28800.0}
+"""Seconds of the suggested run, if the images bear so long a one: with `check` and `pack`, half an hour; a
+night."""
 
 SHORTEST = 20
 "Epochs of the suggested run, even if they take longer."
