@@ -99,7 +99,7 @@ def table(results: dict[str, Any]) -> str:
         for line in results["rows"]
     ]
     columns = ["trained on", "images seen", "epochs", "linear probe, %", "against random initialization"]
-    note = "Recipe `small`, seed 0; the probe is fitted on {FITTED:,} other pictures and tested on "
+    note = f"Recipe `small`, seed 0; the probe is fitted on {FITTED:,} other pictures and tested on "
     note += f"{TESTED:,}; intervals over the test images. {results['machine']['cpu']}."
     return markdown.table(columns, rows, note)
 
@@ -111,6 +111,7 @@ def main() -> None:
     )
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/length"))
+    parser.add_argument("--longest", type=int, default=SAMPLES[-1], help="no runs of more samples")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,8 @@ def main() -> None:
     for images in IMAGES:
         files = (str(options.pictures.parent / source.where(int(i))) for i in rest[:images])
         (options.out / f"{images}.txt").write_text("\n".join(files) + "\n", encoding="utf-8")
-    jobs = [(options.out, options.pictures, images, samples) for samples in SAMPLES for images in IMAGES]
+    lengths = [samples for samples in SAMPLES if samples <= options.longest]
+    jobs = [(options.out, options.pictures, images, samples) for samples in lengths for images in IMAGES]
     with ProcessPoolExecutor(options.jobs, mp.get_context("spawn")) as pool:
         for job in [pool.submit(run, *job) for job in jobs]:
             job.result()
