@@ -7,8 +7,6 @@ resumes where it stopped. Writes results/half_life.json and docs/img/half_life.p
 """
 
 import argparse
-import contextlib
-import io
 import json
 import multiprocessing as mp
 import sys
@@ -23,10 +21,9 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-import rcmae.pretraining as pretraining
 from benchmarks import ROOT, markdown
-from benchmarks.alarms import patched
-from rcmae.config import Probe, RuntimeConfig, changed
+from benchmarks.runs import pretrain_quietly
+from rcmae.config import Probe, changed
 from rcmae.data.sources import open_source
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import write_json
@@ -55,12 +52,7 @@ def run(out: Path, name: str, seed: int, steps: int) -> None:
     path = run_path(out, name, seed)
     recipe = changed(load_recipe("bundled"), seed=seed, steps=steps, probes=0, **RUNS[name])
     if not (path / "scores.json").exists():
-        # A report at every milestone would cost a fifth of so short a run.
-        with (
-            patched("rcmae.pretraining:Pretraining.report", lambda old: lambda run: None),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            pretraining.pretrain(recipe, RuntimeConfig(out=path, device="cpu", threads=1))
+        pretrain_quietly(recipe, path)
         # Probed once, at the end, in the way a run is probed during training.
         probes = probe_set(open_source(recipe.data, size=recipe.images.size), replace(recipe, probe=PROBE))
         assert probes is not None, "the bundled set has labels"

@@ -8,8 +8,6 @@ images; one seed). Writes results/length.json from all finished runs.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import multiprocessing as mp
 from concurrent.futures import ProcessPoolExecutor
@@ -19,10 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import rcmae.pretraining as pretraining
 from benchmarks import ROOT, markdown
-from benchmarks.alarms import patched
-from rcmae.config import RuntimeConfig, changed
+from benchmarks.runs import pretrain_quietly
+from rcmae.config import changed
 from rcmae.data.base import Subset
 from rcmae.data.sources import open_source
 from rcmae.engine.console import no_progress
@@ -62,11 +59,7 @@ def run(out: Path, pictures: Path, images: int, samples: int) -> None:
         return
     recipe = changed(load_recipe("small"), data=str(out / f"{images}.txt"), probes=0)
     recipe = changed(recipe, steps=samples // recipe.optim.batch_size)
-    with (
-        patched("rcmae.pretraining:Pretraining.report", lambda old: lambda run: None),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        pretraining.pretrain(recipe, RuntimeConfig(out=path, device="cpu", threads=1, workers=0))
+    pretrain_quietly(recipe, path, workers=0)
     correct = probes(pictures).backbone(load(str(path)), CPU, FP32)["linear"]
     write_json(path / "scores.json", {"linear": correct.astype(int).tolist()})
     print(f"{path.name}: {100 * correct.mean():.1f} %", flush=True)

@@ -309,11 +309,12 @@ def test_a_slow_loop_prints_its_progress_before_its_first_log(capsys, monkeypatc
 
 
 def test_worth_it_estimates_the_remaining_time():
-    assert worth._left({10.0: [], 100.0: []}, 4) == ""
-    assert worth._left({10.0: [60.0, 60.0], 100.0: []}, 4) == ", about 42:00 left", (
-        "two runs of a minute and four of ten"
-    )
-    assert worth._left({10.0: [60.0] * 4, 100.0: [300.0] * 4}, 4) == ", about 0:00 left"
+    epochs, steps = {10.0: 30.0, 100.0: 300.0}, {10.0: 30.0, 100.0: 30.0}
+    none, two, all_of_them = {10.0: [], 100.0: []}, {10.0: [60.0, 60.0], 100.0: []}, {10.0: [60.0] * 4}
+    assert worth._left(none, epochs, 4) == ""
+    assert worth._left(two, epochs, 4) == ", about 42:00 left", "two runs of a minute and four of ten"
+    assert worth._left(two, steps, 4) == ", about 6:00 left", "six runs of a minute"
+    assert worth._left(all_of_them | {100.0: [300.0] * 4}, epochs, 4) == ", about 0:00 left"
 
 
 def test_pixels_and_random_weights_are_baselines(tmp_path, data, backbone):
@@ -921,7 +922,7 @@ def test_worth_it_trains_all_arms_by_the_recipe_of_the_backbone(tmp_path, data, 
         return []
 
     monkeypatch.setattr(worth, "evaluate", noted)
-    monkeypatch.setattr(worth, "seconds_of_trainings", lambda *args: 0.0)
+    monkeypatch.setattr(worth, "seconds_of_trainings", lambda *args: dict.fromkeys((1.0, 10.0, 100.0), 0.0))
     monkeypatch.setattr(
         "rcmae.tasks.evaluation.finetune.suited_recipe",
         lambda name, data: "small" if name == str(backbone) else "folder",
@@ -949,8 +950,9 @@ def test_worth_it_times_micro_batches_and_reports_a_lack_of_memory(
     monkeypatch.setattr(worth, "time", SimpleNamespace(monotonic=lambda: 0.0))
     tuning = FineTune(recipe="bundled", settings=("batch_size=24",), accumulate=4)
     options = EvaluationOptions(data=str(data), device="cpu", workers=0, feature_cache=tmp_path / "c")
-    worth.seconds_of_trainings(str(backbone), Worth(percents=(100.0,)), tuning, options, World())
-    assert batches == [2, 4, 6]
+    task = Worth(percents=(50.0, 100.0))
+    seconds = worth.seconds_of_trainings(str(backbone), task, tuning, options, World())
+    assert batches == [2, 4, 6] and seconds.keys() == {50.0, 100.0}
     monkeypatch.setattr(worth, "seconds_of_trainings", without_memory)
     argv = ["evaluate", "worth-it", str(backbone), "--data", str(data), "--device", "cpu"]
     assert main([*argv, "--out", str(tmp_path / "o")]) == 8
@@ -965,7 +967,7 @@ def test_worth_it_is_reported_by_the_first_rank_only(tmp_path, backbone, monkeyp
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(worth.distributed, "process_group", second)
     monkeypatch.setattr(worth, "evaluate", lambda *args: [])
-    monkeypatch.setattr(worth, "seconds_of_trainings", lambda *args: 0.0)
+    monkeypatch.setattr(worth, "seconds_of_trainings", lambda *args: dict.fromkeys((1.0, 10.0, 100.0), 0.0))
     assert main(["evaluate", "worth-it", str(backbone), "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
     assert not capsys.readouterr().out and not (tmp_path / "o").exists()
 

@@ -72,9 +72,9 @@ def _worth_it(
     labels = ", ".join(f"{percent:g}" for percent in task.percents)
     say(f"{total} trainings: {', '.join(compared)}, on {labels} % of the labels, {task.seeds} seeds each")
     with Screen(world.is_main).progress("opening the images and timing a step", 1):
-        each = seconds_of_trainings(name, task, tuning, options, world)
-    expected = task.seeds * len(compared) * each
-    say(f"about {clock(expected)} in all, estimated from a step on this machine, without reading images")
+        expected = seconds_of_trainings(name, task, tuning, options, world)
+    in_all = task.seeds * len(compared) * sum(expected.values())
+    say(f"about {clock(in_all)} in all, estimated from a step on this machine, without reading images")
     for backbone, which in compared.values():
         # A backbone that cannot be loaded must raise its error before hours of training.
         backbones(backbone, _with_network(options, which))
@@ -88,7 +88,7 @@ def _worth_it(
                 folder = out / f"{index}-{_plain(arm)}"
                 arm_options = replace(_with_network(options, which), labels=percent, seed=seed, out=folder)
                 number += 1
-                left = _left(seconds, task.seeds * len(compared))
+                left = _left(seconds, expected, task.seeds * len(compared))
                 say(f"training {number} of {total}{left}: {arm}, {percent:g} % of the labels, seed {seed}")
                 for record in evaluate(backbone, tuning, arm_options):
                     images = record["train_images"]
@@ -110,9 +110,9 @@ def _worth_it(
 
 def seconds_of_trainings(
     name: str, task: Worth, tuning: FineTune, options: EvaluationOptions, world: World
-) -> float:
-    """The duration of one training of the backbone at each percentage of the labels, from the time of a step
-    on gray images of a growing batch, up to a micro-batch."""
+) -> dict[float, float]:
+    """The duration of a training of the backbone by percentage of the labels, from the time of a step on gray
+    images of a growing batch, up to a micro-batch."""
     context, *_ = contexts(name, tuning, options, world, Screen(False))
     recipe, backbone = tuning.resolve_recipe(name, options)[1], context.backbone
     assert isinstance(backbone, Backbone)  # check_settings refuses "pixels"
@@ -130,12 +130,13 @@ def seconds_of_trainings(
         if context.device.type == "cuda":
             torch.cuda.synchronize(context.device)
         seconds = time.monotonic() - began
-    trained = 0
+    each = 7 / 6 * seconds / batch / world.size  # scoring takes up to half as many forward passes
+    expected = {}
     for percent in task.percents:
         images_used = max(1, round(len(context.set.train) * percent / 100))
         settings = fitted(recipe, images_used, world.size * tuning.accumulate)
-        trained += settings.total_steps(images_used) * settings.batch_size
-    return 7 / 6 * trained * seconds / batch / world.size  # scoring takes up to half as many forward passes
+        expected[percent] = each * settings.total_steps(images_used) * settings.batch_size
+    return expected
 
 
 def _with_network(options: EvaluationOptions, which: str) -> EvaluationOptions:
@@ -166,19 +167,14 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     return sentences
 
 
-def _left(seconds: dict[float, list[float]], runs: int) -> str:
-    """An estimate of the remaining time, in words. `seconds` are the durations of the finished trainings, of
-    which there will be `runs` at each percentage.
-
-    A percentage without a finished training is extrapolated in proportion from the last one with one.
-    """
-    left, known = 0.0, None
-    for percent, durations in seconds.items():
-        if durations:
-            known = percent, sum(durations) / len(durations)
-        if known:
-            left += (runs - len(durations)) * known[1] * percent / known[0]
-    return f", about {clock(left)} left" if known else ""
+def _left(seconds: dict[float, list[float]], expected: dict[float, float], runs: int) -> str:
+    """The remaining time in words, if a training has finished. `seconds` are the durations of those that
+    have; at each percentage there will be `runs`, which were `expected` to take so long each."""
+    done = sum(expected[percent] * len(durations) for percent, durations in seconds.items())
+    if not done:
+        return ""
+    left = sum(expected[percent] * (runs - len(durations)) for percent, durations in seconds.items())
+    return f", about {clock(left * sum(map(sum, seconds.values())) / done)} left"
 
 
 def _plain(arm: str) -> str:
