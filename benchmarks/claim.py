@@ -119,7 +119,7 @@ def fine_tuned(job: Job, network: str) -> float:
     )
     with contextlib.redirect_stdout(io.StringIO()):
         (record,) = evaluate(str(job.path), FineTune(), options)
-    return float(record["accuracy"])
+    return float(record["metrics"]["top1"])
 
 
 def append(result: dict[str, Any]) -> None:

@@ -1088,21 +1088,8 @@ FAILURES = [
         2,
         "own.toml and its settings set seed 3",
     ),
-    (
-        ["worth-it", "{backbone}", "--data", "{data}", "--which", "student"],
-        2,
-        "leave out --which, --labels and --seed",
-    ),
-    (
-        ["worth-it", "{backbone}", "--data", "{data}", "--labels", "10"],
-        2,
-        "leave out --which, --labels and --seed",
-    ),
-    (
-        ["worth-it", "{backbone}", "--data", "{data}", "--seed", "1"],
-        2,
-        "leave out --which, --labels and --seed",
-    ),
+    (["worth-it", "{backbone}", "--data", "{data}", "--labels", "10"], 2, "leave out --labels and --seed"),
+    (["worth-it", "{backbone}", "--data", "{data}", "--seed", "1"], 2, "leave out --labels and --seed"),
 ]
 
 
@@ -1111,7 +1098,7 @@ FAILURES = [
     [
         (["evaluate", "worth-it", "X", "--seeds", "1"], "seeds must be 2 or more for an interval, not 1"),
         (["evaluate", "worth-it", "X", "--percents", "0"], "percents are percentages of the labels"),
-        (["evaluate", "worth-it", "X", "--seed", "1"], "leave out --which, --labels and --seed"),
+        (["evaluate", "worth-it", "X", "--seed", "1"], "leave out --labels and --seed"),
         (["evaluate", "worth-it", "X", "--workers", "-1"], "workers must be 0 or more, not -1"),
         (["evaluate", "worth-it", "X", "--accumulate", "0"], "accumulate must be above 0, not 0"),
         (

@@ -44,7 +44,7 @@ from .errors import ConfigError, Preempted, RcmaeError, SettingsError, first_lin
 from .lab.settings import GradientSettings
 from .tasks.detection.settings import DetectionOptions, ScoringOptions
 from .tasks.evaluation import TASKS
-from .tasks.evaluation.base import EvaluationOptions, ReadingOptions, Task, Which
+from .tasks.evaluation.base import EvaluationOptions, ReadingOptions, Task
 from .tasks.evaluation.finetune import FineTune
 from .tasks.evaluation.worth import Worth
 
@@ -628,10 +628,8 @@ for name, kind in TASKS.items():
 
 @dataclass(frozen=True, kw_only=True)
 class WorthItOptions(EvaluationOptions):
-    """The options of worth-it. It evaluates all networks, at its own fractions and seeds, so help hides
-    those."""
+    """The options of worth-it. It has its own fractions and seeds, so help hides those."""
 
-    which: Annotated[Which, Parameter(show=False)] = "both"
     labels: Annotated[float, Parameter(show=False)] = 100.0
     seed: Annotated[Integer, Parameter(show=False)] = 0
 
@@ -655,11 +653,8 @@ def evaluate_worth_it(
         is the same network, randomly initialized.
     """
     _check_folder(options.out)
-    if any(getattr(options, name) != getattr(WorthItOptions, name) for name in ("which", "labels", "seed")):
-        raise ConfigError(
-            "worth-it compares all networks, at --percents and over --seeds; leave out --which, --labels and "
-            "--seed"
-        )
+    if any(getattr(options, name) != getattr(WorthItOptions, name) for name in ("labels", "seed")):
+        raise ConfigError("worth-it compares at --percents and over --seeds; leave out --labels and --seed")
     task.check_settings(backbone, tuning, options)
     _load_libraries()
 

@@ -32,9 +32,9 @@ from .supervised import ADVICE
 SCRATCH = "from scratch"
 
 
-def arms(name: str, against: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+def arms(name: str, which: str, against: tuple[str, ...]) -> dict[str, tuple[str, str]]:
     """The arms by name: (backbone, network). Scratch comes first; all others are compared with it."""
-    pretrained = {which: (name, which) for which in networks(name, "both")}
+    pretrained = {network: (name, network) for network in networks(name, which)}
     others = {other: (other, "teacher") for other in against}
     if twice := pretrained.keys() & others.keys() | ({SCRATCH} & others.keys()):
         raise ConfigError(f"{twice.pop()!r} is compared twice")
@@ -67,7 +67,10 @@ def _worth_it(
     # The default recipe depends on the backbone, but all arms must be trained by the same one.
     tuning = replace(tuning, recipe=tuning.resolve_recipe(name, options)[0])
     out = results_folder(name, options) / "worth-it"
-    compared, rows = arms(name, task.against), []
+    compared, rows = arms(name, options.which, task.against), []
+    for backbone, which in compared.values():
+        # A backbone that cannot be loaded must raise its error before hours of training.
+        backbones(backbone, _with_network(options, which))
     total = len(task.percents) * task.seeds * len(compared)
     labels = ", ".join(f"{percent:g}" for percent in task.percents)
     say(f"{total} trainings: {', '.join(compared)}, on {labels} % of the labels, {task.seeds} seeds each")
@@ -75,9 +78,6 @@ def _worth_it(
         expected = seconds_of_trainings(name, task, tuning, options, world)
     in_all = task.seeds * len(compared) * sum(expected.values())
     say(f"about {clock(in_all)} in all, estimated from a step on this machine, without reading images")
-    for backbone, which in compared.values():
-        # A backbone that cannot be loaded must raise its error before hours of training.
-        backbones(backbone, _with_network(options, which))
     number = 0
     seconds: dict[float, list[float]] = {percent: [] for percent in task.percents}
     for percent in task.percents:
