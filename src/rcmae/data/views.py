@@ -4,6 +4,7 @@ In shapes, ch and cw are the height and width of a crop.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -45,22 +46,6 @@ def rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, epoch]))
 
 
-def random_resized_crop(
-    image: Image,
-    shape: tuple[int, int],
-    scale: tuple[float, float],
-    rng: np.random.Generator,
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> UInt8[Tensor, "c ch cw"]:
-    """A crop of random area and aspect ratio, resized to `shape` (height, width), bicubic with antialiasing.
-
-    With scale (1, 1), an image that already has the shape is returned unchanged.
-    """
-    h, w = image.shape[:2]
-    whole = scale == (1.0, 1.0) and (h, w) == tuple(shape)
-    return _resized(image, (0, 0, h, w) if whole else crop_box(h, w, scale, ratio, rng), shape)
-
-
 def crop_box(
     h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
@@ -75,6 +60,35 @@ def crop_box(
     aspect = min(max(w / h, ratio[0]), ratio[1])
     height, width = min(h, max(1, round(w / aspect))), min(w, max(1, round(h * aspect)))
     return (h - height) // 2, (w - width) // 2, height, width
+
+
+def clipped_crop_box(
+    h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """As `crop_box`, but drawn once: a side that is longer than the image's is cut to it. So do the probes of
+    MAE, RC-MAE and Efficient Probing (and BYOL)."""
+    area, aspect = rng.uniform(*scale) * h * w, math.exp(rng.uniform(*np.log(ratio)))
+    width = min(w, max(1, round(math.sqrt(area * aspect))))
+    height = min(h, max(1, round(math.sqrt(area / aspect))))
+    return int(rng.integers(h - height + 1)), int(rng.integers(w - width + 1)), height, width
+
+
+def random_resized_crop(
+    image: Image,
+    shape: tuple[int, int],
+    scale: tuple[float, float],
+    rng: np.random.Generator,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    box: Callable[..., tuple[int, int, int, int]] = crop_box,
+) -> UInt8[Tensor, "c ch cw"]:
+    """A crop of random area and aspect ratio, resized to `shape` (height, width), bicubic with antialiasing.
+    `box` draws it.
+
+    With scale (1, 1), an image that already has the shape is returned unchanged.
+    """
+    h, w = image.shape[:2]
+    whole = scale == (1.0, 1.0) and (h, w) == tuple(shape)
+    return _resized(image, (0, 0, h, w) if whole else box(h, w, scale, ratio, rng), shape)
 
 
 def flip(crop: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> UInt8[Tensor, "c h w"]:

@@ -21,7 +21,7 @@ from ..data.labeled import Labeled
 from ..data.loader import batches_of
 from ..data.sampler import BatchSampler
 from ..data.sources import Subset
-from ..data.views import Image, center, flip, random_resized_crop
+from ..data.views import Image, center, clipped_crop_box, flip, random_resized_crop
 from ..engine.console import Screen
 from ..engine.distributed import World, autocast
 from ..models.backbone import Backbone, Features, Pixels
@@ -169,10 +169,11 @@ class EvaluationContext:
 def _crop(
     image: Image, draws: np.random.Generator, shape: tuple[int, int], augment: bool
 ) -> dict[str, Tensor]:
-    """A random crop (0.2 to 1 of the area) and flip, as in MAE's linear probing, or the evaluation view."""
-    crop = (
-        flip(random_resized_crop(image, shape, (0.2, 1.0), draws), draws) if augment else center(image, shape)
-    )
+    """A random crop (0.08 to 1 of the area, drawn once) and flip, as in MAE's linear probing, or the
+    evaluation view."""
+    if not augment:
+        return {"image": center(image, shape).contiguous()}
+    crop = flip(random_resized_crop(image, shape, (0.08, 1.0), draws, box=clipped_crop_box), draws)
     return {"image": crop.contiguous()}
 
 
