@@ -240,6 +240,18 @@ def test_center_crops_the_middle_of_the_image():
     assert center(image, (32, 32)).float().mean().item() == pytest.approx(255 * (48 / 56) ** 2, rel=0.01)
 
 
+@catches("224/256 at every size", "rcmae.data.views:center_share", lambda old: lambda shape: 224 / 256)
+@pytest.mark.parametrize(("side", "share"), [(64, 7 / 8), (224, 7 / 8), (225, 1), (384, 1)])
+def test_above_224_px_the_evaluation_crop_has_the_whole_shorter_side(side, share):
+    """As in MAE's transform of the validation images."""
+    image = np.zeros((500, 700, 3), dtype=np.uint8)
+    image[..., 0], image[..., 1] = np.arange(500)[:, None] / 2, np.arange(700) / 3
+    crop = center(image, (side, side)).float()
+    seen = [crop[k].mean(1 - k) * step for k, step in ((0, 2), (1, 3))]
+    assert [float(x[-1] - x[0]) for x in seen] == pytest.approx([500 * share * (1 - 1 / side)] * 2, abs=8)
+    assert [float(x.mean()) for x in seen] == pytest.approx([250, 350], abs=3), "the middle"
+
+
 def test_flips_are_fair_and_exact():
     crop = torch.arange(12, dtype=torch.uint8).view(1, 3, 4)
     flipped = [torch.equal(flip(crop, rng(0, 0, i)), crop.flip(2)) for i in range(200)]

@@ -96,13 +96,19 @@ def flip(crop: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> UInt8[Tensor
     return crop.flip(2) if rng.random() < 0.5 else crop
 
 
+def center_share(shape: tuple[int, int]) -> float:
+    """The share of an image's side in the evaluation crop: 224/256, and all of it for networks above 224
+    px (by the shorter side)."""
+    return 1.0 if min(shape) > 224 else 224 / 256
+
+
 def center(image: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
-    """The evaluation crop: the center, of 224/256 of the shorter side, resized to `shape` (height, width). An
-    image that already has the shape is returned unchanged."""
+    """The evaluation crop, as in MAE: the center, of `center_share` of the shorter side, resized to `shape`
+    (height, width). An image that already has the shape is returned unchanged."""
     h, w = image.shape[:2]
     if (h, w) == tuple(shape):
         return _resized(image, (0, 0, h, w), shape)
-    fraction = 224 / 256 * min(h / shape[0], w / shape[1])
+    fraction = center_share(shape) * min(h / shape[0], w / shape[1])
     height, width = (
         min(side, max(1, round(fraction * target))) for side, target in zip((h, w), shape, strict=True)
     )

@@ -10,6 +10,7 @@ import timm
 from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 
+from ..data.views import center_share
 from ..engine.checkpoint import write_folder
 from ..errors import CheckpointError, first_line
 from ..models.backbone import Backbone
@@ -45,7 +46,7 @@ def export(
             "input_size": [vit.in_chans, *vit.patch_embed.img_size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 224 / 256,
+            "crop_pct": center_share(vit.patch_embed.img_size),
             "mean": mean,
             "std": std,
             "license": "your own",
