@@ -64,6 +64,9 @@ class Method(Diagnostics, Standardizing):
     "mean and standard deviation per channel that standardize the pixels, in units of 0 to 1"
     networks: tuple[str, ...] = ("student",)
     "networks that are probed and exported, the recommended one last"
+    pool: Literal["mean", "cls"] = "mean"
+    """the feature of an image, by default of k-NN and of the exports in timm: the mean over the patches, or
+    the class token"""
     recorded: list[Comparison] | None = None
     "a list into which `forward` writes its comparison, set by the diagnostics"
 

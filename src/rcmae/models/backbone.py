@@ -130,6 +130,9 @@ class Backbone(StandardizingViT):
     Its features are the tokens of timm's `forward_features`, without the head and its pooling.
     """
 
+    method: str = ""
+    "the method that trained it, if it is known"
+
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of
         channels, size or range of values."""
@@ -160,7 +163,7 @@ class Pixels(nn.Module):
     """The baseline for every backbone: an image's pixels as its features, its patches as tokens."""
 
     channels, patch = 3, 4
-    bits = None
+    bits, method = None, ""
 
     def __init__(self, shape: tuple[int, int] = (32, 32)):
         super().__init__()
