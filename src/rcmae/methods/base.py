@@ -102,6 +102,11 @@ class Method(Diagnostics, Standardizing):
         return ""
 
     @property
+    @classmethod
+    def micro_batch_statistics(cls, recipe: Any) -> str:
+        """What the loss of an image takes from the others of its micro-batch; empty if nothing."""
+        return ""
+
     def ema_source(self) -> WithEncoder:
         """The part of the student that the teacher averages and that evaluation loads."""
         return cast(WithEncoder, self.student)
@@ -109,7 +114,7 @@ class Method(Diagnostics, Standardizing):
     @property
     def shorter_memory(self) -> str:
         """The setting that gives the teacher a shorter memory, for messages."""
-        return ""
+        return cls.micro_batch_statistics(recipe)
 
     @property
     def longer_memory(self) -> str:
@@ -121,6 +126,10 @@ class Method(Diagnostics, Standardizing):
 
         `applied` is a scalar on the device: 1, or 0 if the gradients are not finite and no weight may change.
         """
+
+    def after_micro_batch(self, t: Progress, part: int, parts: int) -> None:
+        """Called after the backward pass of micro-batch `part` of `parts`, from 1, except for the last one.
+        It may be interrupted, and must not change the state of the method."""
 
     def after_step(self, t: Progress, applied: Tensor) -> None:
         """Called in every optimizer step after the update of the weights, which `applied` 0 skips."""

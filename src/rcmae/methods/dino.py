@@ -93,7 +93,7 @@ class DINO(SelfDistillation):
         self.center = Center(recipe.dino.prototypes, recipe.dino.center_momentum)
 
     @classmethod
-    def accumulation_caveat(cls, recipe: DINORecipe) -> str:
+    def micro_batch_statistics(cls, recipe: DINORecipe) -> str:
         parts = {
             "the head's statistics": recipe.dino.head_norm,
             "the balance of the targets": recipe.dino.sinkhorn,

@@ -57,7 +57,7 @@ class MoCoV3(SelfDistillation):
     student: StudentWithPredictor
 
     @classmethod
-    def accumulation_caveat(cls, recipe: MoCoV3Recipe) -> str:
+    def micro_batch_statistics(cls, recipe: MoCoV3Recipe) -> str:
         return "the other images and the heads' statistics are those of a micro-batch"
 
     @classmethod
