@@ -92,21 +92,27 @@ class Method(Diagnostics, Standardizing):
     # --- what a method may override -------------------------------------------------------------------------
 
     @classmethod
+    def linear_feature(cls, width: int) -> tuple[Literal["mean", "cls", "cls+mean"], int]:
+        """The feature that the method's paper probes linearly, and of how many of the last blocks it takes
+        the class token."""
+        return cls.pool, 1
+
+    @classmethod
     def validate(cls, recipe: Any) -> list[str]:
         """Problems of a recipe with this method, one message each; called before any data is read."""
         return []
 
     @classmethod
-    def accumulation_caveat(cls, recipe: Any) -> str:
-        """Why accumulating micro-batches differs from one large batch; empty if it does not."""
-        return ""
-
-    @property
-    @classmethod
     def micro_batch_statistics(cls, recipe: Any) -> str:
         """What the loss of an image takes from the others of its micro-batch; empty if nothing."""
         return ""
 
+    @classmethod
+    def accumulation_caveat(cls, recipe: Any) -> str:
+        """Why accumulating micro-batches differs from one large batch; empty if it does not."""
+        return cls.micro_batch_statistics(recipe)
+
+    @property
     def ema_source(self) -> WithEncoder:
         """The part of the student that the teacher averages and that evaluation loads."""
         return cast(WithEncoder, self.student)
@@ -114,22 +120,22 @@ class Method(Diagnostics, Standardizing):
     @property
     def shorter_memory(self) -> str:
         """The setting that gives the teacher a shorter memory, for messages."""
-        return cls.micro_batch_statistics(recipe)
+        return ""
 
     @property
     def longer_memory(self) -> str:
         """The setting that gives the teacher a longer memory, for messages."""
         return ""
 
+    def after_micro_batch(self, t: Progress, part: int, parts: int) -> None:
+        """Called after the backward pass of micro-batch `part` of `parts`, from 1, except for the last one.
+        It may be interrupted, and must not change the state of the method."""
+
     def before_step(self, t: Progress, applied: Tensor) -> None:
         """Called in every optimizer step between the backward pass and the update of the weights.
 
         `applied` is a scalar on the device: 1, or 0 if the gradients are not finite and no weight may change.
         """
-
-    def after_micro_batch(self, t: Progress, part: int, parts: int) -> None:
-        """Called after the backward pass of micro-batch `part` of `parts`, from 1, except for the last one.
-        It may be interrupted, and must not change the state of the method."""
 
     def after_step(self, t: Progress, applied: Tensor) -> None:
         """Called in every optimizer step after the update of the weights, which `applied` 0 skips."""

@@ -67,10 +67,6 @@ class ExtractedFeatures(NamedTuple):
         assert self.tokens is not None
         return self.tokens
 
-    def pooled(self, pool: str) -> Float[Tensor, "n d"]:
-        """The pooled feature by name: "mean" or "cls"."""
-        return self.mean if pool == "mean" else self.cls
-
     def select(self, mask: Bool[np.ndarray, " n"]) -> "ExtractedFeatures":
         """The images for which `mask` is true."""
         tokens = None if self.tokens is None else self.tokens[mask]
