@@ -148,9 +148,6 @@ class Backbone(StandardizingViT):
         network.bits, network.method, network.blocks = self.bits, self.method, blocks
         return network.train(self.training)
 
-    def extra_repr(self) -> str:
-        return f"blocks={self.blocks}" if self.blocks > 1 else ""
-
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of
         channels, size or range of values."""
@@ -194,7 +191,7 @@ class Pixels(nn.Module):
     """The baseline for every backbone: an image's pixels as its features, its patches as tokens."""
 
     channels, patch = 3, 4
-    bits, method = None, ""
+    bits, method, blocks = None, "", 1
 
     def __init__(self, shape: tuple[int, int] = (32, 32)):
         super().__init__()

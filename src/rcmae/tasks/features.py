@@ -127,7 +127,9 @@ def extract(
     shape = backbone.shape
     assert part.labels is not None  # open_labeled refuses images without labels
     key = hashlib.sha256(
-        json.dumps([identity(backbone), part.fingerprint(), part.bits or 16, shape, precision, 3]).encode()
+        json.dumps(
+            [identity(backbone), backbone.blocks, part.fingerprint(), part.bits or 16, shape, precision, 3]
+        ).encode()
     ).hexdigest()[:16]
     folder = cache / key
     folder.mkdir(parents=True, exist_ok=True)
