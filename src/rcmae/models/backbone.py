@@ -155,7 +155,7 @@ class Backbone(StandardizingViT):
         standardized = self._standardize(images)
         check_range(images)
         if self.blocks > 1:
-            each = vit.forward_intermediates(
+            each: Any = vit.forward_intermediates(
                 standardized,
                 self.blocks,
                 return_prefix_tokens=True,
