@@ -22,30 +22,38 @@ from rcmae.methods import METHODS
 
 BUNDLED = [name for name in METHODS if f"{name}-bundled" in shipped_recipes()]
 
+PROBES = ("linear", "attentive")
+
 
 def table(results: dict[str, Any]) -> str:
     """Accuracy above random initialization, and the health of the features."""
     machine, rows = results["machine"], []
     for row in results["rows"]:
-        cells = [row["arm"], str(row["steps"]), f"{markdown.mean(row['linear']):.1f}"]
-        cells.append(markdown.signed(row["linear gain"]))
+        cells = [row["arm"], str(row["steps"])]
+        for probe in PROBES:
+            cells += [f"{markdown.mean(row[probe]):.1f}", markdown.signed(row[f"{probe} gain"])]
         for key in ("rankme", "entropy", "prototypes_used"):
             values = [health[key] for health in row["health"] if key in health]
             cells.append(f"{markdown.mean(values):.1f}" if values else "")
         rows.append(cells)
-    above = [row["arm"] for row in results["rows"] if row["linear gain"][1] > 0]
-    rest = [row["arm"] for row in results["rows"] if row["arm"] not in above]
+    verdicts = []
+    for probe in PROBES:
+        above = [row["arm"] for row in results["rows"] if row[f"{probe} gain"][1] > 0]
+        below = [row["arm"] for row in results["rows"] if row[f"{probe} gain"][2] < 0]
+        rest = [row["arm"] for row in results["rows"] if row["arm"] not in (*above, *below)]
+        groups = (("above", above), ("below", below), ("inconclusive", rest))
+        named = "; ".join(f"{name}: {', '.join(arms)}" for name, arms in groups if arms)
+        verdicts.append(f"By the {probe} probe, against the randomly initialized encoder, {named}.")
     conditions = f"{results['seeds']} seeds, 95 % intervals; {_conditions(machine)}"
     for row in results["rows"]:
         differing = row.get("machine", machine)
         if differing["precision"] != machine["precision"]:
             conditions += f"; {row['arm']}: {_conditions(differing)}"
-    head = ["method", "steps", "linear probe", "above the randomly initialized encoder"]
+    columns = [text for probe in PROBES for text in (f"{probe} probe", "above random init")]
     return markdown.table(
-        [*head, "rank of the features", "entropy, nats", "prototypes in use"],
+        ["method", "steps", *columns, "rank of the features", "entropy, nats", "prototypes in use"],
         rows,
-        f"Above the randomly initialized encoder: {', '.join(above) or 'none'}. Inconclusive: "
-        f"{', '.join(rest) or 'none'}.",
+        *verdicts,
         f"{conditions}.",
     )
 
@@ -89,8 +97,8 @@ def main() -> None:
     machine = before.get("machine", results["machine"])
     write_json(file, {"rows": rows, "machine": machine, "seeds": args.seeds})
     for row in results["rows"]:
-        gain = markdown.signed(row["linear gain"])
-        print(f"{row['arm']} {row['steps']} steps, linear above random init: {gain} {row['health']}")
+        gains = ", ".join(f"{probe} {markdown.signed(row[f'{probe} gain'])}" for probe in PROBES)
+        print(f"{row['arm']} {row['steps']} steps, above random init: {gains} {row['health']}")
 
 
 if __name__ == "__main__":

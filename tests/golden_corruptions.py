@@ -15,7 +15,7 @@ from rcmae.tasks.robustness.corruptions import CORRUPTIONS, corrupt
 from tests.conftest import GOLDEN
 
 FILE = GOLDEN / "corruptions.json"
-SIDES = {"32 px": (32, 32), "96 px": (88, 96)}
+SIDES = {"32 px": (32, 32), "64 px": (64, 68), "128 px": (120, 128)}
 "One image for each table of constants."
 
 

@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 
 from rcmae.data.digits import DigitsSource
 from rcmae.errors import ConfigError
-from rcmae.tasks.robustness.corruptions import CORRUPTIONS, STANDARD, corrupt, generator
+from rcmae.tasks.robustness.corruptions import CORRUPTIONS, SIZES, STANDARD, corrupt, generator, table_for
 from tests.golden_corruptions import FILE, outputs, versions
 from tests.mutations import catches
 
@@ -36,7 +36,8 @@ def pictures() -> dict[str, list[np.ndarray]]:
     return {
         "digits": list(DigitsSource("test", 12, 32, 0).images),
         "small": photographs(32, 12),
-        "large": photographs(112, 8),
+        "medium": photographs(64, 12),
+        "large": photographs(120, 8),
     }
 
 
@@ -76,7 +77,7 @@ def test_pixels_equal_the_stored_ones():
         )
     ),
 )
-@pytest.mark.parametrize("kind", ["digits", "small", "large"])
+@pytest.mark.parametrize("kind", ["digits", "small", "medium", "large"])
 def test_severity_one_is_visible_and_each_next_one_is_stronger(pictures, kind):
     """By the mean absolute distance to the clean images, in levels of 256."""
     for name in CORRUPTIONS:
@@ -173,17 +174,21 @@ def test_noise_has_its_nominal_variance():
     )
 
 
+@catches(
+    "32 px constants at 64 px",
+    "rcmae.tasks.robustness.corruptions:table_for",
+    lambda old: lambda shape: old(shape if min(shape) > 119 else (32, 32)),
+)
 def test_constants_depend_on_the_image_size():
-    """Fractions come from one of two tables; lengths grow with the shorter side, except for the width of a
+    """Fractions come from one of three tables; lengths grow with the shorter side, except for the width of a
     blurred edge, which is that of the blur."""
 
-    def contrast_kept(side: int) -> float:
-        ramp = np.tile(np.linspace(0, 255, side).astype(np.uint8)[:, None, None], (1, side + 9, 3))
-        return corrupt(ramp, "contrast", 1).std() / ramp.std()
+    def noise(side: int) -> float:
+        gray = np.full((side, side + 9, 3), 128, np.uint8)
+        return np.mean([(corrupt(gray, "gaussian_noise", 3, 0, i) / 255).std() for i in range(8)])
 
-    assert [contrast_kept(side) for side in (32, 84, 85, 224)] == pytest.approx(
-        [0.75, 0.75, 0.4, 0.4], rel=0.02
-    )
+    sides = {32: 0.08, 45: 0.08, 46: 0.12, 64: 0.12, 119: 0.12, 120: 0.18, 224: 0.18}
+    assert [noise(side) for side in sides] == pytest.approx([*sides.values()], rel=0.03)
 
     def blur_width(side: int) -> float:
         edge = np.zeros((side, side, 3), np.uint8)
@@ -193,8 +198,29 @@ def test_constants_depend_on_the_image_size():
         return ((slope * position**2).sum() - (slope * position).sum() ** 2) ** 0.5
 
     assert [blur_width(side) for side in (16, 32, 64, 112, 224, 336)] == pytest.approx(
-        [1, 1, 2, 3, 6, 9], rel=0.03
+        [1, 1, 1.5, 2.625, 6, 9], rel=0.03
     )
+
+
+def test_64_px_has_the_constants_of_tiny_imagenet_c():
+    """At severity 5, of the corruptions whose formula is the published one."""
+    published = {
+        "gaussian_noise": 0.18,
+        "shot_noise": 15,
+        "impulse_noise": 0.14,
+        "defocus_blur": 3,
+        "motion_blur": 3,
+        "zoom_blur": (1.25, 0.01),
+        "fog": (2, 1.75),
+        "brightness": 0.5,
+        "contrast": 0.05,
+        "pixelate": 0.5,
+        "jpeg_compression": 25,
+        "speckle_noise": 0.35,
+        "gaussian_blur": 1.5,
+    }
+    assert table_for((64, 64)) == (64, 1) and SIZES[1] == 64
+    assert {name: CORRUPTIONS[name][2][4] for name in published} == published
 
 
 def test_fog_over_white_is_a_plasma_that_spans_its_range():

@@ -35,10 +35,11 @@ from rcmae.data.labeled import open_labeled
 from rcmae.data.pixels import moments, open_image
 from rcmae.data.sampler import BatchSampler, order
 from rcmae.data.sources import open_source
-from rcmae.data.views import center, crop_box, flip, random_resized_crop, rng
+from rcmae.data.views import center, clipped_crop_box, crop_box, flip, random_resized_crop, rng
 from rcmae.engine.console import Screen
 from rcmae.errors import ConfigError, DataError, StorageError
 from rcmae.methods.mae import CropAndMask
+from rcmae.tasks import context
 from rcmae.tasks.probe import probe_set
 from tests import images
 from tests.conftest import small
@@ -184,12 +185,39 @@ def test_without_tifffile_the_extra_is_named(monkeypatch):
 # --- views --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("box", [crop_box, clipped_crop_box])
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**32))
-def test_a_crop_lies_inside_its_image(h, w, seed):
-    top, left, height, width = crop_box(h, w, (0.2, 1.0), (3 / 4, 4 / 3), np.random.default_rng(seed))
+def test_a_crop_lies_inside_its_image(box, h, w, seed):
+    top, left, height, width = box(h, w, (0.2, 1.0), (3 / 4, 4 / 3), np.random.default_rng(seed))
     assert 0 <= top <= top + height <= h
     assert 0 <= left <= left + width <= w
     assert height > 0 < width
+
+
+@catches(
+    "probes crop as pre-training does",
+    "rcmae.tasks.context:random_resized_crop",
+    lambda old: lambda image, shape, scale, rng, box: old(image, shape, (0.2, 1.0), rng),
+)
+def test_probes_are_fitted_on_crops_of_8_percent_and_more_drawn_once():
+    """MAE's linear probing. The image is wide and holds its own coordinates: the drawn height of most crops
+    is too large, and is cut to that of the image."""
+    image = np.zeros((64, 256, 3), np.uint8)
+    image[..., 0], image[..., 1] = 3 * np.arange(64)[:, None], np.arange(256)
+    crops = [context._crop(image, rng(0, 0, i), (32, 32), augment=True)["image"] for i in range(400)]
+    rows, columns = (
+        np.array([32 / 31 * float(crop[k].max() - crop[k].min()) / step for crop in crops])
+        for k, step in ((0, 3), (1, 1))
+    )
+    low, high = np.log(3 / 4), np.log(4 / 3)
+    draws = np.random.default_rng(0)
+    area, aspect = draws.uniform(0.08, 1, 4000) * 64 * 256, np.exp(draws.uniform(low, high, 4000))
+    for sides, expected in (
+        (rows, np.minimum(64, np.sqrt(area / aspect))),
+        (columns, np.minimum(256, np.sqrt(area * aspect))),
+    ):
+        quantiles = [0.02, 0.1, 0.25, 0.5, 0.75, 0.9]
+        assert np.quantile(sides, quantiles) == pytest.approx(np.quantile(expected, quantiles), rel=0.1)
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3, 3), (40, 30)])
@@ -212,6 +240,18 @@ def test_center_crops_the_middle_of_the_image():
     image[8:56, 8:56] = 255
     # The middle 56 of 64 pixels, of which 48 are white, along both sides.
     assert center(image, (32, 32)).float().mean().item() == pytest.approx(255 * (48 / 56) ** 2, rel=0.01)
+
+
+@catches("224/256 at every size", "rcmae.data.views:center_share", lambda old: lambda shape: 224 / 256)
+@pytest.mark.parametrize(("side", "share"), [(64, 7 / 8), (224, 7 / 8), (225, 1), (384, 1)])
+def test_above_224_px_the_evaluation_crop_has_the_whole_shorter_side(side, share):
+    """As in MAE's transform of the validation images."""
+    image = np.zeros((500, 700, 3), dtype=np.uint8)
+    image[..., 0], image[..., 1] = np.arange(500)[:, None] / 2, np.arange(700) / 3
+    crop = center(image, (side, side)).float()
+    seen = [crop[k].mean(1 - k) * step for k, step in ((0, 2), (1, 3))]
+    assert [float(x[-1] - x[0]) for x in seen] == pytest.approx([500 * share * (1 - 1 / side)] * 2, abs=8)
+    assert [float(x.mean()) for x in seen] == pytest.approx([250, 350], abs=3), "the middle"
 
 
 def test_flips_are_fair_and_exact():

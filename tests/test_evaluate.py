@@ -33,6 +33,7 @@ from rcmae.engine.distributed import World
 from rcmae.errors import CheckpointError, DataError
 from rcmae.interop.load import load, load_classifier
 from rcmae.interop.timm_export import export
+from rcmae.methods.dino import DINO
 from rcmae.models.backbone import IMAGENET, Backbone
 from rcmae.models.classifier import Classifier
 from rcmae.pretraining import pretrain
@@ -137,6 +138,7 @@ TASKS = {
     "knn": ["--k", "5"],
     "linear": ["--fit-steps", "50", "--batch", "32"],
     "linear mae": ["--protocol", "mae", "--pool", "mean", "--fit-lr", "30"],
+    "linear last blocks": ["--pool", "cls+mean", "--blocks", "2", "--fit-steps", "200", "--batch", "32"],
     "linear mae new crops": ["--protocol", "mae", "--fit-epochs", "30", "--augment", "--workers", "0"],
     "attentive": ["--fit-steps", "20", "--batch", "32", "--queries", "2"],
     "attentive latent": ["--kind", "latent", "--fit-steps", "20", "--batch", "32", "--queries", "2"],
@@ -161,6 +163,26 @@ def test_a_task_records_its_results(tmp_path, data, backbone, task, capsys):
     assert np.mean(list(result["per_class"].values())) == pytest.approx(result["metrics"]["top1"])
     assert result["hashes"]["backbone"] == identity(load(backbone))
     assert with_margin(result["metrics"]["top1"], 18) in capsys.readouterr().out
+
+
+@catches("every feature is the mean", "rcmae.methods.distillation:SelfDistillation.pool", lambda old: "mean")
+def test_k_nn_and_the_linear_probe_read_the_feature_of_the_methods_paper(tmp_path, data):
+    quick, features = {"knn": ["--k", "5"], "linear": ["--fit-steps", "5"]}, {}
+    for name in ("rcmae", "dino", "msn"):
+        export(method_for(small(name)).backbone("student"), tmp_path / name, {"method": name})
+        for task, options in quick.items():
+            code, result = run(tmp_path / f"{name}-{task}", task, tmp_path / name, "--data", data, *options)
+            features[name, task] = result["settings"]["pool"], result["settings"]["blocks"]
+            assert code == 0
+    assert features == {
+        ("rcmae", "knn"): ("mean", 1),
+        ("rcmae", "linear"): ("mean", 1),
+        ("dino", "knn"): ("cls", 1),
+        ("dino", "linear"): ("cls", 2),  # of the last 4 blocks, but the network has 2
+        ("msn", "knn"): ("cls", 1),
+        ("msn", "linear"): ("cls", 1),
+    }
+    assert DINO.linear_feature(384) == ("cls", 4) and DINO.linear_feature(768) == ("cls+mean", 1)
 
 
 def test_other_settings_write_another_file(tmp_path, data, backbone):
@@ -1090,6 +1112,13 @@ FAILURES = [
     ),
     (["worth-it", "{backbone}", "--data", "{data}", "--labels", "10"], 2, "leave out --labels and --seed"),
     (["worth-it", "{backbone}", "--data", "{data}", "--seed", "1"], 2, "leave out --labels and --seed"),
+    (["linear", "{backbone}", "--data", "{data}", "--blocks", "3"], 2, "backbone has only 2"),
+    (["knn", "pixels", "--data", "{data}", "--blocks", "2"], 2, "--blocks 2: pixels has no class token"),
+    (
+        ["knn", "{backbone}", "--data", "{data}", "--pool", "mean", "--blocks", "2"],
+        2,
+        "blocks needs pool cls",
+    ),
 ]
 
 

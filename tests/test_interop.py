@@ -46,6 +46,33 @@ def test_timm_gives_equal_outputs(tmp_path, changes):
     assert torch.equal(load(tmp_path / "b" / "model.safetensors")(images).cls, expected.cls)
 
 
+@catches("DINO is pooled as MAE", "rcmae.methods.distillation:SelfDistillation.pool", lambda old: "mean")
+@pytest.mark.parametrize(("name", "pool"), [("rcmae", "avg"), ("dino", "token")])
+def test_timm_fine_tunes_an_export_without_further_arguments(tmp_path, name, pool):
+    """A new head on the pooled features, by default those that the method trains; all weights are loaded."""
+    backbone, images = method_for(small(name)).backbone("student"), torch.rand(4, 3, 16, 16)
+    export(backbone, tmp_path / "b", {"method": name})
+    features, path = backbone(images), f"local-dir:{tmp_path / 'b'}"
+    for arguments in ({}, {"global_pool": "avg"}, {"global_pool": "token"}):
+        model = timm.create_model(path, num_classes=10, pretrained=True, **arguments)
+        assert model.global_pool == arguments.get("global_pool", pool)
+        mean, std = (torch.tensor(model.pretrained_cfg[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
+        pooled = model.eval().forward_head(model.forward_features((images - mean) / std), pre_logits=True)
+        expected = features.mean if model.global_pool == "avg" else features.cls
+        assert torch.allclose(pooled, expected, atol=1e-6)
+        optimizer, labels = torch.optim.SGD(model.train().parameters(), lr=0.1), torch.arange(4)
+        losses = []
+        for _ in range(3):
+            logits = model((images - mean) / std)
+            assert logits.shape == (4, 10)
+            losses.append(torch.nn.functional.cross_entropy(logits, labels))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[2] < losses[0], "two steps of fine-tuning"
+    assert load(tmp_path / "b").method == name
+
+
 def test_a_timm_encoder_is_exported_under_its_own_name(tmp_path):
     recipe = small(model="timm:vit_tiny_patch16_224", width=None, depth=None, heads=None, size=32)
     model = build(recipe.images, recipe.network)

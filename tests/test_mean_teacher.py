@@ -1,6 +1,9 @@
 """What holds for the teacher of every method with one, over a run: one update per optimizer step, evaluation
 mode, and no state of the student that it misses."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +12,7 @@ import rcmae.pretraining as pretraining
 from rcmae.config import RuntimeConfig
 from rcmae.data.digits import DigitsSource
 from rcmae.engine.metrics import read_metrics
+from rcmae.engine.optim import adamw
 from rcmae.methods import METHODS
 from rcmae.methods.mean_teacher import MeanTeacher
 from tests.conftest import small
@@ -91,3 +95,65 @@ def test_the_teacher_follows_the_whole_student(name, tmp_path, monkeypatch):
     for key, value in buffers(method.teacher.model).items():
         now = dict(method.ema_source.named_buffers())[key]
         assert torch.equal(now, first[key]) or torch.equal(now, value), key
+
+
+@catches(
+    "all micro-batches see the same teacher",
+    "rcmae.models.teacher:Teacher.look_ahead",
+    lambda old: lambda self, student, momentum: None,
+)
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_see_the_moved_teacher_as_in_the_official_code(tmp_path, monkeypatch, accumulate):
+    """The rule of RC-MAE's code for two micro-batches, written down plainly: the teacher moves after each,
+    and the student after the second. Halves of a micro-batch see the same teacher."""
+    start, steps = [], []
+    micro_batches, update = pretraining.Pretraining.micro_batches, pretraining.Pretraining.update
+
+    def kept_batches(run):
+        steps.append([])
+        for batch in micro_batches(run):
+            steps[-1].append(batch)
+            yield batch
+
+    def kept_start(run, t):
+        if not start:
+            start.append(copy.deepcopy(run.method))
+        applied = update(run, t)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        runs[:] = [run]
+        return applied
+
+    runs, rates = [], []
+    monkeypatch.setattr(pretraining, "open_source", lambda *args, **options: DigitsSource(count=64, size=16))
+    monkeypatch.setattr(pretraining.Pretraining, "micro_batches", kept_batches)
+    monkeypatch.setattr(pretraining.Pretraining, "update", kept_start)
+    runtime = RuntimeConfig(out=tmp_path, device="cpu", precision="fp32", workers=0, accumulate=accumulate)
+    pretraining.pretrain(small("rcmae", schedule="constant", momentum=0.6, ema_updates=2, probes=0), runtime)
+
+    method = start[0]
+    student, teacher, gamma = method.student, method.teacher.model, method.recipe.rcmae.gamma
+    optimizer = adamw(student, method.recipe.optim, 0.0)
+    for batches, rate in zip(steps, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for part, batch in enumerate(batches, 1):
+            patches, order = method.normalize_and_patchify(batch["image"]), batch["order"]
+            hidden = order[:, method.visible :].unsqueeze(2)
+            target = method.target(patches.take_along_dim(hidden, 1))
+            s, t = (network(patches, order, method.visible) for network in (student, teacher))
+            loss = (s - target).square().mean() + gamma * (s - t.detach()).square().mean()
+            (loss / len(batches)).backward()
+            if part == len(batches):
+                torch.nn.utils.clip_grad_norm_(student.parameters(), method.recipe.optim.clip or math.inf)
+                optimizer.step()
+                optimizer.zero_grad()
+            if part % (len(batches) // 2) == 0:
+                with torch.no_grad():
+                    for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+                        old.copy_(0.6 * old + 0.4 * new)
+    assert len(steps) >= 3
+    for ours, plain in ((runs[0].method.student, student), (runs[0].method.teacher.model, teacher)):
+        for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+            if name.endswith("qkv.bias"):  # the keys' gradient is rounding, which AdamW scales to full steps
+                a, b = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (a, b))
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name

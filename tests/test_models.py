@@ -8,7 +8,7 @@ from rcmae.errors import ConfigError
 from rcmae.interop.official import our_name
 from rcmae.models import blocks
 from rcmae.models.autoencoder import SIZES, build
-from rcmae.models.backbone import Backbone, Pixels, check_images
+from rcmae.models.backbone import Backbone, Pixels, check_images, pooled
 from rcmae.models.classifier import Classifier
 from rcmae.models.encoder import Encoder, build_vit, timm_vit
 from rcmae.models.patches import gather_tokens, patchify
@@ -175,6 +175,28 @@ def test_images_of_another_shape_are_refused_by_name(network):
     for shape in ((2, 3, 32, 16), (2, 3, 20, 20), (2, 1, 16, 16)):
         with pytest.raises(ValueError, match=r"takes images \[b, 3, 16, 16\], not \[.*resize or crop them"):
             model(torch.rand(shape))
+
+
+@catches(
+    "the last norm is applied to the last block only",
+    "timm.models.vision_transformer:VisionTransformer.forward_intermediates",
+    lambda old: lambda self, *args, norm, **options: old(self, *args, norm=False, **options),
+)
+def test_the_class_tokens_of_the_last_blocks_are_those_of_dinos_probe():
+    """Each after the last norm, from the earliest block to the last; the patches are those of the last."""
+    model = build(small(depth=3).images, small(depth=3).network)
+    backbone = Backbone(model.encoder.vit, (0.5,) * 3, (0.5,) * 3).eval()
+    outputs = []
+    for block in backbone.vit.blocks:
+        block.register_forward_hook(lambda block, args, out: outputs.append(out))
+    features, images = backbone.last(2), torch.rand(2, 3, 16, 16)
+    features = features(images)
+    expected = torch.cat([backbone.vit.norm(tokens)[:, 0] for tokens in outputs[1:3]], 1)
+    assert torch.allclose(features.cls, expected, atol=1e-6)
+    assert torch.allclose(features.patches, backbone(images).patches, atol=1e-6)
+    both = pooled(features, "cls+mean")
+    assert torch.equal(both, torch.cat([features.cls, features.patches.mean((2, 3))], 1))
+    assert both.shape == (2, 3 * 24)
 
 
 def test_images_of_another_type_or_shape_are_refused():

@@ -315,6 +315,11 @@ def test_corrupted_images_are_those_of_corrupt_whatever_the_batch_and_workers():
     )
     again = corrupted(models, source, labels, Loading((32, 32), CPU, batch=4, workers=2), 3, names)
     assert all((again[m].correct[n] == results[m].correct[n]).all() for m in models for n in names)
+    corrupted(models, source, labels, Loading((96, 128), CPU), 3, (), messages.append)
+    assert messages[2:] == [
+        "note: no constants are published for 96 px: corruptions use those for 64 px, with lengths in pixels "
+        "times 1.5"
+    ]
     other = corrupted(models, source, labels, Loading((32, 32), CPU), 4, names)
     assert any((other[m].correct["shot_noise"] != results[m].correct["shot_noise"]).any() for m in models)
 

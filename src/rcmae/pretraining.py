@@ -95,7 +95,7 @@ class Pretraining(Trainer):
         """`images` are those of the recipe, if they are open already."""
         self.began = time.monotonic()
         check_parts(recipe.optim.batch_size, context.world.size, context.runtime.accumulate)
-        caveat = METHODS[recipe.method].accumulation_caveat(recipe)
+        caveat = METHODS[recipe.method].micro_batch_statistics(recipe)
         if caveat and recipe.optim.batch_size // context.runtime.accumulate < 2:
             raise ConfigError(
                 f"{recipe.method} learns nothing from micro-batches of one image, as {caveat}: give a "
@@ -199,11 +199,13 @@ class Pretraining(Trainer):
         if optim.weight_decay_end is not None:
             set_weight_decay(self.optimizer, cosine(optim.weight_decay, optim.weight_decay_end, t.fraction))
         mean = Mean(parts)
-        for batch in self.micro_batches():
+        for part, batch in enumerate(self.micro_batches(), 1):
             with autocast(self.device, self.precision):
                 losses = self.net(batch, t)  # the method's forward pass: teacher, student, loss
             (losses["loss"] / parts).backward()
             mean.add(losses)
+            if part < parts:
+                self.method.after_micro_batch(t, part, parts)
         norm = clip_gradients(self.optimizer, optim.clip)
         # Decided on the device, so that no step waits for the host, and by all ranks together.
         applied = self.world.all_ranks((norm.isfinite() & mean.values["loss"].isfinite()).float())

@@ -4,6 +4,7 @@ In shapes, ch and cw are the height and width of a crop.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,45 +78,6 @@ def rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, epoch]))
 
 
-def random_resized_crop(
-    image: Image,
-    shape: tuple[int, int],
-    scale: tuple[float, float],
-    rng: np.random.Generator,
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> UInt8[Tensor, "c ch cw"]:
-    """A crop of random area and aspect ratio, resized to `shape` (height, width), bicubic with antialiasing.
-
-    With scale (1, 1), an image that already has the shape is returned unchanged.
-    """
-    return _resized(image, random_box(image.shape, shape, scale, rng, ratio), shape)
-
-
-def random_box(
-    size: tuple[int, ...],
-    shape: tuple[int, int],
-    scale: tuple[float, float],
-    rng: np.random.Generator,
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Box:
-    """The box of `random_resized_crop` in an image of `size` (height, width)."""
-    h, w = size[:2]
-    whole = scale == (1.0, 1.0) and (h, w) == tuple(shape)
-    return (0, 0, h, w) if whole else crop_box(h, w, scale, ratio, rng)
-
-
-def random_crop(
-    image: Image | Stored, settings: Images, rng: np.random.Generator
-) -> UInt8[Tensor, "c ch cw"] | Cut:
-    """A random crop, perhaps flipped, as [images] of a recipe says."""
-    if isinstance(image, Stored):
-        box = random_box(image.shape, settings.shape, settings.crop_scale, rng)
-        flipped = settings.flip and rng.random() < 0.5
-        return Cut(image.index, *reduced_box(box, image.shape, image.stored), flipped)
-    crop = random_resized_crop(image, settings.shape, settings.crop_scale, rng)
-    return flip(crop, rng) if settings.flip else crop
-
-
 def crop_box(
     h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Box:
@@ -131,18 +93,76 @@ def crop_box(
     return (h - height) // 2, (w - width) // 2, height, width
 
 
+def clipped_crop_box(
+    h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> Box:
+    """As `crop_box`, but drawn once: a side that is longer than the image's is cut to it. So do the probes of
+    MAE, RC-MAE and Efficient Probing (and BYOL)."""
+    area, aspect = rng.uniform(*scale) * h * w, math.exp(rng.uniform(*np.log(ratio)))
+    width = min(w, max(1, round(math.sqrt(area * aspect))))
+    height = min(h, max(1, round(math.sqrt(area / aspect))))
+    return int(rng.integers(h - height + 1)), int(rng.integers(w - width + 1)), height, width
+
+
+def random_resized_crop(
+    image: Image,
+    shape: tuple[int, int],
+    scale: tuple[float, float],
+    rng: np.random.Generator,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    box: Callable[..., Box] = crop_box,
+) -> UInt8[Tensor, "c ch cw"]:
+    """A crop of random area and aspect ratio, resized to `shape` (height, width), bicubic with antialiasing.
+    `box` draws it.
+
+    With scale (1, 1), an image that already has the shape is returned unchanged.
+    """
+    return _resized(image, _random_box(image.shape, shape, scale, rng, ratio, box), shape)
+
+
+def _random_box(
+    size: tuple[int, ...],
+    shape: tuple[int, int],
+    scale: tuple[float, float],
+    rng: np.random.Generator,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    box: Callable[..., Box] = crop_box,
+) -> Box:
+    h, w = size[:2]
+    whole = scale == (1.0, 1.0) and (h, w) == tuple(shape)
+    return (0, 0, h, w) if whole else box(h, w, scale, ratio, rng)
+
+
+def random_crop(
+    image: Image | Stored, settings: Images, rng: np.random.Generator
+) -> UInt8[Tensor, "c ch cw"] | Cut:
+    """A random crop, perhaps flipped, as [images] of a recipe says."""
+    if isinstance(image, Stored):
+        box = _random_box(image.shape, settings.shape, settings.crop_scale, rng)
+        flipped = settings.flip and rng.random() < 0.5
+        return Cut(image.index, *reduced_box(box, image.shape, image.stored), flipped)
+    crop = random_resized_crop(image, settings.shape, settings.crop_scale, rng)
+    return flip(crop, rng) if settings.flip else crop
+
+
 def flip(crop: UInt8[Tensor, "c h w"], rng: np.random.Generator) -> UInt8[Tensor, "c h w"]:
     """A horizontal flip with probability 0.5."""
     return crop.flip(2) if rng.random() < 0.5 else crop
 
 
+def center_share(shape: tuple[int, int]) -> float:
+    """The share of an image's side in the evaluation crop: 224/256, and all of it for networks above 224
+    px (by the shorter side)."""
+    return 1.0 if min(shape) > 224 else 224 / 256
+
+
 def center(image: Image, shape: tuple[int, int]) -> UInt8[Tensor, "c ch cw"]:
-    """The evaluation crop: the center, of 224/256 of the shorter side, resized to `shape` (height, width). An
-    image that already has the shape is returned unchanged."""
+    """The evaluation crop, as in MAE: the center, of `center_share` of the shorter side, resized to `shape`
+    (height, width). An image that already has the shape is returned unchanged."""
     h, w = image.shape[:2]
     if (h, w) == tuple(shape):
         return _resized(image, (0, 0, h, w), shape)
-    fraction = 224 / 256 * min(h / shape[0], w / shape[1])
+    fraction = center_share(shape) * min(h / shape[0], w / shape[1])
     height, width = (
         min(side, max(1, round(fraction * target))) for side, target in zip((h, w), shape, strict=True)
     )

@@ -97,7 +97,8 @@ def scratch(
             recipe = load_recipe(str(path))
             mean, std = (tuple(v.flatten().tolist()) for v in (backbone.mean, backbone.std))
             initial = METHODS[recipe.method](recipe, mean, std).backbone("student")
-            initial.bits = backbone.bits  # so that it sees the same images
+            # So that it sees the same images, and is evaluated on the same feature.
+            initial.bits, initial.method = backbone.bits, backbone.method
             return initial
         backbone = copy.deepcopy(backbone)
         backbone.vit.init_weights()

@@ -10,8 +10,11 @@ import timm
 from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 
+from ..data.views import center_share
 from ..engine.checkpoint import write_folder
 from ..errors import CheckpointError, first_line
+from ..methods import METHODS
+from ..methods.base import Method
 from ..models.backbone import Backbone
 from ..models.blueprint import architecture_of, blueprint
 from ..models.classifier import Classifier
@@ -28,24 +31,32 @@ def export(
     architecture: str | None = None,
     classes: Sequence[str] = (),
 ) -> None:
-    """Write a backbone or a classifier. `metadata` (recipe hash, step, network, ...) is "rcmae" in
+    """Write a backbone or a classifier. `metadata` (method, recipe hash, step, network, ...) is "rcmae" in
     config.json; `architecture` is the timm name that builds it (default: that of the ViT); `classes`, the
     names of a classifier's outputs in order, are timm's `label_names`.
+
+    timm pools a backbone's features by the method: the mean of the patches, or the class token where the
+    method trains it. Its `global_pool` of "avg" or "token" overrides that; the last norm stays before the
+    pooling, so that either loads all weights.
 
     Raises ConfigError as `blueprint` does, and StorageError.
     """
     vit = network.vit
     mean, std = (v.flatten().tolist() for v in (network.mean, network.std))
-    config = blueprint(vit, architecture or architecture_of(vit)) | {
+    built = blueprint(vit, architecture or architecture_of(vit))
+    if not (vit.num_classes or vit.global_pool):
+        token = vit.has_class_token and METHODS.get(metadata.get("method", ""), Method).pool == "cls"
+        built["model_args"]["global_pool"] = "token" if token else "avg"
+    config = built | {
         "num_classes": vit.num_classes,
         "num_features": vit.embed_dim,
-        "global_pool": vit.global_pool,
+        "global_pool": built["model_args"]["global_pool"],
         "pretrained_cfg": {
             "num_classes": vit.num_classes,
             "input_size": [vit.in_chans, *vit.patch_embed.img_size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 224 / 256,
+            "crop_pct": center_share(vit.patch_embed.img_size),
             "mean": mean,
             "std": std,
             "license": "your own",
@@ -74,7 +85,8 @@ def import_backbone(folder: Path) -> Backbone:
         )
     vit.reset_classifier(0)
     backbone = Backbone(vit, *_statistics(config))
-    backbone.bits = (config.get("rcmae") or {}).get("bits")
+    metadata = config.get("rcmae") or {}
+    backbone.bits, backbone.method = metadata.get("bits"), str(metadata.get("method", ""))
     return backbone
 
 

@@ -64,6 +64,9 @@ class Method(Diagnostics, Standardizing):
     "mean and standard deviation per channel that standardize the pixels, in units of 0 to 1"
     networks: tuple[str, ...] = ("student",)
     "networks that are probed and exported, the recommended one last"
+    pool: Literal["mean", "cls"] = "mean"
+    """the feature of an image, by default of k-NN and of the exports in timm: the mean over the patches, or
+    the class token"""
     recorded: list[Comparison] | None = None
     "a list into which `forward` writes its comparison, set by the diagnostics"
 
@@ -89,14 +92,25 @@ class Method(Diagnostics, Standardizing):
     # --- what a method may override -------------------------------------------------------------------------
 
     @classmethod
+    def linear_feature(cls, width: int) -> tuple[Literal["mean", "cls", "cls+mean"], int]:
+        """The feature that the method's paper probes linearly, and of how many of the last blocks it takes
+        the class token."""
+        return cls.pool, 1
+
+    @classmethod
     def validate(cls, recipe: Any) -> list[str]:
         """Problems of a recipe with this method, one message each; called before any data is read."""
         return []
 
     @classmethod
+    def micro_batch_statistics(cls, recipe: Any) -> str:
+        """What the loss of an image takes from the others of its micro-batch; empty if nothing."""
+        return ""
+
+    @classmethod
     def accumulation_caveat(cls, recipe: Any) -> str:
         """Why accumulating micro-batches differs from one large batch; empty if it does not."""
-        return ""
+        return cls.micro_batch_statistics(recipe)
 
     @property
     def ema_source(self) -> WithEncoder:
@@ -112,6 +126,10 @@ class Method(Diagnostics, Standardizing):
     def longer_memory(self) -> str:
         """The setting that gives the teacher a longer memory, for messages."""
         return ""
+
+    def after_micro_batch(self, t: Progress, part: int, parts: int) -> None:
+        """Called after the backward pass of micro-batch `part` of `parts`, from 1, except for the last one.
+        It may be interrupted, and must not change the state of the method."""
 
     def before_step(self, t: Progress, applied: Tensor) -> None:
         """Called in every optimizer step between the backward pass and the update of the weights.

@@ -7,7 +7,7 @@ t, s: the cosines of an image's class token with the prototypes, from the teache
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -95,7 +95,12 @@ class DINO(SelfDistillation):
         self.center = Center(recipe.dino.prototypes, recipe.dino.center_momentum)
 
     @classmethod
-    def accumulation_caveat(cls, recipe: DINORecipe) -> str:
+    def linear_feature(cls, width: int) -> tuple[Literal["cls", "cls+mean"], int]:
+        """As in the papers of DINO and iBOT for ViT-S, and from ViT-B on."""
+        return ("cls", 4) if width < 768 else ("cls+mean", 1)
+
+    @classmethod
+    def micro_batch_statistics(cls, recipe: DINORecipe) -> str:
         parts = {
             "the head's statistics": recipe.dino.head_norm,
             "the balance of the targets": recipe.dino.sinkhorn,

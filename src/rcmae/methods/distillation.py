@@ -57,6 +57,7 @@ class SelfDistillation(MeanTeacher):
     """Matches the student's output on one view of an image to the teacher's on another. Letters: v views,
     b images, t tokens, d width."""
 
+    pool = "cls"
     recipe: SelfDistillationRecipe
     student: "EncoderWithHead | StudentWithPredictor"
     teacher: Teacher[EncoderWithHead]

@@ -55,7 +55,7 @@ class MoCoV3(SelfDistillation):
     student: StudentWithPredictor
 
     @classmethod
-    def accumulation_caveat(cls, recipe: MoCoV3Recipe) -> str:
+    def micro_batch_statistics(cls, recipe: MoCoV3Recipe) -> str:
         return "the other images and the heads' statistics are those of a micro-batch"
 
     def build_head(self, inputs: int) -> nn.Module:

@@ -114,7 +114,7 @@ class MSN(SelfDistillation):
     } | SPREAD_METRICS
 
     @classmethod
-    def accumulation_caveat(cls, recipe: MSNRecipe) -> str:
+    def micro_batch_statistics(cls, recipe: MSNRecipe) -> str:
         return "the mean entropy and the head's statistics are those of a micro-batch"
 
     def build_head(self, inputs: int) -> nn.Module:

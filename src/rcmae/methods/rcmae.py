@@ -132,6 +132,18 @@ class RCMAE(MeanTeacher, MAE):
             self.pending_errors.append(torch.stack([student_error, losses["teacher_reconstruction"]]))
         return losses
 
+    @classmethod
+    def accumulation_caveat(cls, recipe: RCMAERecipe) -> str:
+        moves = recipe.teacher.ema_updates > 1
+        return "the later ones see a teacher that has moved, as in RC-MAE's code" if moves else ""
+
+    def after_micro_batch(self, t: Progress, part: int, parts: int) -> None:
+        # The updates of a step are evenly spaced among its micro-batches; in the official code each follows
+        # one. `before_step` makes them, unless the step is skipped.
+        updates = self.recipe.teacher.ema_updates
+        for _ in range(updates * part // parts - updates * (part - 1) // parts):
+            self.teacher.look_ahead(self.ema_source, self.momentum(t))
+
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)
         if self.adaptive_half_life is not None:

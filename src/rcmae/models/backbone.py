@@ -1,6 +1,6 @@
 """The interface of every encoder to evaluation."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,12 @@ class Features(NamedTuple):
     def tokens(self) -> Float[Tensor, "b t d"]:
         """The class token, then the patches row by row."""
         return torch.cat([self.cls.unsqueeze(1), self.patches.flatten(2).transpose(1, 2)], 1)
+
+
+def pooled(features: Any, pool: str) -> Float[Tensor, "b d"]:
+    """The feature of images by name: "mean", "cls", or "cls+mean", which is both."""
+    parts = [getattr(features, name) for name in pool.split("+")]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def check_images(images: Tensor, channels: int, shape: tuple[int, int] | None) -> None:
@@ -130,16 +136,41 @@ class Backbone(StandardizingViT):
     Its features are the tokens of timm's `forward_features`, without the head and its pooling.
     """
 
+    method: str = ""
+    "the method that trained it, if it is known"
+    blocks: int = 1
+    "the class token of its features is that of the last so many blocks, see `last`"
+
+    def last(self, blocks: int) -> "Backbone":
+        """The same network, whose class token is that of the last `blocks` blocks, after the last norm,
+        concatenated; the patches stay those of the last one. As in DINO's linear probe."""
+        network = Backbone(self.vit, *self.statistics)
+        network.bits, network.method, network.blocks = self.bits, self.method, blocks
+        return network.train(self.training)
+
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of
         channels, size or range of values."""
         vit, embed = self.vit, self.vit.patch_embed
         standardized = self._standardize(images)
         check_range(images)
-        tokens = vit.forward_features(standardized).float()  # [b, t, d]
+        if self.blocks > 1:
+            each: Any = vit.forward_intermediates(
+                standardized,
+                self.blocks,
+                return_prefix_tokens=True,
+                norm=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+            tokens = torch.cat([each[-1][1], each[-1][0]], 1).float()
+            cls = torch.cat([prefix[:, 0] for _, prefix in each], 1).float()
+        else:
+            tokens = vit.forward_features(standardized).float()  # [b, t, d]
+            cls = tokens[:, 0]
         grid = embed.grid_size if embed.strict_img_size else embed.dynamic_feat_size(images.shape[-2:])
         patches = tokens[:, vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
-        return Features(tokens[:, 0] if vit.has_class_token else patches.mean((2, 3)), patches)
+        return Features(cls if vit.has_class_token else patches.mean((2, 3)), patches)
 
 
 class RawFeatures(Features):
@@ -160,7 +191,7 @@ class Pixels(nn.Module):
     """The baseline for every backbone: an image's pixels as its features, its patches as tokens."""
 
     channels, patch = 3, 4
-    bits = None
+    bits, method, blocks = None, "", 1
 
     def __init__(self, shape: tuple[int, int] = (32, 32)):
         super().__init__()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from ..data.labeled import Labeled
 from ..data.loader import batches_of
 from ..data.sampler import BatchSampler
 from ..data.sources import Subset
-from ..data.views import Image, center, flip, random_resized_crop
+from ..data.views import Image, center, clipped_crop_box, flip, random_resized_crop
 from ..engine.console import Screen
 from ..engine.distributed import World, autocast
-from ..models.backbone import Backbone, Features, Pixels
+from ..methods import METHODS
+from ..methods.base import Method
+from ..models.backbone import Backbone, Features, Pixels, pooled
 from ..models.classifier import Classifier
-from .evaluation.base import EvaluationOptions
+from .evaluation.base import EvaluationOptions, Pool
 from .features import ExtractedFeatures, extract
 from .score import Scored, score
 from .splits import PERCENTS, read_split, write_splits
@@ -35,14 +37,15 @@ T = TypeVar("T")
 
 
 class ProbedModel(nn.Module):
-    """A frozen backbone followed by a probe on one of its features: pixels in 0 to 1 to logits "b c"."""
+    """A frozen backbone followed by a probe on one of its features (a pool, or "tokens"): pixels in 0 to 1 to
+    logits "b c"."""
 
-    def __init__(self, backbone: nn.Module, feature: Literal["mean", "cls", "tokens"], layer: nn.Module):
+    def __init__(self, backbone: nn.Module, feature: Pool | Literal["tokens"], layer: nn.Module):
         super().__init__()
         self.backbone, self.feature, self.layer = backbone, feature, layer
 
     def forward(self, images: Float[Tensor, "b channels h w"]) -> Float[Tensor, "b c"]:
-        return self.layer(getattr(self.backbone(images), self.feature))
+        return self.layer(pooled(self.backbone(images), self.feature))
 
 
 @dataclass
@@ -58,7 +61,16 @@ class EvaluationContext:
     precision: str
     classifier: tuple[Classifier, list[str]] | None = None
     "if the backbone came with a head: the complete model, and its classes"
-    extracted: dict[tuple[str, bool], ExtractedFeatures] = field(default_factory=dict)
+    extracted: dict[tuple[str, bool, int], ExtractedFeatures] = field(default_factory=dict)
+
+    @property
+    def method(self) -> type[Method]:
+        """The method that trained the backbone; the base class, if it is not known."""
+        return METHODS.get(self.backbone.method, Method)
+
+    def network(self, blocks: int) -> Backbone | Pixels:
+        """The backbone, with the class tokens of its last `blocks` blocks."""
+        return self.backbone if blocks == 1 else cast(Backbone, self.backbone).last(blocks)
 
     @property
     def cache(self) -> Path:
@@ -81,13 +93,16 @@ class EvaluationContext:
             write_splits(folder, train.labels, seed, sorted({*PERCENTS, self.options.labels}))
         return read_split(file, train.labels)
 
-    def features(self, part: Literal["train", "test"], tokens: bool = False) -> ExtractedFeatures:
+    def features(
+        self, part: Literal["train", "test"], tokens: bool = False, blocks: int = 1
+    ) -> ExtractedFeatures:
         """Features of a part, computed once and cached."""
-        if (part, tokens) not in self.extracted:
+        key = part, tokens, blocks
+        if key not in self.extracted:
             images = self.part(part)
             with self.screen.progress(f"features of {images.name}", len(images)) as tick:
-                self.extracted[part, tokens] = extract(
-                    self.backbone,
+                self.extracted[key] = extract(
+                    self.network(blocks),
                     images,
                     cache=self.cache / "features",
                     tokens=tokens,
@@ -98,16 +113,16 @@ class EvaluationContext:
                     tick=tick,
                     note=self.note,
                 )
-        return self.extracted[part, tokens]
+        return self.extracted[key]
 
     def note(self, bad: list[Bad]) -> None:
         """Report images that cannot be read."""
         for _, path, reason in bad:
             self.screen.say(f"note: {path} cannot be read ({reason})")
 
-    def training_features(self, tokens: bool = False) -> ExtractedFeatures:
+    def training_features(self, tokens: bool = False, blocks: int = 1) -> ExtractedFeatures:
         """Features and labels of the readable training images."""
-        features = self.features("train", tokens)
+        features = self.features("train", tokens, blocks)
         return features if features.readable.all() else features.select(features.readable)
 
     def correct(self, predictions: Int[np.ndarray, " m"], test: ExtractedFeatures) -> Bool[np.ndarray, " m"]:
@@ -130,14 +145,16 @@ class EvaluationContext:
                 tick=tick,
             )
 
-    def crops(self, steps: int, batch: int, augment: bool) -> Iterator[tuple[Features, Int[Tensor, " b"]]]:
+    def crops(
+        self, steps: int, batch: int, augment: bool, blocks: int = 1
+    ) -> Iterator[tuple[Features, Int[Tensor, " b"]]]:
         """Features and labels for `steps` batches of training images: new crops and flips in every epoch, or
         without `augment` the evaluation view."""
         part = self.part("train")
         sampler = BatchSampler(len(part), batch, start=0, stop=steps, seed=self.options.seed)
         view = functools.partial(_crop, shape=self.backbone.shape, augment=augment)
         crops = Images(part, view, self.options.seed, self.backbone.channels, labeled=True)
-        backbone = self.backbone.to(self.device).eval()
+        backbone = self.network(blocks).to(self.device).eval()
         batches = batches_of(crops, sampler, part, self.options.workers, self.device, self.note)
         for images in self.counted("fitting on new crops", steps, batches):
             with torch.no_grad(), autocast(self.device, self.precision):
@@ -169,10 +186,11 @@ class EvaluationContext:
 def _crop(
     image: Image, draws: np.random.Generator, shape: tuple[int, int], augment: bool
 ) -> dict[str, Tensor]:
-    """A random crop (0.2 to 1 of the area) and flip, as in MAE's linear probing, or the evaluation view."""
-    crop = (
-        flip(random_resized_crop(image, shape, (0.2, 1.0), draws), draws) if augment else center(image, shape)
-    )
+    """A random crop (0.08 to 1 of the area, drawn once) and flip, as in MAE's linear probing, or the
+    evaluation view."""
+    if not augment:
+        return {"image": center(image, shape).contiguous()}
+    crop = flip(random_resized_crop(image, shape, (0.08, 1.0), draws, box=clipped_crop_box), draws)
     return {"image": crop.contiguous()}
 
 

@@ -143,8 +143,9 @@ def evaluate(name: str, task: Task, options: EvaluationOptions = EvaluationOptio
             # All networks come first, so that no rank has to wait while rank 0 fits.
             for context in all_contexts:
                 if kind := task.required_features(context):
-                    context.features("train", kind == "tokens")
-                    context.features("test", kind == "tokens")
+                    blocks = task.last_blocks(context)
+                    context.features("train", kind == "tokens", blocks)
+                    context.features("test", kind == "tokens", blocks)
         for context in all_contexts if world.is_main or task.all_ranks else ():
             started = time.monotonic()
             result = task.run(context)

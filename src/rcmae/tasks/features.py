@@ -67,10 +67,6 @@ class ExtractedFeatures(NamedTuple):
         assert self.tokens is not None
         return self.tokens
 
-    def pooled(self, pool: str) -> Float[Tensor, "n d"]:
-        """The pooled feature by name: "mean" or "cls"."""
-        return self.mean if pool == "mean" else self.cls
-
     def select(self, mask: Bool[np.ndarray, " n"]) -> "ExtractedFeatures":
         """The images for which `mask` is true."""
         tokens = None if self.tokens is None else self.tokens[mask]
@@ -131,7 +127,9 @@ def extract(
     shape = backbone.shape
     assert part.labels is not None  # open_labeled refuses images without labels
     key = hashlib.sha256(
-        json.dumps([identity(backbone), part.fingerprint(), part.bits or 16, shape, precision, 2]).encode()
+        json.dumps(
+            [identity(backbone), backbone.blocks, part.fingerprint(), part.bits or 16, shape, precision, 3]
+        ).encode()
     ).hexdigest()[:16]
     folder = cache / key
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..context import EvaluationContext
 
 Which = Literal["teacher", "student", "both"]
-Pool = Literal["mean", "cls"]
+Pool = Literal["mean", "cls", "cls+mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +168,10 @@ class Task:
         """The features that `run` needs first; None if it reads the images itself."""
         return "pooled"
 
+    def last_blocks(self, context: "EvaluationContext") -> int:
+        """Of how many of the last blocks the required features hold the class token."""
+        return 1
+
     def run(self, context: "EvaluationContext") -> TaskResult:
         """Fit on the training part, score on the test part. Raises the errors of `rcmae.errors`."""
         raise NotImplementedError
@@ -178,6 +182,44 @@ class Task:
             return ""
         values = [(getattr(self, f.name), getattr(type(self)(), f.name)) for f in fields(self)]
         return "".join(f"-{v}" for v, default in values if isinstance(v, str) and v != default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledTask(Task):
+    """A task on one feature of an image."""
+
+    pool: Pool | None = None
+    """the feature of an image: the mean over the patches, the class token, or both one after the other;
+    default: that of the paper of the method that trained the backbone, mean if it is not known"""
+    blocks: int | None = None
+    """concatenate the class tokens of the last so many blocks; default: as the paper for linear, else 1"""
+
+    def validate(self) -> list[str]:
+        useless = (self.blocks or 1) > 1 and self.pool == "mean"
+        return [*super().validate(), *(["blocks needs pool cls or cls+mean"] if useless else [])]
+
+    def check(self, context: "EvaluationContext") -> None:
+        vit = getattr(context.backbone, "vit", None)
+        if self.blocks and self.blocks > 1 and not (vit and vit.has_class_token):
+            raise ConfigError(f"--blocks {self.blocks}: {context.name} has no class token")
+        if self.blocks and vit and self.blocks > len(vit.blocks):
+            raise ConfigError(f"--blocks {self.blocks}: {context.name} has only {len(vit.blocks)}")
+
+    def default_feature(self, context: "EvaluationContext") -> tuple[Pool, int]:
+        """Pool and blocks, if neither is given."""
+        return context.method.pool, 1
+
+    def feature(self, context: "EvaluationContext") -> tuple[Pool, int]:
+        """Pool and blocks; a given pool resets blocks to 1, and given blocks the pool to the class token."""
+        pool, blocks = self.default_feature(context)
+        if self.pool or self.blocks:
+            blocks = self.blocks or 1
+            pool = self.pool or ("cls" if blocks > 1 else pool)
+        vit = getattr(context.backbone, "vit", None)
+        return pool, min(blocks, len(vit.blocks)) if vit else 1
+
+    def last_blocks(self, context: "EvaluationContext") -> int:
+        return self.feature(context)[1]
 
 
 def run_of_backbone(name: str) -> Path | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from .base import Pool, Task, TaskResult
+from .base import Pool, PooledTask, TaskResult
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Task):
+class Linear(PooledTask):
     """Linear probing on frozen features."""
 
     name = "linear"
@@ -21,8 +21,6 @@ class Linear(Task):
     protocol: Literal["rates", "mae"] = "rates"
     """rates: SGD at 13 learning rates at once, the best of which is selected on held-out training images;
     mae: BatchNorm and LARS, as in MAE and RC-MAE"""
-    pool: Pool | None = None
-    "input feature; default: mean for rates, cls for mae"
     batch: int | None = None
     "images per step; default: 1,024 for rates, 16,384 for mae"
     fit_steps: int | None = None
@@ -40,29 +38,39 @@ class Linear(Task):
             problems.append("batch must be 2 or more: the mae protocol standardizes within a batch")
         return problems
 
+    def default_feature(self, context: "EvaluationContext") -> tuple[Pool, int]:
+        if self.protocol == "mae":
+            return "cls", 1
+        vit = getattr(context.backbone, "vit", None)
+        return context.method.linear_feature(vit.embed_dim) if vit else ("mean", 1)
+
     def run(self, context: "EvaluationContext") -> TaskResult:
+        from ...models.backbone import pooled
         from .. import linear_probe
         from ..context import ProbedModel
 
-        pool: Pool = self.pool or ("mean" if self.protocol == "rates" else "cls")
-        layer, fit_settings = (self._rates if self.protocol == "rates" else self._mae)(context, pool)
-        test = context.features("test")
-        predictions = linear_probe.predict(layer, test.pooled(pool).to(context.device))
+        pool, blocks = self.feature(context)
+        layer, fit_settings = (self._rates if self.protocol == "rates" else self._mae)(context, pool, blocks)
+        test = context.features("test", blocks=blocks)
+        predictions = linear_probe.predict(layer, pooled(test, pool).to(context.device))
         correct = context.correct(predictions, test)
-        model = ProbedModel(context.backbone, pool, layer)
-        settings = asdict(self) | {"pool": pool} | fit_settings
+        model = ProbedModel(context.network(blocks), pool, layer)
+        settings = asdict(self) | {"pool": pool, "blocks": blocks} | fit_settings
         return TaskResult({"top1": 100 * float(correct.mean())}, correct, model, settings)
 
-    def _rates(self, context: "EvaluationContext", pool: Pool) -> tuple["nn.Module", dict[str, Any]]:
+    def _rates(
+        self, context: "EvaluationContext", pool: Pool, blocks: int
+    ) -> tuple["nn.Module", dict[str, Any]]:
+        from ...models.backbone import pooled
         from .. import linear_probe
 
-        train = context.training_features()
+        train = context.training_features(blocks=blocks)
         images = len(train.labels)
         batch = min(self.batch or 1024, images)
         steps = self.fit_steps or min(max(500, 100 * (images // batch)), 12_500)
         with context.counting("fitting the linear layer", 2 * steps) as tick:
             fitted = linear_probe.fit_rates(
-                train.pooled(pool).to(context.device),
+                pooled(train, pool).to(context.device),
                 train.labels,
                 len(context.set.classes),
                 steps=steps,
@@ -72,7 +80,10 @@ class Linear(Task):
             )
         return fitted.probe, {"batch": batch, "fit_steps": steps} | fitted.record()
 
-    def _mae(self, context: "EvaluationContext", pool: Pool) -> tuple["nn.Module", dict[str, Any]]:
+    def _mae(
+        self, context: "EvaluationContext", pool: Pool, blocks: int
+    ) -> tuple["nn.Module", dict[str, Any]]:
+        from ...models.backbone import pooled
         from .. import attentive_probe, linear_probe
 
         size = len(context.part("train"))
@@ -81,16 +92,16 @@ class Linear(Task):
         batches: Iterable[tuple[Tensor, Tensor]]
         if self.augment:
             batches = (
-                (getattr(features, pool), labels)
-                for features, labels in context.crops(steps, batch, augment=True)
+                (pooled(features, pool), labels)
+                for features, labels in context.crops(steps, batch, augment=True, blocks=blocks)
             )
         else:
-            train = context.training_features()
+            train = context.training_features(blocks=blocks)
             batches = attentive_probe.in_memory(
-                train.pooled(pool).to(context.device), train.labels, steps, batch, context.options.seed
+                pooled(train, pool).to(context.device), train.labels, steps, batch, context.options.seed
             )
             batches = context.counted("fitting the linear layer", steps, batches)
-        width = context.features("test").pooled(pool).shape[1]
+        width = pooled(context.features("test", blocks=blocks), pool).shape[1]
         layer = linear_probe.fit_mae(
             batches,
             width,

@@ -71,6 +71,9 @@ class Robustness(Task):
     def required_features(self, context: "EvaluationContext") -> Literal["pooled", "tokens"] | None:
         return PROBES[self.probe].required_features(context) if context.classifier is None else None
 
+    def last_blocks(self, context: "EvaluationContext") -> int:
+        return PROBES[self.probe].last_blocks(context)
+
     def run(self, context: "EvaluationContext") -> TaskResult:
         """Evaluate the classifier as it is, or fit a probe first."""
         from ...data.loader import processes

@@ -9,18 +9,19 @@ published ones, because
   corrupted, without compression;
 - the constants of glass blur, snow, frost, elastic transform, spatter and saturate are our own: with the
   published ones, the measured mean distance to the clean image does not increase with every severity (for the
-  same reason, defocus blur has a single softness of the rim, motion blur a single kernel length and 2.25
-  instead of 2, fog 3 and 4 instead of 2.5 and 3);
+  same reason, defocus blur has a single softness of the rim, motion blur a single kernel length and at 32 px
+  2.25 instead of 2, fog at 224 px 3 and 4 instead of 2.5 and 3);
 - frost is generated (the original uses six photographs), snow is a fraction of the area, spatter is always
   mud (the original's water needs OpenCV's edge detection), motion blur sums shifted images (the original uses
   ImageMagick), glass blur samples nearby pixels (the original swaps neighbors one after the other), elastic
   transform samples once instead of twice, gray pixels stay gray when saturated, and values are rounded
   instead of truncated.
 
-Constants are published for 224 px (ImageNet-C) and for 32 px (CIFAR-10-C; at that size, ImageNet's noise
-would hide everything and its blurs nothing). We use those whose size is closer, on a log scale, to the
-shorter side: CIFAR's below 85 px. Lengths in pixels are multiplied by (shorter side / 224 or 32), but never
-fall below their value at 32 px; fractions, noise levels and qualities are not scaled.
+Constants are published for 224 px (ImageNet-C), 64 px (Tiny-ImageNet-C) and 32 px (CIFAR-10-C): at 32 px,
+those of 224 px would leave nothing of an image under noise, and change nothing by blur. We use those whose
+size is closest, on a log scale, to the shorter side: CIFAR's up to 45 px, Tiny-ImageNet's up to 119 px.
+Lengths in pixels are multiplied by (shorter side / published size), but never fall below their value at 32
+px; fractions, noise levels and qualities are not scaled.
 """
 
 import io
@@ -65,13 +66,18 @@ def corrupt(image: Picture, corruption: str, severity: int, seed: int = 0, index
         raise ConfigError(f"no corruption is called {corruption!r}; there are {', '.join(CORRUPTIONS)}")
     if severity not in range(1, 6):
         raise ConfigError(f"severity must be 1 to 5, not {severity}")
-    side = max(32, min(image.shape[:2]))
-    small = side < math.sqrt(32 * 224)
+    size, px = table_for(image.shape[:2])
     change, *tables = CORRUPTIONS[corruption]
-    constants = np.atleast_1d(tables[small][severity - 1]).astype(float).tolist()
-    return _uint8(
-        change(image / 255, generator(seed, index, corruption), side / (32 if small else 224), *constants)
-    )
+    constants = np.atleast_1d(tables[SIZES.index(size)][severity - 1]).astype(float).tolist()
+    return _uint8(change(image / 255, generator(seed, index, corruption), px, *constants))
+
+
+def table_for(shape: tuple[int, ...]) -> tuple[int, float]:
+    """For images of this height and width, the published size whose constants are used, and the factor of
+    their lengths in pixels."""
+    side = max(32, min(shape))
+    size = min(SIZES, key=lambda size: abs(math.log(side / size)))
+    return size, side / size
 
 
 # Every corruption takes pixels, a generator, px (the scale of lengths: pixels of this image per pixel of the
@@ -291,53 +297,98 @@ def _plasma(rng: RNG, h: int, w: int, decay: float) -> Float[np.ndarray, "h w"]:
 
 _ELASTIC = [(0.005, 0.02), (0.01, 0.03), (0.015, 0.04), (0.02, 0.05), (0.03, 0.06)]
 
-CORRUPTIONS: dict[str, tuple[Callable[..., Pixels], Constants, Constants]] = {
-    "gaussian_noise": (gaussian_noise, [0.08, 0.12, 0.18, 0.26, 0.38], [0.04, 0.06, 0.08, 0.09, 0.10]),
-    "shot_noise": (shot_noise, [60, 25, 12, 5, 3], [500, 250, 100, 75, 50]),
-    "impulse_noise": (impulse_noise, [0.03, 0.06, 0.09, 0.17, 0.27], [0.01, 0.02, 0.03, 0.05, 0.07]),
-    "defocus_blur": (defocus_blur, [3, 4, 6, 8, 10], [0.3, 0.4, 0.5, 1, 1.5]),
+SIZES = (224, 64, 32)
+"Sides in pixels for which constants are published."
+
+CORRUPTIONS: dict[str, tuple[Callable[..., Pixels], Constants, Constants, Constants]] = {
+    "gaussian_noise": (
+        gaussian_noise,
+        [0.08, 0.12, 0.18, 0.26, 0.38],
+        [0.04, 0.08, 0.12, 0.15, 0.18],
+        [0.04, 0.06, 0.08, 0.09, 0.10],
+    ),
+    "shot_noise": (shot_noise, [60, 25, 12, 5, 3], [250, 100, 50, 30, 15], [500, 250, 100, 75, 50]),
+    "impulse_noise": (
+        impulse_noise,
+        [0.03, 0.06, 0.09, 0.17, 0.27],
+        [0.01, 0.02, 0.05, 0.08, 0.14],
+        [0.01, 0.02, 0.03, 0.05, 0.07],
+    ),
+    "defocus_blur": (defocus_blur, [3, 4, 6, 8, 10], [0.5, 1, 1.5, 2.5, 3], [0.3, 0.4, 0.5, 1, 1.5]),
     "glass_blur": (
         glass_blur,
         # The published maximum distances, times the square root of the published number of iterations.
         [(0.7, 1.4), (0.9, 2), (1, 3.5), (1.1, 4.2), (1.5, 5.7)],
+        [(0.1, 0.7), (0.5, 1), (0.6, 1.4), (0.7, 2), (0.9, 2.8)],
         [(0.1, 0.4), (0.2, 0.6), (0.3, 0.8), (0.3, 1.1), (0.4, 1.4)],
     ),
-    "motion_blur": (motion_blur, [3, 5, 8, 12, 15], [1, 1.5, 2, 2.25, 2.5]),
+    "motion_blur": (motion_blur, [3, 5, 8, 12, 15], [1, 1.5, 2, 2.5, 3], [1, 1.5, 2, 2.25, 2.5]),
     "zoom_blur": (
         zoom_blur,
         [(1.1, 0.01), (1.15, 0.01), (1.2, 0.02), (1.24, 0.02), (1.3, 0.03)],
+        [(1.05, 0.01), (1.1, 0.01), (1.15, 0.01), (1.2, 0.01), (1.25, 0.01)],
         [(1.05, 0.01), (1.1, 0.01), (1.15, 0.01), (1.2, 0.01), (1.25, 0.01)],
     ),
     "snow": (
         snow,
         [(0.03, 3, 4, 0.8), (0.05, 3, 4, 0.7), (0.06, 4, 8, 0.7), (0.09, 4, 8, 0.65), (0.12, 4, 12, 0.55)],
+        [
+            (0.01, 1, 3, 0.8),
+            (0.02, 1, 4, 0.8),
+            (0.04, 1.75, 4, 0.7),
+            (0.06, 2.25, 6, 0.65),
+            (0.1, 2.25, 12, 0.6),
+        ],
         [(0.01, 1, 1, 0.95), (0.02, 1, 1, 0.9), (0.03, 1, 1.5, 0.9), (0.04, 1, 1.5, 0.85), (0.06, 1, 2, 0.8)],
     ),
-    "frost": (frost, [0.6, 0.7, 0.8, 0.9, 1], [0.2, 0.3, 0.4, 0.5, 0.6]),
+    "frost": (frost, [0.6, 0.7, 0.8, 0.9, 1], [0.4, 0.5, 0.6, 0.7, 0.8], [0.2, 0.3, 0.4, 0.5, 0.6]),
     "fog": (
         fog,
         [(1.5, 2), (2, 2), (2.5, 1.7), (3, 1.5), (4, 1.4)],
+        [(0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)],
         [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)],
     ),
-    "brightness": (brightness, [0.1, 0.2, 0.3, 0.4, 0.5], [0.05, 0.1, 0.15, 0.2, 0.3]),
-    "contrast": (contrast, [0.4, 0.3, 0.2, 0.1, 0.05], [0.75, 0.5, 0.4, 0.3, 0.15]),
-    "elastic_transform": (elastic_transform, _ELASTIC, _ELASTIC),
-    "pixelate": (pixelate, [0.6, 0.5, 0.4, 0.3, 0.25], [0.95, 0.9, 0.85, 0.75, 0.65]),
-    "jpeg_compression": (jpeg_compression, [25, 18, 15, 10, 7], [80, 65, 58, 50, 40]),
-    "speckle_noise": (speckle_noise, [0.15, 0.2, 0.35, 0.45, 0.6], [0.06, 0.1, 0.12, 0.16, 0.2]),
-    "gaussian_blur": (gaussian_blur, [1, 2, 3, 4, 6], [0.4, 0.6, 0.7, 0.8, 1]),
+    "brightness": (
+        brightness,
+        [0.1, 0.2, 0.3, 0.4, 0.5],
+        [0.1, 0.2, 0.3, 0.4, 0.5],
+        [0.05, 0.1, 0.15, 0.2, 0.3],
+    ),
+    "contrast": (
+        contrast,
+        [0.4, 0.3, 0.2, 0.1, 0.05],
+        [0.4, 0.3, 0.2, 0.1, 0.05],
+        [0.75, 0.5, 0.4, 0.3, 0.15],
+    ),
+    "elastic_transform": (elastic_transform, _ELASTIC, _ELASTIC, _ELASTIC),
+    "pixelate": (
+        pixelate,
+        [0.6, 0.5, 0.4, 0.3, 0.25],
+        [0.9, 0.8, 0.7, 0.6, 0.5],
+        [0.95, 0.9, 0.85, 0.75, 0.65],
+    ),
+    "jpeg_compression": (jpeg_compression, [25, 18, 15, 10, 7], [65, 58, 50, 40, 25], [80, 65, 58, 50, 40]),
+    "speckle_noise": (
+        speckle_noise,
+        [0.15, 0.2, 0.35, 0.45, 0.6],
+        [0.15, 0.2, 0.25, 0.3, 0.35],
+        [0.06, 0.1, 0.12, 0.16, 0.2],
+    ),
+    "gaussian_blur": (gaussian_blur, [1, 2, 3, 4, 6], [0.5, 0.75, 1, 1.25, 1.5], [0.4, 0.6, 0.7, 0.8, 1]),
     "spatter": (
         spatter,
         [(0.04, 4), (0.08, 4), (0.12, 4), (0.18, 4), (0.25, 4)],
+        [(0.03, 1.5), (0.07, 1.5), (0.1, 1.5), (0.15, 1.5), (0.2, 1.5)],
         [(0.03, 1), (0.06, 1), (0.09, 1), (0.12, 1), (0.16, 1)],
     ),
     "saturate": (
         saturate,
         [(1.5, 0), (2, 0), (3, 0.05), (5, 0.1), (20, 0.2)],
+        [(1.5, 0), (2, 0), (3, 0.05), (5, 0.1), (30, 0.2)],
         [(1.25, 0), (1.5, 0), (1.75, 0.05), (2, 0.1), (2.5, 0.2)],
     ),
 }
-"""Name -> (function, constants of severity 1 to 5 for 224 px, and for 32 px), in the published order; the
+"""Name -> (function, constants of severity 1 to 5 for each of `SIZES`), in the published order; the
 last four are the extra corruptions."""
 
 STANDARD = tuple(CORRUPTIONS)[:15]

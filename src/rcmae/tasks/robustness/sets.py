@@ -34,7 +34,7 @@ from ...engine.console import ShowProgress, no_progress
 from ...errors import ConfigError, DataError
 from ..score import Scored
 from .adversarial import Attack, Check, Model, attacked, sanity
-from .corruptions import STANDARD, corrupt
+from .corruptions import STANDARD, corrupt, table_for
 from .metrics import Errors, columns, imagenet_classes, mean_corruption_error
 
 Labels = Int[np.ndarray, " n"]
@@ -233,8 +233,12 @@ def corrupted(
     corruptions: Sequence[str] = STANDARD,
     say: Say = lambda text: None,
 ) -> dict[str, Corrupted]:
-    """C-style: the evaluation view of each image is corrupted, once for all models. `say` receives a line
-    after each corruption."""
+    """C-style: the evaluation view of each image is corrupted, once for all models. `say` receives a line on
+    the constants if none are published for this size, and one after each corruption."""
+    (side, factor), shorter = table_for(loading.shape), min(loading.shape)
+    if side != shorter:
+        text = "" if factor == 1 else f", with lengths in pixels times {factor:.3g}"
+        say(f"note: no constants are published for {shorter} px: corruptions use those for {side} px{text}")
     indices = _known(source, labels)
     correct = {c: np.zeros((len(models), len(SEVERITIES), len(indices)), bool) for c in corruptions}
     with loading.passes("corruptions", len(corruptions) * len(indices)) as loading:
