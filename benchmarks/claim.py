@@ -3,7 +3,7 @@
 docs/rcmae-answered.md has the plan, which was committed before the first confirming run. Every finished run
 is a line of results/claim.jsonl and is never repeated; an unfinished one resumes from runs/claim.
 
-1. Tuning: every arm at every rate of `RATES` on `TUNING_SEEDS`, at 1,000 steps. An arm whose best rate is the
+1. Rates: every arm at every rate of `RATES` on `TUNING_SEEDS`, at 1,000 steps. An arm whose best rate is the
    lowest or the highest one so far is also trained at the next one of `FURTHER`, if there is one.
 2. Confirmation: every arm at its best rate on `SEEDS`, at 2,000 steps.
 3. Speed: MAE at its best rate and the other lengths of `LENGTHS`, each with its own schedule.
