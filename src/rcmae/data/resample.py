@@ -2,17 +2,18 @@
 antialiasing.
 
 Each image is multiplied by a matrix of integer weights along the width, then along the height; the sums are
-rounded to 8 bits. In float32 all sums are exact, so they do not depend on their order, the device or the
-other images of a batch. Letters: b images, o output pixels, i input pixels along a side.
+rounded to 8 bits. The upper and lower 8 bits of weights are multiplied separately: so all sums over less than
+1,024 pixels (images that are reduced less than 250 times) are exact in float32, and factors also in TF32 and
+bfloat16, and nothing depends on their order or the device. Letters: b images, o output pixels, i input pixels
+along a side.
 """
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-BITS = 16
-"""Most fractional bits of a weight. With more, as torchvision takes them for crops that are reduced more than
-four times, sums could exceed the 24 bits of a float32."""
+BITS = 22
+"Most fractional bits of a weight."
 
 
 def resize(
@@ -30,10 +31,14 @@ def _weighted(
     images: UInt8[Tensor, "b c i x"], lengths: Int[Tensor, " b"], size: int
 ) -> UInt8[Tensor, "b c {size} x"]:
     weights, bits = weights_of(lengths, size, images.shape[2])
-    # Values around zero take one bit less.
-    sums = weights.float().unsqueeze(1) @ (images.float() - 128)  # [b, 1, o, i] @ [b, c, i, x]
+    upper = (weights + 128) >> 8
+    values = images.float() - 128  # 8 bits with the sign
+    sums, lower = (
+        (part.float().unsqueeze(1) @ values).long()  # [b, 1, o, i] @ [b, c, i, x]
+        for part in (upper, weights - 256 * upper)
+    )
     offset = 128 * weights.sum(2) + 2 ** (bits[:, None] - 1)  # [b, o]; the second term rounds
-    sums = (sums.long() + offset[:, None, :, None]) >> bits[:, None, None, None]
+    sums = (256 * sums + lower + offset[:, None, :, None]) >> bits[:, None, None, None]
     return sums.clamp(0, 255).to(torch.uint8)
 
 
