@@ -22,7 +22,8 @@ def system(root, lines: str, files: dict[str, object]):
 def memory(group: str, limit: object, used: int, version: int = 2) -> dict[str, object]:
     """The files of a group; 1000 bytes of those used are of cached files that are not in use."""
     names = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
-    cached = "active_file 77\ninactive_file 1000" if version == 2 else "inactive_file 1\ntotal_inactive_file 1000"
+    cached = f"active_file 77\ninactive_file {1000 if version == 2 else 1}\n"
+    cached += "total_inactive_file 1000" if version == 1 else ""
     values = {**dict(zip(names, (limit, used), strict=True)), "stat": cached}
     return {f"{group}memory.{name}": value for name, value in values.items()}
 
@@ -49,7 +50,7 @@ def memory(group: str, limit: object, used: int, version: int = 2) -> dict[str, 
         pytest.param("0::/job", {}, 1_024_000, id="no files"),
         pytest.param("5:memory:/job", memory("memory/job/", 8000, 1000, 1), 8000, id="version 1"),
         pytest.param("5:memory:/outside/id", memory("memory/", 8000, 1000, 1), 8000, id="container"),
-        pytest.param("5:cpuset:/job", memory("memory/job/", 8000, 1000, 1), 1_024_000, id="another controller"),
+        pytest.param("5:cpuset:/job", memory("memory/job/", 8000, 1000, 1), 1_024_000, id="no controller"),
     ],
 )
 def test_free_memory_is_that_of_the_closest_limit(line, files, free, tmp_path):

@@ -135,6 +135,8 @@ def test_a_killed_pack_continues(data, tmp_path, monkeypatch):
     pack(data, out, 64, workers=0)
     assert damaged.read_bytes() == (whole / damaged.name).read_bytes()
     assert kept.stat().st_mtime_ns == times[kept] and not (out / UNFINISHED).exists()
+    killed_in("_sha256", 2, data, out, 64)  # which only verifies
+    assert (out / UNFINISHED).exists() and len(open_source(str(out))) == len(open_source(str(whole)))
 
 
 def test_a_pack_that_is_killed_twice_keeps_its_numbering(data, tmp_path, monkeypatch):

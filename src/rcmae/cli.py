@@ -1093,7 +1093,7 @@ def _fail(message: str, code: int, label: str = "error") -> int:
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False)
 
 
 def _print_table(title: str | None, columns: Sequence[str | Column], rows: Iterable[Sequence[str]]) -> None:

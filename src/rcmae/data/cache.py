@@ -156,8 +156,8 @@ class RamCache:
 
 
 class DeviceCache(RamCache):
-    """The images of a `RamCache` on the device, from which `cut` makes a batch of crops, equal to those of the
-    RamCache."""
+    """The images of a `RamCache` on the device, from which `cut` makes a batch of crops: they equal those of
+    the RamCache."""
 
     name, devices = "--cache device", ("cuda",)
 
@@ -212,7 +212,7 @@ class DeviceCache(RamCache):
     def cut(self, crops: Cut) -> UInt8[Tensor, "b c h w"]:
         """The crops of a batch, on the device."""
         values = torch.stack([torch.as_tensor(v).long() for v in crops])  # [6, b]
-        largest = math.prod(max(sides) for sides in zip(values[3:5].amax(1).tolist(), self.shape, strict=True))
+        largest = math.prod(map(max, values[3:5].amax(1).tolist(), self.shape))
         return torch.cat([self._cut(part) for part in values.split(max(1, PIXELS // largest), 1)])
 
     def _cut(self, crops: Int[Tensor, "6 b"]) -> UInt8[Tensor, "b c h w"]:
