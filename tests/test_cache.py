@@ -10,7 +10,7 @@ from rcmae.data import cache, loader
 from rcmae.data.cache import DeviceCache, RamCache
 from rcmae.data.dataset import Images
 from rcmae.data.pixels import read_image
-from rcmae.data.resample import resize
+from rcmae.data.resample import _product, resize
 from rcmae.data.sources import open_source
 from rcmae.data.views import Cut, _resized, random_resized_crop, rng
 from rcmae.errors import ConfigError
@@ -98,6 +98,19 @@ def test_resized_batches_are_those_of_torchvision_bit_for_bit(shape, precision):
                 assert torch.equal(resized, by_torchvision(image[:, :h, :w], shape))
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@catches(
+    "weights are multiplied at once",
+    "rcmae.data.resample:_product",
+    lambda old: lambda weights, values: (weights.float() @ values).long(),
+)
+def test_products_of_integers_are_exact():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(2**15 - 99, 2**15, (5, 1000), generator=generator)
+    values = torch.randint(-128, 128, (1000, 7), generator=generator)
+    for w, v in ((weights, values), (-weights, values), (weights, values.abs().clamp(100, 127))):
+        assert torch.equal(_product(w, v.float()), w @ v)
 
 
 def by_torchvision(image: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

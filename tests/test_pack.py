@@ -190,6 +190,19 @@ def test_classes_that_shards_cannot_hold_are_refused(name, data, tmp_path):
     assert not (tmp_path / "full").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [(MANIFEST, "{"), (MANIFEST, "[]"), (MANIFEST, '{"name": "app"}'), (UNFINISHED, "{\n")],
+)
+def test_a_manifest_that_is_not_that_of_a_pack_is_refused(file, content, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).write_text(content)
+    with pytest.raises(ConfigError, match=rf"{file} is damaged or not that of a pack; name a new folder"):
+        pack(data, tmp_path / "out", 64, workers=0)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [file]
+    assert (tmp_path / "out" / file).read_text() == content
+
+
 def test_a_failure_is_shown_though_the_folder_cannot_be_removed(data, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
     unlink = Path.unlink  # NFS keeps an open file that is removed, under another name

@@ -2,9 +2,9 @@
 antialiasing.
 
 Each image is multiplied by a matrix of integer weights along the width, then along the height; the sums are
-rounded to 8 bits. The upper and lower 8 bits of weights are multiplied separately: so all sums over less than
-1,024 pixels (images that are reduced less than 250 times) are exact in float32, and factors also in TF32 and
-bfloat16, and nothing depends on their order or the device. Letters: b images, o output pixels, i input pixels
+rounded to 8 bits. The upper and lower halves of weights are multiplied separately, so that sums of less than
+1,024 products (a reduction by less than 250) are exact in float32, and factors in TF32 and bfloat16 too: the
+results do not depend on the order of a sum or the device. Letters: b images, o output pixels, i input pixels
 along a side.
 """
 
@@ -31,15 +31,17 @@ def _weighted(
     images: UInt8[Tensor, "b c i x"], lengths: Int[Tensor, " b"], size: int
 ) -> UInt8[Tensor, "b c {size} x"]:
     weights, bits = weights_of(lengths, size, images.shape[2])
-    upper = (weights + 128) >> 8
-    values = images.float() - 128  # 8 bits with the sign
-    sums, lower = (
-        (part.float().unsqueeze(1) @ values).long()  # [b, 1, o, i] @ [b, c, i, x]
-        for part in (upper, weights - 256 * upper)
-    )
+    sums = _product(weights.unsqueeze(1), images.float() - 128)  # [b, 1, o, i] @ [b, c, i, x]
     offset = 128 * weights.sum(2) + 2 ** (bits[:, None] - 1)  # [b, o]; the second term rounds
-    sums = (256 * sums + lower + offset[:, None, :, None]) >> bits[:, None, None, None]
+    sums = (sums + offset[:, None, :, None]) >> bits[:, None, None, None]
     return sums.clamp(0, 255).to(torch.uint8)
+
+
+def _product(weights: Int[Tensor, "*a o i"], values: Float[Tensor, "*b i x"]) -> Int[Tensor, "*b o x"]:
+    """The matrix product of integers of 16 bits and of 8 bits, both with the sign."""
+    upper = (weights + 128) >> 8
+    lower = weights - 256 * upper
+    return 256 * (upper.float() @ values).long() + (lower.float() @ values).long()
 
 
 def weights_of(
