@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from rcmae.cli import main
+from rcmae.cli import _print_table, main
 from rcmae.config import RuntimeConfig, flags, sections
 from rcmae.methods import METHODS
 from rcmae.methods.recipes import load_recipe, recipe_type
@@ -373,6 +374,13 @@ def test_other_pipes_and_exits_are_not_taken_for_a_closed_output(monkeypatch, ca
     assert "Broken pipe" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["list"])
+
+
+@catches("brackets are markup", "rcmae.cli:_console", lambda old: Console)
+def test_names_with_brackets_are_printed_as_they_are(capsys):
+    _print_table("photos [x]", ["name [y]"], [["cat [z]"]])
+    printed = capsys.readouterr().out
+    assert all(f"[{letter}]" in printed for letter in "xyz")
 
 
 def test_a_folder_with_every_kind_of_image(tmp_path, capsys):

@@ -120,3 +120,42 @@ def test_without_a_usable_index_the_set_is_listed(tmp_path, place, monkeypatch):
     monkeypatch.setattr(Path, "home", no_home)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert len(open_source(spec)) == 5
+
+
+def test_an_index_is_that_of_one_version_place_and_settings(tmp_path, place, monkeypatch):
+    paths = [
+        index.Index(kind, spec, *about).path
+        for kind, spec, *about in (
+            (files.Files, "data"),
+            (files.Files, "./data"),  # as which the images are named
+            (files.Files, "data", 1),
+            (shards.Shards, "data"),
+        )
+    ]
+    changes = (
+        lambda: monkeypatch.setattr(index, "__version__", "0"),
+        lambda: monkeypatch.setattr(index, "missing_extra", lambda extension: "x" * (extension == ".jxl")),
+        lambda: monkeypatch.chdir(tmp_path),
+    )
+    for change in changes:
+        change()
+        paths.append(index.Index(files.Files, "data").path)
+    assert len(set(paths)) == 7
+    assert paths[-1] == index.Index(files.Files, "data").path
+
+
+def test_another_time_or_size_of_what_was_listed_is_a_change(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"1")
+    age(tmp_path)
+    stamps = [index.stamp(os.fsencode(tmp_path / name)) for name in ("a", "b")]
+    listed, states = index.Strings([each.path for each in stamps]), np.array([each[1:] for each in stamps])
+    assert index._unchanged(listed, states)
+    for column in (0, 1):
+        for row in (0, 1):
+            other = states.copy()
+            other[row, column] += 1
+            assert not index._unchanged(listed, other)
+    (tmp_path / "a").unlink()
+    with pytest.raises(FileNotFoundError):
+        index._unchanged(listed, states)

@@ -135,6 +135,8 @@ def test_a_killed_pack_continues(data, tmp_path, monkeypatch):
     pack(data, out, 64, workers=0)
     assert damaged.read_bytes() == (whole / damaged.name).read_bytes()
     assert kept.stat().st_mtime_ns == times[kept] and not (out / UNFINISHED).exists()
+    killed_in("_sha256", 2, data, out, 64)  # which only verifies
+    assert (out / UNFINISHED).exists() and len(open_source(str(out))) == len(open_source(str(whole)))
 
 
 def test_a_pack_that_is_killed_twice_keeps_its_numbering(data, tmp_path, monkeypatch):
@@ -186,6 +188,19 @@ def test_classes_that_shards_cannot_hold_are_refused(name, data, tmp_path):
     with pytest.raises(DataError, match=f"'{name}' would be read as another one or as several labels"):
         pack(data, tmp_path / "full", 64, workers=0)
     assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [(MANIFEST, "{"), (MANIFEST, "[]"), (MANIFEST, '{"name": "app"}'), (UNFINISHED, "{\n")],
+)
+def test_a_manifest_that_is_not_that_of_a_pack_is_refused(file, content, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).write_text(content)
+    with pytest.raises(ConfigError, match=rf"{file} is damaged or not that of a pack; name a new folder"):
+        pack(data, tmp_path / "out", 64, workers=0)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [file]
+    assert (tmp_path / "out" / file).read_text() == content
 
 
 def test_a_failure_is_shown_though_the_folder_cannot_be_removed(data, tmp_path, monkeypatch):

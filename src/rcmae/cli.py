@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 import traceback
@@ -261,7 +262,7 @@ def pack_data(
         print(f"left out {count}, such as {first['where']} ({first['reason']}): {out / MANIFEST} lists all")
     print(
         f"packed {how_many(result.images, 'image')} into {how_many(result.shards, 'shard')} of "
-        f"{readable_size(result.size)}: --data {out}"
+        f"{readable_size(result.size)}: --data {shlex.quote(str(out))}"
     )
 
 
@@ -580,10 +581,11 @@ def compare_race(
     from .compare.race import ARMS, KINDS, RaceSettings, parse_budget, race, write_race_page
     from .compare.race import arms as parse_arms
     from .engine.distributed import pick_device
+    from .engine.limits import cores
 
     _check_folder(out)
     check(options)
-    jobs = options.jobs or ((os.cpu_count() or 1) if pick_device(options.device).type == "cpu" else 1)
+    jobs = options.jobs or (cores() if pick_device(options.device).type == "cpu" else 1)
     setting = RaceSettings(**vars(options) | {"budget": parse_budget(budget), "jobs": jobs})
     result = race(parse_arms(arms or ARMS, data, settings), setting, out, _console().print)
     first = result["rows"][0]["arm"]
@@ -1088,7 +1090,7 @@ def _fail(message: str, code: int, label: str = "error") -> int:
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False)
 
 
 def _print_table(title: str | None, columns: Sequence[str | Column], rows: Iterable[Sequence[str]]) -> None:

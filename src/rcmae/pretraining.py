@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ class Pretraining(Trainer):
         return Images(self.images, self.method.views(), self.seed, channels, opened=opened)
 
     def faster_loading(self) -> str:
-        packing = f"`rcmae pack {self.recipe.data} OUT` and --data OUT"
+        packing = f"`rcmae pack {shlex.quote(self.recipe.data)} OUT` and --data OUT"
         caching = "--cache ram, if it fits, or " if self.runtime.cache == "none" else ""
         return faster(self.images, self.runtime.workers, f"try {caching}{packing}")
 

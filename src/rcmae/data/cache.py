@@ -1,13 +1,11 @@
 """`--cache ram`: the decoded images in a block of memory that all loader processes share; `--cache device`:
 in the memory of the GPU, which cuts out and resizes the crops, a batch at a time."""
 
-import contextlib
 import math
 import mmap
-import re
+import shlex
 import sys
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import Recipe, how_many, readable_size
 from ..engine.console import Screen, clock
+from ..engine.limits import free_memory
 from ..errors import ConfigError
 from .augment import LocalCrops
 from .base import Source
@@ -31,13 +30,7 @@ USED, DEVICE_USED = 0.8, 0.5
 "Fractions of the free memory, and of that of a GPU, whose rest training needs, that a cache may take."
 
 PIXELS = 2**23
-"Pixels of the largest crops of a batch that are cut out at once, which limits the memory that it takes."
-
-GROUPS = {
-    "": ("sys/fs/cgroup", ("memory.max", "memory.current")),
-    "memory": ("sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
-}
-"Where control groups of version 2, and of version 1, are, and their files of the limit and the usage."
+"Pixels of the crops of a batch that are cut out at once, before or after resizing, which limits the memory."
 
 
 class Decoder(Dataset):
@@ -89,7 +82,8 @@ class RamCache:
         (self.limit, bound), need = self.bound(ranks), math.ceil(size * len(source))
         if need > self.limit:
             fitting = int(self.side * math.sqrt(0.95 * self.limit / need))
-            packing = f"reduce the images with `rcmae pack {recipe.data} OUT --size {fitting}`, or "
+            data = shlex.quote(recipe.data)
+            packing = f"reduce the images with `rcmae pack {data} OUT --size {fitting}`, or "
             raise ConfigError(
                 f"{self.name} takes about {readable_size(need)} for {how_many(len(source), 'image')}"
                 f"{f' in each of {ranks} processes' if ranks > 1 else ''}, and {readable_size(self.limit)} "
@@ -162,8 +156,8 @@ class RamCache:
 
 
 class DeviceCache(RamCache):
-    """The images of a `RamCache` on the device, from which `cut` makes a batch of crops. They equal those of
-    the RamCache, unless reduced more than four times, see `resample`."""
+    """The images of a `RamCache` on the device, from which `cut` makes a batch of crops: they equal those of
+    the RamCache."""
 
     name, devices = "--cache device", ("cuda",)
 
@@ -204,8 +198,8 @@ class DeviceCache(RamCache):
         self.pixels = torch.from_numpy(decoded.block[:used]).view(-1, channels).to(self.device)
         self.starts = torch.from_numpy(decoded.starts // channels).to(self.device)
         self.widths = torch.from_numpy(decoded.shapes[:, 1]).to(self.device)
-        if self.pixels.is_cuda:
-            decoded.block = decoded.block[:0]
+        if self.pixels.device.type != "cpu":
+            decoded.block = np.zeros(0, np.uint8)  # a slice would keep the memory
         return decoded
 
     def opened(self, index: int) -> Stored:
@@ -218,7 +212,7 @@ class DeviceCache(RamCache):
     def cut(self, crops: Cut) -> UInt8[Tensor, "b c h w"]:
         """The crops of a batch, on the device."""
         values = torch.stack([torch.as_tensor(v).long() for v in crops])  # [6, b]
-        largest = math.prod(values[3:5].amax(1).tolist())
+        largest = math.prod(map(max, values[3:5].amax(1).tolist(), self.shape))
         return torch.cat([self._cut(part) for part in values.split(max(1, PIXELS // largest), 1)])
 
     def _cut(self, crops: Int[Tensor, "6 b"]) -> UInt8[Tensor, "b c h w"]:
@@ -257,27 +251,3 @@ class Decoded:
         pixels = self.block[start : start + math.prod(shape)].reshape(shape)
         h, w = self.original[index].tolist()
         return pixels if shape[:2] == [h, w] else Reduced(pixels, (h, w))
-
-
-def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that processes can still take, of the machine or of the control groups that contain this one."""
-    available = re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
-    free = [1024 * int(available[1])] if available else []
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):
-                group = Path(path.lstrip("/"))  # which may be named as outside of a container
-                mount, names = GROUPS[controllers]
-                for folder in (group, *group.parents):
-                    with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
-                        free.append(_left(root / mount / folder, *names))
-    return min(free, default=0)
-
-
-def _left(group: Path, limit: str, usage: str) -> int:
-    """Bytes below the limit of a control group; cached files count as free. Raises OSError or ValueError
-    without a limit."""
-    most, used = (int((group / name).read_text()) for name in (limit, usage))
-    cached = re.findall(r"^(?:total_)?inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-    return max(0, most - used + int(cached[-1] if cached else 0))

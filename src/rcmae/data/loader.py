@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..engine.console import Screen
+from ..engine.limits import cores
 from .base import Source
 from .dataset import Bad, collate, plain_errors, quiet_worker
 
@@ -30,8 +31,7 @@ def ranks_here() -> int:
 
 def usable_cores() -> int:
     """The cores that this process may use, divided among the ranks of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks_here())
+    return max(1, cores() // ranks_here())
 
 
 def processes(source: Source, workers: int | None) -> int:
@@ -48,9 +48,9 @@ def processes(source: Source, workers: int | None) -> int:
 def faster(source: Source, workers: int | None, shrinking: str = "") -> str:
     """What would read the images of `source` faster: more processes if cores are free, otherwise `shrinking`;
     empty if nothing would."""
-    cores, busy = usable_cores(), os.getloadavg()[0] / ranks_here()
-    if processes(source, workers) < cores - 1 and busy < cores - 1:
-        return f"give --workers {cores - 1}"
+    usable, busy = usable_cores(), os.getloadavg()[0] / ranks_here()
+    if processes(source, workers) < usable - 1 and busy < usable - 1:
+        return f"give --workers {usable - 1}"
     return "" if source.in_memory else shrinking
 
 

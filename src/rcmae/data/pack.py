@@ -410,16 +410,20 @@ def _journal(out: Path) -> Iterator[Any]:
 
 def _read(out: Path, journal: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The plan of an earlier call ({} without one), and the entries of its finished shards by name, of which
-    the last one counts."""
+    the last one counts. Raises ConfigError if they cannot be read."""
     journal.seek(0)
     content = journal.read()
     journal.truncate(content.rfind(b"\n") + 1)  # a kill may have cut the last line
-    lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
-    if not lines and (out / MANIFEST).exists():
-        plan = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        lines = [plan, *plan.pop("shards")]
-    plan, *entries = lines or [{}]
-    return plan, {entry["name"]: entry for entry in entries}
+    try:
+        lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+        if not lines and (out / MANIFEST).exists():
+            plan = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+            lines = [plan, *plan.pop("shards")]
+        plan, *entries = lines or [{}]
+        return plan, {entry["name"]: entry for entry in entries}
+    except (ValueError, KeyError, TypeError) as e:
+        file = UNFINISHED if content else MANIFEST
+        raise ConfigError(f"{out / file} is damaged or not that of a pack; name a new folder") from e
 
 
 def _verified(out: Path, finished: dict[str, dict[str, Any]], screen: Screen) -> dict[str, dict[str, Any]]:

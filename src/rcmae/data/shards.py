@@ -74,7 +74,8 @@ class Shards(Source):
         image_filter, (base, part) = ImageFilter(), _part(spec)
         shards = tars_of(base, image_filter)
         for folder in {shard.parent for shard in shards}:
-            if (folder / UNFINISHED).exists():
+            journal = folder / UNFINISHED  # empty while a complete pack is verified
+            if journal.exists() and journal.stat().st_size:
                 raise DataError(f"{folder} is not completely packed; run the same `rcmae pack` again")
         stamps = [stamp(os.fsencode(shard)) for shard in shards]
         index = Index(cls, spec, list(map(str, shards)), image_filter.left_out)

@@ -39,12 +39,14 @@ class Screen:
 
     def __init__(self, is_main: bool, stderr: bool = False):
         self.lines_printed = -1
-        self.console = Console(quiet=not is_main, stderr=stderr, soft_wrap=True, highlight=False)
+        self.console = Console(
+            quiet=not is_main, stderr=stderr, soft_wrap=True, highlight=False, markup=False
+        )  # names may have brackets
         self.bar: Progress | None = None
 
     def say(self, text: str) -> None:
         Screen.last = time.monotonic()
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def start(self, total: int, done: int) -> None:
         """Show the bar on a terminal. Elsewhere, `step` prints progress if the first `report` takes long."""
@@ -59,7 +61,7 @@ class Screen:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
             )
             self.bar = Progress(*columns, console=self.console)
             self.bar.start()
