@@ -136,8 +136,8 @@ def accuracy(line: dict[str, Any], endpoint: str = "linear") -> float:
 
 
 def best_rate(arm: str) -> tuple[float, tuple[float, ...]]:
-    """The rate with the highest mean accuracy of the linear probe among those with all seeds of the first phase, and all
-    of these."""
+    """The rate with the highest mean accuracy of the linear probe among those with all seeds of the first
+    phase, and all of these."""
     means = {}
     for rate in FURTHER:
         done = [line for line in lines() if (line["arm"], line["rate"], line["tuned"]) == (arm, rate, False)]
