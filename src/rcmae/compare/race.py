@@ -55,6 +55,7 @@ from ..engine.metrics import of_kind, read_metrics
 from ..engine.run import run_lock
 from ..errors import ConfigError, DataError, Preempted, ProcessError, RcmaeError, refuse
 from ..methods import METHODS
+from ..methods.distillation import SelfDistillationRecipe
 from ..methods.mean_teacher import MeanTeacherRecipe
 from ..methods.recipes import digits_recipe, load_recipe, with_method
 from ..report.build import write_page
@@ -149,6 +150,8 @@ def _recipe(name: str, suited: str) -> Recipe:
         folder, recipe = load_recipe("folder"), load_recipe(f"{name}-vits16-in1k")
         assert isinstance(folder, MeanTeacherRecipe)
         recipe = changed(recipe, batch_size=folder.optim.batch_size)
+        if isinstance(recipe, SelfDistillationRecipe):  # the same rules and initial weights for all arms
+            recipe = replace(recipe, faithful=False, drop_path=0.0)
         return replace(recipe, teacher=folder.teacher) if isinstance(recipe, MeanTeacherRecipe) else recipe
     return digits_recipe(name)
 
