@@ -25,7 +25,6 @@ import torch
 
 from benchmarks import ROOT, markdown
 from benchmarks.evaluation import PRETRAINED, pretrained
-from benchmarks.half_life import interval
 from rcmae.config import BaseRuntimeConfig, changed, recipe_hash
 from rcmae.engine.console import clock
 from rcmae.engine.distributed import pick_precision
@@ -36,6 +35,7 @@ from rcmae.methods.recipes import load_recipe
 from rcmae.tasks.detection.coco import CocoSet, open_coco, sample_images
 from rcmae.tasks.detection.settings import DetectionRecipe, load_detect
 from rcmae.tasks.detection.train import train
+from rcmae.tasks.interval import Difference, correction_note, judged, over_seeds
 
 BACKBONES: dict[str, tuple[str, Literal["student", "teacher"]] | None] = {
     "random init": None,
@@ -140,12 +140,6 @@ def longer(out: Path, name: str) -> dict[str, Any]:
     return {"backbone": name, "scenes": count, "steps": steps, "seconds": seconds(path), **scores(path)}
 
 
-def paired(values: list[float], others: list[float]) -> list[float]:
-    """Mean difference over paired seeds and its 95 % interval by Student's t; the test images are always the
-    same and not resampled."""
-    return interval(np.subtract(values, others).tolist())
-
-
 def judge(out: Path, seeds: list[int]) -> list[dict[str, Any]]:
     """By number of scenes and backbone: all seeds, and differences to the randomly initialized backbone and
     to MAE."""
@@ -157,7 +151,7 @@ def judge(out: Path, seeds: list[int]) -> list[dict[str, Any]]:
             for number in NUMBERS:
                 values = {other: [seed[number] for seed in by_name[other]] for other in BACKBONES}
                 row[number] = {"seeds": values[name]} | {
-                    f"against {other}": paired(values[name], values[other])
+                    f"against {other}": over_seeds(np.subtract(values[name], values[other]))
                     for other in ("random init", "MAE")
                     if other != name
                 }
@@ -182,7 +176,7 @@ def table(results: dict[str, Any]) -> str:
         f"Bundled scenes, in percent: means of {len(results['seeds'])} paired seeds, "
         f"{results['test_scenes']} test scenes, {results['steps']:,} steps of {results['batch_size']} scenes "
         f"after {results['pretraining_steps']:,} of pre-training, {results['core_minutes']:.0f} core minutes "
-        "in total. 95 % intervals over seeds (Student's t) in brackets. "
+        "in total. 95 % intervals over seeds (Student's t, test scenes as given) in brackets. "
         f"{machine['cpu']}, {machine['precision']}, torch {machine['torch']}.",
         f"Four scenes overfitted from random initialization in {four['steps']:,} steps: box AP "
         f"{four['box AP']:.1f}, mask AP {four['mask AP']:.1f}.",
@@ -200,16 +194,18 @@ def table(results: dict[str, Any]) -> str:
 def verdict(results: dict[str, Any]) -> str:
     """Whether pre-training helps detection, and RC-MAE more than MAE."""
     pairs = [("MAE", "random init"), ("RC-MAE, teacher", "random init"), ("RC-MAE, teacher", "MAE")]
-    texts = []
-    for name, other in pairs:
-        for row in (row for row in results["rows"] if row["backbone"] == name):
-            gains = []
-            for number in ("box AP", "mask AP"):
-                gain, low, high = row[number][f"against {other}"]
-                word = markdown.judged(low, high)
-                gains.append(f"{number} {word} ({gain:+.1f} points, {low:+.1f} to {high:+.1f})")
-            texts.append(f"{name} against {other}, {row['scenes']:,} labeled scenes: {', '.join(gains)}.")
-    return markdown.bullets(texts)
+    family = {
+        f"{name} against {other}, {row['scenes']:,} labeled scenes, {number}": Difference(
+            *row[number][f"against {other}"]
+        )
+        for name, other in pairs
+        for row in results["rows"]
+        if row["backbone"] == name
+        for number in ("box AP", "mask AP")
+    }
+    verdicts = zip(family, judged(family.values()), strict=True)
+    texts = [f"{text}: {verdict}." for text, verdict in verdicts]
+    return f"{markdown.bullets(texts)}\n\n{correction_note(len(family))}"
 
 
 def main() -> None:

@@ -17,17 +17,20 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks import ROOT, markdown
 from rcmae.config import RuntimeConfig, changed, recipe_hash
+from rcmae.data.digits import TEST_IMAGES
 from rcmae.data.labeled import open_labeled
 from rcmae.data.sources import Subset
 from rcmae.engine.console import Screen, clock
@@ -40,7 +43,7 @@ from rcmae.pretraining import pretrain
 from rcmae.tasks.context import EvaluationContext
 from rcmae.tasks.evaluation import KNN, Attentive, FineTune, Linear
 from rcmae.tasks.evaluation.base import EvaluationOptions
-from rcmae.tasks.interval import interval
+from rcmae.tasks.interval import Difference, correction_note, difference, judged
 from rcmae.tasks.robustness import sets
 from rcmae.tasks.robustness.adversarial import fgsm, pgd
 
@@ -60,6 +63,7 @@ EPS, PGD_STEPS = 0.5, 10
 CORRUPTED, ATTACKED = 300, 200
 "Images that are corrupted (75 times each) and attacked, drawn by seed."
 MEASURES = ("clean", "corrupted", "FGSM", "PGD")
+WORDS = ("better", "worse", "equivalent", "inconclusive")
 TASKS = {"knn": "k-NN", "linear": "linear probe", "attentive": "attentive probe", "finetune": "fine-tuning"}
 
 
@@ -108,7 +112,8 @@ def evaluate(out: Path, seed: int, name: str) -> str:
     else:
         backbone = Pixels() if name == "raw pixels" else scratch(str(runs / f"rcmae-{seed}"), seed=seed)
     data = open_labeled("bundled:digits")
-    draws = np.random.Generator(np.random.Philox(key=seed)).permutation(len(data.test))
+    assert len(data.test) == TEST_IMAGES
+    draws = shuffled(seed)
     corrupted, attacked = Subset(data.test, draws[:CORRUPTED]), Subset(data.test, draws[:ATTACKED])
     assert corrupted.labels is not None and attacked.labels is not None
     loading = sets.Loading(tuple(backbone.shape), device)
@@ -160,6 +165,19 @@ def evaluate(out: Path, seed: int, name: str) -> str:
     return f"{file.stem}: {clock(time.monotonic() - began)}"
 
 
+@cache
+def shuffled(seed: int) -> Int[np.ndarray, " m"]:
+    """The test images in an order of a seed, which begins with those that are corrupted and attacked."""
+    return np.random.Generator(np.random.Philox(key=seed)).permutation(TEST_IMAGES)
+
+
+def test_images(seed: int, measure: str) -> Int[np.ndarray, " m"]:
+    """The test image of each result of a measure: for corruptions, all images once for each of 75."""
+    if measure == "clean":
+        return np.arange(TEST_IMAGES)
+    return np.tile(shuffled(seed)[:CORRUPTED], 75) if measure == "corrupted" else shuffled(seed)[:ATTACKED]
+
+
 def judge(out: Path, seeds: list[int]) -> dict[str, Any]:
     """Accuracies by seed, and paired differences to MAE with intervals."""
     by_backbone = {name: [load_file(correct_file(out, name, seed)) for seed in seeds] for name in BACKBONES}
@@ -176,7 +194,8 @@ def judge(out: Path, seeds: list[int]) -> dict[str, Any]:
                 for other in {"MAE", "MAE, averaged"} - {name}:
                     if key in by_backbone[other][0]:
                         others = [arrays[key].astype(bool) for arrays in by_backbone[other]]
-                        row[measure][f"against {other}"] = interval(correct, others)
+                        images = [test_images(seed, measure) for seed in seeds]
+                        row[measure][f"against {other}"] = difference(correct, others, images)
             if len(row) > 3:
                 rows.append(row)
     failed = []
@@ -214,12 +233,14 @@ def table(results: dict[str, Any]) -> str:
         if (row["task"], row["percent"]) == (task, percent)
     ]
     failed = len(results["failed_checks"])
+    gains = [Difference(*row["clean"]["against MAE"]) for row in results["rows"] if row["backbone"] != "MAE"]
+    given = "" if any(gain.images for gain in gains) else ", over seeds, with the test images as given"
     return markdown.table(
         ["task", "labels", "backbone", "clean", "corrupted", *attacks, "corrupted, against MAE"],
         rows,
         f"Accuracy in percent, means of {len(results['seeds'])} paired seeds; corrupted: mean of 15 "
         f"corruptions at 5 severities (not ImageNet-C) of {results['corrupted']} images per seed; attacks: "
-        f"{results['attacked']} images per seed. 95 % intervals in brackets. "
+        f"{results['attacked']} images per seed. 95 % intervals in brackets{given}. "
         + f"{failed} sanity checks of attacks failed (listed in results/evaluation.json). " * (failed > 0)
         + f"{machine['cpu']}, {machine['precision']}, torch {machine['torch']}.",
         left=(0, 2),
@@ -231,22 +252,24 @@ def verdict(results: dict[str, Any]) -> str:
     lines, rows = [], [row for row in results["rows"] if row["backbone"] == "RC-MAE, teacher"]
     for other in ("MAE", "MAE, averaged"):
         for percents, labels in (((100,), "all labels"), ((1, 10), "1 and 10 % of the labels")):
-            cases: dict[str, list[str]] = {"better": [], "worse": [], "inconclusive": []}
-            for row in (row for row in rows if row["percent"] in percents):
-                fraction = "" if percents == (100,) else f" at {row['percent']} %"
-                for measure in MEASURES:
-                    gain, low, high = row[measure][f"against {other}"]
-                    cases[markdown.judged(low, high)].append(
-                        f"{TASKS[row['task']]}{fraction}, {measure} ({gain:+.1f} points, {low:+.1f} to "
-                        f"{high:+.1f})"
-                    )
-            counts = ", ".join(f"{word} in {len(texts)}" for word, texts in cases.items())
+            family = {
+                (row["task"], row["percent"], measure): Difference(*row[measure][f"against {other}"])
+                for row in rows
+                if row["percent"] in percents
+                for measure in MEASURES
+            }
+            verdicts = dict(zip(family, judged(family.values()), strict=True))
+            words = [verdict.word for verdict in verdicts.values()]
+            counts = ", ".join(f"{word} in {words.count(word)}" for word in WORDS)
             lines.append(
-                f"- RC-MAE's teacher against {other}, {labels}, {sum(map(len, cases.values()))} comparisons "
-                f"(task, images): {counts}."
+                f"- RC-MAE's teacher against {other}, {labels}, {len(family)} comparisons (task, images), "
+                f"corrected for their number: {counts}."
             )
-            lines += [f"  - {word}: {text}." for word in ("better", "worse") for text in cases[word]]
-    lines.append("\nOf a hundred 95 % intervals about five exclude zero by chance.")
+            for (task, percent, measure), verdict in verdicts.items():
+                fraction = "" if percents == (100,) else f" at {percent} %"
+                if family[task, percent, measure].low > 0 or family[task, percent, measure].high < 0:
+                    lines.append(f"  - {TASKS[task]}{fraction}, {measure}: {verdict}.")
+    lines.append("\nListed are those whose own 95 % interval excludes zero. " + correction_note(len(family)))
     return "\n".join(lines)
 
 

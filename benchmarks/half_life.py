@@ -10,7 +10,6 @@ import argparse
 import json
 import multiprocessing as mp
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy import stats
 
 from benchmarks import ROOT, markdown
 from benchmarks.runs import pretrain_quietly
@@ -28,8 +26,9 @@ from rcmae.data.sources import open_source
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import write_json
 from rcmae.interop.load import load
-from rcmae.methods.rcmae import RCMAERecipe
+from rcmae.methods.mean_teacher import DEFAULT_HALF_LIFE
 from rcmae.methods.recipes import load_recipe
+from rcmae.tasks.interval import Difference, correction_note, judged, over_seeds
 from rcmae.tasks.probe import accuracies, probe_set
 
 HALF_LIVES = ("0.15%", "0.5%", "1.5%", "5%", "15%")
@@ -92,28 +91,21 @@ def read(out: Path, seeds: int) -> tuple[dict[str, list[dict[str, float]]], list
     return arms, complete, machine
 
 
-def interval(values: Sequence[float]) -> list[float]:
-    """Mean and 95 % interval of Student's t."""
-    mean = float(np.mean(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else float("nan")
-    return [mean, mean - half, mean + half]
-
-
 def summary(arms: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     """A row per arm: accuracy, and its paired difference to MAE and to MAE averaged."""
     rows = []
     for arm, seeds in arms.items():
         row: dict[str, Any] = {"arm": arm}
-        row |= {kind: interval([seed[kind] for seed in seeds]) for kind in ("linear", "knn")}
+        row |= {kind: over_seeds([seed[kind] for seed in seeds]) for kind in ("linear", "knn")}
         row |= {key: float(np.mean([seed[key] for seed in seeds])) for key in ("reconstruction", "half_life")}
         row |= {f"against {other}": gain(arms, arm, other) for other in ("MAE", "MAE, averaged")}
         rows.append(row)
     return rows
 
 
-def gain(arms: dict[str, list[dict[str, float]]], arm: str, other: str) -> list[float]:
-    """The interval of the difference in linear probe accuracy within a seed."""
-    return interval([a["linear"] - b["linear"] for a, b in zip(arms[arm], arms[other], strict=True)])
+def gain(arms: dict[str, list[dict[str, float]]], arm: str, other: str) -> Difference:
+    """The difference in linear probe accuracy within a seed."""
+    return over_seeds([a["linear"] - b["linear"] for a, b in zip(arms[arm], arms[other], strict=True)])
 
 
 MARGIN = 1.0
@@ -128,27 +120,22 @@ def verdicts(arms: dict[str, list[dict[str, float]]]) -> dict[str, str]:
         key=lambda arm: np.mean([seed["linear"] for seed in arms[arm]]),
     )
     worst, best = by_mean[0], by_mean[-1]
-    recipe = load_recipe("bundled")
-    assert isinstance(recipe, RCMAERecipe)
-    default, adaptive = f"RC-MAE {recipe.teacher.half_life}, teacher", "RC-MAE adaptive, teacher"
+    default, adaptive = f"RC-MAE {DEFAULT_HALF_LIFE}, teacher", "RC-MAE adaptive, teacher"
     chosen = ", chosen on these seeds"
     pairs = {
         "default": (default, "MAE", ""),
         "averaging": (default, "MAE, averaged", ""),
         "best": (best, "MAE, averaged", chosen),
         "worst": (worst, "MAE", chosen),
-        "adaptive": (adaptive, best, f": {best.split(',')[0]} is the best fixed one{chosen}"),
+        "adaptive": (adaptive, best, ", the best fixed one on these seeds"),
     }
-    texts = {}
-    for name, (arm, other, note) in pairs.items():
-        mean, low, high = gain(arms, arm, other)
-        texts[name] = (
-            f"{arm} against {other}: {markdown.judged(low, high)} ({mean:+.1f} points, 95 % interval "
-            f"{low:+.1f} to {high:+.1f}{note})"
-        )
-        if name == "adaptive":
-            good = low > -MARGIN
-            texts[name] += f"; at most {MARGIN:.0f} point worse" if good else "; off by default"
+    gains = [gain(arms, arm, other) for arm, other, _ in pairs.values()]
+    texts = {
+        name: f"{arm} against {other}{note}: {verdict}"
+        for (name, (arm, other, note)), verdict in zip(pairs.items(), judged(gains), strict=True)
+    }
+    good = gains[-1].low > -MARGIN
+    texts["adaptive"] += f"; at most {MARGIN:.0f} point worse" if good else "; off by default"
     return texts
 
 
@@ -168,7 +155,8 @@ def table(results: dict[str, Any]) -> str:
         ["arm", "half-life in steps", "linear probe", *(f"against {other}" for other in others)],
         rows,
         f"{len(results['seeds'])} paired seeds, {results['steps']:,} steps; means with 95 % t intervals, "
-        f"differences within a seed. {machine['cpu']}, {machine['precision']}.",
+        f"differences within a seed. {correction_note(len(results['verdicts']))} {machine['cpu']}, "
+        f"{machine['precision']}.",
         verdict(results),
     )
 
@@ -186,7 +174,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for network, color, shift in (("student", "#c2410c", 0.97), ("teacher", "#1d62b8", 1.03)):
         chosen = [by_name[f"RC-MAE {h}, {network}"] for h in HALF_LIVES]
         x = [float(h.rstrip("%")) * shift for h in HALF_LIVES]
-        middle, low, high = zip(*(row["linear"] for row in chosen), strict=True)
+        middle, low, high = zip(*(row["linear"][:3] for row in chosen), strict=True)
         spread = [
             [m - a for m, a in zip(middle, low, strict=True)],
             [b - m for m, b in zip(middle, high, strict=True)],
@@ -255,7 +243,7 @@ def main() -> None:
     write_json(ROOT / "results" / "half_life.json", results)
     draw(rows, ROOT / "docs" / "img" / "half_life.png")
     for row in rows:
-        mean, low, high = row["linear"]
+        mean, low, high = row["linear"][:3]
         against = row["against MAE"][0]
         print(f"{row['arm']:24} {mean:5.1f} [{low:.1f} to {high:.1f}]  against MAE {against:+.1f}")
     print(*texts.values(), sep="\n")

@@ -19,6 +19,7 @@ from rcmae.data.sources import open_source
 from rcmae.engine import signals
 from rcmae.engine.run import read_json, write_json
 from rcmae.methods import METHODS
+from rcmae.tasks.interval import Difference, correction_note, judged
 
 BUNDLED = [name for name in METHODS if f"{name}-bundled" in shipped_recipes()]
 
@@ -36,14 +37,15 @@ def table(results: dict[str, Any]) -> str:
             values = [health[key] for health in row["health"] if key in health]
             cells.append(f"{markdown.mean(values):.1f}" if values else "")
         rows.append(cells)
+    gains = {
+        (row["arm"], probe): Difference(*row[f"{probe} gain"]) for row in results["rows"] for probe in PROBES
+    }
+    texts = dict(zip(gains, judged(gains.values()), strict=True))
     verdicts = []
     for probe in PROBES:
-        above = [row["arm"] for row in results["rows"] if row[f"{probe} gain"][1] > 0]
-        below = [row["arm"] for row in results["rows"] if row[f"{probe} gain"][2] < 0]
-        rest = [row["arm"] for row in results["rows"] if row["arm"] not in (*above, *below)]
-        groups = (("above", above), ("below", below), ("inconclusive", rest))
-        named = "; ".join(f"{name}: {', '.join(arms)}" for name, arms in groups if arms)
-        verdicts.append(f"By the {probe} probe, against the randomly initialized encoder, {named}.")
+        parts = "; ".join(f"{row['arm']}: {texts[row['arm'], probe]}" for row in results["rows"])
+        verdicts.append(f"By the {probe} probe, against the randomly initialized encoder, {parts}.")
+    verdicts.append(correction_note(len(gains)))
     conditions = f"{results['seeds']} seeds, 95 % intervals; {_conditions(machine)}"
     for row in results["rows"]:
         differing = row.get("machine", machine)

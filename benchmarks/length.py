@@ -26,6 +26,7 @@ from rcmae.engine.console import no_progress
 from rcmae.engine.run import describe_machine, write_json
 from rcmae.interop.load import load
 from rcmae.methods.recipes import load_recipe
+from rcmae.tasks.interval import paired
 from rcmae.tasks.probe import ProbeSet, read_images
 
 IMAGES = (500, 2000)
@@ -67,15 +68,12 @@ def run(out: Path, pictures: Path, images: int, samples: int) -> None:
 
 def row(name: str, images: int | None, samples: int | None, correct: np.ndarray, start: np.ndarray) -> Any:
     """Accuracy, and the gain over the randomly initialized encoder with its 95 % interval, in points."""
-    gain = correct.astype(float) - start
-    half = 1.96 * gain.std(ddof=1) / len(gain) ** 0.5
-    accuracy = 100 * float(correct.mean())
     return {
         "name": name,
         "images": images,
         "samples": samples,
-        "accuracy": accuracy,
-        "gain": [100 * float(v) for v in (gain.mean(), gain.mean() - half, gain.mean() + half)],
+        "accuracy": 100 * float(correct.mean()),
+        "gain": paired(correct.astype(bool), start.astype(bool)),
     }
 
 
@@ -87,7 +85,7 @@ def table(results: dict[str, Any]) -> str:
             f"{line['samples']:,}" if line["samples"] else "",
             f"{line['samples'] / line['images']:,.0f}" if line["samples"] else "",
             f"{line['accuracy']:.1f}",
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*line["gain"]),
+            markdown.signed(line["gain"]),
         ]
         for line in results["rows"]
     ]

@@ -19,13 +19,8 @@ def bullets(texts: Iterable[str]) -> str:
 
 
 def signed(interval: Sequence[float] | None) -> str:
-    """Mean, lower and upper bound of a difference; empty without one."""
+    """A difference (`rcmae.tasks.interval`) and its interval; empty without one."""
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*interval) if interval else ""
-
-
-def judged(low: float, high: float) -> str:
-    """What the interval of a gain shows."""
-    return "better" if low > 0 else "worse" if high < 0 else "inconclusive"
 
 
 def mean(values: Sequence[float]) -> float:

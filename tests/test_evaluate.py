@@ -46,7 +46,7 @@ from rcmae.tasks.evaluation.finetune import FineTune
 from rcmae.tasks.evaluation.worth import Worth
 from rcmae.tasks.features import extract, identity
 from rcmae.tasks.finetune import load_finetune
-from rcmae.tasks.interval import with_margin
+from rcmae.tasks.interval import over_seeds, with_margin
 from rcmae.tasks.robustness.corruptions import STANDARD
 from rcmae.tasks.robustness.metrics import imagenet_classes
 from rcmae.tasks.score import READ, Centers, in_parts, rebatched
@@ -930,7 +930,7 @@ def test_worth_it_compares_with_training_from_scratch_for_each_seed(tmp_path, da
         ("from scratch", 100, 36),
         ("backbone", 100, 36),
     ]
-    assert all(len(r["seeds"]) == 2 for r in result["rows"]) and len(result["verdict"]) == 2
+    assert all(len(r["seeds"]) == 2 for r in result["rows"]) and len(result["verdict"]) == 3
     start = load(f"scratch:{backbone}", seed=1).vit.blocks[0].attn.qkv.weight
     assert not torch.equal(start, load(f"scratch:{backbone}", seed=2).vit.blocks[0].attn.qkv.weight)
     assert "With 50 % of the labels (18 images), backbone: " in output
@@ -1050,18 +1050,17 @@ def test_advice_names_flags_that_exist():
 
 
 def test_the_verdict_follows_from_the_interval():
-    def row(arm, percent, mean, gain=None):
-        return {"arm": arm, "percent": percent, "images": 7, "seeds": [mean]} | (
-            {"gain": gain} if gain else {}
-        )
+    def row(arm, *seeds):
+        gain = {} if arm == "from scratch" else {"gain": over_seeds([s - 10 for s in seeds])}
+        return {"arm": arm, "percent": 1, "images": 7, "seeds": seeds} | gain
 
-    rows = [
-        row("from scratch", 1, 10.0),
-        *(row("t", 1, 30.0, [20.0, low, high]) for low, high in ((5, 35), (-5, 45))),
-    ]
-    paid, unclear, worse = verdict([*rows, row("t", 1, 5.0, [-5.0, -9, -1])])
-    assert "pre-training paid off (30.0 % accuracy, 10.0 % from scratch; +20.0 points, +5.0 to +35.0)" in paid
-    assert "inconclusive" in unclear and "did not pay" in worse
+    rows = [row("from scratch", 10.0, 10.0), row("t", 29, 30, 31), row("t", 5, 30, 40), row("t", 1, 1.5, 2)]
+    paid, unclear, worse, same, note = verdict([*rows, row("t", 10, 10.01, 10.02)])
+    assert (
+        "pre-training paid off (30.0 % accuracy, 10.0 % from scratch; +20.0 points, +17.5 to +22.5)" in paid
+    )
+    assert "inconclusive (25.0 % accuracy" in unclear and "80 % power at" in unclear
+    assert "did not pay" in worse and "no difference of 1 point or more" in same and "4 comparisons" in note
 
 
 FAILURES = [

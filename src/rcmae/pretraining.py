@@ -24,6 +24,7 @@ from .data.loader import faster, ranks_here
 from .data.pixels import measure_bits
 from .data.sampler import check_parts
 from .data.sources import Source, open_source
+from .data.supervised import path_seed
 from .engine.console import Screen, clock
 from .engine.distributed import World, autocast
 from .engine.metrics import of_kind, read_metrics
@@ -192,22 +193,25 @@ class Pretraining(Trainer):
         if self.logs and self.recorder:
             self.recorder.monitor.start(t)
         peak = optim.base_lr * optim.batch_size / 256
-        lr = warmup_cosine(peak, optim.min_lr, optim.warmup, t)
+        start_of_warmup, length = self.method.schedule
+        lr = warmup_cosine(peak, optim.min_lr, optim.warmup, t, peak * start_of_warmup, length)
         if self.extended:
             start, stop = self.extended[-1]
             lr *= ramp(optim.warmup * (stop - start), t.step - start)
         set_lr(self.optimizer, lr)
         if optim.weight_decay_end is not None:
-            set_weight_decay(self.optimizer, cosine(optim.weight_decay, optim.weight_decay_end, t.fraction))
+            decay = cosine(optim.weight_decay, optim.weight_decay_end, t.fraction / length)
+            set_weight_decay(self.optimizer, decay)
         mean = Mean(parts)
         for part, batch in enumerate(self.micro_batches(), 1):
+            torch.manual_seed(path_seed(self.recipe.seed, t.step, self.world.rank * parts + part))
             with autocast(self.device, self.precision):
                 losses = self.net(batch, t)  # the method's forward pass: teacher, student, loss
             (losses["loss"] / parts).backward()
             mean.add(losses)
             if part < parts:
                 self.method.after_micro_batch(t, part, parts)
-        norm = clip_gradients(self.optimizer, optim.clip)
+        norm = clip_gradients(self.optimizer, optim.clip, self.method.clipped_together)
         # Decided on the device, so that no step waits for the host, and by all ranks together.
         applied = self.world.all_ranks((norm.isfinite() & mean.values["loss"].isfinite()).float())
         self.method.before_step(t, applied)

@@ -5,8 +5,8 @@ the same initial weights. The budget is a number of images, of FLOPs (counted by
 this device; an arm makes the steps that fit. During and after training, linear, attentive and k-NN probes of
 the frozen backbone record which test images they classify correctly.
 
-Arms are compared within a seed. The interval of a difference is a bootstrap over seeds and over their test
-images, widened for few seeds (see `interval`); if it contains zero, the comparison is inconclusive.
+Arms are compared within a seed, by Student's t over seeds, with the variance of the test images that seeds
+share; every arm with the first one, corrected for their number (see `tasks.interval`).
 
 Every run is a run of `rcmae pretrain` under the output folder. Finished runs are never repeated: the same
 command resumes where it stopped.
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from safetensors.numpy import load_file
 
 from ..config import (
@@ -55,12 +55,13 @@ from ..engine.metrics import of_kind, read_metrics
 from ..engine.run import run_lock
 from ..errors import ConfigError, DataError, Preempted, ProcessError, RcmaeError, refuse
 from ..methods import METHODS
+from ..methods.distillation import SelfDistillationRecipe
 from ..methods.mean_teacher import MeanTeacherRecipe
 from ..methods.recipes import digits_recipe, load_recipe, with_method
 from ..report.build import write_page
 from ..report.curves import Line, plot
-from ..tasks.interval import interval, percents, points
-from ..tasks.probe import KINDS, probe_set
+from ..tasks.interval import Difference, correction_note, difference, judged, percents
+from ..tasks.probe import KINDS, TEST_IMAGE_KEY, probe_set
 from .cost import cost
 from .settings import RaceOptions
 
@@ -149,6 +150,8 @@ def _recipe(name: str, suited: str) -> Recipe:
         folder, recipe = load_recipe("folder"), load_recipe(f"{name}-vits16-in1k")
         assert isinstance(folder, MeanTeacherRecipe)
         recipe = changed(recipe, batch_size=folder.optim.batch_size)
+        if isinstance(recipe, SelfDistillationRecipe):  # the same rules and initial weights for all arms
+            recipe = replace(recipe, faithful=False, drop_path=0.0)
         return replace(recipe, teacher=folder.teacher) if isinstance(recipe, MeanTeacherRecipe) else recipe
     return digits_recipe(name)
 
@@ -266,8 +269,20 @@ class RaceRun:
         """Which test images a probe of the judged network classified correctly, at step 0 of the initial
         encoder."""
         network = self.arm.network if step else "random_init"
-        tensors = load_file(self.path / "probes" / f"{step:08d}.safetensors")
-        return tensors[f"{network}/{kind}"].astype(bool)
+        return self._probed(step)[f"{network}/{kind}"].astype(bool)
+
+    def test_images(self) -> Int[np.ndarray, " m"]:
+        """The numbers of the test images; those of two seeds can be the same."""
+        tensors = self._probed(0)
+        if TEST_IMAGE_KEY not in tensors:
+            raise DataError(
+                f"{self.path} was made by an older version, which did not write down its test images; choose "
+                "another --out"
+            )
+        return tensors[TEST_IMAGE_KEY]
+
+    def _probed(self, step: int) -> dict[str, np.ndarray]:
+        return load_file(self.path / "probes" / f"{step:08d}.safetensors")
 
     def start(self, setting: RaceSettings) -> subprocess.Popen[bytes]:
         """Start the process that makes or resumes the run."""
@@ -410,7 +425,7 @@ def judge(runs: list[RaceRun], costs: dict[str, float], setting: RaceSettings) -
     )
     rows = []
     for name, seeds in by_arm.items():
-        first, points = seeds[0], curve(seeds, costs[name])
+        first, points, images = seeds[0], curve(seeds, costs[name]), [run.test_images() for run in seeds]
         row: dict[str, Any] = {
             "arm": name,
             "steps": first.steps,
@@ -424,9 +439,11 @@ def judge(runs: list[RaceRun], costs: dict[str, float], setting: RaceSettings) -
         }
         for kind in KINDS:
             row[kind], row[f"{kind} random_init"] = percents(final[name][kind]), percents(start[name][kind])
-            row[f"{kind} gain"] = interval(final[name][kind], start[name][kind])
+            row[f"{kind} gain"] = difference(final[name][kind], start[name][kind], images)
             row[f"{kind} against"] = {
-                other: interval(final[name][kind], final[other][kind]) for other in names if other != name
+                other: difference(final[name][kind], final[other][kind], images)
+                for other in names
+                if other != name
             }
         rows.append(row)
     about = dataclasses.asdict(setting) | {"data": runs[0].recipe.data, "budget": str(setting.budget)}
@@ -435,24 +452,17 @@ def judge(runs: list[RaceRun], costs: dict[str, float], setting: RaceSettings) -
 
 
 def verdict(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
-    """The result of the linear probe in sentences: the best arm against all, and every arm against the first
-    one."""
+    """The result of the linear probe in sentences: the best arm, and every arm against the first one, which
+    are the family of comparisons that is corrected for."""
     mean = {row["arm"]: float(np.mean(row["linear"])) for row in rows}
-    best, first = max(rows, key=lambda row: mean[row["arm"]]), rows[0]
-    groups: dict[str, list[str]] = {"better than": [], "inconclusive against": []}
-    for other, (gain, low, high) in best["linear against"].items():
-        group = groups["better than" if low > 0 else "inconclusive against"]
-        group.append(f"{other} ({points(gain, low, high)})")
-    results = "; ".join(f"{group} {', '.join(texts)}" for group, texts in groups.items() if texts)
-    sentences = [
-        f"With {about['budget']} for each on {about['data']}, {best['arm']} has the highest linear probe "
-        f"accuracy on mean patches ({mean[best['arm']]:.1f} %): {results}."
+    best, first = max(mean, key=lambda arm: mean[arm]), rows[0]["arm"]
+    verdicts = judged(Difference(*row["linear against"][first]) for row in rows[1:])
+    return [
+        f"With {about['budget']} for each on {about['data']}, {best} has the highest linear probe accuracy "
+        f"on mean patches ({mean[best]:.1f} %).",
+        *(f"{row['arm']} against {first}: {text}." for row, text in zip(rows[1:], verdicts, strict=True)),
+        correction_note(len(verdicts)),
     ]
-    for row in rows[1:]:
-        gain, low, high = row["linear against"][first["arm"]]
-        word = "better" if low > 0 else "worse" if high < 0 else "inconclusive"
-        sentences.append(f"{row['arm']} against {first['arm']}: {word} ({points(gain, low, high)}).")
-    return sentences
 
 
 def curve(runs: list[RaceRun], flops: float) -> list[dict[str, Any]]:

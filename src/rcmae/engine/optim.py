@@ -11,13 +11,14 @@ def adamw(model: nn.Module, optim: Optim, lr: float) -> torch.optim.AdamW:
     vectors).
 
     Class and mask tokens have shape [1, 1, d] and are decayed, as in the reference code. Parameters with a
-    true `no_decay` attribute are not.
+    true `no_decay` attribute are not, and those with a true `decay` attribute always are.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             exempt = p.ndim <= 1 or name.endswith(".bias") or getattr(p, "no_decay", False)
+            exempt = exempt and not getattr(p, "decay", False)
             (undecayed if exempt else decayed).append(p)
     groups = [
         {"params": decayed, "weight_decay": optim.weight_decay},

@@ -28,11 +28,14 @@ def cosine(start: float, end: float, fraction: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
 
 
-def warmup_cosine(peak: float, end: float, warmup: float, t: Progress) -> float:
-    """Linear from 0 to `peak` over the fraction `warmup` of the run, then a cosine to `end`."""
+def warmup_cosine(
+    peak: float, end: float, warmup: float, t: Progress, start: float = 0.0, length: float = 1.0
+) -> float:
+    """Linear from `start` to `peak` over the fraction `warmup` of the run, then a cosine that reaches `end`
+    after `length` runs."""
     if t.fraction < warmup:
-        return peak * t.fraction / warmup
-    return cosine(peak, end, (t.fraction - warmup) / (1 - warmup))
+        return start + (peak - start) * t.fraction / warmup
+    return cosine(peak, end, (t.fraction - warmup) / (length - warmup))
 
 
 def ramp(length: float, step: int) -> float:

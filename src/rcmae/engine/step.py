@@ -2,7 +2,7 @@
 host never waits for the device."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,22 @@ def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> N
             group["weight_decay"] = weight_decay
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
-    """Clip the gradients to the norm `limit`, if given. Returns the norm before clipping."""
+def clip_gradients(
+    optimizer: torch.optim.Optimizer,
+    limit: float | None,
+    groups: Iterable[Iterable[torch.nn.Parameter]] | None = None,
+) -> Tensor:
+    """Clip the gradients of each of the groups of parameters to the norm `limit`, if given; by default, all
+    are one group. Returns the norm of all before clipping."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if limit:
+    if limit and groups is None:
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    elif limit and groups is not None:
+        for group in groups:
+            if clipped := [p.grad for p in group if p.grad is not None]:
+                scale = (limit / (torch.nn.utils.get_total_norm(clipped) + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_(clipped, scale)
     return norm
 
 

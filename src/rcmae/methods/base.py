@@ -127,6 +127,17 @@ class Method(Diagnostics, Standardizing):
         """The setting that gives the teacher a longer memory, for messages."""
         return ""
 
+    @property
+    def clipped_together(self) -> list[list[nn.Parameter]]:
+        """Groups of parameters whose gradients are clipped, each group by its own norm."""
+        return [list(self.student.parameters())]
+
+    @property
+    def schedule(self) -> tuple[float, float]:
+        """Where the warm-up of the learning rate starts, as a fraction of the peak, and the length of the
+        cosines of learning rate and weight decay, in runs."""
+        return 0.0, 1.0
+
     def after_micro_batch(self, t: Progress, part: int, parts: int) -> None:
         """Called after the backward pass of micro-batch `part` of `parts`, from 1, except for the last one.
         It may be interrupted, and must not change the state of the method."""

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import Rules, Section
 from ..data.augment import LocalCrops
@@ -59,6 +59,8 @@ class DINOSettings(Section):
     "momentum of the center"
     sinkhorn: bool = False
     "Sinkhorn-Knopp instead of centering, as in DINOv2"
+    prototype_norm: bool = False
+    "train the norms of the prototypes, as the released ViT-S of DINO and iBOT do"
     freeze_last: float = 1.0
     "epochs in which the head's last layer is frozen, at most a tenth of the run"
 
@@ -108,9 +110,16 @@ class DINO(SelfDistillation):
         names = " and ".join(name for name, used in parts.items() if used)
         return f"{names} are those of a micro-batch" if names else ""
 
+    @property
+    def clipped_together(self) -> list[list[nn.Parameter]]:
+        weights = self.student.parameters()
+        return [[p] for p in weights] if self.recipe.faithful else super().clipped_together
+
     def build_head(self, inputs: int) -> PrototypeHead:
         head, s = self.recipe.head, self.recipe.dino
-        return PrototypeHead(inputs, head.head_width, head.embedding, s.prototypes, s.head_norm)
+        return PrototypeHead(
+            inputs, head.head_width, head.embedding, s.prototypes, s.head_norm, s.prototype_norm
+        )
 
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         teacher, temperature = self.teacher.model, self.teacher_temperature(t)
@@ -151,7 +160,9 @@ class DINO(SelfDistillation):
     def before_step(self, t: Progress, applied: Tensor) -> None:
         super().before_step(t, applied)
         if t.epoch < self.recipe.dino.freeze_last and t.fraction < LONGEST_FREEZE:
-            self.student.head.last.grad = None
+            for weight in (self.student.head.last, self.student.head.scale):
+                if weight is not None:
+                    weight.grad = None
 
     def after_step(self, t: Progress, applied: Tensor) -> None:
         super().after_step(t, applied)

@@ -8,6 +8,7 @@ from typing import NotRequired, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..config import broken
@@ -15,7 +16,7 @@ from ..data.augment import Crops, LocalCrops, MultiCrop
 from ..engine.distributed import average
 from ..models.autoencoder import build_encoder
 from ..models.backbone import Channels
-from ..models.encoder import Encoder, WithEncoder
+from ..models.encoder import Encoder, WithEncoder, set_drop_path
 from ..models.heads import HeadSettings
 from ..models.patches import gather_tokens
 from ..models.teacher import Teacher
@@ -28,6 +29,11 @@ from .mean_teacher import MeanTeacher, MeanTeacherRecipe, latent_rules
 class SelfDistillationRecipe(MeanTeacherRecipe):
     """The recipe of every method of self-distillation."""
 
+    faithful: bool = False
+    """follow the method's reference code where this package has one rule for all methods: initialization,
+    positions, clipping, weight decay, schedules (docs/methods/ has the list)"""
+    drop_path: float = 0.0
+    "rate at which the student's last block is skipped for an image (drop path); it grows linearly from 0"
     crops: Crops = Crops()
     head: HeadSettings = HeadSettings()
 
@@ -65,6 +71,9 @@ class SelfDistillation(MeanTeacher):
     def __init__(self, recipe: SelfDistillationRecipe, mean: Channels, std: Channels):
         super().__init__(recipe, mean, std)
         encoder = build_encoder(recipe.images, recipe.network)
+        if recipe.faithful:
+            self.initialize(encoder.vit)
+        set_drop_path(encoder.vit, recipe.drop_path)
         self.patch = encoder.patch
         self.patches = math.prod(encoder.grid)
         self.student = self.build_student(EncoderWithHead(encoder, self.build_head(encoder.width)))
@@ -76,12 +85,31 @@ class SelfDistillation(MeanTeacher):
         return student.shared if isinstance(student, StudentWithPredictor) else student
 
     @classmethod
+    def initialize(cls, vit: VisionTransformer) -> None:
+        """The initialization of the reference code, here that of DINO, iBOT and MSN: normal weights and
+        trained positions."""
+        for layer in vit.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        vit.patch_embed.proj.reset_parameters()
+        for weight in (vit.cls_token, vit.pos_embed):
+            if weight is not None:
+                nn.init.trunc_normal_(weight.requires_grad_(True), std=0.02)
+
+    @classmethod
+    def accumulation_caveat(cls, recipe: SelfDistillationRecipe) -> str:
+        paths = "the dropped paths are those of a micro-batch" if recipe.drop_path else ""
+        return " and ".join(part for part in (cls.micro_batch_statistics(recipe), paths) if part)
+
+    @classmethod
     def validate(cls, recipe: SelfDistillationRecipe) -> list[str]:
         c, optim = recipe.crops, recipe.optim
         with torch.device("meta"):
             encoder = build_encoder(recipe.images, recipe.network)
         rules = [
             *latent_rules(recipe, encoder),
+            (0 <= recipe.drop_path < 1, f"drop_path must lie in 0 to below 1, not {recipe.drop_path}"),
             (
                 optim.batch_size >= 2,
                 f"{recipe.method} compares images: give a batch_size of 2 or more, not {optim.batch_size}",

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..config import Rules, Section
@@ -66,7 +67,31 @@ class MoCoV3(SelfDistillation):
         h = self.recipe.head
         if self.recipe.mocov3.freeze_patches:
             net.encoder.vit.patch_embed.requires_grad_(False)
-        return StudentWithPredictor(net, _mlp(h.embedding, h.head_width, h.embedding))
+        student = StudentWithPredictor(net, _mlp(h.embedding, h.head_width, h.embedding))
+        if self.recipe.faithful:
+            for layer in (*net.head.modules(), *student.predictor.modules()):
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
+            for weight in student.parameters():
+                weight.decay = True  # type: ignore[attr-defined]  # read by engine.optim
+        return student
+
+    @classmethod
+    def initialize(cls, vit: VisionTransformer) -> None:
+        """Glorot's, also for queries, keys and values each and for the patch embedding; a class token near
+        zero, and fixed positions."""
+        for name, layer in vit.named_modules():
+            if isinstance(layer, nn.Linear):
+                parts = 3 if name.endswith("qkv") else 1
+                bound = (6 / (layer.out_features / parts + layer.in_features)) ** 0.5
+                nn.init.uniform_(layer.weight, -bound, bound)
+                nn.init.zeros_(layer.bias)
+        width, *patch = vit.patch_embed.proj.weight.shape
+        bound = (6 / (width + math.prod(patch))) ** 0.5
+        nn.init.uniform_(vit.patch_embed.proj.weight, -bound, bound)
+        nn.init.zeros_(vit.patch_embed.proj.bias)
+        assert vit.cls_token is not None  # see latent_rules
+        nn.init.normal_(vit.cls_token, std=1e-6)
 
     def forward(self, batch: Batch, t: Progress) -> dict[str, Tensor]:
         tau = self.recipe.mocov3.student_temperature

@@ -36,6 +36,7 @@ from .distillation import (
 )
 from .distillation import Batch as Crops
 from .distillation_losses import assignments, me_max, sharpen, sinkhorn_knopp
+from .mean_teacher import MSN_STRETCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,14 @@ class MSN(SelfDistillation):
     @classmethod
     def micro_batch_statistics(cls, recipe: MSNRecipe) -> str:
         return "the mean entropy and the head's statistics are those of a micro-batch"
+
+    @property
+    def clipped_together(self) -> list[list[nn.Parameter]]:
+        return [list(self.student.shared.parameters())] if self.recipe.faithful else super().clipped_together
+
+    @property
+    def schedule(self) -> tuple[float, float]:
+        return (0.2, MSN_STRETCH) if self.recipe.faithful else super().schedule
 
     def build_head(self, inputs: int) -> nn.Module:
         h = self.recipe.head

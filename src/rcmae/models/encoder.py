@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from timm.layers import Attention as TimmAttention
-from timm.layers import PatchDropout, resample_abs_pos_embed
+from timm.layers import DropPath, PatchDropout, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -127,6 +127,13 @@ def build_vit(
                 nn.init.normal_(token, std=0.02)
     vit.pos_embed.requires_grad_(False)
     return vit
+
+
+def set_drop_path(vit: VisionTransformer, rate: float) -> None:
+    """Skip blocks for single images in training, at rates that grow linearly from 0 to `rate`."""
+    rates = torch.linspace(0, rate, len(vit.blocks), device="cpu").tolist() if rate else []
+    for block, block_rate in zip(vit.blocks, rates, strict=False):
+        block.drop_path1, block.drop_path2 = DropPath(block_rate), DropPath(block_rate)
 
 
 NEEDS = "pre-training needs a plain VisionTransformer with plain attention"

@@ -72,16 +72,28 @@ def mlp(
 
 class PrototypeHead(nn.Module):
     """DINO's head: an MLP of three layers (with BatchNorm if `norm`), and the cosines of its output with the
-    prototypes."""
+    prototypes, each times a trained factor if `scaled`."""
 
-    def __init__(self, inputs: int, width: int, embedding: int, prototypes: int, norm: bool = False):
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        embedding: int,
+        prototypes: int,
+        norm: bool = False,
+        scaled: bool = False,
+    ):
         super().__init__()
         self.mlp = mlp([inputs, width, width, embedding], norm=norm)
         self.last = nn.Parameter(torch.empty(prototypes, embedding))
         nn.init.kaiming_uniform_(self.last, a=5**0.5)
+        self.scale = nn.Parameter(torch.ones(prototypes, 1)) if scaled else None
 
     def forward(self, x: Float[Tensor, "*s d"]) -> Float[Tensor, "*s c"]:
         x = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])  # BatchNorm sees all rows of all views
         # In float32, since the teacher's temperature multiplies the rounding of a cosine by 25.
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.last, dim=1))
+            prototypes = F.normalize(self.last, dim=1)
+            if self.scale is not None:
+                prototypes = self.scale * prototypes
+            return F.linear(F.normalize(x.float(), dim=-1), prototypes)

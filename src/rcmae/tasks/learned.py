@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from ..engine.console import Screen
 from ..engine.metrics import read_metrics
 from ..methods.diagnostics import Sentence
-from .interval import MARGIN_NOTE, paired, points
+from .interval import MARGIN_NOTE, detectable, judged, paired, points
 from .probe import (
     KINDS,
     KNN_NOTE,
@@ -60,13 +60,15 @@ def learned(correct: Mapping[str, Correct], judged: Sequence[Sentence]) -> Answe
         )
         return Answer("not shown", "note", text)
     features, random, pixels = (correct[name]["linear"] for name in names)
-    gain, low, high = paired(features, random)
+    against_random = paired(features, random)
+    gain, low, high = against_random[:3]
     against_pixels = paired(features, pixels)
     text = (
         f"A linear probe on the {network}'s features has an accuracy of {100 * features.mean():.1f} % on "
-        f"{len(features):,} test images: {_relation(gain, low, high)} the randomly initialized encoder "
-        f"({100 * random.mean():.1f} %; {points(gain, low, high)}), and {_relation(*against_pixels)} raw "
-        f"pixels ({100 * pixels.mean():.1f} %; {points(*against_pixels)})."
+        f"{len(features):,} test images: {_relation(*against_random[:3])} the randomly initialized encoder "
+        f"({100 * random.mean():.1f} %; {points(against_random)}), and "
+        f"{_relation(*against_pixels[:3])} raw pixels ({100 * pixels.mean():.1f} %; "
+        f"{points(against_pixels)})."
     )
     if low > 0:
         return Answer("yes", "note" if against_pixels[2] < 0 else "good", text)
@@ -74,11 +76,12 @@ def learned(correct: Mapping[str, Correct], judged: Sequence[Sentence]) -> Answe
         return Answer("no", "bad", f"{text} Training has made the features worse.")
     advice = "a longer run or more labeled images may show a gain"
     text += f" Training has not helped yet; {advice}." if gain < 0 else f" No clear gain: {advice}."
+    text += f" A gain of {detectable(against_random):.1f} points would have been found (80 % power)."
     return Answer("not shown", "note", text)
 
 
 def below_random(correct: Mapping[str, Correct]) -> list[Sentence]:
-    """A sentence for every other probe whose interval lies below that of the randomly initialized encoder."""
+    """A sentence for every other probe that is worse than that of the randomly initialized encoder."""
     network = best_network(correct)
     before, after = correct.get(RANDOM, {}), correct.get(network, {})
     gains = {
@@ -90,10 +93,10 @@ def below_random(correct: Mapping[str, Correct]) -> list[Sentence]:
         (
             "bad",
             f"By the {KINDS[kind]}, the {network}'s features are worse than those of the randomly "
-            f"initialized encoder ({100 * before[kind].mean():.1f} %; {points(*gain)}).",
+            f"initialized encoder ({100 * before[kind].mean():.1f} %; {points(gains[kind])}).",
         )
-        for kind, gain in gains.items()
-        if gain[2] < 0
+        for kind, verdict in zip(gains, judged(gains.values()), strict=True)
+        if verdict.word == "worse"
     ]
 
 

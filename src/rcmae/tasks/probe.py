@@ -41,6 +41,9 @@ KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"
 PIXELS, RANDOM = "raw pixels", "randomly initialized encoder"
 "The baselines of the probes."
 
+TEST_IMAGE_KEY = "test images"
+"Key of the numbers of the test images, beside the results of the probes."
+
 KNN_NOTE = (
     "The linear probe is the main metric: distances, and so k-NN, depend most on the directions of largest "
     "variance, which often describe color and background."
@@ -65,6 +68,11 @@ class ProbeSet:
         """Identifies the test images and their labels. A resumed run reads them again, without those that
         have become unreadable."""
         return hashlib.sha256(self.test.numpy().tobytes() + self.truth.tobytes()).hexdigest()
+
+    def test_images(self) -> Int[np.ndarray, " m"]:
+        """A number for each test image, the same for the same pixels."""
+        hashes = (hashlib.sha256(image.numpy().tobytes()).digest() for image in self.test)
+        return np.array([int.from_bytes(h[:8], "little", signed=True) for h in hashes])
 
     def probe_features(self, train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "m d"]) -> Correct:
         """The results of the linear and the k-NN probe on features."""
@@ -167,6 +175,7 @@ class Probes:
             for network, by_probe in correct.items()
             for probe, c in by_probe.items()
         }
+        tensors[TEST_IMAGE_KEY] = torch.from_numpy(self.set.test_images())
         about = {"test": self.set.test_hash()}
         replace_file(self.folder / f"{step:08d}.safetensors", save(tensors, about))
         return {network: accuracies(by_probe) for network, by_probe in correct.items()}
@@ -232,7 +241,7 @@ def final_correct(run: Path, lines: list[dict[str, Any]]) -> dict[str, Correct]:
         try:
             with safe_open(run / "probes" / f"{line['step']:08d}.safetensors", "np") as file:
                 about, names = file.metadata() or {}, file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
+                tensors = {name: file.get_tensor(name) for name in names if name != TEST_IMAGE_KEY}
         except (OSError, SafetensorError):
             continue
         images = about.get("test"), *{len(correct) for correct in tensors.values()}

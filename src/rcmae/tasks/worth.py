@@ -26,7 +26,7 @@ from .evaluation.base import EvaluationOptions
 from .evaluation.finetune import FineTune
 from .evaluation.worth import Worth
 from .finetune import fitted
-from .interval import interval, percents, points
+from .interval import EQUIVALENT, Difference, correction_note, difference, judged, percents
 from .supervised import ADVICE
 
 SCRATCH = "from scratch"
@@ -100,7 +100,7 @@ def _worth_it(
             continue
         for arm, by_seed in correct.items():
             row = {"arm": arm, "percent": percent, "images": images, "seeds": percents(by_seed)}
-            rows.append(row | ({} if arm == SCRATCH else {"gain": interval(by_seed, correct[SCRATCH])}))
+            rows.append(row | ({} if arm == SCRATCH else {"gain": difference(by_seed, correct[SCRATCH])}))
     about = {"backbone": name, "data": options.data, "seeds": task.seeds}
     content = about | {"rows": rows, "verdict": verdict(rows)}
     if rows:
@@ -144,27 +144,27 @@ def _with_network(options: EvaluationOptions, which: str) -> EvaluationOptions:
     return replace(options, which=which)  # type: ignore[arg-type]  # also "backbone", which is no option
 
 
+CONCLUSIONS = {
+    "better": "pre-training paid off",
+    "worse": "pre-training did not pay off: it is worse",
+    "equivalent": f"pre-training made no difference of {EQUIVALENT:g} point or more",
+    "inconclusive": "inconclusive",
+}
+
+
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence for each arm and percentage of the labels: paid off, did not pay off, or inconclusive."""
+    """A sentence for each arm and percentage of the labels, which are one family of comparisons, and how it
+    was corrected."""
+    compared = [row for row in rows if "gain" in row]
     sentences = []
-    for row in rows:
-        if "gain" in row:
-            gain, low, high = row["gain"]
-            conclusion = "inconclusive"
-            if low > 0:
-                conclusion = "pre-training paid off"
-            elif high < 0:
-                conclusion = "pre-training did not pay off: it is worse"
-            scratch = next(r for r in rows if r["arm"] == SCRATCH and r["percent"] == row["percent"])
-            text = (
-                f"With {row['percent']:g} % of the labels ({how_many(row['images'], 'image')}), "
-                f"{row['arm']}: {conclusion}"
-            )
-            numbers = (
-                f"{np.mean(row['seeds']):.1f} % accuracy, {np.mean(scratch['seeds']):.1f} % from scratch"
-            )
-            sentences.append(f"{text} ({numbers}; {points(gain, low, high)}).")
-    return sentences
+    for row, result in zip(compared, judged(Difference(*row["gain"]) for row in compared), strict=True):
+        scratch = next(r for r in rows if r["arm"] == SCRATCH and r["percent"] == row["percent"])
+        sentences.append(
+            f"With {row['percent']:g} % of the labels ({how_many(row['images'], 'image')}), "
+            f"{row['arm']}: {CONCLUSIONS[result.word]} ({np.mean(row['seeds']):.1f} % accuracy, "
+            f"{np.mean(scratch['seeds']):.1f} % from scratch; {result.numbers})."
+        )
+    return [*sentences, correction_note(len(compared))]
 
 
 def _left(seconds: dict[float, list[float]], expected: dict[float, float], runs: int) -> str:
