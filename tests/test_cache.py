@@ -1,5 +1,6 @@
 """Images in memory: the same crops, nothing that does not fit, and resuming says what has changed."""
 
+import multiprocessing
 from types import SimpleNamespace
 
 import pytest
@@ -137,6 +138,7 @@ def test_a_run_with_the_device_cache_equals_one_with_the_ram_cache(tmp_path, mon
             weights[method, kind, workers] = next(saved).read_bytes()
             assert (out / "bad_files.jsonl").is_file()
         assert len({v for (name, *_), v in weights.items() if name == method}) == 1
+    assert not multiprocessing.active_children(), "they would keep the interpreter from exiting"
     printed = capsys.readouterr().out
     assert "--cache device: 10 images in" in printed and "are reduced to 32 px" in printed
 
@@ -207,6 +209,7 @@ def test_a_run_with_the_cache_is_the_same_and_another_one_says_what_changes(tmp_
         pretrain(recipe, RuntimeConfig(out=tmp_path / "large run", cache=kind, workers=0, device="cpu"))
     printed = capsys.readouterr().out
     assert "8 are reduced to 32 px" in printed
+    assert not multiprocessing.active_children(), "they would keep the interpreter from exiting"
     assert "note: cache was reduced to 32 px and is now none: the resumed run will not be bitwise" in printed
 
 

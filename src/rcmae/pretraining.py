@@ -25,6 +25,7 @@ from .data.pixels import measure_bits
 from .data.sampler import check_parts
 from .data.sources import Source, open_source
 from .data.supervised import path_seed
+from .data.views import Cut
 from .engine.console import Screen, clock
 from .engine.distributed import World, autocast
 from .engine.metrics import of_kind, read_metrics
@@ -176,15 +177,8 @@ class Pretraining(Trainer):
             self.reduced = self.cache.changes
 
     def loader(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        # After an error in `cut`, its traceback would keep the loader processes alive.
-        with contextlib.closing(self.batches_from(self.dataset(), start, stop)) as batches:
-            for batch in batches:
-                yield self.cut(batch)
-
-    def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with the crops that a device cache cuts out."""
-        cache, crops = self.cache, batch["image"]
-        return batch | {"image": cache.cut(crops)} if isinstance(cache, DeviceCache) else batch
+        batches = self.batches_from(self.dataset(), start, stop)
+        return self.cache.cut_all(batches) if isinstance(self.cache, DeviceCache) else batches
 
     # --- the step -------------------------------------------------------------------------------------------
 
@@ -380,7 +374,10 @@ class Pretraining(Trainer):
 
     @cached_property
     def fixed(self) -> dict[str, Tensor]:
-        return self.cut(first_batch(self.dataset(), self.device, self.screen))
+        batch = first_batch(self.dataset(), self.device, self.screen)
+        if isinstance(self.cache, DeviceCache):
+            batch["image"] = self.cache.cut(cast(Cut, batch["image"]))
+        return batch
 
     # --- saving ---------------------------------------------------------------------------------------------
 

@@ -1,11 +1,14 @@
 """`--cache ram`: the decoded images in a block of memory that all loader processes share; `--cache device`:
 in the memory of the GPU, which cuts out and resizes the crops, a batch at a time."""
 
+import contextlib
 import math
 import mmap
 import shlex
 import sys
+from collections.abc import Generator, Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -214,6 +217,13 @@ class DeviceCache(RamCache):
         values = torch.stack([torch.as_tensor(v).long() for v in crops])  # [6, b]
         largest = math.prod(map(max, values[3:5].amax(1).tolist(), self.shape))
         return torch.cat([self._cut(part) for part in values.split(max(1, PIXELS // largest), 1)])
+
+    def cut_all(self, batches: Generator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Each of the batches with its crops."""
+        # After an error in `cut`, its traceback would keep the loader processes alive.
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield batch | {"image": self.cut(batch["image"])}
 
     def _cut(self, crops: Int[Tensor, "6 b"]) -> UInt8[Tensor, "b c h w"]:
         rows, columns = (torch.arange(int(n), device=self.device) for n in crops[3:5].amax(1))
