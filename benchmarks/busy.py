@@ -86,7 +86,8 @@ def main() -> None:
     for number in range(1, options.rounds + 1):
         with tempfile.TemporaryDirectory() as temporary:
             for neighbor, wanted in NEIGHBORS.items():
-                for policy in POLICIES[number % 3 :] + POLICIES[: number % 3]:  # each comes first at times
+                first = number % len(POLICIES)  # each comes first at times
+                for policy in POLICIES[first:] + POLICIES[:first]:
                     with busy_process(wanted):
                         folder = Path(temporary) / f"{neighbor}-{policy[:8]}"
                         speed = images_per_s(policy, options.steps, folder)

@@ -132,12 +132,6 @@ def packed(correct: Bool[np.ndarray, " m"]) -> dict[str, Any]:
     return {"accuracy": 100 * float(correct.mean()), "images": len(correct), "correct": bits}
 
 
-def unpacked(value: dict[str, Any]) -> Bool[np.ndarray, " m"]:
-    """Which images are correct, from `packed`."""
-    bits = np.frombuffer(base64.b64decode(value["correct"]), np.uint8)
-    return np.unpackbits(bits, count=value["images"]).astype(bool)
-
-
 def append(result: dict[str, Any]) -> None:
     """Add a line, one process at a time."""
     with RESULTS.open("a", encoding="utf-8") as file:
@@ -207,12 +201,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    parser.add_argument("--phase", choices=("tuning", "confirmation"), help="default: both")
     options = parser.parse_args()
-    while options.phase != "confirmation" and (jobs := missing(tuning())):
+    while jobs := missing(tuning()):
         make(jobs, options.jobs)
-    if options.phase != "tuning":
-        make(missing(confirmation()), options.jobs)
+    make(missing(confirmation()), options.jobs)
     return 0
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .config import LENGTHS, Recipe, RuntimeConfig, changed, check, how_many, parse_time, recipe_hash
-from .data.cache import DeviceCache, RamCache
+from .data.cache import CACHES, DeviceCache, RamCache
 from .data.dataset import Images, measure_statistics
 from .data.loader import faster, ranks_here
 from .data.pixels import measure_bits
@@ -110,13 +110,12 @@ class Pretraining(Trainer):
             images = open_images(recipe, context.screen, context.world, max_pixels)
         super().__init__(recipe, context, images, recipe.optim.batch_size, recipe.seed)
         self.cache: RamCache | None = None
-        shared = (images, recipe, self.runtime.workers, ranks_here(), self.screen)
-        if self.runtime.cache == "device":
-            self.cache = DeviceCache(*shared, self.device)
-        elif self.runtime.cache == "ram" and images.in_memory:
+        if self.runtime.cache == "ram" and images.in_memory:
             self.screen.say("note: the images are in memory already: --cache ram has no effect")
-        elif self.runtime.cache == "ram":
-            self.cache = RamCache(*shared)
+        elif self.runtime.cache != "none":
+            self.cache = CACHES[self.runtime.cache](
+                images, recipe, self.runtime.workers, ranks_here(), self.screen, self.device
+            )
         self.reduced = "none"
         "what the cache changes in the pixels of crops"
         self.method = self.build(*self.statistics())

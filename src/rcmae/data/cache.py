@@ -67,11 +67,12 @@ class RamCache:
         workers: int | None,
         ranks: int = 1,
         screen: Screen | None = None,
+        device: torch.device = torch.device("cpu"),
     ):
-        """Estimate the memory, and print it. Raises ConfigError if that of all `ranks` of this machine is
-        more than may be taken; `images` then fills the cache."""
-        if sys.platform != "linux":
-            raise ConfigError(f"{self.name} needs Linux, whose loader processes share memory; leave it out")
+        """Estimate the memory, and print it. Raises ConfigError as `check` does, and if that of all `ranks`
+        of this machine is more than may be taken; `images` then fills the cache."""
+        self.device, self.shape = device, recipe.images.shape
+        self.check(recipe)
         views = [(min(recipe.images.shape), max(recipe.images.shape), recipe.images.crop_scale[0])]
         crops = getattr(recipe, "crops", None)
         if isinstance(crops, LocalCrops) and crops.local_crops:
@@ -97,6 +98,11 @@ class RamCache:
             f"{self.name}: about {readable_size(need)} of {readable_size(self.limit)} that may be taken, "
             f"filled in about {clock(seconds * len(source) / max(1, self.workers))}"
         )
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises ConfigError for a system that it does not support."""
+        if sys.platform != "linux":
+            raise ConfigError(f"{self.name} needs Linux, whose loader processes share memory; leave it out")
 
     def bound(self, ranks: int) -> tuple[int, str]:
         """Bytes that each of `ranks` caches may take, and what they are."""
@@ -160,30 +166,21 @@ class RamCache:
 
 class DeviceCache(RamCache):
     """The images of a `RamCache` on the device, from which `cut` makes a batch of crops: they equal those of
-    the RamCache."""
+    the RamCache. The images are decoded in main memory, which must hold them too."""
 
     name, devices = "--cache device", ("cuda",)
 
-    def __init__(
-        self,
-        source: Source,
-        recipe: Recipe,
-        workers: int | None,
-        ranks: int = 1,
-        screen: Screen | None = None,
-        device: torch.device = torch.device("cpu"),
-    ):
-        """As RamCache; the images are decoded in main memory, which must hold them too. Raises ConfigError
-        also for a method that changes more than the place of its crops, and without a GPU."""
+    def check(self, recipe: Recipe) -> None:
+        """Raises ConfigError also for a method that changes more than the place of its crops, and without a
+        GPU."""
+        super().check(recipe)
         if hasattr(recipe, "crops"):
             raise ConfigError(
-                f"--cache device only cuts out crops, and {recipe.method} changes their colors too: use "
+                f"{self.name} only cuts out crops, and {recipe.method} changes their colors too: use "
                 "--cache ram"
             )
-        if device.type not in self.devices:
-            raise ConfigError(f"--cache device needs a GPU with CUDA, not {device.type}: use --cache ram")
-        self.device, self.shape = device, recipe.images.shape
-        super().__init__(source, recipe, workers, ranks, screen)
+        if self.device.type not in self.devices:
+            raise ConfigError(f"{self.name} needs a GPU with CUDA, not {self.device.type}: use --cache ram")
 
     def bound(self, ranks: int) -> tuple[int, str]:
         limit, text = super().bound(ranks)
@@ -237,6 +234,10 @@ class DeviceCache(RamCache):
         images = self.pixels[pixel + x.unsqueeze(1)].permute(0, 3, 1, 2)  # [b, c, rows, columns]
         resized = resize(images, height, width, self.shape)
         return torch.where(flipped.bool()[:, None, None, None], resized.flip(3), resized)
+
+
+CACHES = {"ram": RamCache, "device": DeviceCache}
+"By --cache."
 
 
 class Decoded:

@@ -41,13 +41,16 @@ def clip_gradients(
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if limit and groups is None:
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        _clip(gradients, norm, limit)
     elif limit and groups is not None:
         for group in groups:
             if clipped := [p.grad for p in group if p.grad is not None]:
-                scale = (limit / (torch.nn.utils.get_total_norm(clipped) + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_(clipped, scale)
+                _clip(clipped, torch.nn.utils.get_total_norm(clipped), limit)
     return norm
+
+
+def _clip(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
+    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def conditional_step(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:

@@ -128,9 +128,9 @@ class Method(Diagnostics, Standardizing):
         return ""
 
     @property
-    def clipped_together(self) -> list[list[nn.Parameter]]:
-        """Groups of parameters whose gradients are clipped, each group by its own norm."""
-        return [list(self.student.parameters())]
+    def clipped_together(self) -> list[list[nn.Parameter]] | None:
+        """Groups of parameters whose gradients are clipped, each by its own norm; None: all by their norm."""
+        return None
 
     @property
     def schedule(self) -> tuple[float, float]:

@@ -111,7 +111,7 @@ class DINO(SelfDistillation):
         return f"{names} are those of a micro-batch" if names else ""
 
     @property
-    def clipped_together(self) -> list[list[nn.Parameter]]:
+    def clipped_together(self) -> list[list[nn.Parameter]] | None:
         weights = self.student.parameters()
         return [[p] for p in weights] if self.recipe.faithful else super().clipped_together
 

@@ -119,7 +119,7 @@ class MSN(SelfDistillation):
         return "the mean entropy and the head's statistics are those of a micro-batch"
 
     @property
-    def clipped_together(self) -> list[list[nn.Parameter]]:
+    def clipped_together(self) -> list[list[nn.Parameter]] | None:
         return [list(self.student.shared.parameters())] if self.recipe.faithful else super().clipped_together
 
     @property
