@@ -309,6 +309,18 @@ def test_the_monitors_numbers_of_the_last_layer_are_those_of_autograd(mask):
         assert logged[f"last_{key}"] == pytest.approx(value, rel=1e-4), key
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which torch._dynamo reads
+def test_both_gradients_do_not_use_compiled_blocks():
+    """Which torch cannot differentiate twice."""
+    (method, _), compiled = trained(), []
+    for block in method.student.encoder.vit.blocks:
+        block.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    both_gradients(method, batch_for(method))
+    assert not compiled
+    method(batch_for(method), Progress(0, 10, 5))
+    assert compiled, "training does"
+
+
 def test_both_gradients_add_up_to_the_loss():
     method, _ = trained(gamma=0.7)
     batch = batch_for(method, size=6, seed=3)

@@ -194,10 +194,11 @@ def last_layer(c: Comparison, inputs: Float[Tensor, "b m w"]) -> dict[str, float
 
 def both_gradients(method: Method, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of reconstruction and consistency (without gamma) by parameter name, in float32, for a method
-    with `compare`."""
+    with `compare`; not compiled, since compiled blocks can be differentiated once only."""
     trained = {name: p for name, p in method.student.named_parameters() if p.requires_grad}
     weights = list(trained.values())
-    with torch.enable_grad(), torch.autocast(weights[0].device.type, enabled=False):
+    autocast = torch.autocast(weights[0].device.type, enabled=False)
+    with torch.enable_grad(), autocast, torch.compiler.set_stance("force_eager"):
         c = method.compare(batch)
         assert c is not None
         reconstruction = torch.autograd.grad(F.mse_loss(c.prediction, c.target), weights, retain_graph=True)
