@@ -28,6 +28,7 @@ from benchmarks.evaluation import PRETRAINED, pretrained
 from rcmae.config import BaseRuntimeConfig, changed, recipe_hash
 from rcmae.engine.console import clock
 from rcmae.engine.distributed import pick_precision
+from rcmae.engine.limits import cores
 from rcmae.engine.metrics import read_metrics
 from rcmae.engine.run import describe_machine, write_json
 from rcmae.interop.load import load, scratch
@@ -214,7 +215,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=cores())
     parser.add_argument("--longer", action="store_true", help="also train the best backbone on all scenes")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "detection")
     args = parser.parse_args()

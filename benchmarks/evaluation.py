@@ -35,6 +35,7 @@ from rcmae.data.labeled import open_labeled
 from rcmae.data.sources import Subset
 from rcmae.engine.console import Screen, clock
 from rcmae.engine.distributed import World, pick_precision
+from rcmae.engine.limits import cores
 from rcmae.engine.run import describe_machine, write_json
 from rcmae.interop.load import load, scratch
 from rcmae.methods.recipes import load_recipe
@@ -279,7 +280,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=cores())
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "evaluation")
     args = parser.parse_args()
     seeds, began = list(range(1, args.seeds + 1)), time.monotonic()

@@ -3,9 +3,10 @@
 import os
 
 import pytest
+import torch
 
 from rcmae.data import loader
-from rcmae.engine import limits
+from rcmae.engine import distributed, limits
 from tests.mutations import catches
 
 
@@ -108,3 +109,16 @@ def test_cores_are_divided_among_ranks(monkeypatch):
     for ranks, expected in ((1, 4), (2, 2), (3, 1), (9, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert loader.usable_cores() == expected
+
+
+@pytest.mark.parametrize(("variables", "threads"), [({}, 3), ({"OMP_NUM_THREADS": "8"}, 8)])
+def test_torch_uses_no_more_threads_than_a_control_group_allows(monkeypatch, variables, threads):
+    used = [8]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "cores", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    with distributed.process_group(torch.device("cpu")):
+        assert used[-1] == threads

@@ -121,6 +121,11 @@ def test_a_killed_pack_continues(data, tmp_path, monkeypatch):
     killed_in("_add", 5, data, out, 64)
     times = {path: path.stat().st_mtime_ns for path in out.glob("[!.]*.tar")}
     assert len(times) == 2 and list(out.glob(".*.tar"))
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / packing.UNFINISHED).write_text("{}\n")  # stopped before its first shard
+    with pytest.raises(DataError, match="begun is not completely packed"):
+        open_source(str(begun))
     with pytest.raises(DataError, match="not completely packed; run the same `rcmae pack` again"):
         open_source(str(out))
     pack(data, out, 64, workers=0)

@@ -5,6 +5,7 @@ and of the number of processes. `UNFINISHED` records the plan and each finished 
 takes its place.
 """
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -456,6 +457,7 @@ def _storing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
+        advice = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
         raise StorageError(
-            f"cannot write {path}: {e.strerror}; free some space, then run the same command again"
+            f"cannot write {path}: {e.strerror}; {advice}, then run the same command again"
         ) from e

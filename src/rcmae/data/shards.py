@@ -65,7 +65,7 @@ class Shards(Source):
 
     @classmethod
     def matches(cls, spec: str) -> bool:
-        return bool(tars_of(_part(spec)[0], ImageFilter()))
+        return bool(tars_of(_part(spec)[0], ImageFilter())) or (Path(spec) / UNFINISHED).exists()
 
     @classmethod
     def open(cls, spec: str, options: OpenOptions) -> "Shards":
@@ -73,9 +73,9 @@ class Shards(Source):
         the spec ends with the name of a part: "shards:val"."""
         image_filter, (base, part) = ImageFilter(), _part(spec)
         shards = tars_of(base, image_filter)
-        for folder in {shard.parent for shard in shards}:
+        for folder in {Path(base), *(shard.parent for shard in shards)}:
             journal = folder / UNFINISHED  # empty while a complete pack is verified
-            if journal.exists() and journal.stat().st_size:
+            if journal.exists() and (journal.stat().st_size or not shards):
                 raise DataError(f"{folder} is not completely packed; run the same `rcmae pack` again")
         stamps = [stamp(os.fsencode(shard)) for shard in shards]
         index = Index(cls, spec, list(map(str, shards)), image_filter.left_out)

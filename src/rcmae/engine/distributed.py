@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
+from .limits import cores
 
 T = TypeVar("T")
 
@@ -75,7 +76,10 @@ def _start(device: torch.device) -> World:
 @contextmanager
 def process_group(device: torch.device) -> Iterator[World]:
     """Join the process group that torchrun describes in the environment, if it does, and leave it at the end
-    unless it had been joined before."""
+    unless it had been joined before. Unless the user has set their number, torch's threads become as many as
+    control groups allow, which torch does not know."""
+    if "OMP_NUM_THREADS" not in os.environ and (allowed := cores()) < torch.get_num_threads():
+        torch.set_num_threads(allowed)
     before = dist.is_initialized()
     try:
         yield _start(device)

@@ -58,8 +58,6 @@ def run_context(runtime: BaseRuntimeConfig, out: Path | None, advice: str) -> It
     if out is None:
         raise ConfigError("a run needs a directory: give --out")
     device = distributed.pick_device(runtime.device)
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
     if device.type == "cpu":
         keep_freed_memory()
     with (
@@ -67,6 +65,8 @@ def run_context(runtime: BaseRuntimeConfig, out: Path | None, advice: str) -> It
         distributed.process_group(device) as world,
         translate_errors(device, world, advice),
     ):
+        if runtime.threads:
+            torch.set_num_threads(runtime.threads)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             with run_directory(out) if world.is_main else nullcontext(), Screen(world.is_main) as screen:
                 try:
