@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT
-from benchmarks.paper.experiments import COMPARED, EXPERIMENTS, Experiment
+from benchmarks.paper.experiments import EXPERIMENTS, METHODS, Experiment
 from rcmae.compare.cost import count_costs
 from rcmae.compare.race import RaceSettings, arms, parse_budget, race, write_race_page
 from rcmae.engine.run import write_json
@@ -35,7 +35,7 @@ def run(name: str, experiment: Experiment, seeds: int, out: Path) -> dict[str, A
     """Run the small form; returns the numbers for results/."""
     if experiment.cost:
         costs = count_costs(
-            ["vit_small_patch16"], COMPARED, precision="fp32", device="cpu", measured_batch=8, log=print
+            ["vit_small_patch16"], list(METHODS), precision="fp32", device="cpu", measured_batch=8, log=print
         )
         return {"experiment": name, **costs}
     races: dict[str, Any] = {}

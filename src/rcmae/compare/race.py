@@ -436,6 +436,7 @@ def judge(runs: list[RaceRun], costs: dict[str, float], setting: RaceSettings) -
             "flops": points[-1]["flops"],
             "seconds": points[-1]["seconds"],
             "health": [_health(run) for run in seeds],
+            "runs": [run.path.name for run in seeds],
         }
         for kind in KINDS:
             row[kind], row[f"{kind} random_init"] = percents(final[name][kind]), percents(start[name][kind])
