@@ -1,6 +1,6 @@
 """How long should a run on a small set of real pictures be? `python -m benchmarks.length --pictures FOLDER`.
 
-FOLDER is the set of `benchmarks.clipart`, shrunk by `rcmae pack` or not. Of its pictures 2,000 fit and 1,000
+FOLDER is the set of `benchmarks.clipart`. Of its pictures 2,000 fit and 1,000
 test the linear probe; runs of the recipe `small` are trained on 500 or 2,000 others, which are the same for
 every length. Finished runs under --out are not repeated. Endpoint: accuracy of the linear probe on the
 teacher, beside that of the randomly initialized encoder on the same test images, with a paired interval (over
@@ -60,7 +60,7 @@ def run(out: Path, pictures: Path, images: int, samples: int) -> None:
         return
     recipe = changed(load_recipe("small"), data=str(out / f"{images}.txt"), probes=0)
     recipe = changed(recipe, steps=samples // recipe.optim.batch_size)
-    pretrain_quietly(recipe, path, workers=0)
+    pretrain_quietly(recipe, path, workers=0, cache="ram")
     correct = probes(pictures).backbone(load(str(path)), CPU, FP32)["linear"]
     write_json(path / "scores.json", {"linear": correct.astype(int).tolist()})
     print(f"{path.name}: {100 * correct.mean():.1f} %", flush=True)
