@@ -1,0 +1,50 @@
+"""Lists of jobs of benchmarks, which resume."""
+
+import multiprocessing as mp
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from benchmarks.runs import Results, make, packed, unpacked
+
+
+class Job(NamedTuple):
+    """A job that writes a line, or fails."""
+
+    folder: str
+    rate: float
+    seed: int
+
+
+def run(job: Job) -> None:
+    if job.seed < 0:
+        raise ValueError("no such seed")
+    Results(Path(job.folder) / "jobs.jsonl").append(job._asdict() | {"process": mp.current_process().name})
+
+
+def test_finished_jobs_are_not_repeated(tmp_path):
+    results, jobs = Results(tmp_path / "jobs.jsonl"), [Job(str(tmp_path), 3e-3, seed) for seed in range(4)]
+    assert results.missing(jobs) == jobs and results.missing([]) == []
+    for job in jobs[::2]:
+        run(job)
+    assert results.missing(iter(jobs)) == jobs[1::2]
+    assert results.missing([jobs[0]._replace(rate=6e-3)]), "all fields of a job count"
+
+
+def test_jobs_run_side_by_side_and_end_at_the_first_error(tmp_path, capfd):
+    results, jobs = Results(tmp_path / "jobs.jsonl"), [Job(str(tmp_path), 0.1, seed) for seed in range(6)]
+    make(run, jobs[:4], processes=2)
+    assert sorted(line["seed"] for line in results.lines()) == [0, 1, 2, 3]
+    assert "4 of 4 done" in capfd.readouterr().out
+    with pytest.raises(ValueError, match="no such seed"):
+        make(run, [jobs[0]._replace(seed=-1), *jobs[4:]], processes=1)
+    assert len(results.lines()) == 4, "no job begins after an error"
+
+
+@pytest.mark.parametrize("images", [1, 8, 13])
+def test_correct_images_survive_packing(images):
+    correct = np.random.default_rng(0).random(images) < 0.5
+    result = packed(correct)
+    assert (unpacked(result) == correct).all() and result["accuracy"] == 100 * correct.mean()
