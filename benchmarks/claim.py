@@ -3,45 +3,48 @@
 docs/rcmae-answered.md has the plan, which was committed before the first confirming run. Every finished run
 is a line of results/claim.jsonl and is never repeated; an unfinished one resumes from runs/claim.
 
-1. Rates: every arm at every rate of `RATES` on `TUNING_SEEDS`, at 1,000 steps. An arm whose best rate is the
-   lowest or the highest one so far is also trained at the next one of `FURTHER`, if there is one.
+1. Rates: every arm at each of the first `RATES` on two of `TUNING_SEEDS`, at 1,000 steps, and then at those
+   that are close to its best one on all of them. An arm whose best rate is the lowest or the highest one so
+   far is also trained at the next one, if there is one.
 2. Confirmation: every arm at its best rate on `SEEDS`, at 2,000 steps.
 3. Speed: MAE at its best rate and the other lengths of `LENGTHS`, each with its own schedule.
+
+At the end, and with --analyze before, the analysis of all complete seeds is written to results/claim.json and
+docs/img/claim.png.
 """
 
 import argparse
-import base64
-import contextlib
-import fcntl
-import io
-import json
-import multiprocessing as mp
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool
-from safetensors.numpy import load_file
+from jaxtyping import Float
+from matplotlib.figure import Figure
 
-from benchmarks import ROOT
-from benchmarks.runs import pretrain_quietly
+from benchmarks import ROOT, markdown
+from benchmarks.runs import (
+    Rates,
+    Results,
+    family,
+    fine_tuned,
+    machine,
+    make,
+    of_each_seed,
+    packed,
+    pretrain_quietly,
+    probed,
+    unpacked,
+)
 from rcmae.config import Probe, changed
-from rcmae.data.sources import open_source
-from rcmae.engine.run import read_json
-from rcmae.interop.load import load
+from rcmae.engine.run import write_json
 from rcmae.methods.recipes import load_recipe
-from rcmae.tasks.evaluate import evaluate
-from rcmae.tasks.evaluation.base import EvaluationOptions
-from rcmae.tasks.evaluation.finetune import FineTune
-from rcmae.tasks.probe import probe_set
+from rcmae.tasks.interval import Correct, correction_note, difference, over_seeds, percents
 
-RESULTS = ROOT / "results" / "claim.jsonl"
+RESULTS = Results(ROOT / "results" / "claim.jsonl")
 
 MAE = "MAE"
 
@@ -52,9 +55,8 @@ ARMS: dict[str, dict[str, Any]] = {
 """Changes to the bundled recipe. The student of the first one is MAE, bit for bit, and its teacher is MAE
 averaged for evaluation; of the others the teacher is evaluated."""
 
-RATES = (3e-3, 6e-3, 12e-3, 24e-3)
-FURTHER = (1.5e-3, *RATES, 48e-3)
 TUNING_SEEDS, TUNING_STEPS = range(4), 1000
+RATES = Rates((6e-3, 12e-3, 24e-3), (1.5e-3, 3e-3, 6e-3, 12e-3, 24e-3, 48e-3), len(TUNING_SEEDS), screening=2)
 
 SEEDS, STEPS = range(11, 27), 2000
 LENGTHS = (1000, 1414, 2000, 2828)
@@ -84,115 +86,253 @@ class Job(NamedTuple):
         return ROOT / "runs" / "claim" / f"{self.arm.replace(' ', '-')}-{self.rate}-{self.seed}-{self.steps}"
 
 
-def lines() -> list[dict[str, Any]]:
-    """All finished runs."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
 def run(job: Job) -> None:
     """Train, evaluate, and append a line to the results."""
     torch.set_num_threads(1)
     recipe = changed(load_recipe("bundled"), seed=job.seed, steps=job.steps, base_lr=job.rate, probes=0)
     recipe = changed(recipe, **ARMS[job.arm])
     pretrain_quietly(recipe, job.path, workers=0)
-    probes = probe_set(open_source(recipe.data, size=recipe.images.size), replace(recipe, probe=PROBE))
-    assert probes is not None, "the bundled set has labels"
-    machine = read_json(job.path / "machine.json")
-    result = job._asdict() | {"cpu": machine["cpu"], "precision": machine["precision"]}
-    for network in job.networks:
-        backbone = load(job.path, network)  # type: ignore[arg-type]  # one of the two names
-        correct = probes.backbone(backbone, torch.device("cpu"), machine["precision"])
-        result[f"{network} linear"] = packed(correct["linear"])
-        if job.tuned:
-            result[f"{network} fine-tuned"] = packed(fine_tuned(job, network))
-    append(result)
+    result = job._asdict() | machine(job.path) | probed(job.path, recipe, PROBE, job.networks)
+    for network in job.networks if job.tuned else ():
+        correct = fine_tuned(job.path, network, "bundled:digits", LABELS, job.seed)
+        result[f"{network} fine-tuned"] = packed(correct)
+    RESULTS.append(result)
     shutil.rmtree(job.path)
 
 
-def fine_tuned(job: Job, network: str) -> Bool[np.ndarray, " m"]:
-    """Which test images are classified correctly after fine-tuning on `LABELS` of the labels."""
-    options = EvaluationOptions(
-        data="bundled:digits",
-        labels=LABELS,
-        seed=job.seed,
-        which=network,  # type: ignore[arg-type]  # one of the two names
-        device="cpu",
-        workers=0,
-        out=job.path / "finetune",
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluate(str(job.path), FineTune(), options)
-    (file,) = (job.path / "finetune").glob(f"finetune-{network}-*.safetensors")
-    return load_file(file)["correct"].astype(bool)
-
-
-def packed(correct: Bool[np.ndarray, " m"]) -> dict[str, Any]:
-    """The accuracy in percent, and the bits of the images, which the analysis of shared images needs."""
-    bits = base64.b64encode(np.packbits(correct).tobytes()).decode()
-    return {"accuracy": 100 * float(correct.mean()), "images": len(correct), "correct": bits}
-
-
-def append(result: dict[str, Any]) -> None:
-    """Add a line, one process at a time."""
-    with RESULTS.open("a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(result) + "\n")
-    print(json.dumps(result), flush=True)
-
-
-def accuracy(line: dict[str, Any], endpoint: str = "linear") -> float:
-    """The accuracy of the network that stands for the arm: MAE's student, otherwise the teacher."""
-    return float(line[f"{'student' if line['arm'] == MAE else 'teacher'} {endpoint}"]["accuracy"])
-
-
-def best_rate(arm: str) -> tuple[float, tuple[float, ...]]:
-    """The rate with the highest mean accuracy of the linear probe among those with all seeds of the first
-    phase, and all of these."""
-    means = {}
-    for rate in FURTHER:
-        done = [line for line in lines() if (line["arm"], line["rate"], line["tuned"]) == (arm, rate, False)]
-        if len(done) == len(TUNING_SEEDS):
-            means[rate] = np.mean([accuracy(line) for line in done])
-    return max(means, key=lambda rate: means[rate]), tuple(means)
+def accuracies(arm: str) -> dict[float, list[float]]:
+    """Of the linear probe in the first phase, by rate: of MAE's student, otherwise of the teacher."""
+    network = "student" if arm == MAE else "teacher"
+    by_rate: dict[float, list[float]] = {}
+    for line in sorted(RESULTS.lines(), key=lambda line: line["seed"]):
+        if line["arm"] == arm and not line["tuned"]:
+            by_rate.setdefault(line["rate"], []).append(line[f"{network} linear"]["accuracy"])
+    return by_rate
 
 
 def tuning() -> Iterator[Job]:
     """The runs of the first phase that the rules request so far."""
-    done = {(line["arm"], line["rate"]) for line in lines() if not line["tuned"]}
+    requested = [(arm, rate, n) for arm in ARMS for rate, n in RATES.requested(accuracies(arm)).items()]
     for seed in TUNING_SEEDS:
-        for arm in ARMS:
-            for rate in RATES:
-                yield Job(arm, rate, seed, TUNING_STEPS, False)
-    for arm in ARMS:
-        if not done >= {(arm, rate) for rate in RATES}:
-            continue
-        best, tried = best_rate(arm)
-        place = FURTHER.index(best)
-        for further in FURTHER[max(0, place - 1) : place + 2]:
-            if further not in tried:
-                yield from (Job(arm, further, seed, TUNING_STEPS, False) for seed in TUNING_SEEDS)
+        yield from (Job(arm, rate, seed, TUNING_STEPS, False) for arm, rate, n in requested if seed < n)
 
 
 def confirmation() -> Iterator[Job]:
     """The runs of the second and third phase, seed by seed."""
-    rates = {arm: best_rate(arm)[0] for arm in ARMS}
+    rates = {arm: RATES.best(accuracies(arm)) for arm in ARMS}
     for seed in SEEDS:
         yield from (Job(arm, rate, seed, STEPS, True) for arm, rate in rates.items())
         yield from (Job(MAE, rates[MAE], seed, steps, True) for steps in LENGTHS if steps != STEPS)
 
 
-def missing(jobs: Iterator[Job]) -> list[Job]:
-    """Those without a line."""
-    keys = ("arm", "rate", "seed", "steps", "tuned")
-    done = {tuple(line[key] for key in keys) for line in lines()}
-    return [job for job in jobs if tuple(job) not in done]
+# --- analysis -----------------------------------------------------------------------------------------------
+
+AVERAGED = "MAE, averaged"
+
+NETWORKS = {MAE: (MAE, "student"), AVERAGED: (MAE, "teacher")} | {
+    arm: (arm, "teacher") for arm in ARMS if arm != MAE
+}
+"What is compared: an arm and the network that is evaluated."
+
+HALF_LIVES = [arm for arm in ARMS if arm != MAE]
+
+ENDPOINTS = {"fine-tuned": f"fine-tuning on {LABELS:g} % of the labels", "linear": "linear probe"}
+
+DRAWS = 10_000
+"Of the bootstrap over seeds."
+
+Runs = dict[tuple[str, int], dict[str, Any]]
+"The lines of a seed by arm and steps."
 
 
-def make(jobs: list[Job], processes: int) -> None:
-    """Make the runs, so many at once. The first error ends it."""
-    with ProcessPoolExecutor(processes, mp.get_context("spawn")) as pool:
-        for job in [pool.submit(run, job) for job in jobs]:
-            job.result()
+def complete() -> dict[int, Runs]:
+    """The runs of confirmation and speed, by seed, of the seeds that have all of them, on one kind of
+    processor and in one precision."""
+    needed = {(arm, STEPS) for arm in ARMS} | {(MAE, steps) for steps in LENGTHS}
+    seeds: dict[int, Runs] = {}
+    for line in RESULTS.lines():
+        if line["tuned"]:
+            seeds.setdefault(line["seed"], {})[line["arm"], line["steps"]] = line
+    return {
+        seed: runs
+        for seed, runs in sorted(seeds.items())
+        if runs.keys() >= needed and len({(run["cpu"], run["precision"]) for run in runs.values()}) == 1
+    }
+
+
+def results_of(seeds: dict[int, Runs], name: str, endpoint: str, steps: int = STEPS) -> Correct:
+    """Which test images an arm classifies correctly, for each seed."""
+    arm, network = NETWORKS[name]
+    return [unpacked(runs[arm, steps][f"{network} {endpoint}"]) for runs in seeds.values()]
+
+
+def compared(seeds: dict[int, Runs], endpoint: str, other: str) -> dict[str, Any]:
+    """The half-lives, one family, against another arm: differences and verdicts."""
+    first = results_of(seeds, other, endpoint)
+    # All seeds are fine-tuned on the same images; for the linear probe, each generates its own.
+    images = of_each_seed(first, seeds) if endpoint == "linear" else None
+    return family({arm: difference(results_of(seeds, arm, endpoint), first, images) for arm in HALF_LIVES})
+
+
+def steps_until(
+    accuracy: Float[np.ndarray, " n"], curve: Float[np.ndarray, "n k"]
+) -> Float[np.ndarray, " n"]:
+    """Steps after which MAE, whose accuracies at `LENGTHS` are `curve`, has the given accuracy.
+
+    The curve is linear over the logarithm of the steps, and its ends are extended. If it has the accuracy
+    more than once, the place nearest to `STEPS` is taken; if nowhere, 0 steps or infinitely many.
+    """
+    x, (low, high) = np.log(LENGTHS), (curve[:, :-1], curve[:, 1:])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        place = x[:-1] + (accuracy[:, None] - low) * np.diff(x) / (high - low)  # [n, k - 1]
+    starts, ends = np.array([-np.inf, *x[1:-1]]), np.array([*x[1:-1], np.inf])
+    place = np.where((starts <= place) & (place <= ends), place, np.nan)
+    distance = np.where(np.isnan(place), np.inf, abs(place - np.log(STEPS)))
+    nearest = np.take_along_axis(place, distance.argmin(1)[:, None], 1)[:, 0]
+    return np.exp(np.where(np.isnan(nearest), np.where(accuracy > curve[:, -1], np.inf, -np.inf), nearest))
+
+
+def speed(seeds: dict[int, Runs], name: str, endpoint: str) -> dict[str, Any]:
+    """How many times as fast as MAE an arm learns: with a 95 % interval of a bootstrap over seeds."""
+
+    def percents_at(arm: str, steps: int) -> list[float]:
+        return percents(results_of(seeds, arm, endpoint, steps))
+
+    values = np.array(
+        [percents_at(name, STEPS), *(percents_at(MAE, steps) for steps in LENGTHS)]
+    )  # [1 + k, n]
+    rng, n = np.random.Generator(np.random.Philox(key=0)), len(seeds)
+    drawn = values[:, rng.integers(n, size=(DRAWS, n))].mean(-1)  # [1 + k, draws]
+    means = np.concatenate([values.mean(1, keepdims=True), drawn], 1)
+    factors = steps_until(means[0], means[1:].T) / STEPS
+    low, high = np.quantile(factors[1:], [0.025, 0.975], method="nearest")
+    return {
+        "speed": [float(np.clip(x, 0.01, 100)) for x in (factors[0], low, high)],
+        "extended": not LENGTHS[0] <= factors[0] * STEPS <= LENGTHS[-1],
+        "verdict": speed_verdict(low, high),
+    }
+
+
+def speed_verdict(low: float, high: float) -> str:
+    """What the interval of a speed shows."""
+    words = ["learns faster" if low > 1 else "learns more slowly" if high < 1 else ""]
+    words.append("equivalent" if low >= 0.9 and high <= 1.1 else "")
+    words = [word for word in words if word] or ["inconclusive"]
+    return ", ".join([*words, *(["a factor of two is refuted"] if high < 2 else [])])
+
+
+def analysis() -> dict[str, Any]:
+    """All numbers of the page. Without two complete seeds there are none."""
+    seeds = complete()
+    about: dict[str, Any] = {"seeds": [*seeds]}
+    if len(seeds) < 2:
+        return about
+    lines = [line for runs in seeds.values() for line in runs.values()]
+    about["machines"] = sorted({f"{line['cpu']}, {line['precision']}" for line in lines})
+    about["rates"] = {
+        name: sorted({line["rate"] for line in lines if line["arm"] == NETWORKS[name][0]})
+        for name in NETWORKS
+    }
+    for endpoint in ENDPOINTS:
+        about[endpoint] = {
+            "accuracy": {n: over_seeds(percents(results_of(seeds, n, endpoint))) for n in NETWORKS},
+            "curve": {s: over_seeds(percents(results_of(seeds, MAE, endpoint, s))) for s in LENGTHS},
+            "against": {other: compared(seeds, endpoint, other) for other in (MAE, AVERAGED)},
+            "speed": {name: speed(seeds, name, endpoint) for name in NETWORKS if name != MAE},
+        }
+    return about
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results section of the page."""
+    count = f"{len(results['seeds'])} of {len(SEEDS)} seeds are complete"
+    if len(results["seeds"]) < 2:
+        return f"{count}, too few for any result."
+    parts = [
+        f"{count}. {'; '.join(results['machines'])}. Means with 95 % intervals; accuracy in percent, "
+        "differences in points."
+    ]
+    for endpoint, title in ENDPOINTS.items():
+        part, others = results[endpoint], (MAE, AVERAGED)
+        rows = [
+            [
+                name,
+                " ".join(f"{1000 * rate:g}e-3" for rate in results["rates"][name]),
+                "{:.1f} [{:.1f}, {:.1f}]".format(*part["accuracy"][name]),
+                *(part["against"][other].get(name, {}).get("verdict", "") for other in others),
+            ]
+            for name in NETWORKS
+        ]
+        head = ["arm", "rate", title, *(f"against {other}" for other in others)]
+        parts.append(markdown.table(head, rows, left=(0, 3, 4)))
+    parts.append(f"Each column of verdicts is a family. {correction_note(len(HALF_LIVES))}")
+    rows = [
+        [name, *(_speed_cell(results[endpoint]["speed"][name]) for endpoint in ENDPOINTS)]
+        for name in NETWORKS
+        if name != MAE
+    ]
+    note = (
+        f"Extended: beyond the {LENGTHS[0]:,} to {LENGTHS[-1]:,} steps of MAE's runs. Not corrected for the "
+        "number of half-lives. Values are cut at 0.01 and 100."
+    )
+    parts += [
+        markdown.table(
+            ["times as fast as MAE", *(f"by {title}" for title in ENDPOINTS.values())],
+            rows,
+            note,
+            left=(0, 1, 2),
+        ),
+        f"![Accuracy after fine-tuning against steps: MAE, and RC-MAE at {STEPS:,} steps](img/claim.png)",
+    ]
+    return "\n\n".join(parts)
+
+
+def _speed_cell(result: dict[str, Any]) -> str:
+    numbers = "{:.2f} [{:.2f}, {:.2f}]".format(*result["speed"])
+    return f"{numbers}{' (extended)' if result['extended'] else ''}: {result['verdict']}"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw MAE's accuracy over the steps, with the other arms at `STEPS`, which are spread a little."""
+    figure = Figure(figsize=(4, 3.4), layout="constrained", dpi=200)  # readable at a width of 400 pixels
+    axes, part = figure.add_subplot(), results["fine-tuned"]
+
+    def points(x: Any, intervals: Any, **style: Any) -> None:
+        middle, low, high = np.array([interval[:3] for interval in intervals]).T
+        axes.errorbar(x, middle, [middle - low, high - middle], capsize=3, markersize=5, **style)
+
+    points(LENGTHS, [*part["curve"].values()], color="#5d6670", marker="o", linewidth=1.4, label=MAE)
+    colors = ("#1a7f4b", "#8fb8e8", "#5590d6", "#1d62b8", "#0b3a75")
+    shown = [name for name in NETWORKS if name != MAE]
+    for place, (name, color) in enumerate(zip(shown, colors, strict=True)):
+        x = STEPS * 1.05 ** (place - 2 + (place >= 2))  # MAE is in the middle
+        points(
+            [x],
+            [part["accuracy"][name]],
+            color=color,
+            marker="s" if name == AVERAGED else "D",
+            linestyle="",
+            label=name,
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(LENGTHS, [f"{steps:,}" for steps in LENGTHS])
+    axes.minorticks_off()
+    axes.set_xlabel("steps")
+    axes.set_ylabel("accuracy, %, after fine-tuning on 1 %")
+    axes.grid(color="#e3e6e9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def analyze() -> None:
+    """Write the analysis, print it, and draw the figure."""
+    results = analysis()
+    write_json(ROOT / "results" / "claim.json", results)
+    print(table(results))
+    if "fine-tuned" in results:
+        draw(results, ROOT / "docs" / "img" / "claim.png")
 
 
 def main() -> int:
@@ -201,10 +341,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--analyze", action="store_true", help="make no runs")
     options = parser.parse_args()
-    while jobs := missing(tuning()):
-        make(jobs, options.jobs)
-    make(missing(confirmation()), options.jobs)
+    if not options.analyze:
+        while jobs := RESULTS.missing(tuning()):
+            make(run, jobs, options.jobs)
+        make(run, RESULTS.missing(confirmation()), options.jobs)
+    analyze()
     return 0
 
 

@@ -14,6 +14,7 @@ from benchmarks import (
     alarms,
     bundled,
     busy,
+    claim,
     commands,
     corruptions,
     detection,
@@ -36,6 +37,7 @@ from benchmarks import (
 TABLES: dict[str, tuple[Callable[..., str], str]] = {
     "bundled": (bundled.table, "bundled"),
     "busy": (busy.table, "busy"),
+    "claim": (claim.table, "claim"),
     "step": (step.table, "step_cpu"),
     "digits": (digits_difficulty.table, "digits_difficulty"),
     "lab_linear": (lab.linear_table, "lab_linear"),
@@ -79,6 +81,7 @@ PAGES = (
             "robustness",
             "evaluation",
             "detection",
+            "rcmae-answered",
         )
     ),
 )
