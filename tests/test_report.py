@@ -263,9 +263,7 @@ def test_curves_follow_the_numbers(tmp_path):
         assert rises[-1] > rises[0] + 20
     for level in (expected, lidar):
         assert level[-1] == level[0]
-    assert "momentum per optimizer step 0.97030 0.97930 0.98800" in words(
-        part(page, 'id="teacher"', "</table>")
-    )
+    assert "momentum per step 0.97030 0.97930 0.98800" in words(part(page, 'id="teacher"', "</table>"))
 
 
 def test_alarms_come_first_in_the_verdict(tmp_path):

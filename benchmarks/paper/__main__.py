@@ -4,9 +4,9 @@ and their small forms.
     python -m benchmarks.paper                      # print all commands and the paper's numbers; run nothing
     python -m benchmarks.paper convergence --run    # run or resume its small form on the bundled set
 
-Small forms are `rcmae compare race` (for resources: `rcmae compare cost --measure`). They show whether a
-claim holds on a small set and a small network, which says little about ImageNet. The results go to
-results/paper_NAME.json and docs/paper.md.
+Small forms are `rcmae compare race` with probes and, as the paper measures, fine-tuning of its networks;
+for resources `rcmae compare cost --measure`. They show whether a claim holds on a small set and network,
+which says little about ImageNet. The results go to results/paper_NAME.json and docs/paper.md.
 """
 
 import argparse
@@ -16,10 +16,15 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT
-from benchmarks.paper.experiments import EXPERIMENTS, METHODS, Experiment
+from benchmarks.paper.experiments import EXPERIMENTS, FINE_TUNED, LABELS, METHODS, Experiment
+from benchmarks.runs import family, fine_tuned
 from rcmae.compare.cost import count_costs
 from rcmae.compare.race import RaceSettings, arms, parse_budget, race, write_race_page
+from rcmae.config import Recipe
 from rcmae.engine.run import write_json
+from rcmae.methods import METHODS as ALL_METHODS
+from rcmae.methods.recipes import load_recipe
+from rcmae.tasks.interval import Correct, difference, percents
 
 
 def describe(name: str, experiment: Experiment) -> str:
@@ -50,8 +55,25 @@ def run(name: str, experiment: Experiment, seeds: int, out: Path) -> dict[str, A
         page = write_race_page(results, folder)
         print(*results["verdict"], page, sep="\n", flush=True)
         races[small.name] = {part: results[part] for part in ("about", "verdict", "rows")}
+        races[small.name][FINE_TUNED] = fine_tune(folder, results["rows"])
         machine = machine or results["machine"]
     return {"experiment": name, "races": races, "machine": machine}
+
+
+def fine_tune(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fine-tune the judged network of every run of a race on `LABELS` of the labels: accuracies in percent by
+    seed, and the difference to the first arm with its verdict."""
+    correct: dict[str, Correct] = {}
+    for row in rows:
+        arm, runs = row["arm"], [folder / name for name in row["runs"]]
+        network = ALL_METHODS[load_recipe(str(runs[0] / "recipe.toml")).method].networks[-1]
+        correct[arm] = []
+        for seed, path in enumerate(runs, 1):
+            print(f"fine-tuning {arm}, seed {seed}", flush=True)
+            correct[arm].append(fine_tuned(path, network, Recipe.data, LABELS, seed))
+    first, *others = correct
+    against = family({arm: difference(correct[arm], correct[first]) for arm in others})
+    return [{"arm": arm, "accuracy": percents(c)} | against.get(arm, {}) for arm, c in correct.items()]
 
 
 def main() -> None:

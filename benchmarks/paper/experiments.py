@@ -41,8 +41,6 @@ class Race:
     name: str
     arms: tuple[str, ...]
     budget: str
-    fine_tuned: bool = True
-    "whether the networks are also fine-tuned, on `LABELS` of the labels"
 
 
 @dataclass(frozen=True)
@@ -229,8 +227,8 @@ EXPERIMENTS = {
         elsewhere="python -m benchmarks.evaluation",
     ),
     "adversarial": Experiment(
-        "The same networks under attacks, named in the paper's first version; we know neither the attacks nor "
-        "the numbers",
+        "The same networks under attacks, which the paper's first version names; we know neither the attacks "
+        "nor the numbers",
         _classified(ATTACKED, ("FGSM", "PGD")),
         elsewhere="python -m benchmarks.evaluation",
     ),

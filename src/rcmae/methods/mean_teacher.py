@@ -157,15 +157,11 @@ class MeanTeacher(Method):
             "every batch size and length of the run."
         )
         rows = (
-            ("momentum per optimizer step", "momentum", lambda v: f"{v:.5f}"),
+            ("momentum per step", "momentum", lambda v: f"{v:.5f}"),
             ("half-life in steps", "half_life_steps", _number),
             ("half-life in images", "half_life_images", _number),
             ("half-life in epochs", "half_life_epochs", _number),
-            (
-                "half-life as a fraction of the run",
-                "half_life_fraction",
-                lambda v: "never" if v is None else fraction_of_run(v),
-            ),
+            ("half-life", "half_life_fraction", lambda v: "never" if v is None else fraction_of_run(v)),
         )
         momentum = (
             "The teacher's momentum per step, measured on its weights, and that of the recipe. The thin line "
