@@ -16,13 +16,13 @@ docs/img/claim.png.
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from benchmarks import ROOT, markdown
@@ -33,16 +33,17 @@ from benchmarks.runs import (
     fine_tuned,
     machine,
     make,
-    of_each_seed,
     packed,
     pretrain_quietly,
     probed,
     unpacked,
 )
 from rcmae.config import Probe, changed
+from rcmae.data.digits import glyphs_of
 from rcmae.engine.run import write_json
+from rcmae.errors import DivergedError
 from rcmae.methods.recipes import load_recipe
-from rcmae.tasks.interval import Correct, correction_note, difference, over_seeds, percents
+from rcmae.tasks.interval import Correct, Difference, correction_note, difference
 
 RESULTS = Results(ROOT / "results" / "claim.jsonl")
 
@@ -91,8 +92,13 @@ def run(job: Job) -> None:
     torch.set_num_threads(1)
     recipe = changed(load_recipe("bundled"), seed=job.seed, steps=job.steps, base_lr=job.rate, probes=0)
     recipe = changed(recipe, **ARMS[job.arm])
-    pretrain_quietly(recipe, job.path, workers=0)
-    result = job._asdict() | machine(job.path) | probed(job.path, recipe, PROBE, job.networks)
+    diverged = ""
+    try:
+        pretrain_quietly(recipe, job.path, workers=0)
+    except DivergedError as e:
+        diverged = str(e)
+    result = job._asdict() | machine(job.path) | {"diverged": diverged}
+    result |= probed(job.path, recipe, PROBE, job.networks)
     for network in job.networks if job.tuned else ():
         correct = fine_tuned(job.path, network, "bundled:digits", LABELS, job.seed)
         result[f"{network} fine-tuned"] = packed(correct)
@@ -138,25 +144,29 @@ HALF_LIVES = [arm for arm in ARMS if arm != MAE]
 
 ENDPOINTS = {"fine-tuned": f"fine-tuning on {LABELS:g} % of the labels", "linear": "linear probe"}
 
-DRAWS = 10_000
-"Of the bootstrap over seeds."
+SPEEDS = np.geomspace(LENGTHS[0], LENGTHS[-1], 31) / STEPS
+"Those that are tested: MAE has runs between the lengths of the first and the last one."
 
 Runs = dict[tuple[str, int], dict[str, Any]]
 "The lines of a seed by arm and steps."
 
 
 def complete() -> dict[int, Runs]:
-    """The runs of confirmation and speed, by seed, of the seeds that have all of them, on one kind of
-    processor and in one precision."""
+    """The runs of confirmation and speed, by seed, of the seeds that have all of them in one precision.
+
+    Raises ValueError for an arm with several rates."""
     needed = {(arm, STEPS) for arm in ARMS} | {(MAE, steps) for steps in LENGTHS}
     seeds: dict[int, Runs] = {}
+    rates: dict[str, float] = {}
     for line in RESULTS.lines():
         if line["tuned"]:
             seeds.setdefault(line["seed"], {})[line["arm"], line["steps"]] = line
+            if rates.setdefault(line["arm"], line["rate"]) != line["rate"]:
+                raise ValueError(f"{line['arm']} has runs at {rates[line['arm']]} and {line['rate']}")
     return {
         seed: runs
         for seed, runs in sorted(seeds.items())
-        if runs.keys() >= needed and len({(run["cpu"], run["precision"]) for run in runs.values()}) == 1
+        if runs.keys() >= needed and len({run["precision"] for run in runs.values()}) == 1
     }
 
 
@@ -166,59 +176,63 @@ def results_of(seeds: dict[int, Runs], name: str, endpoint: str, steps: int = ST
     return [unpacked(runs[arm, steps][f"{network} {endpoint}"]) for runs in seeds.values()]
 
 
+def subjects(seeds: Iterable[int], endpoint: str, correct: Correct) -> list[Int[np.ndarray, " m"]]:
+    """The handwritten digit in each test image: the samples, since images of one are alike. All seeds are
+    fine-tuned and tested on the same images; for the linear probe each generates its own."""
+    return [
+        glyphs_of(seed if endpoint == "linear" else 0, "test", len(c))
+        for seed, c in zip(seeds, correct, strict=True)
+    ]
+
+
 def compared(seeds: dict[int, Runs], endpoint: str, other: str) -> dict[str, Any]:
     """The half-lives, one family, against another arm: differences and verdicts."""
     first = results_of(seeds, other, endpoint)
-    # All seeds are fine-tuned on the same images; for the linear probe, each generates its own.
-    images = of_each_seed(first, seeds) if endpoint == "linear" else None
+    images = subjects(seeds, endpoint, first)
     return family({arm: difference(results_of(seeds, arm, endpoint), first, images) for arm in HALF_LIVES})
 
 
-def steps_until(
-    accuracy: Float[np.ndarray, " n"], curve: Float[np.ndarray, "n k"]
-) -> Float[np.ndarray, " n"]:
-    """Steps after which MAE, whose accuracies at `LENGTHS` are `curve`, has the given accuracy.
-
-    The curve is linear over the logarithm of the steps, and its ends are extended. If it has the accuracy
-    more than once, the place nearest to `STEPS` is taken; if nowhere, 0 steps or infinitely many.
-    """
-    x, (low, high) = np.log(LENGTHS), (curve[:, :-1], curve[:, 1:])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        place = x[:-1] + (accuracy[:, None] - low) * np.diff(x) / (high - low)  # [n, k - 1]
-    starts, ends = np.array([-np.inf, *x[1:-1]]), np.array([*x[1:-1], np.inf])
-    place = np.where((starts <= place) & (place <= ends), place, np.nan)
-    distance = np.where(np.isnan(place), np.inf, abs(place - np.log(STEPS)))
-    nearest = np.take_along_axis(place, distance.argmin(1)[:, None], 1)[:, 0]
-    return np.exp(np.where(np.isnan(nearest), np.where(accuracy > curve[:, -1], np.inf, -np.inf), nearest))
+def mae_after(seeds: dict[int, Runs], endpoint: str, steps: float) -> list[Float[np.ndarray, " m"]]:
+    """The results of MAE after so many steps for each seed, linear over the logarithm of the steps between
+    those of two runs."""
+    x, place = np.log(LENGTHS), np.log(steps)
+    k = int(np.clip(np.searchsorted(x, place) - 1, 0, len(x) - 2))
+    weight = (place - x[k]) / (x[k + 1] - x[k])
+    before, after = (results_of(seeds, MAE, endpoint, each) for each in LENGTHS[k : k + 2])
+    return [(1 - weight) * a + weight * b for a, b in zip(before, after, strict=True)]
 
 
 def speed(seeds: dict[int, Runs], name: str, endpoint: str) -> dict[str, Any]:
-    """How many times as fast as MAE an arm learns: with a 95 % interval of a bootstrap over seeds."""
-
-    def percents_at(arm: str, steps: int) -> list[float]:
-        return percents(results_of(seeds, arm, endpoint, steps))
-
-    values = np.array(
-        [percents_at(name, STEPS), *(percents_at(MAE, steps) for steps in LENGTHS)]
-    )  # [1 + k, n]
-    rng, n = np.random.Generator(np.random.Philox(key=0)), len(seeds)
-    drawn = values[:, rng.integers(n, size=(DRAWS, n))].mean(-1)  # [1 + k, draws]
-    means = np.concatenate([values.mean(1, keepdims=True), drawn], 1)
-    factors = steps_until(means[0], means[1:].T) / STEPS
-    low, high = np.quantile(factors[1:], [0.025, 0.975], method="nearest")
+    """How many times as fast as MAE an arm learns: the speed x at which MAE after x times the steps is equal,
+    and the interval of those whose difference is not shown. None beyond `SPEEDS`."""
+    correct = results_of(seeds, name, endpoint)
+    images = subjects(seeds, endpoint, correct)
+    gaps = [difference(correct, mae_after(seeds, endpoint, x * STEPS), images) for x in SPEEDS]
+    better, worse = (np.array([d.low > 0 for d in gaps]), np.array([d.high < 0 for d in gaps]))
+    # Too slow: the first ones, where the arm is better than MAE. Too fast: the last ones, where it is worse.
+    slow, fast = int(np.cumprod(better).sum()), int(np.cumprod(worse[::-1]).sum())
+    means = np.array([d.mean for d in gaps])
+    crossings = np.flatnonzero(means[:-1] * means[1:] <= 0)
+    nearest = crossings[abs(np.log(SPEEDS[crossings])).argmin()] if len(crossings) else None
+    low = float(SPEEDS[slow - 1]) if slow else None
+    high = float(SPEEDS[-fast]) if fast else None
     return {
-        "speed": [float(np.clip(x, 0.01, 100)) for x in (factors[0], low, high)],
-        "extended": not LENGTHS[0] <= factors[0] * STEPS <= LENGTHS[-1],
+        "low": low,
+        "speed": None if nearest is None else float(SPEEDS[nearest]),
+        "high": high,
         "verdict": speed_verdict(low, high),
     }
 
 
-def speed_verdict(low: float, high: float) -> str:
-    """What the interval of a speed shows."""
-    words = ["learns faster" if low > 1 else "learns more slowly" if high < 1 else ""]
-    words.append("equivalent" if low >= 0.9 and high <= 1.1 else "")
-    words = [word for word in words if word] or ["inconclusive"]
-    return ", ".join([*words, *(["a factor of two is refuted"] if high < 2 else [])])
+def speed_verdict(low: float | None, high: float | None) -> str:
+    """What the interval of a speed shows beyond the comparison at equal steps."""
+    words = ["equivalent"] if low and high and low >= 0.9 and high <= 1.1 else []
+    return ", ".join([*words, *(["a factor of two is refuted"] if high else [])]) or "inconclusive"
+
+
+def accuracy(seeds: dict[int, Runs], endpoint: str, correct: Correct) -> Difference:
+    """The mean accuracy in percent, with its interval over seeds and test images."""
+    return difference(correct, [np.zeros_like(c) for c in correct], subjects(seeds, endpoint, correct))
 
 
 def analysis() -> dict[str, Any]:
@@ -235,22 +249,36 @@ def analysis() -> dict[str, Any]:
     }
     for endpoint in ENDPOINTS:
         about[endpoint] = {
-            "accuracy": {n: over_seeds(percents(results_of(seeds, n, endpoint))) for n in NETWORKS},
-            "curve": {s: over_seeds(percents(results_of(seeds, MAE, endpoint, s))) for s in LENGTHS},
+            "accuracy": {n: accuracy(seeds, endpoint, results_of(seeds, n, endpoint)) for n in NETWORKS},
+            "curve": {s: accuracy(seeds, endpoint, results_of(seeds, MAE, endpoint, s)) for s in LENGTHS},
             "against": {other: compared(seeds, endpoint, other) for other in (MAE, AVERAGED)},
             "speed": {name: speed(seeds, name, endpoint) for name in NETWORKS if name != MAE},
         }
     return about
 
 
+def answer(results: dict[str, Any]) -> str:
+    """The answer to the claim, by the primary family."""
+    words = {
+        arm: result["verdict"].split()[0] for arm, result in results["fine-tuned"]["against"][MAE].items()
+    }
+    if better := [arm for arm, word in words.items() if word == "better"]:
+        return f"Confirmed on this set: better than MAE is {', '.join(better)}."
+    if set(words.values()) <= {"worse", "equivalent"}:
+        return "Refuted on this set: every half-life is worse than MAE or equivalent to it."
+    return "Inconclusive on this set: no half-life is shown to be better than MAE, nor all to be no better."
+
+
 def table(results: dict[str, Any]) -> str:
-    """The results section of the page."""
+    """The results section of the page: without verdicts until all seeds are complete."""
     count = f"{len(results['seeds'])} of {len(SEEDS)} seeds are complete"
     if len(results["seeds"]) < 2:
         return f"{count}, too few for any result."
+    planned = len(results["seeds"]) == len(SEEDS)
     parts = [
         f"{count}. {'; '.join(results['machines'])}. Means with 95 % intervals; accuracy in percent, "
-        "differences in points."
+        "differences in points.",
+        answer(results) if planned else "**This is not the planned analysis, which has all seeds.**",
     ]
     for endpoint, title in ENDPOINTS.items():
         part, others = results[endpoint], (MAE, AVERAGED)
@@ -259,21 +287,22 @@ def table(results: dict[str, Any]) -> str:
                 name,
                 " ".join(f"{1000 * rate:g}e-3" for rate in results["rates"][name]),
                 "{:.1f} [{:.1f}, {:.1f}]".format(*part["accuracy"][name]),
-                *(part["against"][other].get(name, {}).get("verdict", "") for other in others),
+                *(_gain_cell(part["against"][other].get(name), planned) for other in others),
             ]
             for name in NETWORKS
         ]
         head = ["arm", "rate", title, *(f"against {other}" for other in others)]
         parts.append(markdown.table(head, rows, left=(0, 3, 4)))
-    parts.append(f"Each column of verdicts is a family. {correction_note(len(HALF_LIVES))}")
+    if planned:
+        parts.append(f"Each column of verdicts is a family. {correction_note(len(HALF_LIVES))}")
     rows = [
-        [name, *(_speed_cell(results[endpoint]["speed"][name]) for endpoint in ENDPOINTS)]
+        [name, *(_speed_cell(results[endpoint]["speed"][name], planned) for endpoint in ENDPOINTS)]
         for name in NETWORKS
         if name != MAE
     ]
     note = (
-        f"Extended: beyond the {LENGTHS[0]:,} to {LENGTHS[-1]:,} steps of MAE's runs. Not corrected for the "
-        "number of half-lives. Values are cut at 0.01 and 100."
+        f"Speeds below {SPEEDS[0]:.2f} and above {SPEEDS[-1]:.2f} are not told apart: MAE has runs of "
+        f"{LENGTHS[0]:,} to {LENGTHS[-1]:,} steps. Not corrected for the number of half-lives."
     )
     parts += [
         markdown.table(
@@ -287,9 +316,20 @@ def table(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _speed_cell(result: dict[str, Any]) -> str:
-    numbers = "{:.2f} [{:.2f}, {:.2f}]".format(*result["speed"])
-    return f"{numbers}{' (extended)' if result['extended'] else ''}: {result['verdict']}"
+def _gain_cell(result: dict[str, Any] | None, planned: bool) -> str:
+    if result is None:
+        return ""
+    return str(result["verdict"]) if planned else markdown.signed(result["gain"])
+
+
+def _speed_cell(result: dict[str, Any], planned: bool) -> str:
+    low, middle, high = (result[key] for key in ("low", "speed", "high"))
+    ends = [
+        f"below {SPEEDS[0]:.2f}" if low is None else f"{low:.2f}",
+        f"above {SPEEDS[-1]:.2f}" if high is None else f"{high:.2f}",
+    ]
+    text = f"{'' if middle is None else f'{middle:.2f} '}[{', '.join(ends)}]"
+    return f"{text}: {result['verdict']}" if planned else text
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import multiprocessing as mp
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -54,7 +55,8 @@ class Results(NamedTuple):
 
     def lines(self) -> list[dict[str, Any]]:
         """All of them."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        content = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
 
     def missing(self, jobs: Iterable[Job]) -> list[Job]:
         """The jobs without a line."""
@@ -64,11 +66,16 @@ class Results(NamedTuple):
         return [job for job in jobs if tuple(job) not in done]
 
     def append(self, result: dict[str, Any]) -> None:
-        """Add a line, one process at a time, and print it."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Add a line, one process at a time, and print it without the single images."""
+        with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps(result) + "\n")
-        print(json.dumps(result), flush=True)
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a kill may have cut the last line
+            file.write(json.dumps(result).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        short = {key: f"{v['accuracy']:.1f} %" if isinstance(v, dict) else v for key, v in result.items()}
+        print(json.dumps(short), flush=True)
 
 
 def make(run: Callable[[Job], None], jobs: Sequence[Job], processes: int) -> None:
@@ -162,9 +169,9 @@ def pretrain_quietly(recipe: Recipe, out: Path, **options: Any) -> None:
 
 
 def machine(run: Path) -> dict[str, Any]:
-    """The processor and the precision of a run."""
+    """What made a run: processor, precision, commit and recipe."""
     about = read_json(run / "machine.json")
-    return {"cpu": about["cpu"], "precision": about["precision"]}
+    return {key: about[key] for key in ("cpu", "precision", "commit", "recipe_hash")}
 
 
 def seconds_of(run: Path) -> float:

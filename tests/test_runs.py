@@ -33,6 +33,16 @@ def test_finished_jobs_are_not_repeated(tmp_path):
     assert results.missing([jobs[0]._replace(rate=6e-3)]), "all fields of a job count"
 
 
+def test_a_line_that_a_kill_has_cut_is_no_result(tmp_path):
+    results, jobs = Results(tmp_path / "jobs.jsonl"), [Job(str(tmp_path), 3e-3, seed) for seed in range(2)]
+    run(jobs[0])
+    with results.path.open("a") as file:
+        file.write('{"folder": "')
+    assert results.missing(jobs) == jobs[1:]
+    run(jobs[1])
+    assert results.missing(jobs) == []
+
+
 def test_jobs_run_side_by_side_and_end_at_the_first_error(tmp_path, capfd):
     results, jobs = Results(tmp_path / "jobs.jsonl"), [Job(str(tmp_path), 0.1, seed) for seed in range(6)]
     make(run, jobs[:4], processes=2)

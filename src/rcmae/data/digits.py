@@ -172,6 +172,14 @@ def _draw(
     return (canvas * 255 + 0.5).astype(np.uint8), labels[glyph]
 
 
+@functools.cache
+def glyphs_of(seed: int, split: str, count: int) -> Int[np.ndarray, " n"]:
+    """The number of the handwritten digit in each of the first images of a split. There are 364 for testing,
+    and images of one are no independent samples."""
+    glyphs = _glyphs()[2][split]
+    return np.array([glyphs[_rng(seed, split, i, form=0).integers(len(glyphs))] for i in range(count)])
+
+
 def digit(seed: int, split: str, index: int, size: int = 32) -> tuple[UInt8[np.ndarray, "size size 3"], int]:
     """One labeled image of a single digit, `size` pixels wide and high (designed for 32 to 64)."""
     images, labels = _draw(seed, split, np.array([index]), size)
