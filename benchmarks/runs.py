@@ -31,7 +31,6 @@ from benchmarks.alarms import patched
 from rcmae.config import Probe, Recipe, RuntimeConfig
 from rcmae.data.sources import open_source
 from rcmae.engine.console import clock
-from rcmae.engine.metrics import of_kind, read_metrics
 from rcmae.engine.run import read_json
 from rcmae.interop.load import load
 from rcmae.tasks.evaluate import evaluate
@@ -155,11 +154,6 @@ def machine(run: Path) -> dict[str, Any]:
     """The processor and the precision of a run."""
     about = read_json(run / "machine.json")
     return {"cpu": about["cpu"], "precision": about["precision"]}
-
-
-def seconds_of(run: Path) -> float:
-    """The duration of the training of a finished run."""
-    return float(of_kind(read_metrics(run), "train")[-1]["seconds"])
 
 
 RANDOM = "random"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from benchmarks.runs import Results, make, packed, unpacked
+from benchmarks.runs import Rates, Results, make, packed, unpacked
 
 
 class Job(NamedTuple):
@@ -48,3 +48,25 @@ def test_correct_images_survive_packing(images):
     correct = np.random.default_rng(0).random(images) < 0.5
     result = packed(correct)
     assert (unpacked(result) == correct).all() and result["accuracy"] == 100 * correct.mean()
+
+
+RATES = Rates((3.0, 6.0), (1.5, 3.0, 6.0, 12.0), seeds=2)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "requested"),
+    [
+        ({}, [3, 6]),
+        ({3: [50.0, 50], 6: [60.0]}, [3, 6]),  # interrupted: the best one is not known yet
+        ({3: [50.0, 50], 6: [40.0, 40]}, [3, 6, 1.5]),
+        ({3: [50.0, 50], 6: [60.0, 60]}, [3, 6, 12]),
+        ({3: [50.0, 50], 6: [60.0, 60], 12: [99.0]}, [3, 6, 12]),
+        ({3: [50.0, 50], 6: [60.0, 60], 12: [70.0, 70]}, [3, 6, 12]),  # there is none beyond
+    ],
+)
+def test_rates_around_the_best_one_are_tried(accuracies, requested):
+    assert RATES.requested(accuracies) == requested
+
+
+def test_the_best_rate_has_all_seeds():
+    assert RATES.best({3: [50.0, 50], 6: [60.0], 12: [55.0, 57]}) == 12
