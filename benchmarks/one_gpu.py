@@ -28,10 +28,10 @@ ONE_GPU = Experiment(
         **{f"RC-MAE {n}": {"half_life": f"{n} steps"} for n in (7, 20, 173)},
     },
     seeds=range(11, 19),
-    tuning_seeds=range(8),
-    rates=Rates((1.5e-3, 3e-3, 6e-3), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 12e-3), seeds=8),
+    tuning_seeds=range(4),
+    rates=Rates((1.5e-3, 3e-3, 6e-3), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 12e-3), seeds=4),
     steps=20_000,
-    tuning_steps=2000,
+    tuning_steps=1000,
     side_by_side=8,
 )
 

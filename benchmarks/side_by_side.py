@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import ROOT, markdown
 from benchmarks.runs import Rates, Results, family, make, packed, unpacked
-from rcmae.config import Probe, changed
+from rcmae.config import Images, Probe, changed
 from rcmae.data.sources import open_source
 from rcmae.engine.console import Screen
 from rcmae.engine.distributed import autocast, pick_device, pick_precision
@@ -38,6 +38,7 @@ from rcmae.engine.step import set_lr
 from rcmae.methods.rcmae import RCMAE, RCMAERecipe
 from rcmae.methods.recipes import load_recipe
 from rcmae.methods.reconstruction_loss import squared_errors
+from rcmae.models.autoencoder import AutoencoderNetwork, build
 from rcmae.models.backbone import usual_statistics
 from rcmae.models.patches import gather_tokens
 from rcmae.tasks.interval import Correct, correction_note, difference, over_seeds, percents
@@ -149,6 +150,18 @@ class Experiment:
 # --- training -----------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def predictor(images: Images, network: AutoencoderNetwork, visible: int, compiled: bool) -> Any:
+    """The predictions of several seeds: weights and buffers [s, ...], patches [s, b, n, p] and orders
+    [s, b, n] to [s, b, m, p]. It is compiled once for all groups of a process."""
+    model = build(images, network)  # its own weights are not used
+
+    def predict(weights: dict[str, Tensor], patches: Tensor, order: Tensor) -> Tensor:
+        return functional_call(model, weights, (patches, order, visible))
+
+    return torch.compile(vmap(predict)) if compiled else vmap(predict)
+
+
 class SideBySide:
     """RC-MAE on s seeds of a recipe: every weight has a leading axis [s, ...], and so has every batch. Each
     seed has the initial weights of an ordinary run with that seed."""
@@ -171,11 +184,7 @@ class SideBySide:
         for group, decays in zip(groups, (True, False), strict=True):
             group["params"] = [p for name, p in self.trained.items() if names[name] == decays]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-
-        def predict(weights: dict[str, Tensor], patches: Tensor, order: Tensor) -> Tensor:
-            return functional_call(self.method.student, weights, (patches, order, self.method.visible))
-
-        self.predict = torch.compile(vmap(predict)) if compiled else vmap(predict)
+        self.predict = predictor(recipe.images, recipe.network, self.method.visible, compiled)
         # The fused kernel of a CPU cannot be used for several seeds at once.
         math = functools.partial(sdpa_kernel, SDPBackend.MATH)
         self.attention = math if device.type == "cpu" else contextlib.nullcontext
@@ -258,7 +267,8 @@ def run(experiment: Experiment, name: str, compiled: bool, group: Group) -> None
     recipe, p = experiment.recipe(group), experiment.probe
     images, probes = material(recipe.images.size, experiment.images, p.probe_train, p.probe_test, device)
     net = SideBySide(recipe, group.seeds, device, compiled)
-    results = {"random": net.probed(probes, net.weights)} if group.arm == MAE else {}
+    confirming = group.steps == experiment.steps
+    results = {"random": net.probed(probes, net.weights)} if group.arm == MAE and confirming else {}
     began = time.monotonic()
     what = f"{group.arm}, {group.decay}, rate {group.rate:g}, {group.count} seeds from {group.first}: steps"
     with Screen(True).progress(what, group.steps) as tick:
@@ -268,7 +278,8 @@ def run(experiment: Experiment, name: str, compiled: bool, group: Group) -> None
     seconds = {"seconds": round(time.monotonic() - began, 1)}
     if group.arm == MAE:
         results["student"] = net.probed(probes, net.weights)
-    results["teacher"] = net.probed(probes, net.teacher)
+    if group.arm != MAE or confirming:
+        results["teacher"] = net.probed(probes, net.teacher)
     machine = describe_machine(device, net.precision)
     about = {key: machine[key] for key in ("cpu", "device", "precision")}
     experiment.results.append(group._asdict() | about | seconds | results)

@@ -28,7 +28,7 @@ def test_each_seed_is_trained_as_in_an_ordinary_run(gamma):
     net = side_by_side.SideBySide(recipe, GROUP.seeds, CPU)
     net.precision = "fp32"
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (2, 4, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     all_orders = [torch.rand(2, 4, 16, generator=generator).argsort(2) for _ in range(GROUP.steps)]
     for step, orders in enumerate(all_orders):
         net.step(images, orders, Progress(step, GROUP.steps, 2))
@@ -43,9 +43,16 @@ def test_each_seed_is_trained_as_in_an_ordinary_run(gamma):
             method({"image": images[index], "order": orders[index]}, t)["loss"].backward()
             conditional_step(optimizer, torch.ones(()))
             method.after_step(t, torch.ones(()))
+        for name, p in method.student.named_parameters():
+            if p.requires_grad and not name.endswith(
+                "qkv.bias"
+            ):  # those of keys have no gradient but rounding
+                moment = net.optimizer.state[net.trained[name]]["exp_avg"][index]
+                expected = optimizer.state[p]["exp_avg"]
+                assert (moment - expected).norm() <= 1e-2 * expected.norm() + 1e-7, name
         for weights, model in ((net.weights, method.student), (net.teacher, method.teacher.model)):
             for name, p in model.named_parameters():
-                if not name.endswith("qkv.bias"):  # those of the keys have no gradient but rounding
+                if not name.endswith("qkv.bias"):
                     torch.testing.assert_close(
                         weights[name][index].detach(), p.detach(), rtol=1e-4, atol=1e-5
                     )
