@@ -56,12 +56,13 @@ class Group(NamedTuple):
     rate: float
     first: int
     "the first seed"
-    count: int
+    together: int
+    "the number of seeds"
     steps: int
 
     @property
     def seeds(self) -> range:
-        return range(self.first, self.first + self.count)
+        return range(self.first, self.first + self.together)
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,9 @@ def run(experiment: Experiment, name: str, compiled: bool, group: Group) -> None
     confirming = group.steps == experiment.steps
     results = {"random": net.probed(probes, net.weights)} if group.arm == MAE and confirming else {}
     began = time.monotonic()
-    what = f"{group.arm}, {group.decay}, rate {group.rate:g}, {group.count} seeds from {group.first}: steps"
+    what = (
+        f"{group.arm}, {group.decay}, rate {group.rate:g}, {group.together} seeds from {group.first}: steps"
+    )
     with Screen(True).progress(what, group.steps) as tick:
         train(net, images, group.steps, tick)
         if device.type == "cuda":

@@ -18,7 +18,7 @@ from rcmae.models.backbone import IMAGENET
 
 CPU = torch.device("cpu")
 TINY = {"width": 16, "heads": 2, "depth": 1, "decoder_width": 8, "decoder_heads": 1, "batch_size": 4}
-GROUP = side_by_side.Group("RC-MAE 7", "cosine", 12e-3, first=3, count=2, steps=6)
+GROUP = side_by_side.Group("RC-MAE 7", "cosine", 12e-3, first=3, together=2, steps=6)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.0])
