@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from safetensors.numpy import load_file
 
 import rcmae.pretraining as pretraining
@@ -32,13 +32,12 @@ from benchmarks.alarms import patched
 from rcmae.config import Probe, Recipe, RuntimeConfig
 from rcmae.data.sources import open_source
 from rcmae.engine.console import clock
-from rcmae.engine.metrics import of_kind, read_metrics
 from rcmae.engine.run import read_json
 from rcmae.interop.load import load
 from rcmae.tasks.evaluate import evaluate
 from rcmae.tasks.evaluation.base import EvaluationOptions
 from rcmae.tasks.evaluation.finetune import FineTune
-from rcmae.tasks.interval import Correct, Difference, judged
+from rcmae.tasks.interval import Difference, judged
 from rcmae.tasks.probe import ProbeSet, probe_set
 
 Job = TypeVar("Job", bound=tuple)
@@ -74,8 +73,14 @@ class Results(NamedTuple):
             file.write(json.dumps(result).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        short = {key: f"{v['accuracy']:.1f} %" if isinstance(v, dict) else v for key, v in result.items()}
-        print(json.dumps(short), flush=True)
+        print(json.dumps({key: _short(value) for key, value in result.items()}), flush=True)
+
+
+def _short(value: Any) -> Any:
+    """A value of a line, with the accuracy alone of what `packed` returns."""
+    if isinstance(value, list):
+        return [_short(each) for each in value]
+    return f"{value['accuracy']:.1f} %" if isinstance(value, dict) else value
 
 
 def make(run: Callable[[Job], None], jobs: Sequence[Job], processes: int) -> None:
@@ -116,8 +121,9 @@ class Rates(NamedTuple):
     further: tuple[float, ...]
     "all in order: the neighbors of the best one are tried too"
     seeds: int
-    screening: int
-    "seeds after which a rate that is more than `HOPELESS` points below the best one is dropped"
+    screening: int = 0
+    """seeds after which a rate that is more than `HOPELESS` points below the best one is dropped; 0: none is
+    dropped"""
 
     def best(self, accuracies: Mapping[float, Sequence[float]]) -> float:
         """The best of the rates that have an accuracy for each seed."""
@@ -126,10 +132,11 @@ class Rates(NamedTuple):
 
     def requested(self, accuracies: Mapping[float, Sequence[float]]) -> dict[float, int]:
         """The rates to try, with their number of seeds, after these accuracies by rate, of seeds in order."""
-        rates = dict.fromkeys(self.first, self.screening)
-        if any(len(accuracies.get(rate, ())) < self.screening for rate in rates):
+        first = self.screening or self.seeds
+        rates = dict.fromkeys(self.first, first)
+        if any(len(accuracies.get(rate, ())) < first for rate in rates):
             return rates
-        means = {rate: np.mean(accuracies[rate][: self.screening]) for rate in rates}
+        means = {rate: np.mean(accuracies[rate][:first]) for rate in rates}
         rates |= {r: self.seeds for r in rates if means[r] >= max(means.values()) - HOPELESS}
         if any(len(accuracies[rate]) < count for rate, count in rates.items()):
             return rates
@@ -150,11 +157,6 @@ def family(gains: Mapping[str, Difference]) -> dict[str, dict[str, Any]]:
     }
 
 
-def of_each_seed(correct: Correct, seeds: Iterable[int]) -> list[Int[np.ndarray, " m"]]:
-    """Names of the test images for `difference`, where every seed has images of its own."""
-    return [seed * len(c) + np.arange(len(c)) for seed, c in zip(seeds, correct, strict=True)]
-
-
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
@@ -172,11 +174,6 @@ def machine(run: Path) -> dict[str, Any]:
     """What made a run: processor, precision, commit and recipe."""
     about = read_json(run / "machine.json")
     return {key: about[key] for key in ("cpu", "precision", "commit", "recipe_hash")}
-
-
-def seconds_of(run: Path) -> float:
-    """The duration of the training of a finished run."""
-    return float(of_kind(read_metrics(run), "train")[-1]["seconds"])
 
 
 RANDOM = "random"

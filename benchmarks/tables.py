@@ -31,6 +31,8 @@ from benchmarks import (
     monitor_cost,
     own_pictures,
     paper,
+    pictures,
+    side_by_side,
     step,
 )
 
@@ -51,6 +53,9 @@ TABLES: dict[str, tuple[Callable[..., str], str]] = {
     "peaks": (commands.peak_table, "cost_cpu"),
     "race": (commands.race_table, "race"),
     "race_verdict": (commands.race_verdict, "race"),
+    "long": (side_by_side.table, "long"),
+    "pictures": (pictures.table, "pictures"),
+    "one_gpu": (side_by_side.table, "one_gpu"),
     "learns": (learns.table, "learns"),
     "length": (length.table, "length"),
     "loader": (loader.table, "loader"),

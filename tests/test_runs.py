@@ -72,3 +72,25 @@ def test_rates_are_screened_and_bracketed():
     assert rates.best(done) == 2.0 and rates.requested(done) == {2.0: 4, 4.0: 4, 8.0: 2, 1.0: 4}
     done[1.0] = [60.0] * 4
     assert rates.best(done) == 1.0 and rates.requested(done).keys() == {0.5, 1.0, 2.0, 4.0, 8.0}
+
+
+RATES = Rates((3.0, 6.0), (1.5, 3.0, 6.0, 12.0), seeds=2)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "requested"),
+    [
+        ({}, [3, 6]),
+        ({3: [50.0, 50], 6: [60.0]}, [3, 6]),  # interrupted: the best one is not known yet
+        ({3: [50.0, 50], 6: [40.0, 40]}, [3, 6, 1.5]),
+        ({3: [50.0, 50], 6: [60.0, 60]}, [3, 6, 12]),
+        ({3: [50.0, 50], 6: [60.0, 60], 12: [99.0]}, [3, 6, 12]),
+        ({3: [50.0, 50], 6: [60.0, 60], 12: [70.0, 70]}, [3, 6, 12]),  # there is none beyond
+    ],
+)
+def test_rates_around_the_best_one_are_tried(accuracies, requested):
+    assert [*RATES.requested(accuracies)] == requested
+
+
+def test_the_best_rate_has_all_seeds():
+    assert RATES.best({3: [50.0, 50], 6: [60.0], 12: [55.0, 57]}) == 12
