@@ -8,7 +8,7 @@ results/mechanism.jsonl and is never repeated.
 2. RC-MAE, MAE and, with what the first two and part 1 measured, the controls, on `SEEDS`:
    results/mechanism.json.
 
-`--try` makes all of this with 20 steps and 2 seeds in a temporary folder.
+`--try` makes all of this with 8 steps and 2 seeds in a temporary folder.
 """
 
 import argparse
@@ -99,6 +99,7 @@ class Study(NamedTuple):
     seeds: Sequence[int] = SEEDS
     studied: Sequence[int] = STUDIED
     steps: int = STEPS
+    blocks: int = gradients.GradientSettings.blocks
 
     @property
     def finished(self) -> Results:
@@ -213,7 +214,8 @@ def study_gradients(study: Study) -> None:
     if file.exists():
         return
     paths = [str(study.path(job)) for job in study.jobs([RCMAE_ARM], study.studied)]
-    result = gradients.run_gradients(paths, gradients.GradientSettings(device="cpu"), print)
+    setting = gradients.GradientSettings(device="cpu", blocks=study.blocks)
+    result = gradients.run_gradients(paths, setting, print)
     for start in result["about"]["starts"]:
         start["run"] = Path(start["run"]).name
     gradients.write_gradients_page(result, study.runs / "lab")
@@ -313,7 +315,7 @@ def study_of(trial: bool) -> Iterator[Study]:
         yield Study(ROOT / "runs" / "mechanism", ROOT / "results")
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield Study(Path(folder) / "runs", Path(folder), range(2), range(2), 20)
+        yield Study(Path(folder) / "runs", Path(folder), range(2), range(2), 8, 2)
 
 
 def main() -> int:
@@ -323,7 +325,7 @@ def main() -> int:
     )
     parser.add_argument("--part", type=int, choices=(1, 2), help="only this part [default: both]")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    parser.add_argument("--try", action="store_true", dest="trial", help="20 steps, 2 seeds, nothing kept")
+    parser.add_argument("--try", action="store_true", dest="trial", help="8 steps, 2 seeds, nothing kept")
     options = parser.parse_args()
     with study_of(options.trial) as study:
         parts = (options.part,) if options.part else (1, 2)

@@ -243,16 +243,22 @@ def test_verdicts_on_the_same_batch_and_on_other_images():
         return tone, text
 
     tone, text = verdict(0.4, 0.001)
-    assert tone == "good" and text.startswith("more on the same batch than on other images (difference +0.39")
+    assert tone == "good" and text.startswith(
+        "reverted more on the same batch than on other images (difference +0.39"
+    )
     assert "near zero on other images, within 0.05" in text
     tone, text = verdict(0.4, 0.36)
-    assert tone == "note" and text.startswith("more on") and "reverted on other images too (+0.3" in text
-    assert verdict(0.1, 0.2)[1].startswith("less on the same batch")
+    assert (
+        tone == "note"
+        and text.startswith("reverted more on")
+        and "reverted on other images too (+0.3" in text
+    )
+    assert verdict(0.1, 0.2)[1].startswith("reverted less on the same batch")
     assert "continued on other images (\N{MINUS SIGN}0.2" in verdict(0.1, -0.2)[1]
     _, text = verdict(0.2, 0.2)
-    assert text.startswith("alike on the same batch and on other images, within 0.05 (difference ")
+    assert text.startswith("reverted alike on the same batch and on other images, within 0.05 (difference ")
     _, text = verdict(0.1, 0.1, noise=0.8)
-    assert text.startswith("inconclusive whether more") and "80 % power at" in text
+    assert text.startswith("inconclusive whether reverted more") and "80 % power at" in text
     assert "; inconclusive on other images (" in text
 
 

@@ -265,7 +265,7 @@ def test_lab_linear_writes_its_page(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "adamw" in out
     assert "no teacher: stable below a learning rate of 2.00" in out
-    assert "Teacher against no teacher: after 2 steps SGD " in out
+    assert "Teacher against no teacher: " in out
     page = (tmp_path / "linear.html").read_text()
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http-equiv", "")

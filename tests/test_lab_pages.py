@@ -98,7 +98,9 @@ def test_the_gradients_page_shows_the_contrast(gradients_page):
     page = gradients_page.read_text()
     text = words(page)
     assert re.search(r"S − T, all past updates 0\.\d{3} 0\.\d{3} to 0\.\d{3} 0\.\d{3}", text)
-    assert "The removal of past updates is mostly conditional: of what c removes" in text
+    assert (
+        "The removal of past updates is mostly conditional: of what the consistency gradient removes" in text
+    )
     assert "over 5 runs, each the mean of its blocks" in text and "new crops are the same crops" in text
     heights = curves(page.split('id="figure-lags"')[1].split("</figure>")[0])
     assert min(heights["memory2"]) > max(heights["baseline"])
@@ -111,7 +113,7 @@ def test_the_linear_page_shows_the_controls_and_their_verdicts(linear_page):
     controls = json.loads((linear_page.parent / "linear.json").read_text())["controls"]
     assert len(controls["rows"]) == 28 and controls["comparisons"] == 22
     for arm in CONTROLS.values():
-        assert f"Teacher against {arm}: after 5 steps SGD " in text
+        assert f"Teacher against {arm}: " in text
     assert "corrected for 22 comparisons" in text
     table = linear_page.read_text().split('id="controls"')[1].split("</table>")[0]
     assert table.count("<tr>") == 2 + 14 and table.count("<td>SGD</td>") == 1

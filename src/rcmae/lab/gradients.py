@@ -60,10 +60,10 @@ CONDITIONS = {
 "What c is computed on."
 
 TARGETS = {
+    "sum": "S \N{MINUS SIGN} T, all past updates",
+    "moment": "AdamW's first moment",
     **{f"update {k}": f"update {k} steps ago" if k > 1 else "last update" for k in LAGS},
     **{f"gradient {k}": f"gradient {k} steps ago" if k > 1 else "last gradient" for k in LAGS},
-    "moment": "AdamW's first moment",
-    "sum": "S \N{MINUS SIGN} T, all past updates",
 }
 "What c may revert. The gradients are those of the reconstruction."
 
@@ -303,8 +303,8 @@ def findings(result: dict[str, Any], rows: list[dict[str, Any]]) -> list[Sentenc
     b, low, high = result["beta1"][:3]
     removed = (about["beta1"] - b) / (1 - about["beta1"])
     momentum = (
-        f"On other images, c removes {removed:.1%} of AdamW's first moment per step, as a beta1 of {b:.3f} "
-        f"({low:.3f} to {high:.3f}) would, instead of {about['beta1']:g}."
+        f"On other images, the consistency gradient removes {removed:.1%} of AdamW's first moment per step, "
+        f"as a beta1 of {b:.3f} ({low:.3f} to {high:.3f}) would, instead of {about['beta1']:g}."
     )
     words = verdicts([lines[target] for target in TESTED])
     return [
@@ -323,7 +323,7 @@ def start_notes(about: dict[str, Any]) -> list[Sentence]:
         notes.append(
             f"The learning rate was set to {start['lr']:.2g} again, from the newest checkpoint (step "
             f"{start['step']:,} of {start['total']:,}), so this is about a network that is heated up, not "
-            "about the run; `rcmae pretrain --keep 99` keeps checkpoints from which it can be continued"
+            "about the run; one made with --keep 99 has checkpoints from which it can be continued"
         )
     if start := kinds.get("new"):
         notes.append(f"A new network, at a constant learning rate of {start['lr']:.2g}: not that of a run")
@@ -343,8 +343,8 @@ def conditionality(fraction: tuple[float, float, float] | None) -> Sentence:
         return "note", f"Whether the removal of past updates is conditional is inconclusive: {text}."
     mean, low, high = fraction
     text = (
-        f"of what c removes of S \N{MINUS SIGN} T on the same batch, it removes {mean:.0%} on other images "
-        f"too ({low:.0%} to {high:.0%})"
+        f"of what the consistency gradient removes of S \N{MINUS SIGN} T on the same batch, it removes "
+        f"{mean:.0%} on other images too ({low:.0%} to {high:.0%})"
     )
     rest = "the rest is conditional" if high < 1 else "that the rest is conditional is not shown"
     if low >= 0.5:
@@ -364,11 +364,11 @@ def verdicts(lines: list[dict[str, Any]]) -> list[Sentence]:
     sentences: list[Sentence] = []
     for i, (d, other) in enumerate(zip(contrasts, others, strict=True)):
         if clear[i]:
-            text = f"{'more' if d.mean > 0 else 'less'} on the same batch than on other images"
+            text = f"reverted {'more' if d.mean > 0 else 'less'} on the same batch than on other images"
         elif alike[i]:
-            text = f"alike on the same batch and on other images, within {MARGIN}"
+            text = f"reverted alike on the same batch and on other images, within {MARGIN}"
         else:
-            text = "inconclusive whether more on the same batch than on other images"
+            text = "inconclusive whether reverted more on the same batch than on other images"
         text += f" (difference {_interval(d)}"
         text += ")" if clear[i] else f"; 80 % power at {detectable(d, level):.3f})"
         if small[i]:

@@ -23,11 +23,12 @@ BETA, GAMMA = 0.9, 1.0
 
 CONTROLS = {
     "none": "no teacher",
-    "ungated": "pull of the same norm that does not depend on the input",
-    "beta": "no teacher, momentum lowered as much",
-    "rate": "no teacher, steps as short",
+    "ungated": "an ungated pull",
+    "beta": "a lower momentum",
+    "rate": "shorter steps",
 }
-"What the teacher is compared with. The last one has a given rate; plain descent has no momentum to lower."
+"""What the teacher is compared with. Plain descent has no momentum to lower; the rate of the last one is
+given by the teacher's."""
 
 
 @dataclass(frozen=True)

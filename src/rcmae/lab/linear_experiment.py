@@ -214,12 +214,14 @@ def control_sentences(controls: dict[str, Any]) -> list[str]:
     """For each control, the verdicts on the teacher's error against it, by length and optimizer."""
     sentences = []
     for arm, description in CONTROLS.items():
-        texts = []
-        for steps in dict.fromkeys(row["steps"] for row in controls["rows"]):
-            rows = [row for row in controls["rows"] if (row["arm"], row["steps"]) == (arm, steps)]
-            verdicts = (f"{NAMES[row['optimizer']]} {row['verdict']}" for row in rows)
-            texts.append(f"after {steps} steps {', '.join(verdicts)}")
-        sentences.append(f"Teacher against {description}: {'; '.join(texts)}.")
+        rows = [row for row in controls["rows"] if row["arm"] == arm]
+        words = {row["verdict"] for row in rows}
+        if len(words) == 1:
+            text = f"{words.pop()} in all {len(rows)} comparisons"
+        else:
+            cases = (f"{NAMES[row['optimizer']]}, {row['steps']} steps: {row['verdict']}" for row in rows)
+            text = "; ".join(cases)
+        sentences.append(f"Teacher against {description}: {text}.")
     return sentences
 
 
