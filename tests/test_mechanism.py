@@ -83,7 +83,7 @@ def test_the_table_of_the_measurement_is_that_of_the_command():
     rows = rows_of(0.4, 0.02)
     results = json.loads(json.dumps(analyzed(about(rows), rows)))
     text = mechanism.gradients_table(results)
-    assert "| S \N{MINUS SIGN} T, all past updates | 0.40" in text and "5 runs, from their steps 25;" in text
+    assert "| S \N{MINUS SIGN} T, all past updates | 0.39" in text and "5 runs, from their steps 25;" in text
     assert "mostly conditional" in text
 
 
