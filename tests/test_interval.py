@@ -11,10 +11,13 @@ from rcmae.tasks.interval import (
     correction_note,
     detectable,
     difference,
+    different,
+    equivalent,
     holm,
     judged,
     over_seeds,
     p_value,
+    ratio_of_means,
 )
 from tests.mutations import catches
 
@@ -123,6 +126,36 @@ def test_p_values_and_power_are_those_of_students_t():
         assert power == pytest.approx(0.8, abs=1e-3)
     one_run = Difference(1, 0, 2, 0, 1, 1)
     assert detectable(one_run) == pytest.approx(1.960 + 0.842, abs=1e-3)
+
+
+@catches(
+    "the references of a ratio are taken as exact",
+    "rcmae.tasks.interval:ratio_of_means",
+    lambda old: lambda values, references: old(values, references * 0 + references.mean()),
+)
+def test_ratios_of_paired_means_cover_95_percent():
+    rng, covered, ratio = np.random.default_rng(0), 0, 0.7
+    for _ in range(2000):
+        shared, noise = rng.normal(0, 0.2, 5), rng.normal(0, 0.1, (2, 5))
+        result = ratio_of_means(ratio + shared + noise[0], 1 + shared + noise[1])
+        assert result is not None
+        covered += result[1] <= ratio <= result[2]
+    assert 0.93 <= covered / 2000 <= 0.97
+
+
+def test_a_ratio_needs_a_reference_that_is_not_0():
+    assert ratio_of_means(np.array([1.0, 2.0, 1.5]), np.array([1.0, -1.0, 0.2])) is None
+    assert ratio_of_means(np.array([2.0, 2.1]), np.array([4.0, 4.2])) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_margins_and_units_are_those_given():
+    small, large = over_seeds([0.021, 0.02, 0.019, 0.02]), over_seeds([0.3, 0.31, 0.29, 0.3])
+    assert [*different([small, large])] == [True, True]
+    assert [*equivalent([small, large], 0.05)] == [True, False]
+    unclear = over_seeds([0.01, -0.02, 0.02, 0.0])
+    (verdict,) = judged([unclear], margin=0.1, unit="%")
+    assert str(verdict).startswith("equivalent within 0.1 % (+0.0 %, ")
+    assert "80 % power at 0.0 %" in str(verdict)
 
 
 def test_holms_method_by_hand():

@@ -12,15 +12,18 @@ from rcmae.cli import main
 from rcmae.engine.optim import adamw
 from rcmae.engine.schedules import Progress
 from rcmae.lab import linear_experiment, linear_model
-from rcmae.lab.gradients import bootstrap
 from rcmae.lab.health import effective_rank, health, lidar
+from rcmae.lab.linear_controls import ControlSettings, run_controls
 from rcmae.lab.linear_model import (
     Matrix,
     companion,
+    consistency_gradient,
     contraction,
     descend,
+    effective_beta,
     effective_momentum,
     gated_consistency,
+    reconstruction_gradient,
     stability_limit,
     stationary_variance,
     steps_to,
@@ -132,6 +135,58 @@ def test_the_consistency_gradient_is_a_sum_of_gated_past_gradients(beta):
         assert close(predicted, past[t].consistency)
 
 
+@pytest.mark.parametrize("optimizer", linear_model.OPTIMIZERS)
+def test_an_ungated_pull_has_the_norm_of_the_consistency_gradient(optimizer):
+    start = torch.randn(D, D, dtype=torch.float64)
+    for (_, masked), step in zip(
+        inputs(), descend(iter(inputs()), start, ALPHA, lr=LR, optimizer=optimizer, gated=False), strict=True
+    ):
+        gap = step.student - step.teacher
+        expected = consistency_gradient(step.student, step.teacher, masked).norm()
+        assert step.consistency.norm() == pytest.approx(expected.item(), rel=1e-9)
+        assert (step.consistency * gap).sum() == pytest.approx((gap.norm() * expected).item(), rel=1e-9)
+
+
+@catches(
+    "the effective momentum forgets the weight of a new gradient",
+    "rcmae.lab.linear_model:effective_beta",
+    lambda old: lambda beta, gamma, kappa: beta + gamma * kappa,
+)
+@pytest.mark.parametrize("kappa", [-0.5, -3.0])
+def test_a_gradient_along_the_moment_acts_as_another_momentum(kappa):
+    """m <- beta m + (1 - beta) (r + gamma kappa m) is the moment of a descent with the effective beta."""
+    gamma, beta = 0.7, 0.9
+    start = torch.randn(D, D, dtype=torch.float64)
+    s, m = start, torch.zeros_like(start)
+    for x, masked in inputs():
+        r = reconstruction_gradient(s, x, masked)
+        m = beta * m + (1 - beta) * (r + gamma * kappa * m)
+        s = s - LR * m
+    lowered = effective_beta(beta, gamma, kappa)
+    steps = descend(iter(inputs()), start, ALPHA, 0.0, LR * (1 - beta), optimizer="momentum", beta=lowered)
+    *_, last = steps
+    assert close(last.student + last.update, s)
+
+
+def test_several_runs_at_once_are_those_runs():
+    starts = torch.randn(3, D, D, dtype=torch.float64)
+    pairs = inputs()
+    for optimizer in linear_model.OPTIMIZERS:
+        together = list(
+            descend(
+                ((x.expand(3, -1, -1), m.expand(3, -1, -1)) for x, m in pairs),
+                starts,
+                ALPHA,
+                lr=LR,
+                optimizer=optimizer,
+                gated=False,
+            )
+        )
+        for i, start in enumerate(starts):
+            alone = list(descend(iter(pairs), start, ALPHA, lr=LR, optimizer=optimizer, gated=False))
+            assert close(together[-1].student[i], alone[-1].student)
+
+
 def test_orthogonal_inputs_have_a_consistency_gradient_of_zero():
     x = torch.randn(2, 1, D, dtype=torch.float64)
     first, second = (x[i] * (torch.arange(D) % 2 == i) for i in (0, 1))
@@ -204,10 +259,13 @@ def test_the_linear_experiment_agrees_with_its_reference_values():
 
 def test_lab_linear_writes_its_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(linear_experiment, "LinearSettings", lambda seeds: linear_model_setting(seeds))
+    few = ControlSettings(lengths=(2, 4), tuning=2, seeds=2, rates=2)
+    monkeypatch.setattr(linear_experiment, "run_controls", lambda setting, tick: run_controls(few, tick))
     assert main(["lab", "linear", "--out", str(tmp_path), "--seeds", "1"]) == 0
     out = capsys.readouterr().out
     assert "adamw" in out
     assert "no teacher: stable below a learning rate of 2.00" in out
+    assert "Teacher against no teacher: " in out
     page = (tmp_path / "linear.html").read_text()
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http-equiv", "")
@@ -438,10 +496,3 @@ def test_lidar_counts_directions_that_tell_images_apart():
     apart = torch.zeros(200, 1, 6)
     apart[:, 0, :2] = 30 * torch.randn(200, 2, generator=g)
     assert lidar(apart + within) == pytest.approx(2, abs=0.1)
-
-
-def test_bootstrap_intervals_contain_the_mean():
-    mean, low, high = bootstrap([1.0, 2.0, 3.0, 4.0])
-    assert mean == 2.5
-    assert 1.2 < low < 2 < 3 < high < 3.8
-    assert bootstrap([1.0, 1.0]) == (1, 1, 1)

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from rcmae.lab import gradients, linear_experiment
+from rcmae.lab.linear_controls import CONTROLS, ControlSettings
 from rcmae.lab.linear_experiment import RELATIONS, LinearSettings, run_linear
+from tests.test_gradients import about, rows_of
 
 BLOCKS = ["encoder patch_embed", "encoder 0", "encoder norm", "decoder embed", "decoder pred"]
+FEW = ControlSettings(lengths=(5, 10), tuning=2, seeds=2, rates=2)
 pytestmark = pytest.mark.usefixtures("drawn")
 
 
@@ -20,47 +23,21 @@ pytestmark = pytest.mark.usefixtures("drawn")
 def linear_page(tmp_path_factory) -> Path:
     """The page of a small linear experiment: the table's values are not those of the default setting."""
     return linear_experiment.write_linear_page(
-        run_linear(LinearSettings(width=64, rank=4, steps=20, seeds=1)), tmp_path_factory.mktemp("linear")
+        run_linear(LinearSettings(width=64, rank=4, steps=20, seeds=1), controls=FEW),
+        tmp_path_factory.mktemp("linear"),
     )
 
 
 @pytest.fixture
 def gradients_page(tmp_path) -> Path:
     """A page of gradients with synthetic values."""
-    rows = [
-        {
-            "condition": name,
-            "similarity": 1 - 0.3 * i,
-            "previous": 0.25 * i - 0.9 + 0.01 * k,
-            "moment": -0.5,
-            "ratio": 0.5,
-            "by_block": {
-                b: {"previous": 0.25 * i - 0.9 + 0.1 * j, "moment": -0.5, "ratio": 0.5}
-                for j, b in enumerate(BLOCKS)
-            },
+    rows = rows_of(0.4, 0.1)
+    for row in rows:
+        row["by_block"] = {
+            name: {b: first + 0.1 * i for i, b in enumerate(BLOCKS)}
+            for name, first in (("same", 0.3), ("other", 0.1))
         }
-        for k in range(3)
-        for i, name in enumerate(gradients.CONDITIONS)
-    ]
-    about = {
-        "run": "mine",
-        "recipe": "rcmae",
-        "step": 10,
-        "batches": 3,
-        "batch_size": 8,
-        "settle": 5,
-        "lr": 1e-3,
-        "half_life": 3.0,
-        "whole_images": True,
-        "gamma": 1.0,
-    }
-    results = {
-        "about": about,
-        "rows": rows,
-        "summary": gradients.summary(rows),
-        "findings": gradients.findings(rows, about),
-    }
-    return gradients.write_gradients_page(results, tmp_path)
+    return gradients.write_gradients_page(gradients.analyzed(about(rows, whole_images=True), rows), tmp_path)
 
 
 def words(page: str) -> str:
@@ -117,16 +94,29 @@ def test_the_curves_of_the_linear_figures_are_ordered_by_memory(linear_page):
         assert len(set(ends)) == 3
 
 
-def test_the_gradients_page_orders_its_conditions(gradients_page):
+def test_the_gradients_page_shows_the_contrast(gradients_page):
     page = gradients_page.read_text()
     text = words(page)
-    assert "i: same crops, same mask 1.00 1.00 to 1.00 −0.890" in text
-    assert "Same crops, same mask below same crops, new mask: holds" in text
-    heights = curves(page.split('id="figure-layers"')[1].split("</figure>")[0])
-    starts = [heights[color][0] for color in ("memory3", "memory2", "memory1")]
-    assert starts == sorted(starts)
+    assert re.search(r"S − T, all past updates 0\.\d{3} 0\.\d{3} to 0\.\d{3} 0\.\d{3}", text)
+    assert (
+        "The removal of past updates is mostly conditional: of what the consistency gradient removes" in text
+    )
+    assert "over 5 runs, each the mean of its blocks" in text and "new crops are the same crops" in text
+    heights = curves(page.split('id="figure-lags"')[1].split("</figure>")[0])
+    assert min(heights["memory2"]) > max(heights["baseline"])
     for label in ("patch embed", "pred", "encoder, then decoder"):
         assert f">{label}<" in page
+
+
+def test_the_linear_page_shows_the_controls_and_their_verdicts(linear_page):
+    text = words(linear_page.read_text())
+    controls = json.loads((linear_page.parent / "linear.json").read_text())["controls"]
+    assert len(controls["rows"]) == 28 and controls["comparisons"] == 22
+    for arm in CONTROLS.values():
+        assert f"Teacher against {arm}: " in text
+    assert "corrected for 22 comparisons" in text
+    table = linear_page.read_text().split('id="controls"')[1].split("</table>")[0]
+    assert table.count("<tr>") == 2 + 14 and table.count("<td>SGD</td>") == 1
 
 
 @pytest.mark.browser

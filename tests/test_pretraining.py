@@ -297,7 +297,7 @@ def forgets_extensions(old):
     return restore
 
 
-@catches("an extension has no warm-up", "rcmae.pretraining:ramp", lambda old: lambda length, step: 1.0)
+@catches("an extension has no warm-up", "rcmae.engine.optim:ramp", lambda old: lambda length, step: 1.0)
 @catches("a resumed run forgets its extension", "rcmae.pretraining:Pretraining.restore", forgets_extensions)
 def test_a_finished_run_is_extended_by_a_greater_length(tmp_path, folder, capsys, monkeypatch):
     """Stopped and resumed within the extension, it is the same to the bit; the images of later epochs

@@ -356,43 +356,46 @@ def lab_linear(*, out: Path = Path("runs/lab-linear"), seeds: Integer = 3) -> No
             f"{name}: stable below a learning rate of {descent['limit']:.2f}; without noise, "
             f"{descent['steps']:,} steps reduce the error in a slow direction to 1 %"
         )
+    for text in result["controls"]["sentences"]:
+        _console().print(text)
     print(f"Open {write_linear_page(result, out)}")
 
 
 @lab.command(name="gradients")
 def lab_gradients(
-    run: str, /, *, setting: Annotated[GradientSettings, Flat] = GradientSettings(), out: Path | None = None
+    *runs: str, setting: Annotated[GradientSettings, Flat] = GradientSettings(), out: Path | None = None
 ) -> None:
-    """Measure on a real network how far consistency gradients oppose the previous step: on the same batch,
-    with new masks, new crops, other images.
+    """Measure on real networks which past updates the teacher reverts, and whether more on the images that
+    caused them than on others. Runs are continued in memory from their checkpoints nearest to 25, 50 and
+    75 %; `rcmae pretrain --keep 99 --probes 4` keeps these.
 
     Parameters
     ----------
-    run
-        A run directory, or the name of a recipe for a new network.
+    runs
+        Run directories that differ in the seed only, or the name of a recipe for a new network. From three
+        runs on, one run is one value in the statistics.
     out
         Output folder for gradients.html, its figures and gradients.json [default: RUN/lab, or
         runs/lab-gradients].
     """
     from .lab.gradients import run_gradients, write_gradients_page
 
-    out = out or (Path(run) / "lab" if Path(run).is_dir() else Path("runs/lab-gradients"))
+    if not runs:
+        raise ConfigError("give a run directory, or several")
+    single = len(runs) == 1 and Path(runs[0]).is_dir()
+    out = out or (Path(runs[0]) / "lab" if single else Path("runs/lab-gradients"))
     _check_folder(out)
-    result = run_gradients(run, setting, _console().print)
-    columns = {
-        "similarity": "similarity",
-        "previous": "cosine with the step",
-        "moment": "with AdamW's moment",
-        "ratio": "ratio",
-    }
-    rows = [
-        [
-            f"{line['condition']}: {line['what']}",
-            *("{:.3f} [{:.3f}, {:.3f}]".format(*line[key]) for key in columns),
-        ]
-        for line in result["summary"]
-    ]
-    _print_table(None, ["after a step on batch B", *columns.values()], rows)
+    result = run_gradients(runs, setting, _console().print)
+
+    def cell(interval: Sequence[float]) -> str:
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
+
+    keys = ("same", "other", "contrast")
+    _print_table(
+        "Cosine with which the consistency gradient reverts (above 0) what is past",
+        ["", "same batch", "other images", "difference"],
+        [[line["what"], *(cell(line[key]) for key in keys)] for line in result["targets"]],
+    )
     for _, text in result["findings"]:
         _console().print(text)
     print(f"Open {write_gradients_page(result, out)}")

@@ -29,10 +29,10 @@ from .data.views import Cut
 from .engine.console import Screen, clock
 from .engine.distributed import World, autocast
 from .engine.metrics import of_kind, read_metrics
-from .engine.optim import adamw
+from .engine.optim import adamw, set_schedules
 from .engine.run import ADVICE, RunContext, check_same_recipe, read_json, run_context, write_json
-from .engine.schedules import Progress, cosine, fraction_of_run, ramp, spread, warmup_cosine
-from .engine.step import Mean, clip_gradients, conditional_step, set_lr, set_weight_decay
+from .engine.schedules import Progress, fraction_of_run, spread
+from .engine.step import Mean, clip_gradients, conditional_step
 from .errors import AlarmError, ConfigError, DataError, first_line, refuse
 from .interop.timm_export import export
 from .lab.alarms import Alarm
@@ -185,16 +185,7 @@ class Pretraining(Trainer):
         optim, parts = self.recipe.optim, self.runtime.accumulate
         if self.logs and self.recorder:
             self.recorder.monitor.start(t)
-        peak = optim.base_lr * optim.batch_size / 256
-        start_of_warmup, length = self.method.schedule
-        lr = warmup_cosine(peak, optim.min_lr, optim.warmup, t, peak * start_of_warmup, length)
-        if self.extended:
-            start, stop = self.extended[-1]
-            lr *= ramp(optim.warmup * (stop - start), t.step - start)
-        set_lr(self.optimizer, lr)
-        if optim.weight_decay_end is not None:
-            decay = cosine(optim.weight_decay, optim.weight_decay_end, t.fraction / length)
-            set_weight_decay(self.optimizer, decay)
+        set_schedules(self.optimizer, optim, self.method.schedule, t, self.extended)
         mean = Mean(parts)
         for part, batch in enumerate(self.micro_batches(), 1):
             torch.manual_seed(path_seed(self.recipe.seed, t.step, self.world.rank * parts + part))

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..engine.console import ShowProgress, no_progress
 from ..report.build import write_page
 from ..report.curves import Line, plot
+from ..tasks.interval import level_note
+from .linear_controls import CONTROLS, ControlSettings, run_controls, trials
 from .linear_model import (
     OPTIMIZERS,
     Optimizer,
@@ -167,12 +169,16 @@ def gate(setting: LinearSettings) -> tuple[list[float], list[float], list[float]
 
 
 def run_linear(
-    setting: LinearSettings = LinearSettings(), progress: ShowProgress = no_progress
+    setting: LinearSettings = LinearSettings(),
+    progress: ShowProgress = no_progress,
+    controls: ControlSettings = ControlSettings(),
 ) -> dict[str, Any]:
     """All results on the page, as plain numbers."""
     cells = len(OPTIMIZERS) * len(ALPHAS) * len(RELATIONS)
     with progress("measuring the corrections", cells) as tick:
         table = correction_table(setting, tick)
+    with progress("training the controls", trials(controls)) as tick:
+        compared = run_controls(controls, tick)
     rates = np.geomspace(1e-3, 1.2, 60).tolist()
     similar, measured, predicted = gate(setting)
     slow = 0.01
@@ -192,6 +198,7 @@ def run_linear(
     return {
         "setting": asdict(setting),
         "table": table,
+        "controls": compared | {"setting": asdict(controls), "sentences": control_sentences(compared)},
         "gate": {"similarity": similar, "measured": measured, "predicted": predicted},
         "momentum": {
             "rates": rates,
@@ -201,6 +208,21 @@ def run_linear(
         "descent": descent,
         "slow": slow,
     }
+
+
+def control_sentences(controls: dict[str, Any]) -> list[str]:
+    """For each control, the verdicts on the teacher's error against it, by length and optimizer."""
+    sentences = []
+    for arm, description in CONTROLS.items():
+        rows = [row for row in controls["rows"] if row["arm"] == arm]
+        words = {row["verdict"] for row in rows}
+        if len(words) == 1:
+            text = f"{words.pop()} in all {len(rows)} comparisons"
+        else:
+            cases = (f"{NAMES[row['optimizer']]}, {row['steps']} steps: {row['verdict']}" for row in rows)
+            text = "; ".join(cases)
+        sentences.append(f"Teacher against {description}: {text}.")
+    return sentences
 
 
 def errors(rate: float, gamma: float, alpha: float) -> list[float]:
@@ -216,7 +238,10 @@ def errors(rate: float, gamma: float, alpha: float) -> list[float]:
 def write_linear_page(result: dict[str, Any], out: Path) -> Path:
     """The page of an experiment: see `write_page`."""
     title = "The effect of a mean teacher in a linear model"
-    return write_page(out, "linear", "rcmae.lab", result, figures(result), title=title, names=NAMES)
+    arms = {"teacher": "teacher"} | CONTROLS
+    note = level_note(result["controls"]["comparisons"])
+    more = {"title": title, "names": NAMES, "arms": arms, "note": note}
+    return write_page(out, "linear", "rcmae.lab", result, figures(result), **more)
 
 
 def figures(result: dict[str, Any]) -> dict[str, str]:

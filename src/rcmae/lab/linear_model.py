@@ -29,8 +29,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Matrix = Float[Tensor, "d d"]
-Batch = Float[Tensor, "b d"]
+Matrix = Float[Tensor, "*runs d d"]
+Batch = Float[Tensor, "*runs b d"]
 Optimizer = Literal["sgd", "momentum", "adamw"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum", "adamw")
 
@@ -40,12 +40,27 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum", "adamw")
 
 def reconstruction_gradient(s: Matrix, x: Batch, visible: Batch) -> Matrix:
     """grad_S L_r = mean (S x~ - x) x~'."""
-    return (visible @ s.T - x).T @ visible / len(visible)
+    return (visible @ s.mT - x).mT @ visible / visible.shape[-2]
 
 
 def consistency_gradient(s: Matrix, t: Matrix, visible: Batch) -> Matrix:
     """grad_S L_c = (S - T) mean x~ x~'."""
-    return (s - t) @ (visible.T @ visible) / len(visible)
+    return (s - t) @ (visible.mT @ visible) / visible.shape[-2]
+
+
+def rescaled(direction: Matrix, like: Matrix) -> Matrix:
+    """`direction` with the norm of `like`; 0 where there is no direction."""
+    norms = direction.norm(dim=(-2, -1), keepdim=True), like.norm(dim=(-2, -1), keepdim=True)
+    return direction * (norms[1] / norms[0].clamp_min(1e-30))
+
+
+def effective_beta(beta: float, gamma: float, kappa: float) -> float:
+    """The momentum of an optimizer without a teacher whose average of gradients falls as fast.
+
+    With m <- beta m + (1 - beta) (r + gamma c) and c = kappa m + what does not depend on m, a step keeps
+    beta + (1 - beta) gamma kappa of m. kappa is <c, m> / <m, m>, below 0 where the teacher opposes it.
+    """
+    return beta + (1 - beta) * gamma * kappa
 
 
 # --- the proposition ----------------------------------------------------------------------------------------
@@ -92,17 +107,24 @@ def descend(
     lr: float = 0.1,
     optimizer: Optimizer = "sgd",
     beta: float = 0.9,
+    gated: bool = True,
 ) -> Iterator[Step]:
     """Train on pairs (x, x~) with PyTorch's optimizer and yield every step. `beta` is the momentum of
-    "momentum"."""
+    "momentum" and beta1 of "adamw". Several runs at once have a further dimension in front.
+
+    If not `gated`, the consistency gradient is replaced by S - T, scaled to its norm: a pull towards the
+    teacher that does not depend on the input.
+    """
     s, t = start.clone().requires_grad_(), start.clone()
     if optimizer == "adamw":
-        optim: torch.optim.Optimizer = torch.optim.AdamW([s], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        optim: torch.optim.Optimizer = torch.optim.AdamW([s], lr=lr, betas=(beta, 0.95), weight_decay=0.0)
     else:
         optim = torch.optim.SGD([s], lr=lr, momentum=beta if optimizer == "momentum" else 0.0)
     for x, visible in inputs:
         before = s.detach().clone()
         gradients = reconstruction_gradient(before, x, visible), consistency_gradient(before, t, visible)
+        if not gated:
+            gradients = gradients[0], rescaled(before - t, gradients[1])
         s.grad = gradients[0] + gamma * gradients[1]
         optim.step()
         yield Step(before, t, *gradients, s.detach() - before)

@@ -9,21 +9,23 @@ from ..config import Rules, Section
 class GradientSettings(Section):
     """Settings of the study."""
 
-    batches: int = 24
-    "Number of steps to measure."
+    blocks: int = 6
+    "Measured blocks of steps at each checkpoint."
     batch_size: int | None = None
-    "Images per batch [default: the recipe's, at most 128]."
+    "Images per batch [default: the recipe's]. Another one changes the learning rate in proportion."
     settle: int | None = None
-    "Steps before measuring, at the same learning rate [default: three half-lives of the teacher, 10 to 100]."
+    """Steps before measuring [default: 0 where a run continues at its rate, otherwise three half-lives of the
+    teacher, 10 to 100]."""
     lr: float | None = None
-    "Learning rate of all steps [default: half the recipe's peak for this batch size]."
+    """Learning rate of all steps, from the newest checkpoint [default: the run's schedule; if no checkpoint
+    has enough steps left, half of the peak]."""
     device: str = "auto"
     "auto, cpu, cuda, cuda:1 or mps."
 
     def rules(self) -> Rules:
         size = self.batch_size
         return [
-            (self.batches >= 2, f"an interval needs 2 batches or more, not {self.batches}"),
+            (self.blocks >= 2, f"an interval needs 2 blocks or more, not {self.blocks}"),
             *self.each("must be above 0", "lr"),
             *self.each("must be 0 or more", "settle"),
             (size is None or size >= 2, f"a batch needs 2 images or more, not {size}"),

@@ -1,4 +1,5 @@
-"""Differences of accuracies with 95 % intervals and verdicts, over the test images of a run and over seeds.
+"""Differences, most of them of accuracies, with 95 % intervals and verdicts, over the test images of a run
+and over seeds.
 
 **The model of several seeds.** The probability that an arm on a seed classifies a test image correctly
 depends on the seed, the image, and both. The difference of two arms on seed s and image i is then
@@ -71,10 +72,10 @@ def percents(correct: Correct) -> list[float]:
     return [100 * float(c.mean()) for c in correct]
 
 
-def points(difference: Sequence[float]) -> str:
+def points(difference: Sequence[float], unit: str = "points") -> str:
     """A difference and its interval in words."""
     mean, low, high = difference[:3]
-    return f"{mean:+.1f} points, {low:+.1f} to {high:+.1f}"
+    return f"{mean:+.1f} {unit}, {low:+.1f} to {high:+.1f}"
 
 
 def margin(percent: float, images: int) -> float:
@@ -181,6 +182,24 @@ def detectable(d: Difference, level: float = LEVEL) -> float:
     return float(optimize.brentq(excess, 0.0, float(half.max()) + 9 * error)) if error else 0.0
 
 
+def ratio_of_means(
+    values: Float[np.ndarray, " n"], references: Float[np.ndarray, " n"]
+) -> tuple[float, float, float] | None:
+    """The mean of `values` over that of `references`, which are paired, with the 95 % interval of Fieller
+    (1954): all ratios r for which the mean of `values - r * references` is not shown to differ from 0.
+
+    None if the mean of the references is not shown to differ from 0: the interval would then be unbounded.
+    """
+    n, y, x = len(values), float(values.mean()), float(references.mean())
+    critical = float(special.stdtrit(n - 1, 1 - LEVEL / 2)) ** 2 / n
+    (yy, xy), (_, xx) = critical * np.cov(values, references)
+    a, b, c = x * x - xx, x * y - xy, y * y - yy  # a r^2 - 2 b r + c <= 0
+    if a <= 0:
+        return None
+    half = max(b * b - a * c, 0.0) ** 0.5
+    return y / x, (b - half) / a, (b + half) / a
+
+
 class Verdict(NamedTuple):
     """What a comparison shows."""
 
@@ -188,41 +207,59 @@ class Verdict(NamedTuple):
     "better, worse, equivalent or inconclusive"
     numbers: str
     "difference, interval and, unless a difference was found, the one that would have been"
+    within: str = f"{EQUIVALENT:g} point"
+    "the margin of equivalence"
 
     def __str__(self) -> str:
-        within = f" within {EQUIVALENT:g} point" if self.word == "equivalent" else ""
+        within = f" within {self.within}" if self.word == "equivalent" else ""
         return f"{self.word}{within} ({self.numbers})"
 
 
-def judged(family: Iterable[Difference]) -> list[Verdict]:
+def judged(family: Iterable[Difference], margin: float = EQUIVALENT, unit: str = "points") -> list[Verdict]:
     """The verdicts on a family of comparisons, corrected by Holm's method: the probability that any of those
     without a true difference is called better or worse is 5 % at most.
 
-    Equivalent are those whose difference is not only inconclusive but shown to be smaller than `EQUIVALENT`:
-    by two one-sided tests, corrected in the same way. The smallest detectable differences are those at the
-    level that Holm's method leaves to what has not been found.
+    Equivalent are those whose difference is not only inconclusive but shown to be smaller than `margin`, in
+    the `unit` of the differences. The smallest detectable differences are those at the level that Holm's
+    method leaves to what has not been found.
     """
     family = list(family)
-    different = holm([p_value(d, abs(d.mean)) for d in family]) < LEVEL
-    equivalent = holm([_outside(d) for d in family]) < LEVEL
-    level = LEVEL / max(1, int((~different).sum()))
+    clear, small = different(family), equivalent(family, margin)
+    level = LEVEL / max(1, int((~clear).sum()))
+    within = f"{margin:g} {unit.removesuffix('s') if margin == 1 else unit}"
     verdicts = []
     for index, d in enumerate(family):
-        numbers = points(d)
-        if different[index]:
+        numbers = points(d, unit)
+        if clear[index]:
             verdicts.append(Verdict("better" if d.mean > 0 else "worse", numbers))
             continue
-        numbers += f"; 80 % power at {detectable(d, level):.1f} points"
-        verdicts.append(Verdict("equivalent" if equivalent[index] else "inconclusive", numbers))
+        numbers += f"; 80 % power at {detectable(d, level):.1f} {unit}"
+        verdicts.append(Verdict("equivalent" if small[index] else "inconclusive", numbers, within))
     return verdicts
+
+
+def different(family: Sequence[Difference]) -> Bool[np.ndarray, " k"]:
+    """Which of a family are not 0, by Student's t and Holm's method."""
+    return holm([p_value(d, abs(d.mean)) for d in family]) < LEVEL
+
+
+def equivalent(family: Sequence[Difference], margin: float) -> Bool[np.ndarray, " k"]:
+    """Which of a family are shown to lie between -margin and margin, by two one-sided tests for each and
+    Holm's method."""
+    return holm([_outside(d, margin) for d in family]) < LEVEL
+
+
+def level_note(comparisons: int) -> str:
+    """The level of the verdicts of `judged`, for a page."""
+    corrected = f", corrected for {comparisons} comparisons (Holm's method), which the 95 % intervals are not"
+    return f"Verdicts are at a level of 5 %{corrected if comparisons > 1 else ''}."
 
 
 def correction_note(comparisons: int) -> str:
     """What the verdicts of `judged` mean, for a page."""
-    corrected = f", corrected for {comparisons} comparisons (Holm's method), which the 95 % intervals are not"
     return (
-        f"Verdicts are at a level of 5 %{corrected if comparisons > 1 else ''}. 80 % power at x points: a "
-        "true difference of x points would have been found with a probability of 80 %."
+        f"{level_note(comparisons)} 80 % power at x points: a true difference of x points would have been "
+        "found with a probability of 80 %."
     )
 
 
@@ -234,8 +271,8 @@ def holm(p: Sequence[float]) -> Float[np.ndarray, " k"]:
     return np.minimum(corrected, 1)
 
 
-def _outside(d: Difference) -> float:
-    """The p-value against a difference of `EQUIVALENT` points or more, in either direction."""
-    inside = EQUIVALENT - abs(d.mean)
+def _outside(d: Difference, margin: float) -> float:
+    """The p-value against a difference of `margin` or more, in either direction."""
+    inside = margin - abs(d.mean)
     half = p_value(d, abs(inside)) / 2  # one-sided
     return half if inside > 0 else 1 - half
