@@ -214,6 +214,21 @@ def test_a_run_with_the_cache_is_the_same_and_another_one_says_what_changes(tmp_
 
 
 @catches(
+    "the start method is Python's default",
+    "rcmae.data.loader:in_processes",
+    lambda old: lambda workers: {"num_workers": workers},
+)
+def test_loader_processes_share_the_cache_whatever_the_default_start_method(tmp_path):
+    """From Python 3.14 on it is not fork."""
+    recipe = changed(RECIPE, data=folder(tmp_path / "data", [(40, 40)] * 12), steps=1, batch_size=4)
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        pretrain(recipe, RuntimeConfig(out=tmp_path / "run", cache="ram", workers=1, device="cpu"))
+    finally:
+        multiprocessing.set_start_method(None, force=True)
+
+
+@catches(
     "the cache is filled later", "rcmae.pretraining:Pretraining.fill_cache", lambda old: lambda self: None
 )
 def test_all_ranks_fill_the_cache_at_once_and_a_finished_run_does_not(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from rcmae.tasks.interval import (
     judged,
     over_seeds,
     p_value,
+    paired,
     ratio_of_means,
 )
 from tests.mutations import catches
@@ -126,6 +127,19 @@ def test_p_values_and_power_are_those_of_students_t():
         assert power == pytest.approx(0.8, abs=1e-3)
     one_run = Difference(1, 0, 2, 0, 1, 1)
     assert detectable(one_run) == pytest.approx(1.960 + 0.842, abs=1e-3)
+
+
+@pytest.mark.parametrize("n", [8, 20, 60])
+def test_the_verdict_on_two_networks_agrees_with_its_interval(n):
+    for first in range(n // 2):
+        for second in range(n // 2):
+            correct = np.arange(n) < first
+            others = (np.arange(n) >= first) & (np.arange(n) < first + second)
+            d = paired(correct, others)
+            word = "better" if d.low > 0 else "worse" if d.high < 0 else ""
+            verdict = judged([d])[0].word
+            expected = (word,) if word else ("equivalent", "inconclusive")
+            assert verdict in expected, (first, second)
 
 
 @catches(

@@ -15,6 +15,7 @@ from rcmae.engine.metrics import read_metrics
 from rcmae.engine.optim import adamw
 from rcmae.methods import METHODS
 from rcmae.methods.mean_teacher import MeanTeacher
+from rcmae.models.teacher import Teacher
 from tests.conftest import small
 from tests.mutations import catches
 
@@ -157,3 +158,12 @@ def test_micro_batches_see_the_moved_teacher_as_in_the_official_code(tmp_path, m
             if name.endswith("qkv.bias"):  # the keys' gradient is rounding, which AdamW scales to full steps
                 a, b = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (a, b))
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
+
+
+def test_the_copy_that_looks_ahead_is_compiled_like_the_teacher():
+    student = nn.Linear(2, 2)
+    teacher = Teacher(student)
+    teacher.model.compile()
+    teacher.look_ahead(student, 0.5)
+    assert teacher.ahead[0]._compiled_call_impl is not None
+    assert teacher.model._compiled_call_impl is not None

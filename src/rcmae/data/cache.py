@@ -22,7 +22,7 @@ from ..engine.limits import free_memory
 from ..errors import ConfigError
 from .augment import LocalCrops
 from .base import Source
-from .dataset import plain_errors, quiet_worker
+from .dataset import in_processes, plain_errors
 from .decode import SPARE, BadImage
 from .loader import processes, sample, try_some
 from .pixels import open_image
@@ -130,9 +130,8 @@ class RamCache:
             self.decoder,
             batch_sampler=(list(range(i, min(i + 8, count))) for i in range(0, count, 8)),
             collate_fn=list,
-            num_workers=self.workers,
-            worker_init_fn=quiet_worker,
             prefetch_factor=4 if self.workers else None,
+            **in_processes(self.workers),
         )
         with self.screen.progress(f"filling {self.name}", count) as tick:
             index = 0

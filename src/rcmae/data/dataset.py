@@ -200,6 +200,13 @@ def plain_errors(loader: DataLoader) -> Iterator[Any]:
         raise type(e)(text) from e.with_traceback(None)
 
 
+def in_processes(workers: int) -> dict[str, Any]:
+    """Options of a DataLoader with this number of processes. On Linux they are forked, so that caches and
+    indices are shared and not copied; from Python 3.14 on this is not the default."""
+    forked = {"multiprocessing_context": "fork"} if workers and sys.platform == "linux" else {}
+    return {"num_workers": workers, "worker_init_fn": quiet_worker} | forked
+
+
 def quiet_worker(worker: int) -> None:
     """Set up a loader process: one thread, ignores the signals that stop the run, ends with its parent."""
     torch.set_num_threads(1)

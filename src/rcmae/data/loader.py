@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..engine.console import Screen
 from ..engine.limits import cores
 from .base import Source
-from .dataset import Bad, collate, plain_errors, quiet_worker
+from .dataset import Bad, collate, in_processes, plain_errors
 
 TRIED, TRIED_SECONDS = 100, 5.0
 "Images read to estimate space and time, and the time after which no more are tried."
@@ -92,10 +92,9 @@ def batches_of(
         dataset,
         batch_sampler=keys,
         collate_fn=collate,
-        num_workers=workers,
-        worker_init_fn=quiet_worker,
         pin_memory=device.type == "cuda",
         prefetch_factor=min(4, max(2, 32 // workers)) if workers else None,
+        **in_processes(workers),
     )
     for batch in plain_errors(loader):
         note(batch.pop("bad", []))

@@ -30,7 +30,7 @@ from ..engine.console import Screen, clock
 from ..errors import ConfigError, DataError, StorageError
 from . import decode
 from .base import EXTENSIONS, Source
-from .dataset import plain_errors, quiet_worker
+from .dataset import in_processes, plain_errors
 from .decode import BadImage, Picture
 from .layout import combined, part_of
 from .loader import TRIED, sample, try_some, usable_cores
@@ -297,9 +297,8 @@ def _results(encoder: Encoder, shards: list[Shard], processes: int) -> Iterator[
         encoder,
         batch_sampler=batches,
         collate_fn=list,
-        num_workers=processes,
-        worker_init_fn=quiet_worker,
         prefetch_factor=4 if processes else None,
+        **in_processes(processes),
     )
     for batch in plain_errors(loader):
         yield from batch

@@ -33,6 +33,9 @@ class Teacher(nn.Module, Generic[Network]):
         interrupted or skipped leaves no trace in the teacher itself."""
         if not self.ahead:
             self.ahead.append(copy.deepcopy(self.model))
+            for module, original in zip(self.ahead[0].modules(), self.model.modules(), strict=True):
+                if original._compiled_call_impl is not None:  # which a copy loses
+                    module.compile()
         weights: list[Tensor] = list(self.ahead[0].parameters())
         if not self.is_ahead:
             torch._foreach_copy_(weights, list(self.model.parameters()))

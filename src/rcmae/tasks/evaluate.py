@@ -168,9 +168,10 @@ def record(task: Task, context: EvaluationContext, result: TaskResult, seconds: 
         "test": test.fingerprint()[:16],
     }
     scale = [test.bits] if test.bits and test.bits < 16 else []  # what is white in 16-bit images
-    request = hashlib.sha256(json.dumps([hashes, asdict(task), *scale], default=str).encode()).hexdigest()[
-        :16
-    ]
+    # Defaults that depend on the backbone's method.
+    resolved = {key: result.settings[key] for key in ("pool", "blocks") if key in result.settings}
+    about = json.dumps([hashes, asdict(task) | resolved, *scale], default=str)
+    request = hashlib.sha256(about.encode()).hexdigest()[:16]
     classes = context.set.classes
     per_class = {
         classes[i]: 100 * float(result.correct[test.labels == i].mean()) for i in np.unique(test.labels)

@@ -233,6 +233,7 @@ def judged(family: Iterable[Difference], margin: float = EQUIVALENT, unit: str =
         if clear[index]:
             verdicts.append(Verdict("better" if d.mean > 0 else "worse", numbers))
             continue
+        numbers += "; not 0 if judged alone" if d.low * d.high > 0 else ""
         numbers += f"; 80 % power at {detectable(d, level):.1f} {unit}"
         verdicts.append(Verdict("equivalent" if small[index] else "inconclusive", numbers, within))
     return verdicts
@@ -240,7 +241,7 @@ def judged(family: Iterable[Difference], margin: float = EQUIVALENT, unit: str =
 
 def different(family: Sequence[Difference]) -> Bool[np.ndarray, " k"]:
     """Which of a family are not 0, by Student's t and Holm's method."""
-    return holm([p_value(d, abs(d.mean)) for d in family]) < LEVEL
+    return holm([p_value(d, abs(_center(d))) for d in family]) < LEVEL
 
 
 def equivalent(family: Sequence[Difference], margin: float) -> Bool[np.ndarray, " k"]:
@@ -271,8 +272,13 @@ def holm(p: Sequence[float]) -> Float[np.ndarray, " k"]:
     return np.minimum(corrected, 1)
 
 
+def _center(d: Difference) -> float:
+    """The center of the interval, so that tests and intervals agree: not the mean for `paired`."""
+    return (d.low + d.high) / 2
+
+
 def _outside(d: Difference, margin: float) -> float:
     """The p-value against a difference of `margin` or more, in either direction."""
-    inside = margin - abs(d.mean)
+    inside = margin - abs(_center(d))
     half = p_value(d, abs(inside)) / 2  # one-sided
     return half if inside > 0 else 1 - half

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...data import sources
-from ...data.dataset import plain_errors, quiet_worker
+from ...data.dataset import in_processes, plain_errors
 from ...data.decode import BadImage
 from ...data.files import Files
 from ...data.pixels import open_image
@@ -123,9 +123,8 @@ def _images(
     loader = DataLoader(
         _Views(source, indices, view),
         math.ceil(loading.batch / variants),
-        num_workers=loading.workers,
-        worker_init_fn=quiet_worker,
         pin_memory=loading.device.type == "cuda",
+        **in_processes(loading.workers),
     )
     done = 0
     with loading.progress(source.name, len(indices)) as tick:
