@@ -301,7 +301,7 @@ def table(results: dict[str, Any]) -> str:
         if name != MAE
     ]
     note = (
-        f"Speeds below {SPEEDS[0]:.2f} and above {SPEEDS[-1]:.2f} are not told apart: MAE has runs of "
+        f"Speeds below {SPEEDS[0]:.2f} and above {SPEEDS[-1]:.2f} are not distinguished: MAE has runs of "
         f"{LENGTHS[0]:,} to {LENGTHS[-1]:,} steps. Not corrected for the number of half-lives."
     )
     parts += [
