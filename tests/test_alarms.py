@@ -209,19 +209,19 @@ def test_a_resumed_run_also_checks_the_momentum_at_the_start_of_its_schedule(ste
     ("changes", "advice"),
     [
         ({"half_life": "1e30 steps"}, "it will never learn; give a shorter --half-life"),
-        ({"half_life": "50%"}, "at the end; give a shorter --half-life, for 40 steps or less"),
+        ({"half_life": "50%"}, "at the end; give a shorter --half-life, of 40 steps or fewer"),
         ({"schedule": "constant", "momentum": 1.0}, "it will never learn; give a lower --momentum"),
         (
             {"schedule": "constant", "momentum": 0.999},
-            "at the end; give a lower --momentum, for 40 steps or less",
+            "at the end; give a lower --momentum, of 40 steps or fewer",
         ),
         (
             {"schedule": "cosine", "momentum": 0.999},
-            "at the end; give a lower --momentum, for 40 steps or less",
+            "at the end; give a lower --momentum, of 40 steps or fewer",
         ),
         (
             {"schedule": "linear", "momentum": 0.999},
-            "at the end; give a lower --momentum, for 40 steps or less",
+            "at the end; give a lower --momentum, of 40 steps or fewer",
         ),
     ],
 )

@@ -613,3 +613,30 @@ def test_sigterm_saves_and_stops_a_run(tmp_path):
     ]  # in a new environment, matplotlib says first that it makes its font cache
     assert received == "rcmae: SIGTERM received: stopping; a second one ends this at once"
     assert stopped.startswith("rcmae: stopped: by SIGTERM; saved at step ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["pretrain", "small", "pictures"], "'pictures' belongs to no option; give --data pictures"),
+        (["evaluate", "knn", "runs/mine", "my pictures"], "give --data 'my pictures'"),
+        (["report", "runs/mine", "another"], "'another' belongs to no option"),
+        (["pretrain", "PICTURES"], "is a folder, not a recipe (`rcmae list` shows all); give one"),
+        (["pretrain", "RUN"], "alone continues this run"),
+    ],
+)
+def test_images_and_runs_in_the_wrong_place_are_recognized(argv, text, tmp_path, capsys):
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN" / "recipe.toml").write_text("")
+    (tmp_path / "PICTURES").mkdir()
+    assert main([str(tmp_path / word) if word.isupper() else word for word in argv]) == 2
+    assert text in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_name_that_does_not_exist_is_a_new_run_which_says_so(tmp_path, monkeypatch, capsys):
+    begun = []
+    monkeypatch.setattr("rcmae.pretraining.pretrain", lambda recipe, runtime: begun.append(runtime.out))
+    for argv in (["--out", str(tmp_path / "mistyped")], ["bundled", "--out", str(tmp_path / "meant")]):
+        assert main(["pretrain", *argv]) == 0
+    assert len(begun) == 2
+    assert capsys.readouterr().out.count("and no recipe: this is a new run of the recipe bundled") == 1

@@ -465,6 +465,30 @@ def test_an_unreadable_image_counts_as_wrong_and_is_named(tmp_path, capsys):
     assert "b/50.png cannot be read" in output and "a/0.png cannot be read" in output
 
 
+@catches(
+    "a file with an unreadable image is never complete",
+    "rcmae.tasks.features:_is_complete",
+    lambda old: lambda file, rows, centers: False,
+)
+def test_features_are_kept_until_an_unreadable_image_can_be_read(tmp_path, monkeypatch):
+    class_folders(tmp_path / "d" / "train", count=6), class_folders(tmp_path / "d" / "val", count=6, first=50)
+    damaged = tmp_path / "d" / "train" / "a" / "0.png"
+    content = damaged.read_bytes()
+    damaged.write_bytes(bytes(len(content)))  # the set is identified by names and sizes
+    extracted, save = [], features_module.save
+    monkeypatch.setattr(features_module, "save", lambda tensors: extracted.append(1) or save(tensors))
+
+    def evaluated(k: str) -> int:
+        before = len(extracted)
+        assert run(tmp_path, "knn", "pixels", "--data", tmp_path / "d", "--k", k)[0] == 0
+        return len(extracted) - before
+
+    assert evaluated("3") == 2, "one file for each part"
+    assert evaluated("1") == 0
+    damaged.write_bytes(content)
+    assert evaluated("2") == 1
+
+
 def shard(path: Path, images: list[tuple[int, int]], names: str = "abc") -> None:
     with tarfile.open(path, "w") as tar:
         for n, (kind, seed) in enumerate(images):

@@ -139,3 +139,13 @@ def test_a_set_that_is_large_enough_for_the_suggested_recipe_is_fit(tmp_path, ca
         (tmp_path / f"{i}.png").write_bytes(encode(ramp(16, 20 + i)))
     assert main(["check", str(tmp_path)]) == 0
     assert "rcmae pretrain small" in capsys.readouterr().out
+
+
+def test_commands_name_what_does_not_exist_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    assert planning._label("set/train") == "set-train" and planning._label("shards.tar") == "shards"
+    assert planning._unused(tmp_path / "runs") == str(tmp_path / "runs")
+    for name in ("runs", "runs-2"):
+        (tmp_path / name).mkdir()
+    assert planning._unused(tmp_path / "runs") == str(tmp_path / "runs-3")

@@ -280,7 +280,7 @@ def test_a_run_cannot_be_resumed_with_other_settings_or_data(tmp_path, folder):
     run(tmp_path / "run", folder, steps=2)
     with pytest.raises(ConfigError, match=r"was started with .*gamma 1.0 \(now 2.0\).*; use another --out"):
         run(tmp_path / "run", folder, steps=2, gamma=2.0)
-    with pytest.raises(DataError, match="has changed since"):
+    with pytest.raises(DataError, match="has changed since .*: 40 images then, 20 now; use another --out"):
         more = tmp_path / "more"
         for i, path in enumerate(sorted(folder.rglob("*.png"))[:20]):
             more.mkdir(exist_ok=True)

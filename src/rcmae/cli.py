@@ -18,7 +18,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from cyclopts import App, CycloptsError, Group, Parameter, Token, UnknownCommandError, UnknownOptionError
+from cyclopts import (
+    App,
+    CycloptsError,
+    Group,
+    Parameter,
+    Token,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 from cyclopts.config import Dict
 from rich.console import Console
 from rich.table import Column, Table
@@ -144,6 +153,9 @@ def _pretrain(loaded: Recipe, loaded_name: str | None = None) -> Callable[..., N
         # The flags have been parsed with the defaults of another recipe if the name does not come first.
         if recipe_name != loaded_name:
             raise ConfigError(f"write the recipe first: rcmae pretrain {recipe_name} --...")
+        bundled = recipe_name is None and loaded.data == Recipe.data
+        if bundled and runtime.out and not runtime.out.exists():
+            print(f"no run in {runtime.out} and no recipe: this is a new run of the recipe bundled")
         run(recipe, runtime)
 
     for i, (name, section) in enumerate(sections(cls).items(), 2):
@@ -971,6 +983,10 @@ def _usage(e: CycloptsError) -> str:
         places = [f"`rcmae {group} {word}`" for group in app if word in app[group]]
         if advice := ELSEWHERE.get(word) or (places and f"use {' or '.join(places)}"):
             return f"there is no command {word!r}: {advice}"
+    if isinstance(e, UnusedCliTokensError) and e.unused_tokens:
+        word = str(e.unused_tokens[0])
+        of_data = (e.command_chain or ("",))[0] in ("pretrain", "evaluate", "compare", "detect")
+        return f"{word!r} belongs to no option" + (f"; give --data {shlex.quote(word)}" if of_data else "")
     if isinstance(e, UnknownOptionError):
         words = set((e.token.keyword or e.token.value).partition("=")[0].removeprefix("--").split("-"))
         names = [name for each in e.argument_collection for name in each.names[:1]]

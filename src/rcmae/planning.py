@@ -4,6 +4,7 @@ A step and the reading of images are measured, checkpoints are counted. Only oth
 from the floating-point operations per image.
 """
 
+import itertools
 import shlex
 import tempfile
 import time
@@ -19,6 +20,7 @@ from .config import Recipe, RuntimeConfig, flat, how_many, readable_size
 from .data import decode
 from .data.base import Source
 from .data.decode import BadImage
+from .data.layout import part_of
 from .data.loader import processes
 from .data.pack import Encoder
 from .data.pixels import open_image
@@ -120,7 +122,7 @@ def plan(
     packing = count * (original + packed) / (workers + 1)
     pays = step > WORTHWHILE * faster and packing + seconds(steps, faster) < seconds(steps)
     side = packed_side(recipe)
-    target = f"{_label(recipe.data)}-{side}"
+    target = _unused(Path(f"{_label(recipe.data)}-{side}"))
     other = 0.0
     if name == "small":
         larger = load_recipe("folder")
@@ -168,16 +170,26 @@ def packed_side(recipe: Recipe) -> int:
 
 
 def _label(data: str) -> str:
-    """A name for what is made of the data, in a command."""
+    """A name for what is made of the data, in a command: for a part of a set, such as train, with the name of
+    the set."""
     path = Path(data)
-    return (path.resolve().name if path.is_dir() else path.stem).lstrip("-") or "mine"
+    path = path.resolve() if path.is_dir() else path.with_suffix("")
+    parts = [path.parent.name, path.name] if part_of(path.name) else [path.name]
+    return "-".join(parts).lstrip("-") or "mine"
+
+
+def _unused(folder: Path) -> str:
+    """The folder, or with a number where it exists."""
+    names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
+    return str(folder if not folder.exists() else next(name for name in names if not name.exists()))
 
 
 def _command(name: str, recipe: Recipe, runtime: RuntimeConfig, steps: int) -> str:
     """The command that makes the run."""
     shipped = flat(load_recipe(name)) | flat(RuntimeConfig())
     elsewhere = ("data", "out", "steps", "epochs", "time")
-    words = ["rcmae", "pretrain", name, "--data", recipe.data, "--out", f"runs/{_label(recipe.data)}"]
+    out = _unused(Path("runs") / _label(recipe.data))
+    words = ["rcmae", "pretrain", name, "--data", recipe.data, "--out", out]
     for key, value in (flat(recipe) | flat(runtime)).items():
         if value != shipped.get(key) and key not in elsewhere:
             values = value if isinstance(value, (list, tuple)) else [value]

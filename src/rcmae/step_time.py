@@ -50,9 +50,13 @@ def at_most(run: Trainer, steps: int) -> int:
     return min(steps, most)
 
 
+FEWEST, LONGEST = 4, 15.0
+"Steps that are measured at least, and seconds after which no more than these are."
+
+
 def measure_step(run: Trainer, warm: int = 5, timed: int = 15) -> float:
-    """Mean seconds of an optimizer step after warm-up, with the time in which it waits for images. Restores
-    the weights and the optimizer state."""
+    """Mean seconds of an optimizer step after warm-up, a quarter of the steps at most, with the time in which
+    it waits for images. Restores the weights and the optimizer state."""
     # What the loader processes prepare before the first step must not count.
     workers = processes(run.images, run.runtime.workers)
     warm, timed = max(warm, workers), max(timed, workers)
@@ -67,7 +71,11 @@ def measure_step(run: Trainer, warm: int = 5, timed: int = 15) -> float:
                 torch.cuda.synchronize(run.device)
             times.append(time.monotonic() - start)
             tick(step + 1)
+            # All ranks must make the same number of steps.
+            if run.world.broadcast(sum(times) > LONGEST and step + 1 >= FEWEST):
+                break
     run.model.load_state_dict(weights)
     run.optimizer.state.clear()
     run.batches = iter(())  # ends the loader processes
-    return sum(times[warm:]) / timed
+    warm = min(warm, len(times) // 4)
+    return sum(times[warm:]) / len(times[warm:])

@@ -27,7 +27,7 @@ from .engine.checkpoint import load_checkpoint, newest, recover, replace_file, s
 from .engine.console import Screen
 from .engine.metrics import Metrics
 from .engine.neighbors import crowded
-from .engine.run import RunContext, describe_machine, memory_gib, preempted, record_recipe
+from .engine.run import RunContext, describe_machine, memory_gib, preempted, read_json, record_recipe
 from .engine.schedules import Progress, default_log_every
 from .engine.step import LogWindow, Skips
 from .errors import CheckpointError, ConfigError, DataError
@@ -205,13 +205,21 @@ class Trainer(ABC):
             self.write("event", text=f"resumed from step {self.step}")
         self.log_every = self.runtime.log_every or default_log_every(self.total)
 
+    def counts(self) -> str:
+        """The numbers of images of the run and now, if they differ."""
+        path, now = self.out / "machine.json", len(self.images)
+        before = read_json(path).get("images", now) if path.exists() else now
+        return f": {before:,} images then, {now:,} now" if before != now else ""
+
     def _check_same(self, state: dict[str, Any], path: Path) -> None:
         advice = "use another --out to start from scratch"
         if state.get("format") != FORMAT:
             raise CheckpointError(f"{path} was written by another version of rcmae; {advice}")
         if state["data"] != self.data:
             part = next(k for k, v in self.data.items() if state["data"].get(k) != v).replace("_", " ")
-            raise DataError(f"the data ({part}) has changed since {path} was written; {advice}")
+            raise DataError(
+                f"the data ({part}) has changed since {path} was written{self.counts()}; {advice}"
+            )
         if state["backbone"] != self.backbone:
             raise CheckpointError(f"{path} was started from another backbone; {advice}")
         if state["recipe_hash"] != recipe_hash(changed(self.recipe, **state.get("length", {}))):

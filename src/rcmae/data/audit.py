@@ -234,8 +234,8 @@ def render(result: Audit) -> Group:
         + f"; {result.smaller:.1%} of the images are smaller, and are enlarged",
         "mean of channels": " ".join(f"{v:.3f}" for v in result.mean),
         "standard deviation": " ".join(f"{v:.3f}" for v in result.std) + "  (used by --normalize data)",
-        "decoding": f"{result.images_per_second:,.0f} images/s on one core (JPEG: no more than "
-        f"{STATISTICS_SIDE} px need)",
+        "decoding": f"{result.images_per_second:,.0f} images/s on one core now (JPEGs reduced "
+        f"to about {STATISTICS_SIDE} px)",
         "classes": f"{len(result.classes)}: {_extremes(result.classes)}"
         if result.classes
         else "none: pre-training needs none, probes do",
@@ -245,7 +245,7 @@ def render(result: Audit) -> Group:
     parts: list[Table | str] = [table]
     for title, lines in (
         ("unreadable", [f"{w}: {r}" for w, r in result.unreadable]),
-        ("exact duplicates", [" = ".join(d) for d in result.duplicates]),
+        ("exact duplicate" + "s" * (len(result.duplicates) != 1), [" = ".join(d) for d in result.duplicates]),
         ("in both training and validation", [" = ".join(pair) for pair in result.leaks]),
         ("nearly constant", result.constant),
     ):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..engine.schedules import Progress
 from ..methods import Method
+from ..methods.mean_teacher import LEAST_HALF_LIFE
 from .monitor import Monitor
 
 PATIENCE = 3
@@ -55,15 +56,15 @@ class Alarms:
         alarms = []
         # The initial momentum, also in a resumed run, since a schedule may well end at 1.
         first = Progress(0, self.total, self.steps_per_epoch)
-        momentum, longest = self.method.momentum_per_step(first), max(2.0, LONGEST * self.total)
+        momentum, longest = self.method.momentum_per_step(first), max(LEAST_HALF_LIFE, LONGEST * self.total)
         if momentum >= 1:
             text = "the teacher's momentum is 1 from the start, so it will never learn; give "
             alarms.append(Alarm("momentum-one", text + self.method.shorter_memory))
         elif momentum > 0 and (steps := -1 / math.log2(momentum)) > 1.01 * longest:
             text = (
                 f"a half-life of {steps:,.0f} steps is {steps / self.total:.0%} of the run: the earliest "
-                f"weights are still in the teacher at the end; give {self.method.shorter_memory}, for "
-                f"{longest:,.0f} steps or less"
+                f"weights are still in the teacher at the end; give {self.method.shorter_memory}, of "
+                f"{longest:,.0f} steps or fewer"
             )
             alarms.append(Alarm("teacher-drag", text))
         if drift is not None:

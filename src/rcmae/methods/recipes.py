@@ -56,6 +56,10 @@ def load_recipe(name: str) -> Recipe:
             f"there is no recipe {name!r}, which is a method: give --method {name}, or one of its recipes: "
             f"{names}"
         )
+    if name not in shipped and Path(name).is_dir():
+        run = (Path(name) / "recipe.toml").exists()
+        advice = f"`--out {name}` alone continues this run" if run else f"give one, and --data {name}"
+        raise ConfigError(f"{name} is a folder, not a recipe (`rcmae list` shows all); {advice}")
     return load_settings(name, shipped, parse_recipe)
 
 

@@ -30,6 +30,9 @@ Lines = list[dict[str, Any]]
 IMAGES = 4
 "Images with reconstructions."
 
+VISIBLE = 16
+"Of 255: differences of student and teacher that are shown."
+
 SNAPSHOTS = 5
 "Steps in the strip of reconstructions over time."
 
@@ -258,11 +261,13 @@ def reconstructions(run: Path) -> dict[str, Any] | None:
     if not paths:
         return None
     s = pictures.read_snapshot(paths[-1])
-    rows = []
-    for i in range(min(IMAGES, len(s.image))):
-        predictions = {network: pictures.picture(s, i, network) for network in s.predictions}
+    rows, shown = [], range(min(IMAGES, len(s.image)))
+    drawn = [{network: pictures.picture(s, i, network) for network in s.predictions} for i in shown]
+    # Near the end of a run, student and teacher may be the same to the eye.
+    visible = any(len(p) == 2 and pictures.difference(*p.values()).max() > VISIBLE for p in drawn)
+    for i, predictions in zip(shown, drawn, strict=True):
         row = {"input": s.image[i].transpose(1, 2, 0), "visible": pictures.visible(s, i)} | predictions
-        if len(predictions) == 2:
+        if len(predictions) == 2 and visible:
             row["difference x 4"] = pictures.difference(predictions["student"], predictions["teacher"])
         if s.target == "normalized":
             row["student, true contrast"] = pictures.picture(s, i, "student", true_statistics=True)

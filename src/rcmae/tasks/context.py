@@ -62,6 +62,8 @@ class EvaluationContext:
     classifier: tuple[Classifier, list[str]] | None = None
     "if the backbone came with a head: the complete model, and its classes"
     extracted: dict[tuple[str, bool, int], ExtractedFeatures] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+    "images that have been reported"
 
     @property
     def method(self) -> type[Method]:
@@ -116,9 +118,11 @@ class EvaluationContext:
         return self.extracted[key]
 
     def note(self, bad: list[Bad]) -> None:
-        """Report images that cannot be read."""
+        """Report images that cannot be read, each once."""
         for _, path, reason in bad:
-            self.screen.say(f"note: {path} cannot be read ({reason})")
+            if path not in self.unreadable:
+                self.unreadable.append(path)
+                self.screen.say(f"note: {path} cannot be read ({reason})")
 
     def training_features(self, tokens: bool = False, blocks: int = 1) -> ExtractedFeatures:
         """Features and labels of the readable training images."""

@@ -90,14 +90,15 @@ def identity(backbone: Backbone | Pixels) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_complete(file: Path) -> bool:
-    """Whether a file exists and is undamaged, and all of its images could be read: unreadable ones may have
-    been fixed since."""
+def _is_complete(file: Path, rows: range, centers: Centers) -> bool:
+    """Whether a file with the features of these images exists and is undamaged, and none of the images that
+    could not be read can be read now."""
     try:
-        with safe_open(file, "pt") as f:
-            return bool(f.get_tensor("readable").all())
+        with safe_open(file, "np") as f:
+            unreadable = np.flatnonzero(f.get_tensor("readable") == 0)
     except (FileNotFoundError, SafetensorError):
         return False
+    return not any(centers[rows[i]]["readable"] for i in unreadable)
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -140,7 +141,7 @@ def extract(
     backbone, centers = backbone.to(device).eval(), Centers(part, shape, backbone.channels)
     for number, file in enumerate(files):
         rows = range(number * PART, min((number + 1) * PART, len(part)))
-        if number % world.size == world.rank and not _is_complete(file):
+        if number % world.size == world.rank and not _is_complete(file, rows, centers):
             batches: list[dict[str, Tensor]] = []
             parts = batches_of(centers, in_parts(rows, 256), part, workers, device, note)
             for images in rebatched(parts, 256, lambda done: tick(rows.start + done)):  # noqa: B023

@@ -65,8 +65,8 @@ class EvaluationOptions(ReadingOptions, WeightsOptions):
     """Options of every task."""
 
     data: str | None = None
-    """labeled images: a folder with train/ and val/, a folder of classes, or another source listed by `rcmae
-    list`; default: those of the run, or the bundled digits for a backbone that is not from a run"""
+    """labeled images: a folder with train/ and val/, a folder of classes, or another source that
+    `rcmae list` shows; default: those of the run, or the bundled digits for a backbone from elsewhere"""
     val: str | None = None
     "the images to score on, if data does not contain them"
     which: Which = "teacher"
