@@ -80,7 +80,7 @@ def _short(value: Any) -> Any:
     """A value of a line, with the accuracy alone of what `packed` returns."""
     if isinstance(value, list):
         return [_short(each) for each in value]
-    return f"{value['accuracy']:.1f} %" if isinstance(value, dict) else value
+    return f"{value['accuracy']:.1f} %" if isinstance(value, dict) and "accuracy" in value else value
 
 
 def make(run: Callable[[Job], None], jobs: Sequence[Job], processes: int) -> None:

@@ -133,8 +133,10 @@ def test_images_that_cannot_be_packed_smaller_have_a_plan(tmp_path, monkeypatch)
     assert not plan("small", recipe, open_source(recipe.data, 5), Screen(False)).pack
 
 
-def test_a_set_that_is_large_enough_for_the_suggested_recipe_is_fit(tmp_path, capsys):
+def test_a_set_that_is_large_enough_for_the_suggested_recipe_is_fit(tmp_path, monkeypatch, capsys):
     """The recipe `folder` has batches of 256, `small` of 128."""
+    monkeypatch.setattr(planning, "measure_step", lambda run: 0.1)
+    monkeypatch.setattr(planning, "_waiting", lambda run: 0.0)
     for i in range(130):
         (tmp_path / f"{i}.png").write_bytes(encode(ramp(16, 20 + i)))
     assert main(["check", str(tmp_path)]) == 0
