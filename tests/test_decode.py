@@ -504,3 +504,20 @@ def test_many_bands_of_fewer_bits(tmp_path):
     source = open_source(str(tmp_path), channels=5)
     assert source.bits == 12
     assert np.abs(decode(source.read(0), 5, bits=12)[..., 0].astype(int) - images.ramp()).max() <= 1
+
+
+@catches("the first page is read", "rcmae.data.decode:_seek_largest", lambda old: lambda image: None)
+def test_of_a_tiff_with_a_thumbnail_first_the_picture_is_read():
+    large = Image.fromarray(images.photograph(48, 64))
+    pages = [large.resize((8, 6)), large, Image.new("RGB", (64, 48))]
+
+    def saved(first: Image.Image, *others: Image.Image) -> bytes:
+        file = io.BytesIO()
+        first.save(file, "TIFF", save_all=True, append_images=others)
+        return file.getvalue()
+
+    assert (decode(saved(*pages)) == np.asarray(large)).all(), "the first of the largest pages"
+    assert read_header(io.BytesIO(saved(*pages)))[:2] == (48, 64)
+    raw = saved(large, pages[0])
+    assert (decode(raw) == np.asarray(large)).all()
+    assert (decode(raw[:-30]) == np.asarray(large)).all(), "a later page is cut off"

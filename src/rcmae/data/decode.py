@@ -5,7 +5,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from jaxtyping import UInt8
@@ -269,9 +269,27 @@ def _open(raw: bytes, file: io.BufferedIOBase | None = None) -> ImageFile.ImageF
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked by `check_size`
     try:
         # Pillow's stubs ask for IO[bytes], which BufferedIOBase is not by name.
-        return Image.open(file or io.BytesIO(raw), formats=formats)  # type: ignore[arg-type]
+        image = Image.open(file or io.BytesIO(raw), formats=formats)  # type: ignore[arg-type]
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+    if image.format == "TIFF":
+        _seek_largest(image)
+    return image
+
+
+PAGES = 16
+"Pages of a TIFF among which the largest one is looked for."
+
+
+def _seek_largest(image: ImageFile.ImageFile) -> None:
+    """Go to the first of the largest pages: the first page of all may be a thumbnail."""
+    areas = [image.width * image.height]
+    with suppress(EOFError, OSError, SyntaxError, ValueError, KeyError):  # also of a damaged later page
+        for page in range(1, PAGES):
+            image.seek(page)
+            areas.append(image.width * image.height)
+    if len(areas) > 1 or image.tell():
+        image.seek(int(np.argmax(areas)))
 
 
 def _orientation(file: ImageFile.ImageFile, shape: tuple[int, int] | None) -> int:
