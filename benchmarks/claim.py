@@ -27,10 +27,13 @@ from matplotlib.figure import Figure
 
 from benchmarks import ROOT, markdown
 from benchmarks.runs import (
+    NOT_PLANNED,
     Rates,
     Results,
+    digits_of,
     family,
     fine_tuned,
+    gain_cell,
     machine,
     make,
     packed,
@@ -39,7 +42,6 @@ from benchmarks.runs import (
     unpacked,
 )
 from rcmae.config import Probe, changed
-from rcmae.data.digits import glyphs_of
 from rcmae.engine.run import write_json
 from rcmae.errors import DivergedError
 from rcmae.methods.recipes import load_recipe
@@ -179,10 +181,7 @@ def results_of(seeds: dict[int, Runs], name: str, endpoint: str, steps: int = ST
 def subjects(seeds: Iterable[int], endpoint: str, correct: Correct) -> list[Int[np.ndarray, " m"]]:
     """The handwritten digit in each test image: the samples, since images of one are alike. All seeds are
     fine-tuned and tested on the same images; for the linear probe each generates its own."""
-    return [
-        glyphs_of(seed if endpoint == "linear" else 0, "test", len(c))
-        for seed, c in zip(seeds, correct, strict=True)
-    ]
+    return digits_of(seeds if endpoint == "linear" else [0] * len(correct), correct)
 
 
 def compared(seeds: dict[int, Runs], endpoint: str, other: str) -> dict[str, Any]:
@@ -278,7 +277,7 @@ def table(results: dict[str, Any]) -> str:
     parts = [
         f"{count}. {'; '.join(results['machines'])}. Means with 95 % intervals; accuracy in percent, "
         "differences in points.",
-        answer(results) if planned else "**This is not the planned analysis, which has all seeds.**",
+        answer(results) if planned else NOT_PLANNED,
     ]
     for endpoint, title in ENDPOINTS.items():
         part, others = results[endpoint], (MAE, AVERAGED)
@@ -287,7 +286,7 @@ def table(results: dict[str, Any]) -> str:
                 name,
                 " ".join(f"{1000 * rate:g}e-3" for rate in results["rates"][name]),
                 "{:.1f} [{:.1f}, {:.1f}]".format(*part["accuracy"][name]),
-                *(_gain_cell(part["against"][other].get(name), planned) for other in others),
+                *(gain_cell(part["against"][other].get(name), planned) for other in others),
             ]
             for name in NETWORKS
         ]
@@ -314,12 +313,6 @@ def table(results: dict[str, Any]) -> str:
         f"![Accuracy after fine-tuning against steps: MAE, and RC-MAE at {STEPS:,} steps](img/claim.png)",
     ]
     return "\n\n".join(parts)
-
-
-def _gain_cell(result: dict[str, Any] | None, planned: bool) -> str:
-    if result is None:
-        return ""
-    return str(result["verdict"]) if planned else markdown.signed(result["gain"])
 
 
 def _speed_cell(result: dict[str, Any], planned: bool) -> str:

@@ -24,12 +24,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from safetensors.numpy import load_file
 
 import rcmae.pretraining as pretraining
+from benchmarks import markdown
 from benchmarks.alarms import patched
 from rcmae.config import Probe, Recipe, RuntimeConfig
+from rcmae.data.digits import glyphs_of
 from rcmae.data.sources import open_source
 from rcmae.engine.console import clock
 from rcmae.engine.run import read_json
@@ -37,7 +39,7 @@ from rcmae.interop.load import load
 from rcmae.tasks.evaluate import evaluate
 from rcmae.tasks.evaluation.base import EvaluationOptions
 from rcmae.tasks.evaluation.finetune import FineTune
-from rcmae.tasks.interval import Difference, judged
+from rcmae.tasks.interval import Correct, Difference, judged
 from rcmae.tasks.probe import ProbeSet, probe_set
 
 Job = TypeVar("Job", bound=tuple)
@@ -155,6 +157,23 @@ def family(gains: Mapping[str, Difference]) -> dict[str, dict[str, Any]]:
         name: {"gain": gain, "verdict": str(verdict)}
         for (name, gain), verdict in zip(gains.items(), verdicts, strict=True)
     }
+
+
+def gain_cell(result: dict[str, Any] | None, planned: bool) -> str:
+    """A comparison of a `family` in a table: the verdict if the analysis is the planned one, with all seeds,
+    otherwise the numbers."""
+    if result is None:
+        return ""
+    return str(result["verdict"]) if planned else markdown.signed(result["gain"])
+
+
+NOT_PLANNED = "**This is not the planned analysis, which has all seeds.**"
+
+
+def digits_of(seeds: Iterable[int], correct: Correct) -> list[Int[np.ndarray, " m"]]:
+    """The handwritten digit in each of the bundled test images of these seeds, for `difference`: the digits
+    are the samples, since drawings of one are alike."""
+    return [glyphs_of(seed, "test", len(c)) for seed, c in zip(seeds, correct, strict=True)]
 
 
 # --- runs ---------------------------------------------------------------------------------------------------

@@ -26,9 +26,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import ROOT, markdown
-from benchmarks.runs import Rates, Results, family, make, packed, unpacked
+from benchmarks.runs import NOT_PLANNED, Rates, Results, digits_of, family, gain_cell, make, packed, unpacked
 from rcmae.config import Images, Probe, changed
-from rcmae.data.digits import glyphs_of
 from rcmae.data.sources import open_source
 from rcmae.engine.console import Screen
 from rcmae.engine.distributed import autocast, pick_device, pick_precision
@@ -329,8 +328,7 @@ def analysis(experiment: Experiment) -> dict[str, Any]:
 
     def gain(name: str, other: str, decay: str) -> Any:
         first, second = correct(name, decay), correct(other, decay)
-        # The digits are the samples, not their drawings.
-        return difference(first, second, [glyphs_of(0, "test", len(c)) for c in first])
+        return difference(first, second, digits_of([0] * len(first), first))
 
     def part(decay: str) -> dict[str, Any]:
         return {
@@ -360,12 +358,14 @@ def table(results: dict[str, Any]) -> str:
     count = f"{len(results['seeds'])} of {results['planned']} seeds are complete"
     if len(results["seeds"]) < 2:
         return f"{count}, too few for any result."
+    planned = len(results["seeds"]) == results["planned"]
     parts = [
         f"{count}, {results['steps']:,} steps of {results['batch']}; {'; '.join(results['machines'])}, "
         f"{results['hours']:.1f} hours of training in all. Accuracy of the linear probe on "
         f"{results['images']:,} images in percent, means with 95 % intervals over seeds; differences in "
         "points."
     ]
+    parts += [] if planned else [NOT_PLANNED]
     for decay, part in results["decays"].items():
         others = (MAE, AVERAGED)
         rows = [
@@ -373,19 +373,19 @@ def table(results: dict[str, Any]) -> str:
                 name,
                 "" if name == START else f"{1000 * part['rates'][name]:g}e-3",
                 "{:.1f} [{:.1f}, {:.1f}]".format(*accuracy),
-                *(part["against"][other].get(name, {}).get("verdict", "") for other in others),
+                *(gain_cell(part["against"][other].get(name), planned) for other in others),
             ]
             for name, accuracy in part["accuracy"].items()
         ]
         head = [f"{decay} learning rate", "rate", "linear probe", *(f"against {other}" for other in others)]
         parts.append(markdown.table(head, rows, left=(0, 3, 4)))
-        if not results["assay"][decay]["verdict"].startswith("better"):
+        if planned and not results["assay"][decay]["verdict"].startswith("better"):
             parts.append("MAE is not better than random initialization, so these verdicts do not count.")
     parts.append(f"Each column of verdicts is a family. {correction_note(len(part['against'][MAE]))}")
     checks = {"assay": f"MAE against {START}", "averaging": f"{AVERAGED} against {MAE}"}
     parts.append(
         markdown.bullets(
-            f"{text}, {decay} learning rate: {comparison['verdict']}."
+            f"{text}, {decay} learning rate: {gain_cell(comparison, planned)}."
             for key, text in checks.items()
             for decay, comparison in results[key].items()
         )

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import claim
 from benchmarks.runs import packed
+from rcmae.data import digits
 from rcmae.errors import DivergedError
 from rcmae.tasks.interval import judged
 from tests.mutations import catches
@@ -86,7 +87,7 @@ def test_speeds_beyond_the_runs_of_mae_are_not_told_apart(analyzed, gain, low, h
 def test_what_digits_do_on_all_seeds_is_uncertainty():
     """An arm that is better on some of the digits, on every seed: the next digits may be others."""
     seeds = range(11, 27)
-    of_image = [claim.glyphs_of(seed, "test", 2000) for seed in seeds]
+    of_image = [digits.glyphs_of(seed, "test", 2000) for seed in seeds]
     effect = np.random.default_rng(0).normal(0, 0.3, 2000)
     draws = np.random.default_rng(1)
     arms = [

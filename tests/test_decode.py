@@ -521,3 +521,7 @@ def test_of_a_tiff_with_a_thumbnail_first_the_picture_is_read():
     raw = saved(large, pages[0])
     assert (decode(raw) == np.asarray(large)).all()
     assert (decode(raw[:-30]) == np.asarray(large)).all(), "a later page is cut off"
+    later = int.from_bytes(raw[4:8], "little")  # of the first page; its end holds the place of the next
+    place = later + 2 + 12 * int.from_bytes(raw[later : later + 2], "little")
+    damaged = raw[:place] + (8).to_bytes(4, "little") + raw[place + 4 :]
+    assert (decode(damaged) == np.asarray(large)).all(), "a later page lies in the pixels"

@@ -154,7 +154,7 @@ def _pretrain(loaded: Recipe, loaded_name: str | None = None) -> Callable[..., N
         if recipe_name != loaded_name:
             raise ConfigError(f"write the recipe first: rcmae pretrain {recipe_name} --...")
         bundled = recipe_name is None and loaded.data == Recipe.data
-        if bundled and runtime.out and not runtime.out.exists():
+        if bundled and runtime.out and not runtime.out.exists() and _first_rank():
             print(f"no run in {runtime.out} and no recipe: this is a new run of the recipe bundled")
         run(recipe, runtime)
 

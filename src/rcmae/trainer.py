@@ -205,7 +205,7 @@ class Trainer(ABC):
             self.write("event", text=f"resumed from step {self.step}")
         self.log_every = self.runtime.log_every or default_log_every(self.total)
 
-    def counts(self) -> str:
+    def _counts(self) -> str:
         """The numbers of images of the run and now, if they differ."""
         path, now = self.out / "machine.json", len(self.images)
         before = read_json(path).get("images", now) if path.exists() else now
@@ -218,7 +218,7 @@ class Trainer(ABC):
         if state["data"] != self.data:
             part = next(k for k, v in self.data.items() if state["data"].get(k) != v).replace("_", " ")
             raise DataError(
-                f"the data ({part}) has changed since {path} was written{self.counts()}; {advice}"
+                f"the data ({part}) has changed since {path} was written{self._counts()}; {advice}"
             )
         if state["backbone"] != self.backbone:
             raise CheckpointError(f"{path} was started from another backbone; {advice}")

@@ -5,7 +5,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import numpy as np
 from jaxtyping import UInt8
@@ -267,29 +267,36 @@ def _open(raw: bytes, file: io.BufferedIOBase | None = None) -> ImageFile.ImageF
         deep.extra("pillow_jxl", "jxl", "JPEG XL").JpegXLImagePlugin.DECODE_THREADS = 0
         formats = ("JXL",)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked by `check_size`
+    source = file or io.BytesIO(raw)
     try:
         # Pillow's stubs ask for IO[bytes], which BufferedIOBase is not by name.
-        image = Image.open(file or io.BytesIO(raw), formats=formats)  # type: ignore[arg-type]
+        image = Image.open(source, formats=formats)  # type: ignore[arg-type]
+        if image.format == "TIFF" and not _seek_largest(image):
+            source.seek(0)
+            image = Image.open(source, formats=formats)  # type: ignore[arg-type]
+        return image
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-    if image.format == "TIFF":
-        _seek_largest(image)
-    return image
 
 
 PAGES = 16
 "Pages of a TIFF among which the largest one is looked for."
 
 
-def _seek_largest(image: ImageFile.ImageFile) -> None:
-    """Go to the first of the largest pages: the first page of all may be a thumbnail."""
+def _seek_largest(image: ImageFile.ImageFile) -> bool:
+    """Go to the first of the largest pages, since the first page of all may be a thumbnail. False if a later
+    one is damaged, which leaves the image unusable."""
     areas = [image.width * image.height]
-    with suppress(EOFError, OSError, SyntaxError, ValueError, KeyError):  # also of a damaged later page
+    try:
         for page in range(1, PAGES):
             image.seek(page)
             areas.append(image.width * image.height)
-    if len(areas) > 1 or image.tell():
-        image.seek(int(np.argmax(areas)))
+    except EOFError:
+        pass
+    except Exception:  # decoders raise all kinds of errors on damaged files
+        return False
+    image.seek(int(np.argmax(areas)))
+    return True
 
 
 def _orientation(file: ImageFile.ImageFile, shape: tuple[int, int] | None) -> int:

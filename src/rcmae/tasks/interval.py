@@ -250,14 +250,15 @@ def equivalent(family: Sequence[Difference], margin: float) -> Bool[np.ndarray, 
     return holm([_outside(d, margin) for d in family]) < LEVEL
 
 
-def level_note(comparisons: int) -> str:
-    """The level of the verdicts of `judged`, for a page."""
-    corrected = f", corrected for {comparisons} comparisons (Holm's method), which the 95 % intervals are not"
-    return f"Verdicts are at a level of 5 %{corrected if comparisons > 1 else ''}."
+def level_note(comparisons: int | None) -> str:
+    """The level of the verdicts of `judged`, for a page; None for families of different sizes."""
+    number = "the number of comparisons in a family" if comparisons is None else f"{comparisons} comparisons"
+    corrected = f", corrected for {number} (Holm's method), which the 95 % intervals are not"
+    return f"Verdicts are at a level of 5 %{'' if comparisons == 1 else corrected}."
 
 
-def correction_note(comparisons: int) -> str:
-    """What the verdicts of `judged` mean, for a page."""
+def correction_note(comparisons: int | None) -> str:
+    """What the verdicts of `judged` mean, for a page; None for families of different sizes."""
     return (
         f"{level_note(comparisons)} 80 % power at x points: a true difference of x points would have been "
         "found with a probability of 80 %."
