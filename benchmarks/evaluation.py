@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import ROOT, markdown
 from rcmae.config import RuntimeConfig, changed, recipe_hash
-from rcmae.data.digits import TEST_IMAGES
+from rcmae.data.digits import TEST_IMAGES, glyphs_of
 from rcmae.data.labeled import open_labeled
 from rcmae.data.sources import Subset
 from rcmae.engine.console import Screen, clock
@@ -173,10 +173,13 @@ def shuffled(seed: int) -> Int[np.ndarray, " m"]:
 
 
 def test_images(seed: int, measure: str) -> Int[np.ndarray, " m"]:
-    """The test image of each result of a measure: for corruptions, all images once for each of 75."""
+    """The handwritten digit in the test image of each result of a measure: for corruptions, all images once
+    for each of 75."""
+    digits = glyphs_of(0, "test", TEST_IMAGES)
     if measure == "clean":
-        return np.arange(TEST_IMAGES)
-    return np.tile(shuffled(seed)[:CORRUPTED], 75) if measure == "corrupted" else shuffled(seed)[:ATTACKED]
+        return digits
+    some = shuffled(seed)[: CORRUPTED if measure == "corrupted" else ATTACKED]
+    return digits[np.tile(some, 75) if measure == "corrupted" else some]
 
 
 def judge(out: Path, seeds: list[int]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def probes(pictures: Path) -> ProbeSet:
     """The held-out images, at the size of the recipe."""
     source, (fit, test, _) = divided(pictures)
     recipe = load_recipe("small")
-    (x, y), (z, truth) = (
+    (x, y, _), (z, truth, _) = (
         read_images(Subset(source, part), np.arange(len(part)), recipe, no_progress) for part in (fit, test)
     )
     return ProbeSet(x, y, z, truth)

@@ -132,7 +132,7 @@ def probes(pictures: str) -> ProbeSet:
     parts: list[Any] = []
     for name in ("train", "val"):
         source = open_source(str(folder_of(pictures) / "data" / name))
-        parts += read_images(source, np.arange(len(source)), load_recipe("small"), no_progress)
+        parts += read_images(source, np.arange(len(source)), load_recipe("small"), no_progress)[:2]
     return ProbeSet(*parts)
 
 

@@ -143,6 +143,21 @@ def test_the_answer_follows_from_the_primary_family(analyzed, gains, text):
     assert claim.answer(analyzed(lines)).startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("arm", "steps", "tuned", "method", "networks"),
+    [
+        (claim.MAE, claim.STEPS, True, "rcmae", ("student", "teacher")),
+        (claim.MAE, 1000, True, "mae", ("student",)),
+        (claim.MAE, claim.STEPS, False, "mae", ("student",)),
+        ("RC-MAE 3", claim.STEPS, True, "rcmae", ("teacher",)),
+    ],
+)
+def test_only_the_run_whose_average_is_evaluated_has_a_teacher(arm, steps, tuned, method, networks):
+    job = claim.Job(arm, 6e-3, 11, steps, tuned)
+    assert (job.recipe.method, job.networks) == (method, networks)
+    assert (job.recipe.optim.batch_size, job.recipe.steps) == (claim.BATCH_SIZE, steps)
+
+
 def test_a_diverged_run_counts(monkeypatch, tmp_path):
     """With the networks of its last checkpoint."""
 

@@ -8,10 +8,14 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 import rcmae.tasks.nearest_neighbors as knn_module
+from rcmae.config import changed
+from rcmae.data.digits import DigitsSource
 from rcmae.errors import ConfigError
+from rcmae.methods.recipes import load_recipe
 from rcmae.tasks import attentive_probe
 from rcmae.tasks.linear_probe import RATES, Heads, fit, fit_mae, fit_rates, lars, predict
 from rcmae.tasks.nearest_neighbors import NearestNeighbors, check_k, nearest
+from rcmae.tasks.probe import probe_set
 from tests.mutations import catches
 
 CLASSES = 5
@@ -340,3 +344,12 @@ def test_attentive_probes_find_one_token_among_many(kind):
 
 def test_heads_divide_the_width():
     assert [attentive_probe.heads_for(width, 12) for width in (768, 128, 7)] == [12, 8, 7]
+
+
+@catches("each test image counts as a sample", "rcmae.data.digits:DigitsSource.samples", lambda old: None)
+def test_test_images_of_one_digit_have_one_number():
+    recipe = changed(load_recipe("bundled"), probe_train=40, probe_test=600)
+    probes = probe_set(DigitsSource(count=64), recipe)
+    numbers = probes.test_images()
+    assert len(numbers) == len(probes.truth) == 600 and len(np.unique(numbers)) < 364
+    assert all(len(np.unique(probes.truth[numbers == n])) == 1 for n in np.unique(numbers))

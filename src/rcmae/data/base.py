@@ -75,6 +75,9 @@ class Source(ABC):
     "as the user wrote it"
     labels: np.ndarray | None = None
     "int64 [n], -1 where unknown; None if there are no labels"
+    samples: np.ndarray | None = None
+    """int64 [n], a number for what each image shows, where images that show the same are alike and no
+    independent samples; None if each shows something else"""
     classes: Sequence[str] = ()
     why_unlabeled: str = ""
     "why there are no labels, if that is worth mentioning"

@@ -273,6 +273,11 @@ class DigitsSource(BundledSource):
         self.images = np.concatenate([p[0] for p in parts])
         self.labels = np.concatenate([p[1] for p in parts])
 
+    @property
+    def samples(self) -> Int[np.ndarray, " n"]:
+        """The handwritten digits."""
+        return glyphs_of(self.seed, self.split, len(self))
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -252,16 +252,18 @@ def per_unit(rows: list[dict[str, Any]], unit: str, *path: str) -> Float[np.ndar
 
 def target_line(rows: list[dict[str, Any]], unit: str, target: str) -> dict[str, Any]:
     """A target's cosines on the same batch and on other images, their paired difference, and the fraction of
-    c's component along the target on the same batch that is there on other images too."""
+    c's component along the target on the same batch that is there on other images too (None if none is
+    reverted on the same batch)."""
     same, other = (per_unit(rows, unit, "cosine", name, target) for name in ("same", "other"))
     part, other_part = (per_unit(rows, unit, "part", name, target) for name in ("same", "other"))
+    reverted = over_seeds(part).low > 0
     return {
         "target": target,
         "what": TARGETS[target],
         "same": over_seeds(same),
         "other": over_seeds(other),
         "contrast": over_seeds(same - other),
-        "fraction": ratio_of_means(other_part, part),
+        "fraction": ratio_of_means(other_part, part) if reverted else None,
     }
 
 
@@ -301,10 +303,10 @@ def findings(result: dict[str, Any], rows: list[dict[str, Any]]) -> list[Sentenc
         return [("note", f"{why}, so there is nothing to judge.")]
     lines = {line["target"]: line for line in result["targets"]}
     b, low, high = result["beta1"][:3]
-    removed = (about["beta1"] - b) / (1 - about["beta1"])
+    times = (b - about["beta1"]) / (1 - about["beta1"])
     momentum = (
-        f"On other images, the consistency gradient removes {removed:.1%} of AdamW's first moment per step, "
-        f"as a beta1 of {b:.3f} ({low:.3f} to {high:.3f}) would, instead of {about['beta1']:g}."
+        f"On other images, the consistency gradient along AdamW's first moment is {times:+.1f} times that "
+        f"moment, which acts as a beta1 of {b:.3f} ({low:.3f} to {high:.3f}) instead of {about['beta1']:g}."
     )
     words = verdicts([lines[target] for target in TESTED])
     return [
@@ -346,7 +348,7 @@ def conditionality(fraction: tuple[float, float, float] | None) -> Sentence:
         f"of what the consistency gradient removes of S \N{MINUS SIGN} T on the same batch, it removes "
         f"{mean:.0%} on other images too ({low:.0%} to {high:.0%})"
     )
-    rest = "the rest is conditional" if high < 1 else "that the rest is conditional is not shown"
+    rest = "the rest is conditional" if high < 1 else "no conditional part is shown"
     if low >= 0.5:
         return "note", f"The removal of past updates is mostly unconditional: {text}; {rest}."
     if high <= 0.5:

@@ -63,6 +63,8 @@ class ProbeSet:
     labels: Int[np.ndarray, " n"]
     test: UInt8[Tensor, "m c h w"]
     truth: Int[np.ndarray, " m"]
+    samples: Int[np.ndarray, " m"] | None = None
+    "of the test images, see `Source.samples`"
 
     def test_hash(self) -> str:
         """Identifies the test images and their labels. A resumed run reads them again, without those that
@@ -70,7 +72,9 @@ class ProbeSet:
         return hashlib.sha256(self.test.numpy().tobytes() + self.truth.tobytes()).hexdigest()
 
     def test_images(self) -> Int[np.ndarray, " m"]:
-        """A number for each test image, the same for the same pixels."""
+        """A number for each test image: of its sample if the source knows it, otherwise of its pixels."""
+        if self.samples is not None:
+            return self.samples
         hashes = (hashlib.sha256(image.numpy().tobytes()).digest() for image in self.test)
         return np.array([int.from_bytes(h[:8], "little", signed=True) for h in hashes])
 
@@ -202,21 +206,22 @@ def probe_set(source: Source, recipe: Recipe, progress: ShowProgress = no_progre
         chosen = rng.permutation(np.flatnonzero(np.isin(source.labels, classes)))[:wanted]
         cut = len(chosen) * p.probe_train // wanted
         read = [read_images(source, part, recipe, progress) for part in (chosen[:cut], chosen[cut:])]
-    (train, labels), (test, truth) = read
+    (train, labels, _), (test, truth, samples) = read
     train_images = {image.numpy().tobytes() for image in train}
     new = np.array([image.numpy().tobytes() not in train_images for image in test], dtype=bool)
     test, truth = test[torch.from_numpy(new)], truth[new]
     if len(np.unique(labels)) < 2 or not len(truth):
         return None
-    return ProbeSet(train, labels, test, truth)
+    return ProbeSet(train, labels, test, truth, None if samples is None else samples[new])
 
 
 def read_images(
     source: Source, indices: np.ndarray, recipe: Recipe, progress: ShowProgress
-) -> tuple[Tensor, np.ndarray]:
-    """The readable ones of these images, center-cropped to the size of the recipe, and their labels."""
+) -> tuple[Tensor, np.ndarray, np.ndarray | None]:
+    """The readable ones of these images, center-cropped to the size of the recipe, their labels, and their
+    samples if the source knows them."""
     assert source.labels is not None  # probe_set returns None without labels
-    images, labels = [], []
+    images, readable = [], []
     with progress("reading labeled images for the probes", len(indices)) as tick:
         for done, i in enumerate(indices, 1):
             tick(done)
@@ -225,9 +230,11 @@ def read_images(
                 images.append(center(image, recipe.images.shape))
             except BadImage:
                 continue  # pre-training counts and reports it
-            labels.append(source.labels[i])
+            readable.append(i)
+    labels, samples = source.labels[readable], source.samples
     none = torch.zeros(0, recipe.images.channels, *recipe.images.shape, dtype=torch.uint8)
-    return torch.stack(images) if images else none, np.array(labels, dtype=np.int64)
+    images = torch.stack(images) if images else none
+    return images, labels, None if samples is None else samples[readable]
 
 
 def final_correct(run: Path, lines: list[dict[str, Any]]) -> dict[str, Correct]:
