@@ -148,11 +148,10 @@ def evaluate(job: Job) -> None:
     RESULTS.append(job._asdict() | machine(job.run) | result)
 
 
-def jobs(pictures: str, steps: int, seeds: int) -> Iterator[Job]:
-    """All evaluations, seed by seed."""
-    for seed in SEEDS[:seeds]:
-        for task in TASKS:
-            yield from (Job(pictures, task, arm, seed, steps) for arm in ARMS)
+def jobs(pictures: str, steps: int, seed: int) -> Iterator[Job]:
+    """All evaluations of a seed."""
+    for task in TASKS:
+        yield from (Job(pictures, task, arm, seed, steps) for arm in ARMS)
 
 
 # --- analysis -----------------------------------------------------------------------------------------------
@@ -259,8 +258,8 @@ def main() -> int:
     parser.add_argument("--analyze", action="store_true", help="make no runs")
     options = parser.parse_args()
     pictures = divide(options.data)
-    if not options.analyze:
-        missing = RESULTS.missing(jobs(pictures, options.steps, options.seeds))
+    for seed in () if options.analyze else SEEDS[: options.seeds]:
+        missing = RESULTS.missing(jobs(pictures, options.steps, seed))
         runs = {job.run: job for job in missing}
         make(pretrain, [*runs.values()], options.jobs)
         make(evaluate, missing, options.jobs)

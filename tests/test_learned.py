@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 
 from rcmae.engine.console import no_progress
 from rcmae.tasks.interval import margin, paired, with_margin
-from rcmae.tasks.learned import below_random, learned
+from rcmae.tasks.learned import below_start, learned
 from rcmae.tasks.probe import PIXELS, RANDOM, Probes, ProbeSet, final_correct
 from tests.mutations import catches
 
@@ -80,8 +80,8 @@ def test_the_answer_follows_from_the_interval_not_from_the_gain():
     worse = correct(400, teacher=40, random=60, pixels=50)
     answer = learned(worse, ())
     assert answer[:2] == ("no", "bad") and "made the features worse" in answer.text
-    assert [tone for tone, _ in below_random(worse)] == ["bad"]
-    assert not below_random(correct(400, teacher=70, random=50, pixels=60))
+    assert [tone for tone, _ in below_start(worse)] == ["bad"]
+    assert not below_start(correct(400, teacher=70, random=50, pixels=60))
 
 
 def test_raw_pixels_do_not_decide_but_are_always_mentioned():

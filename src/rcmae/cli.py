@@ -1033,6 +1033,7 @@ def _prepare_pretrain(argv: list[str]) -> tuple[Dict, ...]:
     defaults and the flags. Raises ConfigError for a flag of another method.
     """
     from .engine.checkpoint import checkpoints
+    from .interop.initial import with_network_of
     from .methods import METHODS
     from .methods.recipes import join_names, load_recipe, with_method
 
@@ -1054,6 +1055,8 @@ def _prepare_pretrain(argv: list[str]) -> tuple[Dict, ...]:
     )
     recipe = load_recipe(str(recorded) if resumes else recipe_name or "bundled")
     recipe = with_method(recipe, values.get("method", recipe.method))
+    if (init := values.get("init")) and init != recipe.network.init:
+        recipe = replace(recipe, network=with_network_of(init, recipe.network))
     for key in values.keys() - flags(type(recipe)).keys() - flags(RuntimeConfig).keys():
         owners = [
             other for other, method in METHODS.items() if key.removeprefix("no_") in flags(method.recipe_type)

@@ -34,6 +34,7 @@ from .engine.run import ADVICE, RunContext, check_same_recipe, read_json, run_co
 from .engine.schedules import Progress, fraction_of_run, spread
 from .engine.step import Mean, clip_gradients, conditional_step
 from .errors import AlarmError, ConfigError, DataError, first_line, refuse
+from .interop.initial import initialize, read_initial
 from .interop.timm_export import export
 from .lab.alarms import Alarm
 from .lab.recorder import Recorder
@@ -46,7 +47,7 @@ from .report import write_report
 from .step_time import at_most, steps_within
 from .tasks.interval import with_margin
 from .tasks.learned import show_table
-from .tasks.probe import KINDS, Probes, Scores, probe_set, size_note
+from .tasks.probe import BASELINES, KINDS, Probes, Scores, probe_set, size_note
 from .trainer import Trainer
 
 
@@ -216,7 +217,10 @@ class Pretraining(Trainer):
             if note := size_note(self.probes.set, self.images, self.recipe):
                 self.screen.say(f"note: {note}")
             baselines, seconds = self.probes.baselines(self.method.backbone("student"))
-            self.method.train()
+        initial = self.initialize()
+        if self.probes and initial:
+            baselines |= self.probes.initial(self.method.backbone("student"))
+        self.method.train()
         if self.recipe.time:
             probing = self.recipe.probe.probes * len(self.method.networks) * seconds
             self.total = steps_within(self, self.recipe.time, probing, self.began)
@@ -231,6 +235,7 @@ class Pretraining(Trainer):
             "data": self.images.fingerprint(),
             "mean": list(mean),
             "std": list(std),
+            "initial_weights": initial,
         }
         if self.world.is_main:
             write_json(self.out / "machine.json", about)
@@ -264,8 +269,18 @@ class Pretraining(Trainer):
                     f"the student; give {self.method.longer_memory}"
                 )
         if baselines:
-            raw, random = (self.in_words(baselines[name]) for name in ("raw_pixels", "random_init"))
-            self.screen.say(f"baselines, accuracy (%): raw pixels {raw}; randomly initialized {random}")
+            texts = "; ".join(f"{BASELINES[name]} {self.in_words(s)}" for name, s in baselines.items())
+            self.screen.say(f"baselines, accuracy (%): {texts}")
+
+    def initialize(self) -> dict[str, str] | None:
+        """Load the initial weights of the recipe, on every rank, and say what was adapted. Returns what they
+        are; None for a random initialization."""
+        if (name := self.recipe.network.init) is None:
+            return None
+        initial = read_initial(name)
+        changes = initialize(self.method, initial, name)
+        self.screen.say(f"initial weights: {'; '.join([name, *changes])}")
+        return {"name": name, "sha256": initial.digest}
 
     def resume_or_begin(self) -> None:
         super().resume_or_begin()
@@ -337,7 +352,8 @@ class Pretraining(Trainer):
             self.write("probe", **scores)
             shown = [*scores.items()]
             if baselines := of_kind(read_metrics(self.out), "baseline"):
-                shown.append(("randomly initialized", baselines[0]["random_init"]))
+                start = [name for name in BASELINES if name in baselines[0]][-1]
+                shown.append((BASELINES[start], baselines[0][start]))
             text = "; ".join(f"{which} {self.in_words(s)}" for which, s in shown)
             self.screen.say(f"step {self.step:,}, accuracy (%): {text}")
 

@@ -111,9 +111,12 @@ class Network(Section):
     "encoder attention heads; default: the model's"
     registers: int = 0
     "register tokens, in addition to the class token"
+    init: str | None = None
+    """weights to start from: a run, an exported or imported folder, a file of weights, or timm:NAME. The
+    network takes their shape; positions, patches and statistics are adapted"""
 
     def rules(self) -> Rules:
-        sizes = [f.name for f in fields(self) if f.name not in ("model", "registers")]
+        sizes = [f.name for f in fields(self) if f.name not in ("model", "registers", "init")]
         return [*self.each("must be 0 or more", "registers"), *self.each("must be above 0", *sizes)]
 
 

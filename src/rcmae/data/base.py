@@ -75,9 +75,6 @@ class Source(ABC):
     "as the user wrote it"
     labels: np.ndarray | None = None
     "int64 [n], -1 where unknown; None if there are no labels"
-    samples: np.ndarray | None = None
-    """int64 [n], a number for what each image shows, where images that show the same are alike and no
-    independent samples; None if each shows something else"""
     classes: Sequence[str] = ()
     why_unlabeled: str = ""
     "why there are no labels, if that is worth mentioning"
@@ -142,6 +139,11 @@ class Source(ABC):
         this source."""
         return None
 
+    def samples(self) -> Int[np.ndarray, " n"] | None:
+        """A number for what each image shows, if images that show the same are alike, and so no independent
+        samples; None if each shows something else."""
+        return None
+
 
 class Subset(Source):
     """The images `chosen` of a source, optionally with other labels, which the fingerprint does not
@@ -168,6 +170,10 @@ class Subset(Source):
 
     def where(self, index: int) -> str:
         return self.source.where(int(self.chosen[index]))
+
+    def samples(self) -> Int[np.ndarray, " k"] | None:
+        samples = self.source.samples()
+        return None if samples is None else samples[self.chosen]
 
     def fingerprint(self) -> str:
         return hashlib.sha256(

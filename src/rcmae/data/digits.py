@@ -273,7 +273,6 @@ class DigitsSource(BundledSource):
         self.images = np.concatenate([p[0] for p in parts])
         self.labels = np.concatenate([p[1] for p in parts])
 
-    @property
     def samples(self) -> Int[np.ndarray, " n"]:
         """The handwritten digits."""
         return glyphs_of(self.seed, self.split, len(self))

@@ -17,7 +17,7 @@ from ..methods import METHODS, Method
 from ..methods.diagnostics import Sentence
 from ..methods.recipes import parse_recipe
 from ..tasks.interval import MARGIN_NOTE, with_margin
-from ..tasks.learned import below_random, learned
+from ..tasks.learned import below_start, learned
 from ..tasks.probe import KNN_NOTE, final_correct, final_scores, image_count, score_table
 from . import pictures, severity
 from .curves import Line, column, plot, standalone
@@ -62,7 +62,7 @@ def render(run: Path, running: bool) -> str:
             state(train, total, running),
             *extension_sentences(machine),
             *judged,
-            *below_random(correct),
+            *below_start(correct),
             *failure_sentences(train, bad),
             *data_sentences(machine, len(bad)),
         ],
@@ -217,13 +217,17 @@ def probe_figure(probes: Lines, baseline: dict[str, Any]) -> str | None:
     if not probes or not baseline:
         return None
     x = column(probes, "step")
-    raw, start = (baseline[name]["linear"] for name in ("raw_pixels", "random_init"))
+    raw, random = (baseline[name]["linear"] for name in ("raw_pixels", "random_init"))
+    initial = baseline.get("initial_weights")
+    start = initial["linear"] if initial else random
     lines = [
         Line(network, network, [0, *x], [start, *(line[network]["linear"] for line in probes)])
         for network in ("student", "teacher")
         if network in probes[-1]
     ]
-    levels = {f"raw pixels {raw:.1f}": raw, f"randomly initialized {start:.1f}": start}
+    levels = {f"raw pixels {raw:.1f}": raw, f"randomly initialized {random:.1f}": random}
+    if initial:
+        levels[f"initial weights {start:.1f}"] = start
     return plot(lines, levels, "linear probe accuracy, %", markers=True)
 
 

@@ -9,6 +9,7 @@ from ..engine.metrics import read_metrics
 from ..methods.diagnostics import Sentence
 from .interval import MARGIN_NOTE, detectable, judged, paired, points
 from .probe import (
+    INITIAL,
     KINDS,
     KNN_NOTE,
     PIXELS,
@@ -52,21 +53,21 @@ def learned(correct: Mapping[str, Correct], judged: Sequence[Sentence]) -> Answe
     if not correct:
         return _without_labels(judged)
     network = best_network(correct)
-    names = (network, RANDOM, PIXELS)
+    names = (network, before := _before(correct), PIXELS)
     if not all("linear" in correct.get(name, {}) for name in names):
         text = (
             "No probe has been made since the start, or its results for each image (probes/) are missing, or "
             "the test images have changed since the start."
         )
         return Answer("not shown", "note", text)
-    features, random, pixels = (correct[name]["linear"] for name in names)
-    against_random = paired(features, random)
-    gain, low, high = against_random[:3]
+    features, start, pixels = (correct[name]["linear"] for name in names)
+    against_start = paired(features, start)
+    gain, low, high = against_start[:3]
     against_pixels = paired(features, pixels)
     text = (
         f"A linear probe on the {network}'s features has an accuracy of {100 * features.mean():.1f} % on "
-        f"{len(features):,} test images: {_relation(*against_random[:3])} the randomly initialized encoder "
-        f"({100 * random.mean():.1f} %; {points(against_random)}), and "
+        f"{len(features):,} test images: {_relation(*against_start[:3])} the {before} "
+        f"({100 * start.mean():.1f} %; {points(against_start)}), and "
         f"{_relation(*against_pixels[:3])} raw pixels ({100 * pixels.mean():.1f} %; "
         f"{points(against_pixels)})."
     )
@@ -76,14 +77,14 @@ def learned(correct: Mapping[str, Correct], judged: Sequence[Sentence]) -> Answe
         return Answer("no", "bad", f"{text} Training has made the features worse.")
     advice = "a longer run or more labeled images may show a gain"
     text += f" Training has not helped yet; {advice}." if gain < 0 else f" No clear gain: {advice}."
-    text += f" A gain of {detectable(against_random):.1f} points would have been found (80 % power)."
+    text += f" A gain of {detectable(against_start):.1f} points would have been found (80 % power)."
     return Answer("not shown", "note", text)
 
 
-def below_random(correct: Mapping[str, Correct]) -> list[Sentence]:
-    """A sentence for every other probe that is worse than that of the randomly initialized encoder."""
-    network = best_network(correct)
-    before, after = correct.get(RANDOM, {}), correct.get(network, {})
+def below_start(correct: Mapping[str, Correct]) -> list[Sentence]:
+    """A sentence for every other probe that is worse than that of the network before training."""
+    network, start = best_network(correct), _before(correct)
+    before, after = correct.get(start, {}), correct.get(network, {})
     gains = {
         kind: paired(after[kind], before[kind])
         for kind in KINDS
@@ -92,8 +93,8 @@ def below_random(correct: Mapping[str, Correct]) -> list[Sentence]:
     return [
         (
             "bad",
-            f"By the {KINDS[kind]}, the {network}'s features are worse than those of the randomly "
-            f"initialized encoder ({100 * before[kind].mean():.1f} %; {points(gains[kind])}).",
+            f"By the {KINDS[kind]}, the {network}'s features are worse than those of the {start} "
+            f"({100 * before[kind].mean():.1f} %; {points(gains[kind])}).",
         )
         for kind, verdict in zip(gains, judged(gains.values()), strict=True)
         if verdict.word == "worse"
@@ -114,6 +115,11 @@ def show_table(run: Path, screen: Screen) -> None:
 def best_network(correct: Mapping[str, Correct]) -> str:
     """The network that is meant to be used; chosen in advance, not by its score."""
     return "teacher" if "teacher" in correct else "student"
+
+
+def _before(correct: Mapping[str, Correct]) -> str:
+    """The name of the network before training."""
+    return INITIAL if INITIAL in correct else RANDOM
 
 
 def _without_labels(judged: Sequence[Sentence]) -> Answer:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..config import Recipe, how_many
@@ -38,8 +38,11 @@ Correct = dict[str, Bool[np.ndarray, " m"]]
 KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
 """The probes and their names: linear and k-NN use the mean over the patches, the attentive one all tokens."""
 
-PIXELS, RANDOM = "raw pixels", "randomly initialized encoder"
-"The baselines of the probes."
+PIXELS, RANDOM, INITIAL = "raw pixels", "randomly initialized encoder", "initial weights"
+"The baselines of the probes; the last one only for runs that start from weights."
+
+BASELINES = {"raw_pixels": PIXELS, "random_init": RANDOM, "initial_weights": INITIAL}
+"Their keys in the records of a run."
 
 TEST_IMAGE_KEY = "test images"
 "Key of the numbers of the test images, beside the results of the probes."
@@ -161,6 +164,11 @@ class Probes:
         seconds = time.monotonic() - started
         return self._keep({"raw_pixels": self.set.pixels(), "random_init": correct}, 0), seconds
 
+    def initial(self, backbone: Backbone) -> dict[str, Scores]:
+        """One more baseline: the weights that a run starts from."""
+        correct = self._correct(INITIAL, backbone, last=True)
+        return self._keep({"initial_weights": correct}, 0, load_file(self._file(0)))
+
     def score(self, backbones: dict[str, Backbone], step: int, last: bool) -> dict[str, Scores]:
         """Scores of the networks after an optimizer step, which is the `last` one or not."""
         correct = {name: self._correct(name, backbone, last) for name, backbone in backbones.items()}
@@ -172,16 +180,21 @@ class Probes:
             backbone, self.device, self.precision, attentive, self.progress, f"the {name}"
         )
 
-    def _keep(self, correct: dict[str, Correct], step: int) -> dict[str, Scores]:
+    def _file(self, step: int) -> Path:
+        return self.folder / f"{step:08d}.safetensors"
+
+    def _keep(
+        self, correct: dict[str, Correct], step: int, before: dict[str, Tensor] | None = None
+    ) -> dict[str, Scores]:
         self.folder.mkdir(exist_ok=True)
-        tensors = {
+        tensors = (before or {}) | {
             f"{network}/{probe}": torch.from_numpy(c)
             for network, by_probe in correct.items()
             for probe, c in by_probe.items()
         }
         tensors[TEST_IMAGE_KEY] = torch.from_numpy(self.set.test_images())
         about = {"test": self.set.test_hash()}
-        replace_file(self.folder / f"{step:08d}.safetensors", save(tensors, about))
+        replace_file(self._file(step), save(tensors, about))
         return {network: accuracies(by_probe) for network, by_probe in correct.items()}
 
 
@@ -231,10 +244,10 @@ def read_images(
             except BadImage:
                 continue  # pre-training counts and reports it
             readable.append(i)
-    labels, samples = source.labels[readable], source.samples
+    labels, samples = source.labels[readable], source.samples()
     none = torch.zeros(0, recipe.images.channels, *recipe.images.shape, dtype=torch.uint8)
-    images = torch.stack(images) if images else none
-    return images, labels, None if samples is None else samples[readable]
+    pixels = torch.stack(images) if images else none
+    return pixels, labels, None if samples is None else samples[readable]
 
 
 def final_correct(run: Path, lines: list[dict[str, Any]]) -> dict[str, Correct]:
@@ -255,7 +268,7 @@ def final_correct(run: Path, lines: list[dict[str, Any]]) -> dict[str, Correct]:
         compared = compared or images
         for key, correct in tensors.items() if images == compared else ():
             network, _, probe = key.partition("/")
-            name = {"raw_pixels": PIXELS, "random_init": RANDOM}.get(network, network)
+            name = BASELINES.get(network, network)
             results.setdefault(name, {})[probe] = correct.astype(bool)
     return results
 
@@ -267,7 +280,7 @@ def final_scores(lines: list[dict[str, Any]]) -> dict[str, Scores]:
     if not baselines:
         return {}
     first, last = baselines[0], probes[-1] if probes else {}
-    scores = {PIXELS: first["raw_pixels"], RANDOM: first["random_init"]}
+    scores = {text: first[name] for name, text in BASELINES.items() if name in first}
     return scores | {name: s for name, s in last.items() if isinstance(s, dict)}
 
 
