@@ -134,6 +134,12 @@ def test_the_hash_does_not_depend_on_where_the_data_is():
     one = recipe_type("rcmae")()
     assert recipe_hash(one) == recipe_hash(dataclasses.replace(one, data="elsewhere"))
     assert recipe_hash(one) != recipe_hash(dataclasses.replace(one, seed=1))
+    assert recipe_hash(one) != recipe_hash(changed(one, init="weights.pth"))
+
+
+def test_a_new_setting_leaves_the_hash_of_older_runs_alone():
+    """A run is only resumed with the same hash: a setting that is added goes into `LATER`."""
+    assert recipe_hash(recipe_type("rcmae")()) == "6bd4777b573f"
 
 
 @pytest.mark.parametrize("method", METHODS)

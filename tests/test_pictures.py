@@ -56,7 +56,7 @@ def test_a_fifth_of_each_class_is_held_out(folder):
 def test_a_tiny_experiment(folder):
     """Pre-training, the probe and fine-tuning of one seed, and the analysis of two."""
     which = pictures.divide(str(folder))
-    jobs = list(pictures.jobs(which, steps=2, seeds=1))
+    jobs = list(pictures.jobs(which, steps=2, seed=1))
     assert len(jobs) == len(pictures.TASKS) * len(pictures.ARMS)
     for job in {job.run: job for job in jobs}.values():
         pictures.pretrain(job)

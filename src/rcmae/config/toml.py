@@ -93,11 +93,18 @@ def to_toml(recipe: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
+LATER = [("network", "init")]
+"Sections and names of settings that runs of version 0.1 do not have."
+
+
 def recipe_hash(recipe: Any) -> str:
     """Twelve hex digits that identify the recipe without the path of the data, whose fingerprint is recorded
-    separately."""
+    separately, and without `LATER` settings that are not given, so that older runs can be resumed."""
     tree = dataclasses.asdict(recipe)
     tree |= {"data": ""} if "data" in tree else {}
+    for section, name in LATER:
+        if tree.get(section, {}).get(name, 0) is None:
+            del tree[section][name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
