@@ -519,18 +519,18 @@ def test_help_of_pretrain_shows_only_the_settings_of_its_method(tmp_path, capsys
 @pytest.mark.parametrize(
     ("argv", "values"),
     [
-        ([], {"steps": "1400", "depth": "3", "decoder-depth": "1", "crop-scale": "1.0 1.0", "flip": "False"}),
+        ([], {"steps": "1400", "depth": "3", "decoder-depth": "1", "crop-scale": "1 1", "flip": "off"}),
         (
             ["dino-bundled"],
             {
                 "steps": "700",
                 "batch-size": "128",
-                "clip": "3.0",
+                "clip": "3",
                 "teacher-temperature": "0.03",
-                "local-blur": "0.0",
+                "local-blur": "0",
             },
         ),
-        (["{tmp}/mine.toml"], {"method": "mae", "size": "96", "crop-scale": "0.2 1.0", "flip": "True"}),
+        (["{tmp}/mine.toml"], {"method": "mae", "size": "96", "crop-scale": "0.2 1", "flip": "on"}),
         (["--out", "{tmp}/run"], {"method": "ibot", "seed": "7"}),
     ],
 )

@@ -139,7 +139,9 @@ def test_the_first_probe_is_that_of_the_weights(tmp_path, images, folder, capsys
     runtime = {"device": "cpu", "precision": "fp32", "workers": 0}
     first = tmp_path / "first"
     pretrain(recipe, RuntimeConfig(out=first, **runtime))
-    pretrain(changed(recipe, init=str(first), seed=recipe.seed), RuntimeConfig(out=tmp_path / "next", **runtime))
+    pretrain(
+        changed(recipe, init=str(first), seed=recipe.seed), RuntimeConfig(out=tmp_path / "next", **runtime)
+    )
     text = capsys.readouterr().out
     assert "with their decoder" in text and "initial weights linear probe" in text
     end = load_file(first / "probes" / "00000002.safetensors")

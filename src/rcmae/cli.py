@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -58,6 +58,18 @@ from .tasks.evaluation.base import EvaluationOptions, ReadingOptions, Task
 from .tasks.evaluation.finetune import FineTune
 from .tasks.evaluation.worth import Worth
 
+
+def _default(value: Any) -> str:
+    """A default in the help, as one would type it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(_default, value))
+    if isinstance(value, float):
+        return f"{value / 1e6:g}e6" if value >= 1e6 else f"{value:g}"
+    return str(value)
+
+
 app = App(
     name="rcmae",
     version=__version__,
@@ -78,6 +90,7 @@ def _integer(kind: type, tokens: Sequence[Token]) -> int:
 
 
 Integer = Annotated[int, Parameter(converter=_integer)]
+Pixels = Annotated[float, Parameter(show_default=_default)]
 Device = Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1 or mps.")]
 Json = Annotated[Path | None, Parameter(help="Also write the results to this file.")]
 Detector = Annotated[Path, Parameter(help="A run of `rcmae detect train`, or its export/detector.")]
@@ -100,10 +113,10 @@ def _as_flags(section: type, how: Parameter = Flat, values: dict[str, Any] | Non
             kind = Integer if field.type is int else Integer | None
         elif get_origin(field.type) is tuple and Ellipsis in get_args(field.type):
             kind = Annotated[field.type, Many]
-        if values is not None and not is_dataclass(field.type):
-            value = values.get(field.name)
-            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            kind = Annotated[kind, Parameter(show_default=False if value is None else text)]
+        if not is_dataclass(field.type) and field.default is not MISSING:
+            value = field.default if values is None else values.get(field.name)
+            shown = False if value in (None, (), "") else _default(value)
+            kind = Annotated[kind, Parameter(show_default=shown)]
         if kind is not field.type:
             section.__annotations__[field.name] = kind
 
@@ -177,7 +190,7 @@ def check_data(
     channels: Integer | None = None,
     batch_size: Integer | None = None,
     max_corrupt_fraction: float = RuntimeConfig().max_corrupt_fraction,
-    max_pixels: float = RuntimeConfig().max_pixels,
+    max_pixels: Pixels = RuntimeConfig().max_pixels,
     json: Json = None,
 ) -> int:
     """Audit a data set before training: counts, sizes, unreadable files, duplicates, statistics; and the
@@ -240,7 +253,7 @@ def pack_data(
     original: bool = False,
     channels: Integer = 3,
     workers: Integer | None = None,
-    max_pixels: float = RuntimeConfig().max_pixels,
+    max_pixels: Pixels = RuntimeConfig().max_pixels,
 ) -> None:
     """Pack images into tar shards, reduced once, so that training reads them faster; the same command
     continues after an interruption.

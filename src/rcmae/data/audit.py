@@ -47,7 +47,8 @@ class Audit:
     heights: tuple[int, int, int]
     unreadable: list[tuple[str, str]]
     duplicates: list[tuple[str, ...]]
-    leaks: list[tuple[str, str]]
+    leaks: list[tuple[str, str]] | None
+    "images that are in the validation set too; None without one"
     constant: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -116,7 +117,8 @@ def audit(
         if 255 * np.sqrt(np.maximum(square - mean**2, 0)).max() < FLAT:
             constant.append(source.where(i))
     if unreadable:
-        screen.say(f"{source.name}: {reading(len(source), source.left_out, len(unreadable))}")
+        counts = reading(len(source), source.left_out, len(unreadable))
+        screen.say(f"{source.name}: after decoding all, {counts}")
     count = len(sizes)
     mean = sums / max(count, 1)
     heights, widths = np.array(sizes, int).reshape(-1, 2).T
@@ -132,7 +134,7 @@ def audit(
         heights=_range(heights),
         unreadable=unreadable,
         duplicates=[tuple(source.where(i) for i in same) for same in hashes.values() if len(same) > 1],
-        leaks=_leaks(source, hashes, val, screen) if val else [],
+        leaks=_leaks(source, hashes, val, screen) if val else None,
         constant=constant,
         mean=tuple(mean.tolist()),
         std=tuple(np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0)).tolist()),
@@ -231,7 +233,7 @@ def render(result: Audit) -> Group:
         "width": "smallest {:,}, median {:,}, largest {:,} px".format(*result.widths),
         "height": "smallest {:,}, median {:,}, largest {:,} px".format(*result.heights),
         "crop": "{1} x {0} px".format(*result.crop)
-        + f"; {result.smaller:.1%} of the images are smaller, and are enlarged",
+        + (f"; {result.smaller:.1%} of the images are smaller, and are enlarged" if result.smaller else ""),
         "mean of channels": " ".join(f"{v:.3f}" for v in result.mean),
         "standard deviation": " ".join(f"{v:.3f}" for v in result.std) + "  (used by --normalize data)",
         "decoding": f"{result.images_per_second:,.0f} images/s on one core now (JPEGs reduced "
@@ -243,12 +245,14 @@ def render(result: Audit) -> Group:
     for name, text in rows.items():
         table.add_row(name, text)
     parts: list[Table | str] = [table]
-    for title, lines in (
-        ("unreadable", [f"{w}: {r}" for w, r in result.unreadable]),
-        ("exact duplicate" + "s" * (len(result.duplicates) != 1), [" = ".join(d) for d in result.duplicates]),
-        ("in both training and validation", [" = ".join(pair) for pair in result.leaks]),
-        ("nearly constant", result.constant),
-    ):
+    lists = {
+        "unreadable": [f"{w}: {r}" for w, r in result.unreadable],
+        f"exact duplicate{'s' * (len(result.duplicates) != 1)}": [" = ".join(d) for d in result.duplicates],
+        "nearly constant": result.constant,
+    }
+    if result.leaks is not None:
+        lists["in both training and validation"] = [" = ".join(pair) for pair in result.leaks]
+    for title, lines in lists.items():
         more = [f"  ... and {len(lines) - SHOWN} more (--json FILE has all)"] if len(lines) > SHOWN else []
         parts.append("\n".join([f"{len(lines):,} {title}", *(f"  {line}" for line in lines[:SHOWN]), *more]))
     parts.append("Fit for training." if result.fit else _unfit(result))

@@ -120,7 +120,7 @@ def initialize(method: Method, initial: Initial, name: str) -> list[str]:
         if initial.decoder is None:
             changes.append("the decoder is new")
         elif problems := mismatches(initial.decoder, decoder.state_dict()):
-            changes.append(f"the decoder is new, as theirs has other sizes ({problems})")
+            changes.append(f"the decoder is new, since that of these weights has other sizes ({problems})")
         else:
             decoder.load_state_dict(initial.decoder)
             changes.append("with their decoder")
