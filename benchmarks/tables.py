@@ -12,6 +12,7 @@ from collections.abc import Callable
 from benchmarks import (
     ROOT,
     alarms,
+    answered,
     bundled,
     busy,
     claim,
@@ -38,6 +39,7 @@ from benchmarks import (
 )
 
 TABLES: dict[str, tuple[Callable[..., str], str]] = {
+    "answered": (answered.table, ""),
     "bundled": (bundled.table, "bundled"),
     "busy": (busy.table, "busy"),
     "claim": (claim.table, "claim"),
@@ -73,7 +75,8 @@ TABLES: dict[str, tuple[Callable[..., str], str]] = {
     "detection_verdict": (detection.verdict, "detection"),
     "detection_step": (detection_step.table, "detection_step*"),
 }
-"The name in the marker: the function that renders the contents of the files, and their name in results/."
+"""The name in the marker: the function that renders the contents of the files, and their name in results/; ""
+for one that reads them itself."""
 
 PAGES = (
     "README.md",
@@ -99,7 +102,7 @@ def rendered(name: str) -> str:
     """The text of a table."""
     render, files = TABLES[name]
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob(f"{files}.json"))]
-    text = render(*results) if results or name == "paper" else "This has not been run yet."
+    text = render(*results) if results or name in ("paper", "answered") else "This has not been run yet."
     lines, code = [], False
     for line in text.split("\n"):
         code ^= line.startswith("```")
