@@ -131,7 +131,8 @@ def hugging_face(size: str, batch: int, device: torch.device) -> Callable[[], ob
         decoder_num_attention_heads=decoder.blocks[0].attn.num_heads,
         decoder_intermediate_size=4 * decoder.embed.out_features,
     )
-    model = ViTMAEForPreTraining(config).to(device)
+    network: Any = ViTMAEForPreTraining(config)
+    model = network.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     images = torch.randn(batch, 3, side, side, device=device)
 
