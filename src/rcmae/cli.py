@@ -54,7 +54,7 @@ from .errors import ConfigError, Preempted, RcmaeError, SettingsError, first_lin
 from .lab.settings import GradientSettings
 from .tasks.detection.settings import DetectionOptions, ScoringOptions
 from .tasks.evaluation import TASKS
-from .tasks.evaluation.base import EvaluationOptions, ReadingOptions, Task
+from .tasks.evaluation.base import EvaluationOptions, Pool, ReadingOptions, Task
 from .tasks.evaluation.finetune import FineTune
 from .tasks.evaluation.worth import Worth
 
@@ -302,6 +302,84 @@ def report(run: Path, /) -> None:
     """
     _load_libraries()
     print(_draw(run))
+
+
+@app.command
+def embed(
+    backbone: str,
+    /,
+    *,
+    data: str,
+    out: Path,
+    which: Literal["teacher", "student"] = "teacher",
+    pool: Pool | None = None,
+    size: Integer | None = None,
+    height: Integer | None = None,
+    heads: Integer | None = None,
+    batch_size: Integer = 256,
+    device: Device = "auto",
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    workers: Integer | None = None,
+    feature_cache: Path | None = None,
+    reading: Annotated[ReadingOptions, Flat] = ReadingOptions(),
+) -> None:
+    """Write the features of every image of a set to a file, with file names, labels and classes.
+
+    Parameters
+    ----------
+    backbone
+        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME; scratch:ANY OF THESE
+        is the same network, randomly initialized.
+    data
+        The images: a folder, or another source listed by `rcmae list`.
+    out
+        The file to write, which is replaced if it exists: .parquet (needs the [parquet] extra) or .npz.
+    which
+        Which network of a run or an official checkpoint.
+    pool
+        The feature of an image: the mean over the patches, the class token, or both one after the other
+        [default: that of the method that trained the backbone, mean if it is not known].
+    size
+        Side of the images in pixels (width, if height is given) [default: the network's]. For another one the
+        positions are resampled.
+    height
+        Height of images that are not square.
+    heads
+        Attention heads, for weights that come without a configuration.
+    batch_size
+        Images that pass the network at a time.
+    precision
+        Precision of the backbone's matrix products.
+    workers
+        Loader processes [default: chosen by the data and the number of cores].
+    feature_cache
+        Where to keep features, so that the command continues after an interruption [default: ~/.cache/rcmae].
+    """
+    from .tasks.embed import embed as run
+
+    result = run(
+        backbone,
+        data,
+        out,
+        which=which,
+        pool=pool,
+        size=size,
+        height=height,
+        heads=heads,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        workers=workers,
+        reading=reading,
+        cache=feature_cache,
+    )
+    if _first_rank():
+        unreadable = len(result["unreadable"])
+        left_out = f"; left out {how_many(unreadable, 'unreadable image')}" if unreadable else ""
+        print(
+            f"wrote {out}: {how_many(result['images'], 'image')} x {how_many(result['dimensions'], 'value')} "
+            f"({result['network']}, {result['pool']}){left_out}"
+        )
 
 
 @app.command(name="import")
@@ -902,7 +980,7 @@ def list_all() -> None:
     _print_table("Methods", ["method", ""], [[name, _summary(method)] for name, method in METHODS.items()])
 
 
-SLOW = {"pretrain", "check", "pack", "import", "lab", "verify", "compare", "evaluate", "detect"}
+SLOW = {"pretrain", "check", "pack", "embed", "look", "import", "lab", "verify", "compare", "evaluate", "detect"}
 "Commands that load LIBRARIES, which takes seconds."
 
 ELSEWHERE = {
@@ -911,7 +989,6 @@ ELSEWHERE = {
     "export": "`rcmae pretrain` exports at every checkpoint, to RUN/export; for a detector, use "
     "`rcmae detect export`",
     "plan": "`rcmae check DATA` plans a run on these images",
-    "embed": "use rcmae.load(RUN) in Python, whose results are features; `rcmae evaluate` measures them",
     "resume": "`rcmae pretrain --out RUN` resumes a run",
 }
 "What to do instead of commands that do not exist."

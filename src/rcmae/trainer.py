@@ -29,8 +29,8 @@ from .engine.metrics import Metrics
 from .engine.neighbors import crowded
 from .engine.run import RunContext, describe_machine, memory_gib, preempted, read_json, record_recipe
 from .engine.schedules import Progress, default_log_every
-from .engine.step import LogWindow, Skips
-from .errors import CheckpointError, ConfigError, DataError
+from .engine.step import DIVERGED, LogWindow, Skips
+from .errors import CheckpointError, ConfigError, DataError, DivergedError
 
 WAITING, RECENT = 0.1, 5
 "Fraction of the time spent waiting for data, over so many log lines, from which a note names what helps."
@@ -375,7 +375,15 @@ class Trainer(ABC):
         return signals.interruptible() if self.world.size == 1 else nullcontext()
 
     def report_skipped(self) -> None:
-        """Report the batches that were skipped since the last call. Raises DivergedError."""
+        """Report the batches that were skipped since the last call. Raises DivergedError, after recording it
+        as the last event of the run."""
+        try:
+            self._report_skipped()
+        except DivergedError:
+            self.write("event", text=DIVERGED)
+            raise
+
+    def _report_skipped(self) -> None:
         for step in self.skips.read(self.step):
             self.skipped += 1
             keys = self.sampler(0, 0).keys(step)

@@ -17,6 +17,9 @@ from .checkpoint import newest
 PATIENCE = 5
 "Non-finite steps in a row after which a run has diverged."
 
+DIVERGED = f"diverged: {PATIENCE} steps in a row were not finite"
+"The last event of a run that ends with DivergedError."
+
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group to `lr`, times the group's `lr_scale` if it has one."""

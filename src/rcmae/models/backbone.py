@@ -1,5 +1,7 @@
 """The interface of every encoder to evaluation."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..config import Images
+from ..errors import ConfigError
 
 Channels = tuple[float, ...]
 "A value for each channel."
@@ -147,6 +150,39 @@ class Backbone(StandardizingViT):
         network = Backbone(self.vit, *self.statistics)
         network.bits, network.method, network.blocks = self.bits, self.method, blocks
         return network.train(self.training)
+
+    def resized(self, shape: tuple[int, int]) -> "Backbone":
+        """A copy for images of another height and width, whose position embedding is resampled to the new
+        grid. Raises ConfigError unless both are multiples of the patch and the positions can be resampled."""
+        patch: tuple[int, int] = self.vit.patch_embed.patch_size
+        if any(side < 1 or side % p for side, p in zip(shape, patch, strict=True)):
+            raise ConfigError(
+                f"size {shape[0]} x {shape[1]} is not a multiple of the patch, {patch[0]} x {patch[1]}"
+            )
+        network = copy.deepcopy(self)
+        network.vit.set_input_size(img_size=shape)
+        return network
+
+    def intermediate(
+        self, images: Float[Tensor, "b c h w"], blocks: Sequence[int], norm: bool = False
+    ) -> dict[str, Float[Tensor, "b d gh gw"]]:
+        """Feature maps: the patch tokens after some blocks, under timm's names of these blocks ("blocks.3").
+
+        `blocks` count from 0; negative ones from the last, -1. With `norm` each map is normalized by the last
+        norm of the network; then that of the last block is `patches` of the features. Without it, the maps
+        are those of timm's `features_only`. Raises ValueError as the network itself does, and IndexError for
+        a block that the network lacks.
+        """
+        depth = len(self.vit.blocks)
+        if unknown := [i for i in blocks if not -depth <= i < depth]:
+            raise IndexError(f"this network has blocks 0 to {depth - 1}, not {', '.join(map(str, unknown))}")
+        numbers = sorted({i % depth for i in blocks})
+        standardized = self._standardize(images)
+        check_range(images)
+        maps: Any = self.vit.forward_intermediates(
+            standardized, numbers, norm=norm, output_fmt="NCHW", intermediates_only=True
+        )
+        return {f"blocks.{i}": values.float() for i, values in zip(numbers, maps, strict=True)}
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of

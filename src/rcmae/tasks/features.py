@@ -116,10 +116,11 @@ def extract(
     precision: str,
     world: World,
     workers: int | None = 0,
+    batch: int = 256,
     tick: Callable[[int], None] = lambda done: None,
     note: Callable[[list[Bad]], None] = lambda bad: None,
 ) -> ExtractedFeatures:
-    """Features of a set, from the cache as far as possible.
+    """Features of a set, from the cache as far as possible; `batch` images pass the network at a time.
 
     A file holds `PART` images. Ranks take turns at the files, and an interrupted extraction resumes at the
     first missing one. `tick` receives the number of images read, `note` the unreadable ones. Raises DataError
@@ -143,8 +144,8 @@ def extract(
         rows = range(number * PART, min((number + 1) * PART, len(part)))
         if number % world.size == world.rank and not _is_complete(file, rows, centers):
             batches: list[dict[str, Tensor]] = []
-            parts = batches_of(centers, in_parts(rows, 256), part, workers, device, note)
-            for images in rebatched(parts, 256, lambda done: tick(rows.start + done)):  # noqa: B023
+            parts = batches_of(centers, in_parts(rows, batch), part, workers, device, note)
+            for images in rebatched(parts, batch, lambda done: tick(rows.start + done)):  # noqa: B023
                 with autocast(device, precision):
                     output: Features = backbone(images["image"].float() / 255)
                 batches.append({"cls": output.cls.float().cpu(), "mean": output.mean.float().cpu()})
