@@ -382,6 +382,70 @@ def embed(
         )
 
 
+@app.command
+def look(
+    backbone: str,
+    /,
+    *images: Path,
+    out: Path,
+    data: str | None = None,
+    which: Literal["teacher", "student"] = "teacher",
+    pool: Pool | None = None,
+    ratios: Annotated[tuple[float, ...], Many] = (0.5, 0.75, 0.9),
+    device: Device = "auto",
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    workers: Integer | None = None,
+    feature_cache: Path | None = None,
+    reading: Annotated[ReadingOptions, Flat] = ReadingOptions(),
+) -> None:
+    """Draw what a backbone sees in images: reconstructions, patch features, attention, nearest neighbors.
+
+    Parameters
+    ----------
+    backbone
+        A run directory, an exported folder, a .safetensors, an official .pth, timm:NAME.
+    images
+        Image files, or folders, of which the first 8 images are taken.
+    out
+        Output folder for look.html and its pictures.
+    data
+        Also show the nearest neighbors of each image among these images: a folder, or another source listed by
+        `rcmae list`.
+    which
+        Which network of a run or an official checkpoint.
+    pool
+        The feature that neighbors are found by: the mean over the patches, the class token, or both [default:
+        that of the method that trained the backbone].
+    ratios
+        Fractions of hidden patches in reconstructions.
+    precision
+        Precision of the features of --data.
+    workers
+        Loader processes for --data [default: chosen by the data and the number of cores].
+    feature_cache
+        Where to keep the features of --data [default: ~/.cache/rcmae].
+    """
+    from .report.look import look as run
+
+    result = run(
+        backbone,
+        images,
+        out,
+        data=data,
+        which=which,
+        pool=pool,
+        ratios=ratios,
+        device=device,
+        precision=precision,
+        workers=workers,
+        reading=reading,
+        cache=feature_cache,
+    )
+    for note in result["notes"]:
+        print(f"note: {note}")
+    print(f"{how_many(len(result['images']), 'image')}, {how_many(len(result['files']), 'picture')}. Open {result['page']}")
+
+
 @app.command(name="import")
 def import_official(
     file: Path,

@@ -5,22 +5,25 @@ import copy
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
 from timm.data import ImageNetInfo
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
+from ..engine.checkpoint import newest
 from ..errors import CheckpointError, ConfigError, first_line
-from ..methods import METHODS
+from ..methods import METHODS, Method
 from ..methods.recipes import load_recipe
 from ..models.backbone import Backbone
 from ..models.classifier import Classifier
 from .plain import plain_backbone, plain_classifier
 from .timm_export import FILES, import_backbone, import_classifier
-from .weights import KINDS, check_finite, read_weights
+from .weights import KINDS, check_finite, mismatches, read_weights
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 NAMES = f"a run directory, an exported folder, weights ({', '.join(KINDS)}) or timm:NAME"
@@ -141,6 +144,24 @@ def load_classifier(
     if not names and model.vit.num_classes == 1000:
         names = ImageNetInfo("imagenet-1k").label_names()
     return model.eval(), names
+
+
+def load_method(run: Path, statistics: Statistics) -> Method:
+    """The method of a run, or of a folder that `rcmae import` has written, in evaluation mode with its trained
+    weights: student, teacher and decoder. Raises CheckpointError."""
+    recipe = load_recipe(str(run / "recipe.toml"))
+    method = METHODS[recipe.method](recipe, *statistics)
+    if path := newest(run / "checkpoints", lambda text: _note(run, text)):
+        state = load_file(path / "model.safetensors")
+    elif (path := run / "weights.safetensors").exists():
+        # As `rcmae import` names them; the teacher of a method is a module that holds the network.
+        state = {re.sub(r"^teacher\.", "teacher.model.", k): v for k, v in load_file(path).items()}
+    else:
+        raise CheckpointError(f"{run} has no checkpoint")
+    if problems := mismatches(state, method.state_dict()):
+        raise CheckpointError(f"{path} is damaged or of another version: {problems}")
+    method.load_state_dict(state)
+    return method.eval()
 
 
 def tested_fingerprint(path: str | Path) -> str:

@@ -163,8 +163,12 @@ class Method(Diagnostics, Standardizing):
         """The losses of trivial baselines on this batch, to compare the loss with."""
         return {}
 
-    def snapshot(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and text from which the report draws pictures of a fixed batch; empty by default."""
+    def snapshot(
+        self, batch: Any, mask_ratio: float | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and text from which pictures of a fixed batch are drawn (`report.pictures.Snapshot`), with
+        the fraction of hidden patches of training or another one; empty for a method without a decoder of
+        pixels."""
         return {}, {}
 
     # --- for rcmae.lab and `compare cost` -------------------------------------------------------------------

@@ -140,13 +140,16 @@ class MAE(Method):
         return {name: F.mse_loss(baseline, target).item() for name, baseline in baselines.items()}
 
     @torch.no_grad()
-    def snapshot(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def snapshot(
+        self, batch: Batch, mask_ratio: float | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         order = batch["order"]
+        visible = self.visible if mask_ratio is None else visible_count(self.patches, mask_ratio)
         tensors = {
             "image": batch["image"],
-            "visible": order[:, : self.visible],
-            "hidden": order[:, self.visible :],
-            "student": self.student(self.normalize_and_patchify(batch["image"]), order, self.visible),
+            "visible": order[:, :visible],
+            "hidden": order[:, visible:],
+            "student": self.student(self.normalize_and_patchify(batch["image"]), order, visible),
         }
         s, (mean, std) = self.recipe.mae, self.statistics
         return tensors, {

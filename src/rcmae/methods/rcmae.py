@@ -170,10 +170,12 @@ class RCMAE(MeanTeacher, MAE):
         return self.adaptive_half_life.clamp(*adaptive_bounds(t))
 
     @torch.no_grad()
-    def snapshot(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, str]]:
-        tensors, facts = super().snapshot(batch)
-        patches = self.normalize_and_patchify(batch["image"])
-        return tensors | {"teacher": self.teacher(patches, batch["order"], self.visible)}, facts
+    def snapshot(
+        self, batch: Batch, mask_ratio: float | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors, facts = super().snapshot(batch, mask_ratio)
+        patches, visible = self.normalize_and_patchify(batch["image"]), tensors["visible"].shape[1]
+        return tensors | {"teacher": self.teacher(patches, batch["order"], visible)}, facts
 
     # --- diagnostics ----------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from timm.layers import Attention as TimmAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -183,6 +184,30 @@ class Backbone(StandardizingViT):
             standardized, numbers, norm=norm, output_fmt="NCHW", intermediates_only=True
         )
         return {f"blocks.{i}": values.float() for i, values in zip(numbers, maps, strict=True)}
+
+    @property
+    def has_class_attention(self) -> bool:
+        """Whether `class_attention` is defined: there is a class token and timm's plain attention."""
+        return self.vit.has_class_token and isinstance(
+            getattr(self.vit.blocks[-1], "attn", None), TimmAttention
+        )
+
+    def class_attention(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b gh gw"]:
+        """The attention of the class token to the patches in the last block, averaged over the heads; it sums
+        to less than 1 per image, as part of it is on the class token itself. Raises ValueError as the network
+        itself does."""
+        attention: Any = self.vit.blocks[-1].attn
+        inputs: list[Tensor] = []
+        hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        try:
+            _, patches = self(images)
+        finally:
+            hook.remove()
+        [x] = inputs  # [b, t, d]
+        q, k, _ = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = attention.q_norm(q[:, :, :1]), attention.k_norm(k)  # [b, heads, 1 or t, head width]
+        weights = (q @ k.transpose(2, 3) * attention.scale).float().softmax(3)[:, :, 0].mean(1)  # [b, t]
+        return weights[:, self.vit.num_prefix_tokens :].unflatten(1, patches.shape[-2:])
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Images with values in 0 to 1 to features. Raises ValueError for images of another type, number of

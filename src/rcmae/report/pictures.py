@@ -33,7 +33,11 @@ class Snapshot:
 def read_snapshot(path: Path) -> Snapshot:
     """Read a file of a run's snapshots/."""
     with safe_open(path, "np") as f:
-        meta, data = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - not a dict
+        return snapshot_of({k: f.get_tensor(k) for k in f.keys()}, f.metadata())  # noqa: SIM118 - not a dict
+
+
+def snapshot_of(data: dict[str, np.ndarray], meta: dict[str, str]) -> Snapshot:
+    """The tensors and the text of `Method.snapshot` and the step."""
     return Snapshot(
         step=int(meta["step"]),
         patch=int(meta["patch"]),
@@ -112,14 +116,18 @@ def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def as_png(pixels: np.ndarray) -> str:
-    """Pixels as a PNG in a data URI. Small images are enlarged to about 256 px without smoothing; of other
-    than 1 or 3 channels the first is shown."""
+    """Pixels as a PNG in a data URI."""
+    return data_uri(enlarged(pixels), "png", optimize=True)
+
+
+def enlarged(pixels: np.ndarray, side: int = 256) -> Image.Image:
+    """A picture of pixels [h, w, c]. Small images are enlarged to about `side` pixels without smoothing; of
+    other than 1 or 3 channels the first is shown."""
     if pixels.shape[2] not in (1, 3):
         pixels = pixels[..., :1]
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    factor = max(1, round(256 / max(image.size)))
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    return data_uri(image, "png", optimize=True)
+    factor = max(1, round(side / max(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
