@@ -409,8 +409,8 @@ def look(
     out
         Output folder for look.html and its pictures.
     data
-        Also show the nearest neighbors of each image among these images: a folder, or another source listed by
-        `rcmae list`.
+        Also show the nearest neighbors of each image among these images: a folder, or another source listed
+        by `rcmae list`.
     which
         Which network of a run or an official checkpoint.
     pool
@@ -441,9 +441,8 @@ def look(
         reading=reading,
         cache=feature_cache,
     )
-    for note in result["notes"]:
-        print(f"note: {note}")
-    print(f"{how_many(len(result['images']), 'image')}, {how_many(len(result['files']), 'picture')}. Open {result['page']}")
+    files = how_many(len(result["files"]), "picture")
+    print(f"{files} of {how_many(len(result['images']), 'image')}. Open {result['page']}")
 
 
 @app.command(name="import")
@@ -1044,7 +1043,19 @@ def list_all() -> None:
     _print_table("Methods", ["method", ""], [[name, _summary(method)] for name, method in METHODS.items()])
 
 
-SLOW = {"pretrain", "check", "pack", "embed", "look", "import", "lab", "verify", "compare", "evaluate", "detect"}
+SLOW = {
+    "pretrain",
+    "check",
+    "pack",
+    "embed",
+    "look",
+    "import",
+    "lab",
+    "verify",
+    "compare",
+    "evaluate",
+    "detect",
+}
 "Commands that load LIBRARIES, which takes seconds."
 
 ELSEWHERE = {

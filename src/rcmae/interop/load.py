@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.data import ImageNetInfo
 from safetensors.torch import load_file
+from timm.data import ImageNetInfo
 from timm.models.vision_transformer import VisionTransformer
 
 from ..engine.checkpoint import newest
@@ -147,8 +147,8 @@ def load_classifier(
 
 
 def load_method(run: Path, statistics: Statistics) -> Method:
-    """The method of a run, or of a folder that `rcmae import` has written, in evaluation mode with its trained
-    weights: student, teacher and decoder. Raises CheckpointError."""
+    """The method of a run, or of a folder that `rcmae import` has written, in evaluation mode with its
+    trained weights: student, teacher and decoder. Raises CheckpointError."""
     recipe = load_recipe(str(run / "recipe.toml"))
     method = METHODS[recipe.method](recipe, *statistics)
     if path := newest(run / "checkpoints", lambda text: _note(run, text)):

@@ -14,11 +14,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..config import check, how_many
+from ..config import check, flat, how_many
 from ..data.dataset import Bad
 from ..data.files import Files
 from ..data.pixels import measure_bits
-from ..data.sources import Source, Subset, open_source
+from ..data.sources import Source, open_source
 from ..data.views import rng
 from ..engine import distributed
 from ..engine.checkpoint import replace_file
@@ -46,14 +46,15 @@ FIRST = 8
 
 NEIGHBORS = 6
 
-CELL, GAP, TEXT, TITLE = 200, 20, 18, 26
+CELL, GAP, TEXT, TITLE = 200, 20, 17, 26
 "Sides of a picture and of a gap in a PNG, and the sizes of its text, in pixels."
 
-PAPER, INK, SOFT = "#ffffff", "#1c2126", "#5d6670"
+PAPER, INK, SOFT, EDGE = "#ffffff", "#1c2126", "#5d6670", "#c9ced3"
 
 
 class Cell(NamedTuple):
-    """A picture [h, w, c] with the text below it, and a description for those who cannot see it."""
+    """A picture [h, w, c] with the text below it, of one or more lines, and a description for those who
+    cannot see it."""
 
     pixels: UInt8[np.ndarray, "h w c"]
     caption: str
@@ -107,17 +108,17 @@ def look(
 ) -> dict[str, Any]:
     """Draw what a backbone sees in images: PNG files and look.html in the folder `out`.
 
-    - Reconstructions with `ratios` of the patches hidden, by student and teacher, of a run or of a folder that
-      `rcmae import` has written; other backbones have no decoder.
+    - Reconstructions with `ratios` of the patches hidden, by student and teacher, of a run or of a folder
+      that `rcmae import` has written; other backbones have no decoder.
     - The first three principal components of the patch features of all images together, as colors.
     - The attention of the class token, if there is one.
-    - With `data`, the images of that source that are nearest to each image, by the cosine of the `pool` feature
-      (default: that of the backbone's method).
+    - With `data`, the images of that source that are nearest to each image, by the cosine of the `pool`
+      feature (default: that of the backbone's method).
 
     `images` are files, or folders, of which the first 8 images are taken. `backbone`, `which` and `pool` are
-    those of `rcmae.embed`. Returns the page, the PNG files, the images, those that could not be read, notes on
-    what was left out, the fractions of variance of the three components, and for each image its neighbors with
-    their similarities. Raises the errors of `rcmae.errors`.
+    those of `rcmae.embed`. Returns the page, the PNG files, the images, those that could not be read, notes
+    on what was left out, the fractions of variance of the three components, and for each image its neighbors
+    with their similarities. Raises the errors of `rcmae.errors`.
     """
     if not images:
         raise ConfigError("no images given: rcmae look BACKBONE IMAGE... --out FOLDER")
@@ -142,9 +143,10 @@ def look(
             features, explained = _features(network, shown, target)
         if not reconstruction:
             notes.append(
-                f"no reconstructions: {backbone} comes without the decoder that pre-training used; a run has "
-                "it, and so has a folder that `rcmae import` makes from an official .pth"
+                f"no reconstructions: {backbone} has no decoder of pixels; runs of mae and rcmae have one, "
+                "and so have folders that `rcmae import` makes from an official .pth"
             )
+            screen.say(f"note: {notes[-1]}")
         parts = [part for part in (reconstruction, features, neighbor_part) if part]
         files = _write(out, parts)
     height, width = network.shape
@@ -190,7 +192,8 @@ def _read(
         else:
             raise DataError(f"the image {path} does not exist")
     sizes = [Path(path).stat().st_size for path in paths]
-    source = Files("the images", Path(), [os.fsencode(Path(p).absolute()) for p in paths], sizes, [b""] * len(paths))
+    name = str(images[0]) + (f" and {len(images) - 1} more" if len(images) > 1 else "")
+    source = Files(name, Path(), [os.fsencode(Path(p).absolute()) for p in paths], sizes, [b""] * len(paths))
     source.pixel_limit, source.bits = int(reading.max_pixels), 16
     if reading.range == "data":
         measure_bits([source], network.channels, network.bits)
@@ -250,36 +253,31 @@ def _reconstructions(
         tensors, facts = method.snapshot(batch, ratio)
         s = pictures.snapshot_of({n: t.cpu().numpy() for n, t in tensors.items()}, facts | {"step": "0"})
         for i, name in enumerate(shown.names):
-            hidden = f"{ratio:.0%} hidden".replace("%", " %")
-            row = [
-                _input(shown, i),
-                Cell(pictures.visible(s, i), hidden, f"{name} with {hidden.replace('hidden', 'of its patches hidden')}"),
-            ]
+            hidden = f"{100 * ratio:g} % hidden"
+            alt = f"{name} with {ratio:.0%} of its patches hidden"
+            row = [_input(shown, i), Cell(pictures.visible(s, i), hidden, alt)]
             row += [
-                Cell(pictures.picture(s, i, which), which, f"{name}, {hidden}, as the {which} reconstructs it")
+                Cell(
+                    pictures.picture(s, i, which), which, f"{name}, {hidden}, as the {which} reconstructs it"
+                )
                 for which in s.predictions
             ]
             rows[i].append(row)
-    filled = (
-        "The network predicts each hidden patch except its brightness and contrast; both come from nearby visible "
-        "patches here."
+    text = "Visible patches are pasted over the reconstruction. "
+    text += (
+        "The network predicts each hidden patch except its brightness and contrast; here both come from "
+        "nearby visible patches."
         if s.target == "normalized"
         else "Hidden patches are shown as the network predicts them."
     )
-    text = (
-        f"Visible patches are pasted over the reconstruction. {filled} It was trained with "
-        f"{100 * method.recipe.mae.mask_ratio:g} % hidden."
-        if hasattr(method.recipe, "mae")
-        else f"Visible patches are pasted over the reconstruction. {filled}"
-    )
-    sheets = [
-        Sheet(f"reconstruction-{i + 1:02d}", name, rows[i]) for i, name in enumerate(shown.names)
-    ]
+    if trained := flat(method.recipe).get("mask_ratio"):
+        text += f" It was trained with {100 * trained:g} % of the patches hidden."
+    sheets = [Sheet(f"reconstruction-{i + 1:02d}", name, rows[i]) for i, name in enumerate(shown.names)]
     return Part("reconstructions", "Reconstructions", text, sheets)
 
 
-def _input(shown: Shown, i: int) -> Cell:
-    return Cell(shown.pixels[i].permute(1, 2, 0).numpy(), "input", f"{shown.names[i]} as the network sees it")
+def _input(shown: Shown, i: int, caption: str = "input") -> Cell:
+    return Cell(shown.pixels[i].permute(1, 2, 0).numpy(), caption, f"{shown.names[i]} as the network sees it")
 
 
 def _features(network: Backbone, shown: Shown, device: torch.device) -> tuple[Part, list[float]]:
@@ -289,12 +287,12 @@ def _features(network: Backbone, shown: Shown, device: torch.device) -> tuple[Pa
     rows = []
     for i, name in enumerate(shown.names):
         alt = f"The patches of {name}, colored by the first three principal components of their features"
-        rows.append([_input(shown, i), Cell(_patched(colors[i], network.shape), "components", alt)])
+        rows.append([_input(shown, i, name), Cell(_patched(colors[i], network.shape), "components", alt)])
     shares = ", ".join(f"{100 * share:.0f} %" for share in explained)
     text = (
-        "Components: the first three principal components of the patch features of all these images together, as "
-        f"red, green and blue; they hold {shares} of the variance. Patches of the same color have similar "
-        "features, also in different images."
+        "Components: the first three principal components of the patch features of all these images "
+        f"together, as red, green and blue; they hold {shares} of the variance. Patches of the same color "
+        "have similar features, also in different images."
     )
     if network.has_class_attention:
         attention = network.class_attention(images).cpu().numpy()  # [k, gh, gw]
@@ -304,8 +302,8 @@ def _features(network: Backbone, shown: Shown, device: torch.device) -> tuple[Pa
             alt = f"The attention of the class token to the patches of {name}"
             rows[i].append(Cell(_patched(gray[..., None], network.shape), "attention", alt))
         text += (
-            " Attention: how much the class token takes from each patch in the last block, mean over the heads; "
-            "black is the least and white the most within an image."
+            " Attention: how much the class token takes from each patch in the last block, mean over the "
+            "heads; black is the least and white the most within an image."
         )
         if METHODS.get(network.method, Method).pool == "mean" and network.method:
             text += f" {network.method} does not train the class token, so its attention may show little."
@@ -316,9 +314,9 @@ def _features(network: Backbone, shown: Shown, device: torch.device) -> tuple[Pa
 def component_colors(
     patches: Float[Tensor, "k d gh gw"],
 ) -> tuple[UInt8[np.ndarray, "k gh gw 3"], list[float]]:
-    """The first three principal components of all patches together as colors, and the fractions of the variance
-    that they hold. A component runs from its 1st to its 99th percentile, and its sign is that in which its
-    largest loading is positive."""
+    """The first three principal components of all patches together as colors, and the fractions of the
+    variance that they hold. A component runs from its 1st to its 99th percentile, and its sign is that in
+    which its largest loading is positive."""
     k, d, gh, gw = patches.shape
     x = patches.permute(0, 2, 3, 1).reshape(-1, d).double()
     x = x - x.mean(0)
@@ -357,23 +355,25 @@ def _neighbors(
     records, rows = [], []
     for i, (name, path) in enumerate(zip(shown.names, shown.paths, strict=True)):
         records.append({"image": path, "neighbors": list[dict[str, Any]]()})
-        rows.append([_input(shown, i)._replace(caption=name)])
+        rows.append([_input(shown, i, name)])
         for j in ranked[i].tolist():
             index = int(others.rows[j])
             where, similarity = source.where(index), float(queries[i] @ keys[j])
             if _same(path, where) or len(rows[i]) > NEIGHBORS:
                 continue
             records[i]["neighbors"].append({"name": where, "similarity": similarity})
-            caption = f"{similarity:.3f}  {Path(where).name}"
+            caption = f"{similarity:.3f}\n{Path(where).name}"
             pixels = centers[index]["image"].permute(1, 2, 0).numpy()
             alt = f"Neighbor {len(rows[i])} of {name}: {Path(where).name}, similarity {similarity:.3f}"
             rows[i].append(Cell(pixels, caption, alt))
     text = (
         f"The most similar of {how_many(len(keys), 'image')} of {source.name}, by the cosine of the features "
-        f"({pool}), which stands before the name; an image itself is left out. Cosines tell the order; how large "
-        "they are depends on the method and says little."
+        f"({pool}), the number above each name; an image itself is left out. Cosines tell the order; how "
+        "large they are depends on the method and says little."
     )
-    return records, Part("neighbors", "Nearest neighbors", text, [Sheet("neighbors", "Nearest neighbors", rows)])
+    return records, Part(
+        "neighbors", "Nearest neighbors", text, [Sheet("neighbors", "Nearest neighbors", rows)]
+    )
 
 
 def _same(path: str, other: str) -> bool:
@@ -397,8 +397,8 @@ def _write(out: Path, parts: Sequence[Part]) -> list[Path]:
 
 
 def draw_sheet(sheet: Sheet) -> Image.Image:
-    """A picture of a sheet, with its title, equal gaps, and captions that are shortened to the width of their
-    picture. Short rows stand side by side."""
+    """A picture of a sheet, with its title, equal gaps, and captions whose lines are shortened to the width
+    of their picture. Short rows stand side by side."""
     rows = sheet.rows
     if len(rows) > 3 and len(rows[0]) <= 3:
         rows = [[cell for row in rows[i : i + 2] for cell in row] for i in range(0, len(rows), 2)]
@@ -406,7 +406,8 @@ def draw_sheet(sheet: Sheet) -> Image.Image:
     first = pictures.enlarged(rows[0][0].pixels, CELL)
     scale = CELL / first.width
     height = round(first.height * scale)
-    across, line = max(map(len, rows)), TEXT + 10
+    across, lines = max(map(len, rows)), max(c.caption.count("\n") + 1 for row in rows for c in row)
+    line = lines * (TEXT + 5) + 5
     width = across * (CELL + GAP) + GAP
     top = GAP + TITLE + GAP
     canvas = Image.new("RGB", (width, top + len(rows) * (height + line + GAP)), PAPER)
@@ -419,8 +420,9 @@ def draw_sheet(sheet: Sheet) -> Image.Image:
             smooth = picture.width > CELL
             how = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
             canvas.paste(picture.resize((CELL, height), how), (left, upper))
-            text = shortened(cell.caption, CELL, font.getlength)
-            pen.text((left, upper + height + 5), text, SOFT, font)
+            pen.rectangle((left, upper, left + CELL - 1, upper + height - 1), outline=EDGE)
+            text = "\n".join(shortened(t, CELL, font.getlength) for t in cell.caption.split("\n"))
+            pen.text((left, upper + height + 5), text, SOFT, font, spacing=5)
     return canvas
 
 
@@ -429,11 +431,11 @@ def _font() -> str:
 
 
 def shortened(text: str, width: float, measure: Callable[[str], float]) -> str:
-    """A text that fits a width, without what is before its end if it is too long: "0.912  ab…xyz.png"."""
+    """A text that fits a width; of one that is too long, the middle is left out."""
     if measure(text) <= width:
         return text
     for kept in range(len(text) - 1, 0, -1):
-        tail = kept // 3
+        tail = kept // 2
         short = f"{text[: kept - tail]}…{text[len(text) - tail :]}"
         if measure(short) <= width:
             return short

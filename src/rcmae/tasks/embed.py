@@ -64,9 +64,9 @@ def embed(
     """Write the features of all images of a source to `out`, a .parquet or .npz file, which is replaced if it
     exists. Returns what was written.
 
-    A file has for each readable image: `features` float32 [n, d], `name` (that of the file), and with labels `label`
-    (an integer, -1 or null where unknown) and `class` (.npz: `classes`, the names by label). Its metadata, JSON
-    under the key "rcmae", is the returned dict without `out`.
+    A file has for each readable image: `features` float32 [n, d], `name` (that of the file), and with labels
+    `label` (an integer, -1 or null where unknown) and `class` (.npz: `classes`, the names by label). Its
+    metadata, JSON under the key "rcmae", is the returned dict without `out` and `seconds`.
 
     - `backbone` is what `rcmae.load` takes, `which` its network if it has two.
     - `pool` is the feature of an image: "mean" (over the patches), "cls", or "cls+mean"; default: that of the
@@ -202,9 +202,7 @@ def embed_source(
     unreadable = [bad for i in np.flatnonzero(~extracted.readable) for bad in centers[int(i)]["bad"]]
     report_unreadable(unreadable, screen.say)
     readable = extracted.select(extracted.readable)
-    return Embedded(
-        pooled(readable, pool).float().numpy(), np.flatnonzero(extracted.readable), unreadable
-    )
+    return Embedded(pooled(readable, pool).float().numpy(), np.flatnonzero(extracted.readable), unreadable)
 
 
 def report_unreadable(unreadable: Sequence[Bad], say: Callable[[str], None], named: int = 20) -> None:
