@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from importlib import import_module
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -49,7 +50,7 @@ from .config import (
     shipped_recipes,
 )
 from .engine import signals
-from .engine.console import Screen
+from .engine.console import Screen, clock
 from .errors import ConfigError, Preempted, RcmaeError, SettingsError, first_line
 from .lab.settings import GradientSettings
 from .tasks.detection.settings import DetectionOptions, ScoringOptions
@@ -443,6 +444,73 @@ def look(
     )
     files = how_many(len(result["files"]), "picture")
     print(f"{files} of {how_many(len(result['images']), 'image')}. Open {result['page']}")
+
+
+@app.command
+def runs(
+    *folders: Path,
+    compare: Path | None = None,
+    axis: Literal["steps", "images"] | None = None,
+    json: bool = False,
+) -> None:
+    """List runs: state, steps, loss, linear probe, time and size; with --compare, draw them over one another.
+
+    Parameters
+    ----------
+    folders
+        Run directories, or folders with runs below them [default: runs].
+    compare
+        Draw losses and linear probes of the runs into this folder: runs.html and runs.png.
+    axis
+        Horizontal axis of --compare [default: images if the batch sizes differ, else steps].
+    json
+        Print a line of JSON for each run instead of a table.
+    """
+    _load_libraries()
+
+    from .report.runs import compare_runs, find_runs
+
+    folders = folders or (Path("runs"),)
+    if axis and not compare:
+        raise ConfigError("--axis needs --compare FOLDER")
+    listed = find_runs(folders)
+    for path, reason in listed.left_out:
+        print(f"note: {path}: {reason}", file=sys.stderr)
+    if not listed.runs:
+        raise ConfigError(
+            f"there is no run in {', '.join(map(str, folders))}; give the folder of `--out`, or one above it"
+        )
+    if json:
+        print(*map(dumps, listed.runs), sep="\n")
+    else:
+        _print_runs(listed.runs)
+    if compare:
+        page = compare_runs(folders, compare, axis)["page"]
+        print(f"Open {page}", file=sys.stderr if json else sys.stdout)
+
+
+def _print_runs(listed: Sequence[dict[str, Any]]) -> None:
+    rows = []
+    for run in listed:
+        steps = f"{run['steps']:,}" + ("" if run["total"] is None else f" of {run['total']:,}")
+        linear = run["linear"]
+        probe = "" if linear is None else f"{linear['accuracy']:.1f}"
+        probe += f" ± {linear['margin']:.1f}" if linear and linear["margin"] is not None else ""
+        loss = "" if run["loss"] is None else f"{run['loss']:.4f}"
+        time = "" if run["seconds"] is None else clock(run["seconds"])
+        size = readable_size(run["bytes"])
+        rows.append(
+            [run["run"], run["method"], run["recipe"] or "", steps, run["state"], loss, probe, time, size]
+        )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("run", "method", "recipe", "steps", "state", "loss", "linear probe, %", "time", "size"):
+        right = name not in ("run", "method", "recipe", "state")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = _console()
+    console.width = max(console.width, console.measure(table).maximum)  # a line for each run, however long
+    console.print(table)
 
 
 @app.command(name="import")

@@ -35,8 +35,20 @@ SMALL = 9.5
 WIDTH, HEIGHT = 4.2, 2.75
 "Size of a figure in inches; an inch is added for turned labels below the axis."
 
+DPI = 200
+"Resolution of PNG files: a figure of WIDTH is 840 px wide."
+
 # Placeholders for matplotlib, replaced in the SVG by variables of the page.
 COLORS = {name: f"#{i:02x}{i:02x}{i:02x}" for i, name in enumerate(LIGHT, 1)}
+
+SETTINGS: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rcmae",
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-4, 6),
+}
 
 
 @dataclass(frozen=True)
@@ -73,71 +85,10 @@ def plot(
     `symlog` and `span` are those of `methods.diagnostics.Figure`. `ticks`: labels by position on the x axis.
     `right`: name of a second y axis, and its units per unit of the first.
     """
-    settings: Any = {
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "rcmae",
-        "axes.formatter.useoffset": False,
-        "axes.formatter.limits": (-4, 6),
-    }
-    with rc_context(settings):
-        turned = len("".join((ticks or {}).values())) > 24
-        figure = Figure(figsize=(WIDTH, HEIGHT + turned), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        drawn = [line for line in lines if _draw(axes, line, markers, log)]
-        for value in (levels or {}).values():
-            axes.axhline(value, color=COLORS["baseline"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-            axes.margins(y=0.1)  # for its label
-        if log and drawn:
-            axes.set_yscale("log")
-            _number_log(axes.yaxis)
-        if xlog and drawn:
-            axes.set_xscale("log")
-            _number_log(axes.xaxis)
-        if symlog:
-            axes.set_yscale("symlog", linthresh=symlog)
-            axes.yaxis.set_major_formatter(_plain)
-        low, high = axes.get_ylim()
-        if high - low < span:
-            axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
-        if not (log or symlog) and axes.get_ylim()[0] < 0 <= axes.dataLim.y0:
-            axes.set_ylim(bottom=0)
-        if xlabel == "step":
-            axes.set_xlim(left=0)
-        if ticks:
-            labels = _thinned(list(ticks.values()))
-            axes.set_xticks(list(ticks), labels, rotation=90 * turned, fontsize=SMALL)
-        sides: list[Any] = [axes]
-        if right:
-            label, factor = right
-            scale: Any = (lambda y: y * factor, lambda y: y / factor)
-            sides.append(axes.secondary_yaxis("right", functions=scale))
-            sides[1].set_ylabel(label, color=COLORS["ink"])
-        axes.set_xlabel(xlabel, color=COLORS["ink"])
-        axes.set_ylabel(ylabel, color=COLORS["ink"])
-        axes.grid(color=COLORS["faint"], linewidth=0.6)
-        for side in sides:
-            side.tick_params(colors=COLORS["ink"], which="both", length=3)
-            side.spines[:].set_color(COLORS["faint"])
-        axes.spines[["top", "right"]].set_visible(False)
-        names = [line.name for line in drawn if line.name]
-        if len(names) > 1:
-            # Above the axes, where it hides no curve; many short names need less height in three columns.
-            longest = max(map(len, names))
-            figure.legend(
-                loc="outside upper left",
-                ncols=1 if longest > 24 else 3 if len(names) > 4 and longest < 15 else 2,
-                frameon=False,
-                labelcolor=COLORS["ink"],
-                fontsize=SMALL,
-                handlelength=1.4,
-                columnspacing=1.2,
-                borderpad=0.2,
-            )
-        _label(figure, axes, levels or {})
-        file = io.StringIO()
+    arguments = locals()
+    file = io.StringIO()
+    with rc_context(SETTINGS):
+        figure = _figure(COLORS, **arguments)
         figure.savefig(
             file,
             format="svg",
@@ -152,6 +103,88 @@ def plot(
     for name, color in COLORS.items():
         svg = svg.replace(color, f"var(--{name})")
     return _unique_ids(svg)
+
+
+def png(lines: list[Line], **options: Any) -> bytes:
+    """The figure of `plot`, with its options, as a PNG in the colors of light mode."""
+    file = io.BytesIO()
+    with rc_context(SETTINGS):
+        figure = _figure(LIGHT, lines, **options)
+        figure.savefig(file, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _figure(
+    colors: Mapping[str, str],
+    lines: list[Line],
+    levels: dict[str, float] | None = None,
+    ylabel: str = "",
+    log: bool = False,
+    markers: bool = False,
+    xlabel: str = "step",
+    xlog: bool = False,
+    symlog: float | None = None,
+    ticks: dict[int, str] | None = None,
+    right: tuple[str, float] | None = None,
+    span: float = 0.0,
+) -> Figure:
+    """The figure of `plot` in the colors of COLORS or LIGHT, within SETTINGS."""
+    turned = len("".join((ticks or {}).values())) > 24
+    figure = Figure(figsize=(WIDTH, HEIGHT + turned), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    drawn = [line for line in lines if _draw(axes, line, markers, log, colors)]
+    for value in (levels or {}).values():
+        axes.axhline(value, color=colors["baseline"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        axes.margins(y=0.1)  # for its label
+    if log and drawn:
+        axes.set_yscale("log")
+        _number_log(axes.yaxis)
+    if xlog and drawn:
+        axes.set_xscale("log")
+        _number_log(axes.xaxis)
+    if symlog:
+        axes.set_yscale("symlog", linthresh=symlog)
+        axes.yaxis.set_major_formatter(_plain)
+    low, high = axes.get_ylim()
+    if high - low < span:
+        axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
+    if not (log or symlog) and axes.get_ylim()[0] < 0 <= axes.dataLim.y0:
+        axes.set_ylim(bottom=0)
+    if xlabel == "step":
+        axes.set_xlim(left=0)
+    if ticks:
+        labels = _thinned(list(ticks.values()))
+        axes.set_xticks(list(ticks), labels, rotation=90 * turned, fontsize=SMALL)
+    sides: list[Any] = [axes]
+    if right:
+        label, factor = right
+        scale: Any = (lambda y: y * factor, lambda y: y / factor)
+        sides.append(axes.secondary_yaxis("right", functions=scale))
+        sides[1].set_ylabel(label, color=colors["ink"])
+    axes.set_xlabel(xlabel, color=colors["ink"])
+    axes.set_ylabel(ylabel, color=colors["ink"])
+    axes.grid(color=colors["faint"], linewidth=0.6)
+    for side in sides:
+        side.tick_params(colors=colors["ink"], which="both", length=3)
+        side.spines[:].set_color(colors["faint"])
+    axes.spines[["top", "right"]].set_visible(False)
+    names = [line.name for line in drawn if line.name]
+    if len(names) > 1:
+        # Above the axes, where it hides no curve; many short names need less height in three columns.
+        longest = max(map(len, names))
+        figure.legend(
+            loc="outside upper left",
+            ncols=1 if longest > 24 else 3 if len(names) > 4 and longest < 15 else 2,
+            frameon=False,
+            labelcolor=colors["ink"],
+            fontsize=SMALL,
+            handlelength=1.4,
+            columnspacing=1.2,
+            borderpad=0.2,
+        )
+    _label(figure, axes, levels or {}, colors)
+    return figure
 
 
 def column(lines: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
@@ -181,14 +214,14 @@ def by_depth(
     return plot(lines, levels, ylabel, log, markers=True, xlabel=", then ".join(parts), ticks=ticks)
 
 
-def _draw(axes: Axes, line: Line, markers: bool, log: bool) -> bool:
+def _draw(axes: Axes, line: Line, markers: bool, log: bool, colors: Mapping[str, str]) -> bool:
     """Draw a line; returns whether it has points."""
     points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and (y > 0 or not log)]
     if not points:
         return False
     x, y = zip(*points, strict=True)
     style = {"o": "", "band": "-"}.get(line.style, line.style)
-    look: dict[str, Any] = {"color": COLORS[line.color], "linestyle": style}
+    look: dict[str, Any] = {"color": colors[line.color], "linestyle": style}
     window = len(y) // 20
     if line.smooth and window > 1:
         axes.plot(x, y, **look, linewidth=0.8, alpha=0.3)
@@ -196,14 +229,14 @@ def _draw(axes: Axes, line: Line, markers: bool, log: bool) -> bool:
         first, last = (np.clip(np.arange(len(y)) + k, 0, len(y)) for k in (-window, window + 1))
         y = (sums[last] - sums[first]) / (last - first)
     if line.spread:
-        axes.fill_between(line.x, *line.spread, color=COLORS[line.color], alpha=0.12, linewidth=0)
+        axes.fill_between(line.x, *line.spread, color=colors[line.color], alpha=0.12, linewidth=0)
     marker = "o" if markers or line.style == "o" else None
     weight: dict[str, Any] = {"linewidth": 5, "alpha": 0.45} if line.style == "band" else {"linewidth": 1.6}
     axes.plot(x, y, **look, **weight, label=line.name or "_", marker=marker, markersize=3.5)
     return True
 
 
-def _label(figure: Figure, axes: Axes, levels: Mapping[str, float]) -> None:
+def _label(figure: Figure, axes: Axes, levels: Mapping[str, float], colors: Mapping[str, str]) -> None:
     """Label horizontal lines at the right edge, each above its line; of labels that would overlap, the lowest
     is below its line if there is room, and the others are moved up, in the order of their lines."""
     levels = {name: value for name, value in sorted(levels.items(), key=lambda x: x[1]) if name}
@@ -227,7 +260,7 @@ def _label(figure: Figure, axes: Axes, levels: Mapping[str, float]) -> None:
             textcoords="offset points",
             ha="right",
             va="bottom",
-            color=COLORS["baseline"],
+            color=colors["baseline"],
             fontsize=SMALL,
             in_layout=False,
         )

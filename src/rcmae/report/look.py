@@ -26,7 +26,7 @@ from ..engine.console import Screen
 from ..engine.distributed import World
 from ..engine.run import translate_errors
 from ..errors import ConfigError, DataError, StorageError
-from ..interop.load import load, load_method
+from ..interop.load import is_bare, load, load_method
 from ..methods import METHODS
 from ..methods.base import Method
 from ..models.backbone import Backbone, pooled
@@ -133,7 +133,8 @@ def look(
         chosen: Pool = pool or METHODS.get(network.method, Method).pool
         check_pool(chosen, network, backbone)
         shown, notes = _read(images, network, reading, screen)
-        neighbors, neighbor_part = [], None
+        neighbors: list[dict[str, Any]] = []
+        neighbor_part = None
         if data is not None:
             source = opened(data, network, reading, screen, World())
             options: dict[str, Any] = {"precision": precision, "workers": workers, "cache": cache}
@@ -237,8 +238,11 @@ def _reconstructions(
     backbone: str, network: Backbone, shown: Shown, ratios: Sequence[float], device: torch.device
 ) -> Part | None:
     """None for a network without a decoder of pixels."""
-    run = run_of_backbone(backbone)
-    if run is None or backbone.startswith("scratch:"):
+    path = Path(backbone)
+    if is_bare(path) or backbone.startswith("scratch:"):
+        return None
+    run = run_of_backbone(str(path.parent if path.is_file() else path))
+    if run is None:
         return None
     method = load_method(run, network.statistics).to(device)
     if type(method).snapshot is Method.snapshot:
@@ -352,9 +356,10 @@ def _neighbors(
     queries, keys = (torch.nn.functional.normalize(x, dim=1) for x in (queries, keys))
     ranked = nearest(queries, keys, min(NEIGHBORS + 1, len(keys)))
     centers = Centers(source, network.shape, network.channels)
-    records, rows = [], []
+    records: list[dict[str, Any]] = []
+    rows: list[list[Cell]] = []
     for i, (name, path) in enumerate(zip(shown.names, shown.paths, strict=True)):
-        records.append({"image": path, "neighbors": list[dict[str, Any]]()})
+        records.append({"image": path, "neighbors": []})
         rows.append([_input(shown, i, name)])
         for j in ranked[i].tolist():
             index = int(others.rows[j])
