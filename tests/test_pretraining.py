@@ -484,6 +484,7 @@ def test_divergence_ends_with_the_last_good_checkpoint(tmp_path, folder, monkeyp
         run(tmp_path / "run", folder, steps=40)
     assert e.value.exit_code == 5
     assert checkpoints(tmp_path / "run" / "checkpoints")
+    assert read_metrics(tmp_path / "run")[-1]["text"] == "diverged: 5 steps in a row were not finite"
 
 
 def test_a_time_limit_is_converted_to_a_fixed_number_of_steps(tmp_path, folder, monkeypatch):

@@ -474,12 +474,13 @@ def runs(
     if axis and not compare:
         raise ConfigError("--axis needs --compare FOLDER")
     listed = find_runs(folders)
-    for path, reason in listed.left_out:
-        print(f"note: {path}: {reason}", file=sys.stderr)
+    reasons = [f"{path}: {reason}" for path, reason in listed.left_out]
     if not listed.runs:
         raise ConfigError(
-            f"there is no run in {', '.join(map(str, folders))}; give the folder of `--out`, or one above it"
+            f"there is no run ({'; '.join(reasons)}); give a run directory, or a folder above it"
         )
+    for reason in reasons:
+        print(f"note: {reason}", file=sys.stderr)
     if json:
         print(*map(dumps, listed.runs), sep="\n")
     else:
@@ -509,7 +510,8 @@ def _print_runs(listed: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = _console()
-    console.width = max(console.width, console.measure(table).maximum)  # a line for each run, however long
+    wide = console.options.update(max_width=10_000)
+    console.width = max(console.width, console.measure(table, options=wide).maximum)  # one line for each run
     console.print(table)
 
 

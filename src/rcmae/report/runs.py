@@ -37,8 +37,11 @@ SERIES = ("student", "teacher", "good", "both", "gold", "baseline")
 
 DASHES = ("-", "--", ":")
 
-LOSSES = ("data", "mask_ratio", "target", "target_eps", "patch", "size", "gamma")
+LOSSES = ("data", "mask_ratio", "target", "target_eps", "patch", "size", "height")
 "Settings whose difference makes losses incomparable."
+
+PROBES = ("data", "size", "height", "probe_train", "probe_test")
+"Settings whose difference makes accuracies of probes incomparable."
 
 
 class Listed(NamedTuple):
@@ -68,7 +71,7 @@ def find_runs(folders: Sequence[Path] = (Path("runs"),)) -> Listed:
             try:
                 runs[str(path)] = describe_run(path)
             except (RcmaeError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-                left_out[str(path)] = f"is damaged or of another program: {first_line(e)}"
+                left_out[str(path)] = f"damaged, or of another program: {first_line(e)}"
         if len(runs) + len(left_out) == count and str(folder) not in runs:
             left_out[str(folder)] = "holds no run"
     return Listed([runs[path] for path in sorted(runs)], sorted(left_out.items()))
@@ -314,10 +317,10 @@ def _notes(runs: Sequence[dict[str, Any]], differing: dict[str, list[Any]], key:
             "The methods differ, and so do their losses: compare the course of each, not their values"
         )
     elif different := [name for name in LOSSES if name in differing]:
-        notes.append(f"Losses are not comparable between runs that differ in {join_names(different)}")
-    images = {run["linear"]["images"] for run in runs if run["linear"]}
-    if "data" in differing and images:
-        notes.append("The runs have different data, and so may the test images of their probes")
+        notes.append(f"Losses are not comparable: the runs differ in {join_names(different)}")
+    different = [name for name in PROBES if name in differing]
+    if different and any(run["linear"] for run in runs):
+        notes.append(f"Accuracies are not comparable: the runs differ in {join_names(different)}")
     if unfinished := [run["name"] for run in runs if run["state"] != "finished"]:
         notes.append(f"Not finished: {', '.join(unfinished)}")
     return notes
