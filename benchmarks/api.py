@@ -124,7 +124,16 @@ def members(cls: type) -> str:
 def page() -> str:
     """The whole page."""
     parts = [HEAD, "## Functions"]
-    for name in ("pretrain", "load_recipe", "load", "write_report"):
+    for name in (
+        "pretrain",
+        "load_recipe",
+        "load",
+        "write_report",
+        "embed",
+        "look",
+        "find_runs",
+        "compare_runs",
+    ):
         function = getattr(rcmae, name)
         parts += [f"### `{signature(syntax(function), name)}`", prose(function.__doc__)]
     parts.append("## Backbones")

@@ -20,8 +20,12 @@ _NAMES = {
     "Backbone": "models.backbone",
     "RuntimeConfig": "config",
     "Recipe": "config",
+    "compare_runs": "report.runs",
+    "embed": "tasks.embed",
+    "find_runs": "report.runs",
     "load": "interop.load",
     "load_recipe": "methods.recipes",
+    "look": "report.look",
     "pretrain": "pretraining",
     "write_report": "report",
 }
