@@ -171,6 +171,11 @@ class Method(Diagnostics, Standardizing):
         pixels."""
         return {}, {}
 
+    @classmethod
+    def reconstructs(cls) -> bool:
+        """Whether the method implements `snapshot`: it has a decoder of pixels."""
+        return cls.snapshot is not Method.snapshot
+
     # --- for rcmae.lab and `compare cost` -------------------------------------------------------------------
 
     @classmethod

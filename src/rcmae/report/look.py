@@ -25,10 +25,11 @@ from ..engine.checkpoint import replace_file
 from ..engine.console import Screen
 from ..engine.distributed import World
 from ..engine.run import translate_errors
-from ..errors import ConfigError, DataError, StorageError
+from ..errors import CheckpointError, ConfigError, DataError, RcmaeError, StorageError
 from ..interop.load import is_bare, load, load_method
 from ..methods import METHODS
 from ..methods.base import Method
+from ..methods.recipes import join_names
 from ..models.backbone import Backbone, pooled
 from ..tasks.embed import check_pool, embed_source, opened, report_unreadable
 from ..tasks.evaluate import networks
@@ -140,13 +141,13 @@ def look(
             options: dict[str, Any] = {"precision": precision, "workers": workers, "cache": cache}
             neighbors, neighbor_part = _neighbors(network, chosen, shown, source, target, screen, options)
         with torch.no_grad(), screen.progress("drawing", 1):
-            reconstruction = _reconstructions(backbone, network, shown, ratios, target)
             features, explained = _features(network, shown, target)
+            try:
+                reconstruction = _reconstructions(backbone, network, shown, ratios, target)
+            except RcmaeError as e:
+                reconstruction = None
+                notes.append(f"no reconstructions: {e}")
         if not reconstruction:
-            notes.append(
-                f"no reconstructions: {backbone} has no decoder of pixels; runs of mae and rcmae have one, "
-                "and so have folders that `rcmae import` makes from an official .pth"
-            )
             screen.say(f"note: {notes[-1]}")
         parts = [part for part in (reconstruction, features, neighbor_part) if part]
         files = _write(out, parts)
@@ -236,17 +237,19 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 def _reconstructions(
     backbone: str, network: Backbone, shown: Shown, ratios: Sequence[float], device: torch.device
-) -> Part | None:
-    """None for a network without a decoder of pixels."""
+) -> Part:
+    """Raises CheckpointError for a network without a decoder of pixels."""
     path = Path(backbone)
-    if is_bare(path) or backbone.startswith("scratch:"):
-        return None
-    run = run_of_backbone(str(path.parent if path.is_file() else path))
-    if run is None:
-        return None
-    method = load_method(run, network.statistics).to(device)
-    if type(method).snapshot is Method.snapshot:
-        return None
+    run = None
+    if not (is_bare(path) or backbone.startswith("scratch:")):
+        run = run_of_backbone(str(path.parent if path.is_file() else path))
+    method = load_method(run, network.statistics).to(device) if run else None
+    if not (method and method.reconstructs()):
+        names = join_names([name for name, known in METHODS.items() if known.reconstructs()])
+        raise CheckpointError(
+            f"{backbone} has no decoder of pixels; runs of {names} have one, and so have folders that "
+            "`rcmae import` makes from an official .pth"
+        )
     views, k = method.views(), len(shown.names)
     # The same order for every ratio: what is visible at a higher one is visible at a lower one too.
     orders = [views(shown.pixels[i].permute(1, 2, 0).numpy(), rng(0, 0, i)) for i in range(k)]

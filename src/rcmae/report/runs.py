@@ -213,9 +213,9 @@ def compare_runs(
     rows = [
         run
         | {"label": name, "color": line.color, "style": line.style}
-        | {"images": run["steps"] * batch, "recent_loss": recent(part).get(key), "scores": _scores(run, own)}
+        | {"images": run["steps"] * batch, "recent_loss": recent(part).get(key), "scores": _scores(run, log)}
         | {"against_first": _against(paths[0], path, chosen[0], run) if i else None}
-        for i, (run, name, line, batch, part, own, path) in enumerate(
+        for i, (run, name, line, batch, part, log, path) in enumerate(
             zip(chosen, names, figures["loss"], batches, train, lines, paths, strict=True)
         )
     ]
