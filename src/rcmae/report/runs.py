@@ -20,7 +20,7 @@ from ..errors import ConfigError, RcmaeError, StorageError, first_line
 from ..methods import METHODS
 from ..methods.recipes import join_names, parse_recipe
 from ..tasks.interval import margin, paired, points
-from ..tasks.probe import KINDS, RANDOM, final_correct, final_scores, image_count
+from ..tasks.probe import INITIAL, KINDS, RANDOM, final_correct, final_scores, image_count
 from . import curves
 from .build import recent, template
 from .curves import Line
@@ -263,9 +263,10 @@ def _settings(run: Path) -> dict[str, Any]:
 
 
 def _probe_curve(lines: list[dict[str, Any]], method: str) -> tuple[list[int], list[float | None]]:
-    """Steps and accuracies of the linear probes of the recommended network, from the randomly initialized one
+    """Steps and accuracies of the linear probes of the recommended network, from the weights before training
     on."""
-    start = _number(final_scores(lines).get(RANDOM, {}).get("linear"))
+    scores = final_scores(lines)
+    start = _number(scores.get(INITIAL, scores.get(RANDOM, {})).get("linear"))
     steps: list[int] = [] if start is None else [0]
     values: list[float | None] = [] if start is None else [start]
     for line in of_kind(lines, "probe"):
