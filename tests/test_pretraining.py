@@ -204,16 +204,6 @@ def test_the_contents_of_a_run_directory(uninterrupted):
     )
 
 
-def test_the_readmes_example_runs_on_any_run(tmp_path, uninterrupted, monkeypatch):
-    """Tested with images of 16 px."""
-    monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    Path("runs/rcmae-bundled-digits").symlink_to(uninterrupted)
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(code, namespace := {})
-    assert (namespace["features"].mean.shape, namespace["features"].patches.shape) == ((8, 24), (8, 24, 4, 4))
-
-
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path, folder, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, pretraining.Pretraining, 4)
