@@ -17,8 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import nbformat
 import numpy as np
 import pytest
+from nbclient import NotebookClient
 from PIL import Image
 
 import rcmae
@@ -130,7 +132,8 @@ def shortened(argv: list[str]) -> tuple[list[str], str | None] | None:
     kept = without(
         argv, {*options[::2], "--time", "--epochs", "--height", "--accumulate", "--compile", "--out"}
     )
-    return [*kept, *options, *HERE, "--out", out], out
+    data = [] if "--data" in argv else ["--data", "YOUR_IMAGES"]  # drawing the bundled set takes seconds
+    return [*kept, *options, *data, *HERE, "--out", out], out
 
 
 def check_pip(argv: list[str]) -> None:
@@ -257,3 +260,14 @@ def test_the_site_builds_without_warnings(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, timeout=60)
     page = (tmp_path / "index.html").read_text()
     assert not re.findall(r'(?:src|<link[^>]* href)="(?:https?:)?//[^"]*"', page), "nothing from the network"
+
+
+def test_the_notebook_runs(tmp_path):
+    """With two steps. Its stored outputs are small and name no folder of a machine."""
+    path = ROOT / "examples" / "first_hour.ipynb"
+    text = path.read_text()
+    assert path.stat().st_size < 300_000 and not re.search(r"(?<![\w.])/(home|root|tmp|usr|work|venv)/", text)
+    notebook = nbformat.reads(text.replace("STEPS = 400", "STEPS = 2"), as_version=4)
+    assert sum("image/png" in str(cell.get("outputs")) for cell in notebook.cells) == 3
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "runs" / "first-hour" / "export" / "teacher" / "config.json").exists()

@@ -34,7 +34,7 @@ from rcmae.lab import snapshots
 from rcmae.methods.recipes import load_recipe
 from rcmae.tasks.probe import Probes
 from rcmae.trainer import Trainer
-from tests.conftest import ROOT, small, stop_at
+from tests.conftest import small, stop_at
 from tests.mutations import catches
 from tests.processes import start
 
