@@ -24,18 +24,21 @@ For those who call rcmae from Python instead of the command line. All names here
 from the docstrings by `python -m benchmarks.api`.
 
 ```python
-import rcmae
+import dataclasses
 from pathlib import Path
 
-rcmae.pretrain(rcmae.load_recipe("bundled"), rcmae.RuntimeConfig(out=Path("runs/mine")))
-backbone = rcmae.load("runs/mine")
+import rcmae
+
+recipe = dataclasses.replace(rcmae.load_recipe("folder"), data="YOUR_IMAGES", epochs=100.0)
+rcmae.pretrain(recipe, rcmae.RuntimeConfig(out=Path("runs/mine")))
+backbone = rcmae.load("runs/mine", which="student")
 ```
 
 All settings are frozen dataclasses: change them with `dataclasses.replace`. Each is also a flag of
 `rcmae pretrain`, named without its section (`[images] size` is `--size`)."""
 
 METHODS = """`METHODS` maps the name of a method to its class. `load_recipe` returns an instance of the class
-named here, which has the sections of `Recipe` and those below. [methods](methods) has a page about each."""
+named here, which has the sections of `Recipe` and those below. [Each has a page](recipes.md#methods)."""
 
 
 def syntax(thing: Any) -> Any:

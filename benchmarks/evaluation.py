@@ -272,7 +272,7 @@ def verdict(results: dict[str, Any]) -> str:
             for (task, percent, measure), verdict in verdicts.items():
                 fraction = "" if percents == (100,) else f" at {percent} %"
                 if family[task, percent, measure].low > 0 or family[task, percent, measure].high < 0:
-                    lines.append(f"  - {TASKS[task]}{fraction}, {measure}: {verdict}.")
+                    lines.append(f"    - {TASKS[task]}{fraction}, {measure}: {verdict}.")
     lines.append("\nListed are those whose own 95 % interval excludes zero. " + correction_note(len(family)))
     return "\n".join(lines)
 

@@ -84,7 +84,9 @@ PAGES = (
         f"docs/{name}.md"
         for name in (
             "bundled",
-            "running",
+            "first-hour",
+            "recipes",
+            "gpus",
             "data",
             "lab",
             "compare",

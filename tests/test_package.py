@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -214,6 +216,20 @@ def test_every_setting_is_read_somewhere():
         if not re.search(rf"\.{n}\b|[\"']{n}[\"']", text) and n not in ("width", "depth", "heads")
     ]
     assert not [n for n in unread if not n.startswith("decoder_")]
+
+
+def test_wheel_and_source_archive_hold_what_a_run_needs(tmp_path):
+    """Recipes and the templates of pages beside the code; and the package is installed as it is built."""
+    command = [sys.executable, "-m", "hatchling", "build", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [wheel], [archive] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    needed = {f"rcmae/{path.relative_to(SOURCE)}" for path in SOURCE.rglob("*.*") if path.suffix != ".pyc"}
+    assert {Path(name).suffix for name in needed} == {".py", ".toml", ".j2", ".typed"}
+    with zipfile.ZipFile(wheel) as built:
+        assert {name for name in built.namelist() if name.startswith("rcmae/")} == needed
+    with tarfile.open(archive) as built:
+        names = {name.partition("/")[2] for name in built.getnames()}
+    assert {f"src/{name}" for name in needed} | {"README.md", "LICENSE", "pyproject.toml"} <= names
 
 
 def test_dependencies_are_the_agreed_ones():

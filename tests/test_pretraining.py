@@ -34,7 +34,7 @@ from rcmae.lab import snapshots
 from rcmae.methods.recipes import load_recipe
 from rcmae.tasks.probe import Probes
 from rcmae.trainer import Trainer
-from tests.conftest import ROOT, small, stop_at
+from tests.conftest import small, stop_at
 from tests.mutations import catches
 from tests.processes import start
 
@@ -202,16 +202,6 @@ def test_the_contents_of_a_run_directory(uninterrupted):
     assert not torch.equal(
         load(uninterrupted, "student").vit.norm.bias, load(uninterrupted, "teacher").vit.norm.bias
     )
-
-
-def test_the_readmes_example_runs_on_any_run(tmp_path, uninterrupted, monkeypatch):
-    """Tested with images of 16 px."""
-    monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    Path("runs/rcmae-bundled-digits").symlink_to(uninterrupted)
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(code, namespace := {})
-    assert (namespace["features"].mean.shape, namespace["features"].patches.shape) == ((8, 24), (8, 24, 4, 4))
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path, folder, monkeypatch):

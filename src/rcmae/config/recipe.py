@@ -59,7 +59,7 @@ def broken(rules: Rules) -> list[str]:
 S = TypeVar("S", bound=Section)
 
 FEWEST_SAMPLES = 400_000
-"Samples of the shortest default run, whatever the number of images: docs/running.md#how-long."
+"Samples of the shortest default run, whatever the number of images: docs/recipes.md#how-long."
 
 
 @dataclass(frozen=True, kw_only=True)
