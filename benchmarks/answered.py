@@ -300,6 +300,21 @@ def table() -> str:
     return "\n\n".join(parts)
 
 
+def summary() -> str:
+    """Three sentences for README."""
+    fraction = {line["target"]: line for line in _of("lab_gradients")["targets"]}["sum"]["fraction"]
+    words = {letter: each.answer().word for letter, each in CLAIMS.items()}
+    mean, low, high = (100 * value for value in fraction)
+    return (
+        "- **The paper's claims** ([docs/rcmae-answered.md](docs/rcmae-answered.md)), asked of small "
+        f"networks: RC-MAE converges faster than self-distillation ({words['c']}), needs less memory ({words['d']}), "
+        f"is more robust than MAE ({words['e']}) and better in classification ({words['f']}). In the paper's "
+        f"linear model the teacher reverts past gradients only where inputs are similar ({words['a']}). In a "
+        f"trained network it reverts past updates on other images {mean:.0f} % ({low:.0f} to {high:.0f}) as "
+        f"much as on the same ones: {words['b']}."
+    )
+
+
 def draw(answer: Answer, path: str) -> None:
     """A line for each row, with its interval."""
     figure = Figure(figsize=(4, 0.55 + 0.22 * len(answer.rows)), layout="constrained", dpi=200)

@@ -40,6 +40,7 @@ from benchmarks import (
 
 TABLES: dict[str, tuple[Callable[..., str], str]] = {
     "answered": (answered.table, ""),
+    "answered_short": (answered.summary, ""),
     "bundled": (bundled.table, "bundled"),
     "busy": (busy.table, "busy"),
     "claim": (claim.table, "claim"),
@@ -104,7 +105,7 @@ def rendered(name: str) -> str:
     """The text of a table."""
     render, files = TABLES[name]
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob(f"{files}.json"))]
-    text = render(*results) if results or name in ("paper", "answered") else "This has not been run yet."
+    text = render(*results) if results or name == "paper" or not files else "This has not been run yet."
     lines, code = [], False
     for line in text.split("\n"):
         code ^= line.startswith("```")
