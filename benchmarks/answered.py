@@ -307,8 +307,9 @@ def summary() -> str:
     mean, low, high = (100 * value for value in fraction)
     return (
         "- **The paper's claims** ([docs/rcmae-answered.md](docs/rcmae-answered.md)), asked of small "
-        f"networks: RC-MAE converges faster than self-distillation ({words['c']}), needs less memory ({words['d']}), "
-        f"is more robust than MAE ({words['e']}) and better in classification ({words['f']}). In the paper's "
+        f"networks: RC-MAE converges faster than self-distillation ({words['c']}), needs less memory "
+        f"({words['d']}), is more robust than MAE ({words['e']}) and better in classification "
+        f"({words['f']}). In the paper's "
         f"linear model the teacher reverts past gradients only where inputs are similar ({words['a']}). In a "
         f"trained network it reverts past updates on other images {mean:.0f} % ({low:.0f} to {high:.0f}) as "
         f"much as on the same ones: {words['b']}."
