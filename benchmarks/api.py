@@ -131,6 +131,7 @@ def page() -> str:
         "pretrain",
         "load_recipe",
         "load",
+        "export",
         "write_report",
         "embed",
         "look",

@@ -51,7 +51,7 @@ FAILURES = [
     (["pretrain", "--gama", "3"], 2, "Unknown option: --gama. Did you mean --gamma?"),
     (["pretrain", "--lr", "1"], 2, "Unknown option: --lr. Did you mean --base-lr or --min-lr?"),
     (["evaluate", "knn", "x", "--cache", "c"], 2, "Unknown option: --cache. Did you mean --feature-cache?"),
-    (["export", "x"], 2, "no command 'export': `rcmae pretrain` exports at every checkpoint, to RUN/export"),
+    (["export", "x"], 2, "parameter --to requires an argument"),
     (["plan", "x"], 2, "no command 'plan': `rcmae check DATA` plans a run"),
     (["embed", "x", "--data", "y"], 2, "--out"),
     (["embed", "x", "--data", "y", "--out", "{tmp}/z.csv"], 2, "give a name that ends in .parquet or .npz"),

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from rcmae.config import RuntimeConfig, changed
 from rcmae.engine.run import read_json
 from rcmae.errors import CheckpointError
+from rcmae.interop.imports import import_weights
 from rcmae.interop.initial import adapted, initialize, read_initial, with_network_of
-from rcmae.interop.official import import_pth
 from rcmae.interop.timm_export import export
 from rcmae.methods import METHODS
 from rcmae.models.backbone import Backbone
@@ -93,7 +93,7 @@ def test_gray_images_take_the_sum_over_the_colors():
 
 
 def test_an_official_checkpoint_brings_its_decoder(tmp_path):
-    import_pth(GOLDEN / "rcmae_official_layout.pth", tmp_path / "official", heads=(2, 2))
+    import_weights(GOLDEN / "rcmae_official_layout.pth", tmp_path / "official", heads=2, decoder_heads=2)
     name = str(tmp_path / "official")
     recipe = small("rcmae")
     recipe = changed(recipe, size=32)

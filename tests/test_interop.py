@@ -16,6 +16,7 @@ import rcmae.methods.rcmae
 from benchmarks import parity
 from rcmae.cli import main
 from rcmae.errors import CheckpointError, ConfigError
+from rcmae.interop.imports import import_weights
 from rcmae.interop.load import load
 from rcmae.interop.timm_export import export
 from rcmae.interop.weights import read_weights
@@ -126,7 +127,7 @@ def test_an_invalid_backbone_is_reported_in_one_line(tmp_path):
 @pytest.mark.parametrize(("name", "networks"), [("rcmae", ("student", "teacher")), ("mae", ("student",))])
 def test_official_files_are_imported(tmp_path, name, networks, reference):
     out = tmp_path / "run"
-    lines = official.import_pth(GOLDEN / f"{name}_official_layout.pth", out, heads=(3, 2))
+    lines = import_weights(GOLDEN / f"{name}_official_layout.pth", out, heads=3, decoder_heads=2)
     assert "ViT 24 x 2, patch 8, 32 px" in lines[0]
     assert sorted(p.name for p in (out / "export").iterdir()) == sorted(networks)
     raw = read_weights(GOLDEN / f"{name}_official_layout.pth")
@@ -140,7 +141,7 @@ def test_official_files_are_imported(tmp_path, name, networks, reference):
     about = json.loads((out / "export" / networks[-1] / "config.json").read_text())["rcmae"]
     assert about["network"] == networks[-1]
     with pytest.raises(ConfigError, match="exists already"):
-        official.import_pth(GOLDEN / f"{name}_official_layout.pth", out, heads=(3, 2))
+        import_weights(GOLDEN / f"{name}_official_layout.pth", out, heads=3, decoder_heads=2)
 
 
 def test_heads_are_required_where_the_file_does_not_have_them():
@@ -177,7 +178,7 @@ def test_unexpected_weights_are_reported_in_one_line(tmp_path, change, message):
     whole = torch.load(GOLDEN / "mae_official_layout.pth", weights_only=False)
     torch.save({"model": whole["model"] | change}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=message):
-        official.import_pth(tmp_path / "x.pth", tmp_path / "out", heads=(3, 2))
+        import_weights(tmp_path / "x.pth", tmp_path / "out", heads=3, decoder_heads=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -190,7 +191,7 @@ def test_weights_without_blocks_are_reported_in_one_line():
 @pytest.mark.parametrize("heads", [(0, 2), (3, -1)])
 def test_zero_heads_are_refused(tmp_path, heads):
     with pytest.raises(ConfigError, match="heads must be 1 or more"):
-        official.import_pth(GOLDEN / "mae_official_layout.pth", tmp_path / "x", heads=heads)
+        import_weights(GOLDEN / "mae_official_layout.pth", tmp_path / "x", *heads)
 
 
 class Bomb:
@@ -237,7 +238,7 @@ def test_an_invalid_checkpoint_is_reported_in_one_line(tmp_path, content, messag
 def test_a_foreign_checkpoint_is_recognized_by_its_keys(tmp_path):
     torch.save({"weights": {}, "step": 3}, tmp_path / "x.pth")
     with pytest.raises(
-        CheckpointError, match="no Vision Transformer with timm's names .*; it has weights, step"
+        CheckpointError, match="no Vision Transformer with the names .*; it has weights, step"
     ):
         read_weights(tmp_path / "x.pth")
 
@@ -258,7 +259,7 @@ def test_a_wrong_shape_of_the_images_is_noticed_in_the_positions_of_the_decoder(
         ((16, 8), "decoder_pos_embed is not that of images"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            official.import_pth(tmp_path / "x.pth", tmp_path / "out", heads=(2, 2), size=size)
+            import_weights(tmp_path / "x.pth", tmp_path / "out", heads=2, decoder_heads=2, size=size)
     argv = [
         "import",
         str(tmp_path / "x.pth"),
@@ -276,7 +277,7 @@ def test_a_wrong_shape_of_the_images_is_noticed_in_the_positions_of_the_decoder(
     with pytest.raises(
         CheckpointError, match="has model and model_ema instead of the student and the teacher"
     ):
-        official.import_pth(tmp_path / "y.pth", tmp_path / "y")
+        import_weights(tmp_path / "y.pth", tmp_path / "y")
 
 
 def test_parity_with_the_official_code(capsys):

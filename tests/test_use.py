@@ -21,8 +21,8 @@ from rcmae.data.views import center
 from rcmae.engine.run import run_lock
 from rcmae.engine.step import DIVERGED
 from rcmae.errors import ConfigError, DataError
+from rcmae.interop.imports import import_weights
 from rcmae.interop.load import load, load_method
-from rcmae.interop.official import import_pth
 from rcmae.interop.timm_export import export
 from rcmae.report import pictures
 from rcmae.report.look import (
@@ -222,7 +222,7 @@ def test_a_snapshot_at_another_ratio_hides_nested_patches():
 def test_the_decoder_of_a_run_and_of_an_imported_folder(run, tmp_path, name):
     """Its encoders are those of the exported backbones."""
     folder = tmp_path / "imported"
-    import_pth(GOLDEN / f"{name}_official_layout.pth", folder, heads=(3, 2))
+    import_weights(GOLDEN / f"{name}_official_layout.pth", folder, heads=3, decoder_heads=2)
     for path in (folder, run):
         method = load_method(path, load(path).statistics)
         for network in method.networks:
@@ -342,7 +342,7 @@ def test_runs_are_listed_with_their_state(run, tmp_path):
     with_steps(run_directory(tmp_path / "a" / "diverged"), 100, DIVERGED)
     with_steps(run_directory(tmp_path / "b" / "stopped", teacher=False), 100)
     running = with_steps(run_directory(tmp_path / "b" / "running", labeled=False), 100)
-    import_pth(GOLDEN / "mae_official_layout.pth", tmp_path / "imported", heads=(3, 2))
+    import_weights(GOLDEN / "mae_official_layout.pth", tmp_path / "imported", heads=3, decoder_heads=2)
     with run_lock(running):
         runs, left_out = find_runs([tmp_path / "b", tmp_path / "a", tmp_path / "imported", run])
     states = {listed["name"]: listed["state"] for listed in runs}

@@ -189,7 +189,7 @@ def test_it_is_not_guessed_which_of_several_networks_is_meant(tmp_path, prefixes
     [
         (
             {"vit.embeddings.cls_token": torch.zeros(1)},
-            "names .patch_embed.proj.weight, .*; it has vit.embeddings.cls_tok",
+            "transformers .patch_embed.proj.weight, .*; it has vit.embeddings.cls_tok",
         ),
         ({"xpatch_embed.proj.weight": torch.zeros(1)}, "it has xpatch_embed.proj.weight"),
         ({}, "it has nothing"),
@@ -334,8 +334,10 @@ def test_a_folder_whose_weights_do_not_fit_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "vit_typo"}))
     with pytest.raises(CheckpointError, match="is damaged or not ours"):
         load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "vit_mae"}')
-    with pytest.raises(CheckpointError, match="is a vit_mae of transformers"):
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    with pytest.raises(
+        CheckpointError, match="is a dinov2 of transformers; of its networks, vit and vit_mae are read"
+    ):
         load(tmp_path)
     save_for_hf(timm.create_model("test_resnet"), str(tmp_path), safe_serialization=True)
     with pytest.raises(CheckpointError, match="is timm's ResNet, not its VisionTransformer"):

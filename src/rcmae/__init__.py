@@ -22,6 +22,7 @@ _NAMES = {
     "Recipe": "config",
     "compare_runs": "report.runs",
     "embed": "tasks.embed",
+    "export": "interop.export",
     "find_runs": "report.runs",
     "load": "interop.load",
     "load_recipe": "methods.recipes",

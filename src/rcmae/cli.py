@@ -516,8 +516,8 @@ def _print_runs(listed: Sequence[dict[str, Any]]) -> None:
 
 
 @app.command(name="import")
-def import_official(
-    file: Path,
+def import_network(
+    source: Path,
     /,
     *,
     out: Path | None = None,
@@ -526,15 +526,15 @@ def import_official(
     size: Integer | None = None,
     height: Integer | None = None,
 ) -> None:
-    """Convert an official MAE or RC-MAE checkpoint (.pth) to a folder that rcmae and timm can load, without
-    executing pickled code.
+    """Convert a checkpoint of MAE or RC-MAE, official (.pth) or of transformers, to a folder that rcmae and
+    timm can load, without executing pickled code.
 
     Parameters
     ----------
-    file
-        The .pth file.
+    source
+        The .pth file, or a folder of transformers (ViTMAE or ViT).
     out
-        The folder to write [default: the file's name without .pth].
+        The folder to write [default: the name of the file without .pth, or NAME-imported of a folder].
     heads
         Attention heads of the encoder, if its width is not that of a named model.
     decoder_heads
@@ -544,16 +544,69 @@ def import_official(
     height
         Height of images that are not square.
     """
-    from .interop.official import import_pth
+    from .interop.imports import import_weights
 
-    if (heads is None) != (decoder_heads is None):
-        raise ConfigError("give --heads and --decoder-heads together")
-    pair = None if heads is None or decoder_heads is None else (heads, decoder_heads)
     if height is not None and size is None:
         raise ConfigError("give --height and --size together")
     shape = None if size is None else (height or size, size)
-    for line in import_pth(file, out or file.with_suffix(""), pair, shape):
+    folder = out or (Path(f"{source.name}-imported") if source.is_dir() else source.with_suffix(""))
+    for line in import_weights(source, folder, heads, decoder_heads, shape):
         print(line)
+
+
+@app.command(name="export")
+def export_network(
+    source: str,
+    /,
+    *,
+    to: Literal["timm", "hf", "torch-export", "onnx", "official"],
+    out: Path,
+    network: Literal["teacher", "student"] | None = None,
+    decoder: bool = False,
+    push: str | None = None,
+    heads: Integer | None = None,
+    decoder_heads: Integer | None = None,
+    size: Integer | None = None,
+    height: Integer | None = None,
+) -> None:
+    """Write a network in the format of another library, with a model card, as a new folder.
+
+    Parameters
+    ----------
+    source
+        A run directory, also of fine-tuning; a folder of rcmae, timm or transformers; a .safetensors; an
+        official .pth; or timm:NAME.
+    to
+        timm; hf (transformers); torch-export and onnx, programs that take pixels in 0 to 1; official, the
+        names of the MAE and RC-MAE code.
+    out
+        The folder to write.
+    network
+        Which network of a run [default: the teacher if there is one; official has both].
+    decoder
+        With --to hf: encoder and decoder, as ViTMAEForPreTraining.
+    push
+        Also upload the folder to this repository of the Hugging Face hub, OWNER/NAME.
+    heads
+        Attention heads of bare weights, if their width is not that of a named model.
+    decoder_heads
+        Attention heads of the decoder, likewise.
+    size
+        Side of the images of bare weights in pixels (width, if height is given) [default: that of a square].
+    height
+        Height of images that are not square.
+    """
+    from .interop.export import export
+    from .interop.hub import push as upload
+
+    if height is not None and size is None:
+        raise ConfigError("give --height and --size together")
+    shape = None if size is None else (height or size, size)
+    with Screen(True, stderr=True).progress(f"exporting {source}", 1):
+        folder = export(source, to, out, network, decoder, heads, decoder_heads, shape)
+    print(f"wrote {folder}; its README.md says how to load it")
+    if push:
+        print(f"pushed to {upload(folder, push)}")
 
 
 lab = App(name="lab", help="The paper's analysis of the mean teacher, on a linear model and on a real run.")
@@ -1120,6 +1173,7 @@ SLOW = {
     "embed",
     "look",
     "import",
+    "export",
     "lab",
     "verify",
     "compare",
@@ -1131,8 +1185,6 @@ SLOW = {
 ELSEWHERE = {
     "train": "use `rcmae pretrain`, `rcmae evaluate finetune` or `rcmae detect train`",
     "eval": "use `rcmae evaluate`, or `rcmae detect eval` for a detector",
-    "export": "`rcmae pretrain` exports at every checkpoint, to RUN/export; for a detector, use "
-    "`rcmae detect export`",
     "plan": "`rcmae check DATA` plans a run on these images",
     "resume": "`rcmae pretrain --out RUN` resumes a run",
 }

@@ -280,7 +280,8 @@ class Pretraining(Trainer):
         initial = read_initial(name)
         changes = initialize(self.method, initial, name)
         self.screen.say(f"initial weights: {'; '.join([name, *changes])}")
-        return {"name": name, "sha256": initial.digest}
+        license = {"license": initial.encoder.license} if initial.encoder.license else {}
+        return {"name": name, "sha256": initial.digest} | license
 
     def resume_or_begin(self) -> None:
         super().resume_or_begin()
@@ -464,7 +465,9 @@ class Pretraining(Trainer):
             "data": self.data["images"],
             "bits": self.images.bits,
         }
+        initial = read_json(self.out / "machine.json").get("initial_weights") or {}
         for which, backbone in self.backbones().items():
+            backbone.license = initial.get("license", "")
             export(backbone, self.out / "export" / which, about | {"network": which})
 
     def report(self, stopping: bool = False) -> None:

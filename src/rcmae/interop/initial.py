@@ -22,6 +22,7 @@ from ..methods.base import Method
 from ..methods.recipes import load_recipe
 from ..models.autoencoder import SIZES
 from ..models.backbone import Backbone, Statistics
+from .huggingface import model_type, read_folder
 from .load import is_bare, load
 from .official import our_name
 from .weights import State, mismatches, read_weights
@@ -54,8 +55,9 @@ def read_initial(name: str, which: str = "teacher") -> Initial:
         encoder = load(name, which)
     finally:
         logger.setLevel(level)
-    if is_bare(path):
-        return Initial(encoder, _part(_with_our_names(read_weights(path).select(which)), "decoder."))
+    if is_bare(path) or model_type(path):
+        weights = read_weights(path) if is_bare(path) else read_folder(path).weights
+        return Initial(encoder, _part(_with_our_names(weights.select(which)), "decoder."))
     file = path / "weights.safetensors"
     if not file.exists() and (checkpoint := newest(path / "checkpoints", logger.warning)):
         file = checkpoint / "model.safetensors"

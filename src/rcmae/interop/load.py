@@ -21,12 +21,14 @@ from ..methods import METHODS, Method
 from ..methods.recipes import load_recipe
 from ..models.backbone import Backbone
 from ..models.classifier import Classifier
+from .huggingface import model_type, read_folder
+from .official import LICENSE_NOTE, MAE_LICENSE, license_of
 from .plain import plain_backbone, plain_classifier
 from .timm_export import FILES, import_backbone, import_classifier
 from .weights import KINDS, check_finite, mismatches, read_weights
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-NAMES = f"a run directory, an exported folder, weights ({', '.join(KINDS)}) or timm:NAME"
+NAMES = f"a run directory, a folder of rcmae, timm or transformers, weights ({', '.join(KINDS)}) or timm:NAME"
 LOCAL = "timm:local-dir:"
 "timm's name of a folder, which is read like any other."
 
@@ -38,14 +40,15 @@ def load(
     seed: int = 0,
     size: tuple[int, int] | None = None,
 ) -> Backbone:
-    """A backbone by path or name, in evaluation mode: a run, a folder exported by rcmae or timm, a file of
-    weights with timm's names, or "timm:NAME"; "scratch:..." is the same network, randomly initialized with
-    `seed`.
+    """A backbone by path or name, in evaluation mode: a run, a folder of rcmae, timm or transformers (ViT and
+    ViTMAE), a file of weights with the names of timm or transformers, or "timm:NAME"; "scratch:..." is the
+    same network, randomly initialized with `seed`.
 
-    `which` selects the teacher or the student of a run or a file that has both, also if they have names such
-    as `state_dict_ema` and `state_dict`; without a teacher, it is always the student. `heads` (the number of
-    attention heads) and `size` (height and width of the images) are for bare weights, whose shapes do not
-    reveal them; what is assumed or left out is logged in one line. Raises CheckpointError or ConfigError.
+    `which` selects the teacher or the student of a run or a file that has both, also if they have names
+    such as `state_dict_ema` and `state_dict`; without a teacher, it is always the student. `heads` (the
+    number of attention heads) and `size` (height and width of the images) are for bare weights, whose
+    shapes do not reveal them; what is assumed or left out is logged in one line. Raises CheckpointError or
+    ConfigError.
     """
     if which not in ("student", "teacher"):
         raise ConfigError(f"which must be student or teacher, not {which!r}")
@@ -59,15 +62,26 @@ def load(
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give {NAMES}")
     if path.is_dir():
-        return import_backbone(_folder(path, which)).eval()
+        return _imported(_folder(path, which)).eval()
     if not name.endswith(KINDS):
         raise CheckpointError(f"{path} is not a known kind of checkpoint; give {NAMES}")
     if not is_bare(path):
-        return import_backbone(path.parent).eval()
+        return _imported(path.parent).eval()
     weights = read_weights(path)
     backbone, text = plain_backbone(weights.select(which), path, heads, size)
-    _note(path, text, *weights.describe(which, backbone.vit.state_dict()))
+    backbone.license = license_of(path, weights)
+    phrases = [text, *weights.describe(which, backbone.vit.state_dict())]
+    _note(path, *phrases, *[LICENSE_NOTE] * bool(backbone.license))
     return backbone.eval()
+
+
+def _imported(folder: Path) -> Backbone:
+    """The backbone in a folder of rcmae, timm or transformers."""
+    if not model_type(folder):
+        return import_backbone(folder)
+    backbone, phrases = read_folder(folder).backbone()
+    _note(folder, *phrases, *[LICENSE_NOTE] * (backbone.license == MAE_LICENSE))
+    return backbone
 
 
 def is_bare(path: Path) -> bool:
@@ -104,6 +118,7 @@ def scratch(
             initial.bits, initial.method = backbone.bits, backbone.method
             return initial
         backbone = copy.deepcopy(backbone)
+        backbone.license = ""
         backbone.vit.init_weights()
     return backbone
 
@@ -128,7 +143,15 @@ def load_classifier(
         if not vit.num_classes:
             return None
         model = Classifier(vit, *statistics)
-    elif folder := _classifier_folder(path):
+        model.license = cast(dict[str, Any], vit.pretrained_cfg).get("license") or ""
+    elif (folder := _classifier_folder(path)) and model_type(folder):
+        transformers = read_folder(folder)
+        classifier = transformers.classifier()
+        if classifier is None:
+            return None
+        (model, phrases), names = classifier, transformers.classes
+        _note(folder, *phrases, *[LICENSE_NOTE] * (model.license == MAE_LICENSE))
+    elif folder:
         if not _config(folder).get("num_classes"):
             return None
         model, names = import_classifier(folder)
@@ -138,7 +161,9 @@ def load_classifier(
         if plain is None:
             return None
         model, text = plain
-        _note(path, text, *weights.describe(which, model.vit.state_dict()))
+        model.license = license_of(path, weights)
+        phrases = [text, *weights.describe(which, model.vit.state_dict())]
+        _note(path, *phrases, *[LICENSE_NOTE] * bool(model.license))
     else:
         return None
     if not names and model.vit.num_classes == 1000:
@@ -171,6 +196,18 @@ def tested_fingerprint(path: str | Path) -> str:
     return str((_config(folder).get("rcmae") or {}).get("test", "")) if folder else ""
 
 
+def metadata_of(path: str | Path, which: str) -> dict[str, Any]:
+    """What `rcmae` recorded of the network that `load` or `load_classifier` takes: method, network, step,
+    hash of recipe and images; empty for those of others."""
+    path = Path(str(path).removeprefix(LOCAL))
+    folder = path.parent if path.name in FILES else path
+    for each in (folder, *(folder / "export" / name for name in ("classifier", which, "student"))):
+        if (each / "config.json").exists():
+            recorded = _config(each).get("rcmae")
+            return dict(recorded) if isinstance(recorded, dict) else {}
+    return {}
+
+
 def _classifier_folder(path: Path) -> Path | None:
     folder = path.parent if path.name in FILES else path
     return next((f for f in (folder, folder / "export" / "classifier") if (f / "config.json").exists()), None)
@@ -186,7 +223,9 @@ def _config(folder: Path) -> dict[str, Any]:
 def _timm(name: str, pretrained: bool = True) -> Backbone:
     vit, statistics = _timm_vit(name, pretrained)
     vit.reset_classifier(0)  # not by an argument of create_model, with which timm ignores missing weights
-    return Backbone(vit, *statistics)
+    backbone = Backbone(vit, *statistics)
+    backbone.license = (cast(dict[str, Any], vit.pretrained_cfg).get("license") or "") if pretrained else ""
+    return backbone
 
 
 def _timm_vit(name: str, pretrained: bool = True) -> tuple[VisionTransformer, Statistics]:

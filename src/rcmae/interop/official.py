@@ -3,6 +3,7 @@
 Their encoder has timm's parameter names at the top level, and their decoder the prefix `decoder_`.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -11,14 +12,20 @@ from safetensors.torch import save
 from ..config import Images, to_toml
 from ..engine.checkpoint import write_folder
 from ..errors import CheckpointError, ConfigError
-from ..methods.mae import MAERecipe
+from ..methods.mae import MAERecipe, MAESettings
 from ..methods.mean_teacher import TeacherSettings
 from ..methods.rcmae import RCMAERecipe
 from ..models.autoencoder import SIZES, Autoencoder, AutoencoderNetwork, build
-from ..models.backbone import IMAGENET, Backbone
+from ..models.backbone import IMAGENET, Backbone, Statistics
+from .names import State
 from .plain import GIVE_SIZE, grid_of
 from .timm_export import export
-from .weights import State, mismatches, read_weights
+from .weights import Weights, mismatches
+
+MAE_LICENSE = "CC BY-NC 4.0"
+"The license of the weights that the authors of MAE and RC-MAE published."
+
+LICENSE_NOTE = f"the weights that the authors of MAE and RC-MAE published are {MAE_LICENSE}: non-commercial"
 
 _DECODER = {
     "decoder_embed": "embed",
@@ -36,6 +43,19 @@ def our_name(name: str) -> str:
     return f"decoder.{_DECODER[prefix]}{dot}{rest}" if prefix in _DECODER else f"encoder.vit.{name}"
 
 
+def official_state(model: Autoencoder) -> State:
+    """The weights of a model by their official names, with the fixed positions of its decoder."""
+    state: State = {}
+    for name, value in model.state_dict().items():
+        inner = name.removeprefix("encoder.vit.").removeprefix("decoder.")
+        if name.startswith("decoder.") and inner != "mask_token":
+            inner = f"decoder_{inner}"
+        state[inner] = value.detach().cpu().float().contiguous()
+    positions = model.decoder.positions
+    state["decoder_pos_embed"] = torch.cat([positions.new_zeros(1, positions.shape[1]), positions])[None]
+    return state
+
+
 def load_official(model: Autoencoder, state: State) -> None:
     """Load official weights into a model. Raises CheckpointError, which names what does not
     fit, without changing the model."""
@@ -48,6 +68,8 @@ def load_official(model: Autoencoder, state: State) -> None:
     if positions is not None and (
         positions[0, 1:].shape != ours.shape or not torch.allclose(positions[0, 1:], ours, atol=1e-2)
     ):
+        if not positions.any():
+            raise CheckpointError("decoder_pos_embed is zero: this decoder was trained without positions")
         raise CheckpointError(f"decoder_pos_embed is not that of images of this shape; {GIVE_SIZE}")
     model.load_state_dict(state)
 
@@ -117,50 +139,64 @@ def autoencoder(
     return model, images, network
 
 
-def import_pth(
-    file: Path, out: Path, heads: tuple[int, int] | None = None, size: tuple[int, int] | None = None
+def license_of(file: Path, weights: Weights) -> str:
+    """The license of the published weights, for a pickle with the layout or the name of one; otherwise
+    empty."""
+    named = re.match(r"(rc-?)?mae_(pretrain|finetuned|visualize)", file.name)
+    published = named or "decoder_pos_embed" in weights.student
+    return MAE_LICENSE if published and file.suffix != ".safetensors" else ""
+
+
+def write_import(
+    weights: Weights,
+    source: Path,
+    out: Path,
+    heads: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
+    settings: MAESettings = MAESettings(),
+    statistics: Statistics = IMAGENET,
+    license: str = "",
 ) -> list[str]:
-    """Convert an official `.pth` to a folder with the layout of a run: recipe.toml, weights.safetensors,
-    export/.
+    """Write official weights as a folder with the layout of a run: recipe.toml, weights.safetensors, export/.
 
     `weights.safetensors` contains encoders and decoders with our names (student.*, teacher.*). Returns a
-    summary in lines. Raises CheckpointError, ConfigError (the folder exists) or StorageError.
+    summary in lines. Raises CheckpointError, ConfigError or StorageError.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists already; choose another folder with --out")
-    official = read_weights(file)
-    if official.teacher is not None and "teacher" not in official.prefixes[1]:
+    if weights.teacher is not None and "teacher" not in weights.prefixes[1]:
         raise CheckpointError(
-            f"{file} has {' and '.join(p.rstrip('.') for p in official.prefixes)} instead of the student and "
-            "the teacher of RC-MAE; save the one to import as a file of its own"
+            f"{source} has {' and '.join(p.rstrip('.') for p in weights.prefixes)} instead of the student "
+            "and the teacher of RC-MAE; save the one to import as a file of its own"
         )
-    model, images, network = autoencoder(official.student, heads, size)
+    model, images, network = autoencoder(weights.student, heads, size)
     if images.channels != 3:
         raise CheckpointError(
-            f"{file} is for {images.channels} channels of unknown mean and standard deviation; only 3 can be "
-            "imported"
+            f"{source} is for {images.channels} channels of unknown mean and standard deviation; only 3 can "
+            "be imported"
         )
     models = {"student": model}
-    if official.teacher is not None:
-        models["teacher"], *_ = autoencoder(official.teacher, heads, size)
-    recipe = MAERecipe(images=images, network=network)
-    if official.teacher is not None:
-        recipe = RCMAERecipe(images=images, network=network, teacher=TeacherSettings(schedule="constant"))
-    weights = {f"{name}.{k}": v.contiguous() for name, m in models.items() for k, v in m.state_dict().items()}
-    write_folder(out, {"recipe.toml": to_toml(recipe).encode(), "weights.safetensors": save(weights)})
+    if weights.teacher is not None:
+        models["teacher"], *_ = autoencoder(weights.teacher, heads, size)
+    recipe = MAERecipe(images=images, network=network, mae=settings)
+    if weights.teacher is not None:
+        teacher = TeacherSettings(schedule="constant")
+        recipe = RCMAERecipe(images=images, network=network, mae=settings, teacher=teacher)
+    tensors = {f"{name}.{k}": v.contiguous() for name, m in models.items() for k, v in m.state_dict().items()}
+    write_folder(out, {"recipe.toml": to_toml(recipe).encode(), "weights.safetensors": save(tensors)})
     for name, m in models.items():
         metadata = {
             "method": recipe.method,
             "network": name,
-            "source": file.name,
-            "epoch": official.epoch if isinstance(official.epoch, int) else None,
+            "source": source.name,
+            "epoch": weights.epoch if isinstance(weights.epoch, int) else None,
         }
-        export(Backbone(m.encoder.vit, *IMAGENET), out / "export" / name, metadata)
+        backbone = Backbone(m.encoder.vit, *statistics)
+        backbone.license = license
+        export(backbone, out / "export" / name, metadata)
     pixels = " x ".join(map(str, dict.fromkeys(images.shape)))
     width, depth = model.encoder.width, len(model.encoder.vit.blocks)
-    best = out / "export" / ("teacher" if official.teacher is not None else "student")
+    best = out / "export" / ("teacher" if weights.teacher is not None else "student")
     return [
-        f"{file}: official {'RC-MAE (student and teacher)' if official.teacher is not None else 'MAE'}, "
+        f"{source}: {'RC-MAE (student and teacher)' if weights.teacher is not None else 'MAE'}, "
         f"ViT {width} x {depth}, patch {model.encoder.patch}, {pixels} px, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         f"wrote {out}",

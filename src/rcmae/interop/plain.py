@@ -10,33 +10,41 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ..errors import CheckpointError, ConfigError, first_line
 from ..models.autoencoder import SIZES
-from ..models.backbone import IMAGENET, Backbone
+from ..models.backbone import IMAGENET, Backbone, Statistics
 from ..models.blueprint import PLAIN
 from ..models.classifier import Classifier
 from .weights import State, mismatches
 
-TRAINING = ("decoder_", "mask_token", "head_dist.")
-"Beginnings of the names of parameters for pre-training, which evaluation does not use."
+TRAINING = ("decoder_", "mask_token", "head_dist.", "decoder.", "pooler.", "embeddings.mask_token")
+"Beginnings of names of parameters that evaluation does not use; the last three are transformers'."
 
 GIVE_SIZE = "give the size of its images: --size and --height, or size=(height, width) in rcmae.load"
 
 
 def plain_backbone(
-    state: State, source: Path, heads: int | None = None, size: tuple[int, int] | None = None
+    state: State,
+    source: Path,
+    heads: int | None = None,
+    size: tuple[int, int] | None = None,
+    statistics: Statistics | None = None,
 ) -> tuple[Backbone, str]:
     """An encoder from bare weights, without their decoder and head, and a description of what was assumed.
 
     The weights do not reveal the number of attention heads (default: that of the named size of this width, or
-    one per 64 channels), the height and width of the images (`size`; default: square), and their statistics
-    (assumed: ImageNet's). Raises CheckpointError, which names what does not fit.
+    one per 64 channels), the height and width of the images (`size`; default: square), and their `statistics`
+    (default: ImageNet's). Raises CheckpointError, which names what does not fit.
     """
     state = {k: v for k, v in state.items() if not k.startswith((*TRAINING, "head.", "fc_norm."))}
-    vit, text = _vit(state, source, heads, size, num_classes=0, global_pool="")
-    return Backbone(vit, *IMAGENET), text
+    vit, text = plain_vit(state, source, heads, size, statistics, num_classes=0, global_pool="")
+    return Backbone(vit, *(statistics or IMAGENET)), text
 
 
 def plain_classifier(
-    state: State, source: Path, heads: int | None = None, size: tuple[int, int] | None = None
+    state: State,
+    source: Path,
+    heads: int | None = None,
+    size: tuple[int, int] | None = None,
+    statistics: Statistics | None = None,
 ) -> tuple[Classifier, str] | None:
     """As `plain_backbone`, for a classifier such as MAE's fine-tuned checkpoints; None for weights without a
     head. With `fc_norm` or without a class token, its features are assumed to be the mean of the patches."""
@@ -45,14 +53,23 @@ def plain_classifier(
     state = {k: v for k, v in state.items() if not k.startswith(TRAINING)}
     norm, classes = "fc_norm.weight" in state, len(state["head.weight"])
     pool = "avg" if norm or "cls_token" not in state else "token"
-    vit, text = _vit(state, source, heads, size, num_classes=classes, global_pool=pool, fc_norm=norm)
+    head = {"num_classes": classes, "global_pool": pool, "fc_norm": norm}
+    vit, text = plain_vit(state, source, heads, size, statistics, **head)
     pooled = "the mean of the patches" if pool == "avg" else "the class token"
-    return Classifier(vit, *IMAGENET), f"{text}, a head on {pooled}"
+    return Classifier(vit, *(statistics or IMAGENET)), f"{text}, a head on {pooled}"
 
 
-def _vit(
-    state: State, source: Path, heads: int | None, size: tuple[int, int] | None, **head: Any
+def plain_vit(
+    state: State,
+    source: Path,
+    heads: int | None,
+    size: tuple[int, int] | None,
+    statistics: Statistics | None,
+    **head: Any,
 ) -> tuple[VisionTransformer, str]:
+    """timm's plain Vision Transformer with exactly these weights, and a description of what was assumed;
+    `head` are timm's arguments for the head and its pooling. Raises CheckpointError, which names what does
+    not fit."""
     try:
         width, channels, *patch = state["patch_embed.proj.weight"].shape
         positions = state["pos_embed"].shape[1]
@@ -65,7 +82,7 @@ def _vit(
         ) from e
     if len(patch) != 2:
         raise CheckpointError(f"{source} has patches of {len(patch)} dimensions instead of 2")
-    if channels != 3:
+    if channels != 3 and statistics is None:
         raise CheckpointError(
             f"{source} is for {channels} channels of unknown mean and standard deviation; export it from its "
             "run"
@@ -85,6 +102,7 @@ def _vit(
         PLAIN,
         img_size=(h, w),
         patch_size=tuple(patch),
+        in_chans=channels,
         embed_dim=width,
         depth=depth,
         num_heads=heads,
@@ -102,8 +120,8 @@ def _vit(
     vit.load_state_dict(state)
     assumed = [] if size else [f"{h} x {w} px"]
     assumed += [] if given else [f"{heads} heads"]
-    assumed += ["ImageNet's mean and standard deviation"]
-    text = f"ViT {width} x {depth}, patch {patch[0]}; assumed {', '.join(assumed)}"
+    assumed += [] if statistics else ["ImageNet's mean and standard deviation"]
+    text = f"ViT {width} x {depth}, patch {patch[0]}" + (f"; assumed {', '.join(assumed)}" if assumed else "")
     return cast(VisionTransformer, vit), text
 
 

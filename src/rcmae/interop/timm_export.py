@@ -20,6 +20,9 @@ from ..models.blueprint import architecture_of, blueprint
 from ..models.classifier import Classifier
 from .weights import mismatches, read_weights
 
+OWN = "your own"
+"The license in config.json of a network that was trained from scratch."
+
 FILES = ("model.safetensors", "pytorch_model.bin")
 "Names of the weights in a folder, ours and timm's; the first one that exists is read."
 
@@ -31,7 +34,18 @@ def export(
     architecture: str | None = None,
     classes: Sequence[str] = (),
 ) -> None:
-    """Write a backbone or a classifier. `metadata` (method, recipe hash, step, network, ...) is "rcmae" in
+    """Write the `files` of a backbone or a classifier. Raises ConfigError as `blueprint` does, and
+    StorageError."""
+    write_folder(folder, files(network, metadata, architecture, classes))
+
+
+def files(
+    network: Backbone | Classifier,
+    metadata: dict[str, Any],
+    architecture: str | None = None,
+    classes: Sequence[str] = (),
+) -> dict[str, bytes]:
+    """model.safetensors and config.json. `metadata` (method, recipe hash, step, network, ...) is "rcmae" in
     config.json; `architecture` is the timm name that builds it (default: that of the ViT); `classes`, the
     names of a classifier's outputs in order, are timm's `label_names`.
 
@@ -39,7 +53,7 @@ def export(
     method trains it. Its `global_pool` of "avg" or "token" overrides that; the last norm stays before the
     pooling, so that either loads all weights.
 
-    Raises ConfigError as `blueprint` does, and StorageError.
+    Raises ConfigError as `blueprint` does.
     """
     vit = network.vit
     mean, std = (v.flatten().tolist() for v in (network.mean, network.std))
@@ -59,7 +73,7 @@ def export(
             "crop_pct": center_share(vit.patch_embed.img_size),
             "mean": mean,
             "std": std,
-            "license": "your own",
+            "license": network.license or OWN,
             # timm before 1.0.31 expects 3 channels in a first_conv, and otherwise initializes it randomly.
             "first_conv": "patch_embed.proj" if vit.in_chans == 3 else None,
             "classifier": "head",
@@ -69,9 +83,7 @@ def export(
     if classes:
         config["label_names"] = list(classes)
     weights = {k: v.detach().cpu().float().contiguous() for k, v in vit.state_dict().items()}
-    write_folder(
-        folder, {"model.safetensors": save(weights), "config.json": json.dumps(config, indent=1).encode()}
-    )
+    return {"model.safetensors": save(weights), "config.json": json.dumps(config, indent=1).encode()}
 
 
 def import_backbone(folder: Path) -> Backbone:
@@ -87,6 +99,7 @@ def import_backbone(folder: Path) -> Backbone:
     backbone = Backbone(vit, *_statistics(config))
     metadata = config.get("rcmae") or {}
     backbone.bits, backbone.method = metadata.get("bits"), str(metadata.get("method", ""))
+    backbone.license = _license(config)
     return backbone
 
 
@@ -103,7 +116,14 @@ def import_classifier(folder: Path) -> tuple[Classifier, list[str]]:
         names = [names.get(str(i), str(i)) for i in range(vit.num_classes)]
     model = Classifier(vit, *_statistics(config))
     model.bits = (config.get("rcmae") or {}).get("bits")
+    model.license = _license(config)
     return model, list(names)
+
+
+def _license(config: dict[str, Any]) -> str:
+    """The license in config.json; empty for one's own."""
+    license = config["pretrained_cfg"].get("license")
+    return str(license) if license and license != OWN else ""
 
 
 def _statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -114,8 +134,6 @@ def _read(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
     """The network of a folder with its head, and its config.json."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
-        if "architecture" not in config and "model_type" in config:
-            raise CheckpointError(f"{folder} is a {config['model_type']} of transformers; give one of timm")
         _statistics(config)
         vit = timm.create_model(
             config["architecture"],

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError, first_line
-
-State = dict[str, Tensor]
+from .names import State, from_transformers
 
 KINDS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
 "Endings of files with weights."
@@ -69,7 +68,7 @@ _in_use: WeakValueDictionary[tuple[Path, int, int], Weights] = WeakValueDictiona
 
 def read_weights(path: Path) -> Weights:
     """Read the Vision Transformers in a file: one, or a network and its exponential moving average. While the
-    result is in use, the file is not read again.
+    result is in use, the file is not read again. Names of transformers' ViT and ViTMAE become timm's.
 
     No code is executed from a pickle: only tensors, plain containers and argparse.Namespace are allowed.
     Raises CheckpointError when the file is missing, is another kind of file, or contains other objects,
@@ -89,11 +88,13 @@ def read_weights(path: Path) -> Weights:
 def _read(path: Path) -> Weights:
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors = {name: value for name, value in _flat(content) if isinstance(value, Tensor)}
+    tensors = from_transformers(tensors)
     present_prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
     if not present_prefixes:
         present = ", ".join([*tensors][:4]) or ", ".join(map(str, [*content][:4])) or "nothing"
         raise CheckpointError(
-            f"{path} has no Vision Transformer with timm's names ({FIRST}, ...); it has {present}"
+            f"{path} has no Vision Transformer with the names of timm or transformers ({FIRST}, ...); it has "
+            f"{present}"
         )
     states: dict[str, State] = {prefix: {} for prefix in present_prefixes}
     for name, value in tensors.items():

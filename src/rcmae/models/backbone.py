@@ -109,6 +109,8 @@ class StandardizingViT(Standardizing):
 
     bits: int | None = None
     "bits of the 16-bit images that it was trained on, if there were any; see `Source.bits`"
+    license: str = ""
+    "of the weights, or of those it was initialized from, if it is another's"
 
     def __init__(self, vit: VisionTransformer, mean: Channels, std: Channels):
         super().__init__(mean, std)
@@ -150,6 +152,7 @@ class Backbone(StandardizingViT):
         concatenated; the patches stay those of the last one. As in DINO's linear probe."""
         network = Backbone(self.vit, *self.statistics)
         network.bits, network.method, network.blocks = self.bits, self.method, blocks
+        network.license = self.license
         return network.train(self.training)
 
     def resized(self, shape: tuple[int, int]) -> "Backbone":

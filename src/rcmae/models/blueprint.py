@@ -24,6 +24,11 @@ def architecture_of(vit: VisionTransformer) -> str:
     return (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or PLAIN
 
 
+def heads_of(network: nn.Module) -> int:
+    """The number of attention heads, which is that of the first block."""
+    return next(vars(m)["num_heads"] for m in network.modules() if "num_heads" in vars(m))
+
+
 def blueprint(vit: VisionTransformer, architecture: str) -> dict[str, Any]:
     """The `architecture` and the `model_args` with which `timm.create_model` builds this ViT, as JSON.
 
@@ -38,14 +43,25 @@ def blueprint(vit: VisionTransformer, architecture: str) -> dict[str, Any]:
             )
     except Exception as e:  # an architecture refuses arguments that it does not have in its own ways
         raise ConfigError(f"timm cannot build this {type(vit).__name__} again: {first_line(e)}") from e
-    here, there = dict(_structure(vit)), dict(_structure(again))
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            raise ConfigError(
-                f"timm's {architecture} is another network, so this one cannot be exported: {name} is "
-                f"{there.get(name)} instead of {here.get(name)}"
-            )
+    if different := difference(vit, again):
+        raise ConfigError(
+            f"timm's {architecture} is another network, so this one cannot be exported: {different}"
+        )
     return {"architecture": architecture, "model_args": args}
+
+
+def difference(network: nn.Module, other: nn.Module) -> str:
+    """In what the output of `other` in evaluation differs from that of `network` besides the values of the
+    weights, as one phrase; empty if in nothing."""
+    here, there = dict(_structure(network)), dict(_structure(other))
+    return next(
+        (
+            f"{name} is {there.get(name)} instead of {here.get(name)}"
+            for name in sorted(here.keys() | there.keys())
+            if here.get(name) != there.get(name)
+        ),
+        "",
+    )
 
 
 def _model_args(vit: VisionTransformer, architecture: str) -> dict[str, Any]:
@@ -56,7 +72,7 @@ def _model_args(vit: VisionTransformer, architecture: str) -> dict[str, Any]:
         "in_chans": vit.in_chans,
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
-        "num_heads": next(m.num_heads for m in block.modules() if hasattr(m, "num_heads")),
+        "num_heads": heads_of(block),
         "class_token": vit.has_class_token,
         "reg_tokens": vit.num_reg_tokens,
         "no_embed_class": vit.no_embed_class,
@@ -80,15 +96,15 @@ IGNORED = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode", "
 "Attributes that do not change the output of a network with given weights."
 
 
-def _structure(vit: nn.Module) -> Iterator[tuple[str, Any]]:
+def _structure(network: nn.Module) -> Iterator[tuple[str, Any]]:
     """What determines the output of a network in evaluation besides the values of its weights: the kinds of
     its modules, their plain attributes, and the shapes of its tensors, by name."""
-    for name, module in vit.named_modules():
+    for name, module in network.named_modules():
         if isinstance(module, (nn.Identity, nn.Dropout, DropPath, PatchDropout)):
             continue
         yield name or "the network", type(module).__name__
         for key, value in vars(module).items():
             if isinstance(value, (bool, int, float, str, tuple)) and key[0] != "_" and key not in IGNORED:
                 yield f"{name}.{key}".lstrip("."), value
-    for name, tensor in vit.state_dict().items():
+    for name, tensor in network.state_dict().items():
         yield name, tuple(tensor.shape)

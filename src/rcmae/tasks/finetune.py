@@ -160,6 +160,7 @@ class FineTuning(Supervised):
             )
         vit = classifier(backbone, len(classes), drop_path=s.drop_path, seed=s.seed)
         model = Classifier(vit, *backbone.statistics).to(self.device).train()
+        model.license = backbone.license
         vit.set_grad_checkpointing(self.runtime.checkpointing)
         if self.runtime.compile:
             for block in vit.blocks:
