@@ -1099,7 +1099,7 @@ FAILURES = [
         4,
         "wrong.safetensors is not a plain Vision Transformer: blocks.0.attn.qkv.weight is",
     ),
-    (["knn", "{tmp}/odd.safetensors", "--data", "{data}"], 4, "with timm's names"),
+    (["knn", "{tmp}/odd.safetensors", "--data", "{data}"], 4, "with the names of timm"),
     (
         ["knn", "{backbone}", "--data", "{data}", "--seed", "-1"],
         2,

@@ -523,8 +523,12 @@ def test_probes_are_reported_with_their_baselines(tmp_path, folder, capsys):
     shown = capsys.readouterr().out
     accuracy = r"[\d.]+ ± [\d.]+"
     assert re.search(rf"randomly initialized encoder\s+│\s+{accuracy} │\s+{accuracy} │", shown)
-    assert re.search(rf"baselines, .*raw pixels linear probe {accuracy}.*randomly initialized linear", shown)
-    assert re.search(rf"step 2, .*teacher linear probe {accuracy}.*randomly initialized linear", shown)
+    assert re.search(
+        rf"baselines, .*raw pixels linear probe {accuracy}.*randomly initialized encoder linear", shown
+    )
+    assert re.search(
+        rf"step 2, .*teacher linear probe {accuracy}.*randomly initialized encoder linear", shown
+    )
     assert "Learned: not shown." in shown, "ten test images show nothing after four steps"
 
 
