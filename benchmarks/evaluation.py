@@ -44,7 +44,7 @@ from rcmae.pretraining import pretrain
 from rcmae.tasks.context import EvaluationContext
 from rcmae.tasks.evaluation import KNN, Attentive, FineTune, Linear
 from rcmae.tasks.evaluation.base import EvaluationOptions
-from rcmae.tasks.interval import Difference, correction_note, difference, judged
+from rcmae.tasks.interval import Difference, Verdict, correction_note, difference, judged
 from rcmae.tasks.robustness import sets
 from rcmae.tasks.robustness.adversarial import fgsm, pgd
 
@@ -251,27 +251,39 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
+FAMILIES = {"all labels": (100,), "1 and 10 % of the labels": (1, 10)}
+"The families of comparisons, by the percentages of the labels that are in them."
+
+
+def compared(
+    results: dict[str, Any], other: str, labels: str
+) -> dict[tuple[str, int, str], tuple[Difference, Verdict]]:
+    """The differences of RC-MAE's teacher to another network, and their verdicts, in a family of `FAMILIES`,
+    by task, percentage and images."""
+    family = {
+        (row["task"], row["percent"], measure): Difference(*row[measure][f"against {other}"])
+        for row in results["rows"]
+        if row["backbone"] == "RC-MAE, teacher" and row["percent"] in FAMILIES[labels]
+        for measure in MEASURES
+    }
+    return dict(zip(family, zip(family.values(), judged(family.values()), strict=True), strict=True))
+
+
 def verdict(results: dict[str, Any]) -> str:
     """Whether RC-MAE is better and more robust than MAE on the bundled set."""
-    lines, rows = [], [row for row in results["rows"] if row["backbone"] == "RC-MAE, teacher"]
+    lines = []
     for other in ("MAE", "MAE, averaged"):
-        for percents, labels in (((100,), "all labels"), ((1, 10), "1 and 10 % of the labels")):
-            family = {
-                (row["task"], row["percent"], measure): Difference(*row[measure][f"against {other}"])
-                for row in rows
-                if row["percent"] in percents
-                for measure in MEASURES
-            }
-            verdicts = dict(zip(family, judged(family.values()), strict=True))
-            words = [verdict.word for verdict in verdicts.values()]
+        for labels, percents in FAMILIES.items():
+            family = compared(results, other, labels)
+            words = [verdict.word for _, verdict in family.values()]
             counts = ", ".join(f"{word} in {words.count(word)}" for word in WORDS)
             lines.append(
                 f"- RC-MAE's teacher against {other}, {labels}, {len(family)} comparisons (task, images), "
                 f"corrected for their number: {counts}."
             )
-            for (task, percent, measure), verdict in verdicts.items():
+            for (task, percent, measure), (gain, verdict) in family.items():
                 fraction = "" if percents == (100,) else f" at {percent} %"
-                if family[task, percent, measure].low > 0 or family[task, percent, measure].high < 0:
+                if gain.low > 0 or gain.high < 0:
                     lines.append(f"    - {TASKS[task]}{fraction}, {measure}: {verdict}.")
     lines.append("\nListed are those whose own 95 % interval excludes zero. " + correction_note(len(family)))
     return "\n".join(lines)

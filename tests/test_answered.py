@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from benchmarks import answered, claim
+from benchmarks import answered, claim, evaluation, pictures
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,12 @@ def test_what_verdicts_say_together(verdicts, word):
 @pytest.fixture
 def changed(monkeypatch):
     """Results of which some are replaced."""
-    real = answered._of
+    real, replaced = answered._of, {}
+    monkeypatch.setattr(answered, "_of", lambda name: replaced.get(name, real(name)))
 
     def change(name, edit):
-        results = copy.deepcopy(real(name))
-        edit(results)
-        monkeypatch.setattr(answered, "_of", lambda other: results if other == name else real(other))
+        replaced[name] = copy.deepcopy(real(name))
+        edit(replaced[name])
 
     return change
 
@@ -63,4 +63,13 @@ def test_an_effect_on_orthogonal_inputs_refutes_the_condition(changed):
 
 def test_incomplete_experiments_answer_nothing(changed):
     changed("claim", lambda results: results.update(seeds=[*claim.SEEDS][:-1]))
-    assert answered.classification().word in ("not run yet", "inconclusive")
+    changed("pictures", lambda results: results.update(seeds=[*pictures.SEEDS][:-1]))
+    assert answered.classification() is answered.NOT_RUN
+
+
+def test_the_verdicts_on_robustness_are_those_of_the_evaluation():
+    """One comparison has one verdict on all pages: it is corrected within the same family."""
+    results = answered._of("evaluation")
+    _, verdict = evaluation.compared(results, "MAE", "1 and 10 % of the labels")["finetune", 1, "corrupted"]
+    assert f"corrupted, 1 % of the labels: {verdict}" in answered.robustness().text
+    assert str(verdict) in evaluation.verdict(results)

@@ -12,10 +12,12 @@ from rcmae.engine.run import read_json
 from rcmae.errors import CheckpointError
 from rcmae.interop.imports import import_weights
 from rcmae.interop.initial import adapted, initialize, read_initial, with_network_of
+from rcmae.interop.official import LICENSE_NOTE
 from rcmae.interop.timm_export import export
 from rcmae.methods import METHODS
 from rcmae.models.backbone import Backbone
 from rcmae.pretraining import pretrain
+from rcmae.tasks.features import identity
 from tests.conftest import GOLDEN, method_for, small
 from tests.mutations import catches
 
@@ -149,4 +151,32 @@ def test_the_first_probe_is_that_of_the_weights(tmp_path, images, folder, capsys
     for kind in ("linear", "knn", "attentive"):
         assert torch.equal(end[f"teacher/{kind}"], start[f"initial_weights/{kind}"])
     about = read_json(tmp_path / "next" / "machine.json")["initial_weights"]
-    assert about == {"name": str(first), "sha256": read_initial(str(first)).digest}
+    assert about == {"name": str(first), "weights": identity(read_initial(str(first)).encoder)}
+
+
+def test_the_license_of_others_is_said(tmp_path):
+    file = GOLDEN / "rcmae_official_layout.pth"
+    import_weights(file, tmp_path / "official", 2, 2)
+    (note,) = read_initial(str(tmp_path / "official")).notes
+    assert note == LICENSE_NOTE and "non-commercial" in note
+
+
+def test_a_patch_embedding_without_bias_keeps_its_statistics():
+    source = Backbone(vit(pre_norm=True).eval(), *STATISTICS)
+    state, changes = adapted(source, vit(pre_norm=True), ((0.1,) * 3, (0.2,) * 3))
+    assert torch.equal(state["patch_embed.proj.weight"], source.vit.patch_embed.proj.weight)
+    assert changes == ["other statistics not adapted, as their patch embedding has no bias"]
+
+
+def test_only_three_channels_are_adapted():
+    source = Backbone(vit(in_chans=4).eval(), (0.5,) * 4, (0.25,) * 4)
+    with pytest.raises(CheckpointError, match="for 4 channels.*give --channels 4"):
+        adapted(source, vit(), STATISTICS)
+
+
+def test_a_fine_tuned_run_is_refused_by_name(tmp_path):
+    (tmp_path / "recipe.toml").write_text("steps = 5\n")
+    (tmp_path / "export" / "classifier").mkdir(parents=True)
+    (tmp_path / "export" / "classifier" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a run of fine-tuning"):
+        with_network_of(str(tmp_path), small("mae").network)

@@ -51,7 +51,7 @@ def test_check_ends_with_a_command_that_runs(recipe, tmp_path, monkeypatch, caps
     assert main(args) == 0
     output = capsys.readouterr().out
     assert opened == ["set"]
-    assert re.search(r"│ crop +│ 16 x 16 px +│", output), "none is smaller, so nothing is said of it"
+    assert re.search(r"│ crop +│ 16 x 16 px +│", output), "none is smaller"
     command = re.search(r"^ +(rcmae pretrain .*)$", output, re.M)[1]
     written = json.loads(Path("check.json").read_text())
     assert written["plan"]["command"] == command and written["smaller_than_crop"] == 0

@@ -45,6 +45,7 @@ from .methods.recipes import load_recipe, recipe_type
 from .models.backbone import Backbone, Channels, Statistics, usual_statistics
 from .report import write_report
 from .step_time import at_most, steps_within
+from .tasks.features import identity
 from .tasks.interval import with_margin
 from .tasks.learned import show_table
 from .tasks.probe import BASELINES, KINDS, Probes, Scores, probe_set, size_note
@@ -281,7 +282,7 @@ class Pretraining(Trainer):
         changes = initialize(self.method, initial, name)
         self.screen.say(f"initial weights: {'; '.join([name, *changes])}")
         license = {"license": initial.encoder.license} if initial.encoder.license else {}
-        return {"name": name, "sha256": initial.digest} | license
+        return {"name": name, "weights": identity(initial.encoder)} | license
 
     def resume_or_begin(self) -> None:
         super().resume_or_begin()

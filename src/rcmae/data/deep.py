@@ -26,10 +26,7 @@ def check_size(width: int, height: int, limit: int) -> None:
     if width * height == 0:
         raise BadImage("no pixels")
     if width * height > limit:
-        raise BadImage(
-            f"{width} x {height} is above the limit of {limit:,} pixels, see --max-pixels "
-            "(`rcmae detect` has none)"
-        )
+        raise BadImage(f"{width} x {height} is above the limit of {limit:,} pixels, see --max-pixels")
 
 
 def extra(module: str, name: str, what: str) -> Any:

@@ -11,6 +11,15 @@ from typing import Any
 from ..errors import StorageError, optional
 from .checkpoint import replace_file
 
+KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
+"""The probes and their names: linear and k-NN use the mean over the patches, the attentive one all tokens."""
+
+PIXELS, RANDOM, INITIAL = "raw pixels", "randomly initialized encoder", "initial weights"
+"The baselines of the probes; the last one only for runs that start from weights."
+
+BASELINES = {"raw_pixels": PIXELS, "random_init": RANDOM, "initial_weights": INITIAL}
+"Their keys in the records of a run."
+
 
 class Metrics:
     """Appends to `metrics.jsonl`. When a run resumes, lines later than the checkpoint are removed first."""

@@ -5,18 +5,14 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from ..engine.checkpoint import checkpoints, newest
-from ..errors import CheckpointError, ConfigError, first_line
+from ..errors import CheckpointError, ConfigError
 from ..methods import METHODS
 from ..methods.mae import MAE, MAERecipe, MAESettings
 from ..methods.recipes import load_recipe
 from ..models.autoencoder import Autoencoder, build
 from .huggingface import Folder, model_type, read_folder
 from .official import autoencoder
-from .weights import KINDS, State, mismatches, read_weights
+from .weights import KINDS, State, mismatches, read_weights, weights_of_run
 
 
 def load_autoencoders(
@@ -70,20 +66,10 @@ def _of_run(run: Path) -> tuple[dict[str, Autoencoder], MAESettings]:
     recipe = load_recipe(str(run / "recipe.toml"))
     if not issubclass(METHODS[recipe.method], MAE) or not isinstance(recipe, MAERecipe):
         raise ConfigError(f"{run} is a run of {recipe.method}, which has no decoder of pixels")
-    file = run / "weights.safetensors"
-    if not file.exists():
-        checkpoint = newest(run / "checkpoints") if checkpoints(run / "checkpoints") else None
-        if checkpoint is None:
-            raise CheckpointError(f"{run} has no checkpoint yet, and so no weights of a decoder")
-        file = checkpoint / "model.safetensors"
-    try:
-        weights = load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{file} is not a complete .safetensors file: {first_line(e)}") from e
+    file, weights = weights_of_run(run)
     models = {}
     for network in METHODS[recipe.method].networks:
-        prefixes = (f"{network}.model.", f"{network}.")  # a run's teacher is wrapped, an imported one is not
-        prefix = next((p for p in prefixes if any(name.startswith(p) for name in weights)), prefixes[1])
+        prefix = "student." if network == "student" else f"{network}.model."
         state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         model = build(recipe.images, recipe.network)
         if problems := mismatches(state, model.state_dict()):

@@ -11,16 +11,13 @@ from .. import __version__
 from ..config import how_many
 from ..data.views import center_share
 from ..engine.console import clock
-from ..engine.metrics import of_kind, read_metrics
+from ..engine.metrics import BASELINES, KINDS, of_kind, read_metrics
 from ..engine.run import read_json
 from ..models.autoencoder import Autoencoder
 from ..models.backbone import Backbone
 from ..models.blueprint import heads_of
 from ..models.classifier import Classifier
 from .autoencoders import run_of
-
-PARTS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
-"Measurements of a probed run."
 
 
 def card(
@@ -137,13 +134,11 @@ def _results(run: Path, lines: list[dict[str, Any]], machine: dict[str, Any]) ->
     for line in (baseline, probes[-1] if probes else {}):
         for network, scores in line.items():
             if isinstance(scores, dict):
-                label = {"raw_pixels": "raw pixels", "random_init": "randomly initialized encoder"}.get(
-                    network, network
-                )
+                label = BASELINES.get(network, network)
                 rows += [
-                    (PARTS[k], label, f"{v:.1f} %") for k, v in scores.items() if k in PARTS and v is not None
+                    (KINDS[k], label, f"{v:.1f} %") for k, v in scores.items() if k in KINDS and v is not None
                 ]
-    rows.sort(key=lambda row: [*PARTS.values()].index(row[0]))
+    rows.sort(key=lambda row: [*KINDS.values()].index(row[0]))
     if scored := of_kind(lines, "val"):
         accuracy, images = scored[-1]["accuracy"], machine.get("test_images", 0)
         rows.append(("accuracy", "classifier", f"{accuracy:.1f} % of {images:,} test images"))

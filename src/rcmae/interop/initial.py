@@ -1,31 +1,28 @@
 """Starting pre-training from existing weights (`--init`), whatever their images, patches and statistics."""
 
 import copy
-import hashlib
-import logging
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..config import Network
-from ..engine.checkpoint import newest
 from ..errors import CheckpointError
 from ..methods.base import Method
 from ..methods.recipes import load_recipe
 from ..models.autoencoder import SIZES
 from ..models.backbone import Backbone, Statistics
+from ..models.blueprint import heads_of
 from .huggingface import model_type, read_folder
 from .load import is_bare, load
-from .official import our_name
-from .weights import State, mismatches, read_weights
+from .official import LICENSE_NOTE, MAE_LICENSE, license_of, with_our_names
+from .plain import plain_backbone
+from .weights import State, mismatches, read_weights, weights_of_run
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
@@ -36,45 +33,34 @@ class Initial(NamedTuple):
     encoder: Backbone
     decoder: State | None
     "by the names in `Decoder`"
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the encoder's weights."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.encoder.vit.state_dict().items()):
-            digest.update(name.encode() + value.contiguous().cpu().numpy().tobytes())
-        return digest.hexdigest()
+    notes: list[str]
+    "what was assumed of them, and their license if it is another's, in phrases"
 
 
-def read_initial(name: str, which: str = "teacher") -> Initial:
+def read_initial(name: str) -> Initial:
     """The weights that `name` denotes, as for `load`: of the teacher, if there is one. Raises as `load`."""
-    logger = logging.getLogger("rcmae")
-    level, path = logger.level, Path(name)
-    try:
-        logger.setLevel(logging.ERROR)  # `load` would say that it leaves the decoder out
-        encoder = load(name, which)
-    finally:
-        logger.setLevel(level)
-    if is_bare(path) or model_type(path):
-        weights = read_weights(path) if is_bare(path) else read_folder(path).weights
-        return Initial(encoder, _part(_with_our_names(weights.select(which)), "decoder."))
-    file = path / "weights.safetensors"
-    if not file.exists() and (checkpoint := newest(path / "checkpoints", logger.warning)):
-        file = checkpoint / "model.safetensors"
-    if not file.exists():
-        return Initial(encoder, None)
-    state = load_file(file)
-    prefixes = ("teacher.model.", "teacher.") if which == "teacher" else ()
-    decoders = (_part(state, f"{prefix}decoder.") for prefix in (*prefixes, "student."))
-    return Initial(encoder, next((each for each in decoders if each), None))
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> State | None:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or None
-
-
-def _with_our_names(state: State) -> State:
-    return {our_name(name): value for name, value in state.items() if name != "decoder_pos_embed"}
+    path, state, notes, prefix = Path(name), State(), list[str](), "decoder."
+    if is_bare(path):
+        weights = read_weights(path)
+        encoder, assumed = plain_backbone(weights.select("teacher"), path)
+        encoder.license = license_of(path, weights)
+        state, notes = with_our_names(weights.select("teacher")), [assumed]
+    elif model_type(path):
+        folder = read_folder(path)
+        encoder, (assumed, *_) = folder.backbone()
+        state, notes = with_our_names(folder.weights.student), [assumed]
+    else:
+        encoder = load(name)
+        if (path / "recipe.toml").exists():
+            _, state = weights_of_run(path)
+            teachers = "teacher.model.decoder."
+            prefix = teachers if any(k.startswith(teachers) for k in state) else "student.decoder."
+    if encoder.license:
+        notes.append(
+            LICENSE_NOTE if encoder.license == MAE_LICENSE else f"their license is {encoder.license}"
+        )
+    decoder = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return Initial(encoder.eval(), decoder or None, notes)
 
 
 def with_network_of(name: str, network: AnyNetwork) -> AnyNetwork:
@@ -84,19 +70,17 @@ def with_network_of(name: str, network: AnyNetwork) -> AnyNetwork:
     reset |= {"registers": 0, "init": name}
     if name.startswith("timm:"):
         return replace(network, **reset | {"model": name})
-    recipe = Path(name) / "recipe.toml"
+    vit, recipe = read_initial(name).encoder.vit, Path(name) / "recipe.toml"
     if recipe.exists():
         of_run = load_recipe(str(recipe)).network
         shared = {f.name for f in fields(network)} & {f.name for f in fields(of_run)}
         return replace(network, **{f: getattr(of_run, f) for f in shared} | {"init": name})
-    vit = read_initial(name).encoder.vit
     return replace(network, **reset | _shape(vit))
 
 
 def _shape(vit: VisionTransformer) -> dict[str, Any]:
     """The model and what differs from it; the model of the nearest width, so that the decoder fits."""
-    heads: int = vit.blocks[0].attn.num_heads  # type: ignore[union-attr, assignment]  # an Attention
-    shape = {"width": vit.embed_dim, "depth": len(vit.blocks), "heads": heads}
+    shape = {"width": vit.embed_dim, "depth": len(vit.blocks), "heads": heads_of(vit)}
     name = min(SIZES, key=lambda name: abs(SIZES[name].encoder[0] - vit.embed_dim))
     usual = dict(zip(shape, SIZES[name].encoder, strict=True)) | {"patch": SIZES[name].patch}
     shape["patch"] = vit.patch_embed.patch_size[0]
@@ -113,6 +97,7 @@ def initialize(method: Method, initial: Initial, name: str) -> list[str]:
     """
     source, encoder = method.ema_source, method.ema_source.encoder
     state, changes = adapted(initial.encoder, encoder.vit, method.statistics)
+    changes = initial.notes + changes
     if problems := mismatches(state, encoder.vit.state_dict()):
         raise CheckpointError(
             f"the weights of {name} do not fit this network: {problems}; leave out --model and its sizes"
@@ -137,7 +122,7 @@ def adapted(backbone: Backbone, like: VisionTransformer, statistics: Statistics)
     standardized by `statistics`, and what was changed, in phrases.
 
     Positions are interpolated and patches resized by timm. Other statistics change the patch embedding so
-    that it computes the same of the same image.
+    that it computes the same of the same image. Raises CheckpointError for channels that cannot be adapted.
     """
     vit, changes = copy.deepcopy(backbone.vit), []
     old, new = vit.patch_embed, like.patch_embed
@@ -150,15 +135,26 @@ def adapted(backbone: Backbone, like: VisionTransformer, statistics: Statistics)
     if old.patch_size != new.patch_size or old.img_size != new.img_size:
         vit.set_input_size(new.img_size, new.patch_size)
     state = dict(vit.state_dict())
-    weight, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
+    weight, bias = state["patch_embed.proj.weight"], state.get("patch_embed.proj.bias")
     channels = new.proj.in_channels
     if weight.shape[1] != channels:
+        if weight.shape[1] != 3:
+            raise CheckpointError(
+                f"these weights are for {weight.shape[1]} channels; only those for 3 can be adapted: give "
+                f"--channels {weight.shape[1]}"
+            )
         state["patch_embed.proj.weight"] = adapt_input_conv(channels, weight)
         changes.append(f"{weight.shape[1]} channels adapted to {channels}")
-    else:
+    elif bias is not None:
         weight, bias = _restandardized(weight, bias, backbone.statistics, statistics)
         state |= {"patch_embed.proj.weight": weight, "patch_embed.proj.bias": bias}
+    elif not _equal(backbone.statistics, statistics):
+        changes.append("other statistics not adapted, as their patch embedding has no bias")
     return state, changes
+
+
+def _equal(one: Statistics, other: Statistics) -> bool:
+    return torch.equal(torch.tensor(one), torch.tensor(other))  # in float32, as in files
 
 
 def _restandardized(
@@ -166,7 +162,7 @@ def _restandardized(
 ) -> tuple[Float[Tensor, "d c p p"], Float[Tensor, " d"]]:
     """The convolution whose result on images that are standardized by `new` is that of the given one on the
     same images standardized by `old`."""
-    if torch.equal(torch.tensor(old), torch.tensor(new)):  # in float32, as in files
+    if _equal(old, new):
         return weight, bias
     (old_mean, old_std), (mean, std) = (torch.tensor(s, dtype=torch.float64) for s in (old, new))
     shift = torch.einsum("dcij,c->d", weight.double(), (mean - old_mean) / old_std)

@@ -5,17 +5,14 @@ import copy
 import json
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from timm.models.vision_transformer import VisionTransformer
 
-from ..engine.checkpoint import newest
 from ..errors import CheckpointError, ConfigError, first_line
 from ..methods import METHODS, Method
 from ..methods.recipes import load_recipe
@@ -25,7 +22,7 @@ from .huggingface import model_type, read_folder
 from .official import LICENSE_NOTE, MAE_LICENSE, license_of
 from .plain import plain_backbone, plain_classifier
 from .timm_export import FILES, import_backbone, import_classifier
-from .weights import KINDS, check_finite, mismatches, read_weights
+from .weights import KINDS, check_finite, mismatches, read_weights, weights_of_run
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 NAMES = f"a run directory, a folder of rcmae, timm or transformers, weights ({', '.join(KINDS)}) or timm:NAME"
@@ -176,15 +173,9 @@ def load_method(run: Path, statistics: Statistics) -> Method:
     trained weights: student, teacher and decoder. Raises CheckpointError."""
     recipe = load_recipe(str(run / "recipe.toml"))
     method = METHODS[recipe.method](recipe, *statistics)
-    if path := newest(run / "checkpoints", lambda text: _note(run, text)):
-        state = load_file(path / "model.safetensors")
-    elif (path := run / "weights.safetensors").exists():
-        # As `rcmae import` names them; the teacher of a method is a module that holds the network.
-        state = {re.sub(r"^teacher\.", "teacher.model.", k): v for k, v in load_file(path).items()}
-    else:
-        raise CheckpointError(f"{run} has no checkpoint")
+    file, state = weights_of_run(run)
     if problems := mismatches(state, method.state_dict()):
-        raise CheckpointError(f"{path} is damaged or of another version: {problems}")
+        raise CheckpointError(f"{file} is damaged or of another version: {problems}")
     method.load_state_dict(state)
     return method.eval()
 

@@ -43,6 +43,11 @@ def our_name(name: str) -> str:
     return f"decoder.{_DECODER[prefix]}{dot}{rest}" if prefix in _DECODER else f"encoder.vit.{name}"
 
 
+def with_our_names(state: State) -> State:
+    """Official weights by their names in `Autoencoder`, without the fixed positions of the decoder."""
+    return {our_name(name): value for name, value in state.items() if name != "decoder_pos_embed"}
+
+
 def official_state(model: Autoencoder) -> State:
     """The weights of a model by their official names, with the fixed positions of its decoder."""
     state: State = {}
@@ -60,7 +65,7 @@ def load_official(model: Autoencoder, state: State) -> None:
     """Load official weights into a model. Raises CheckpointError, which names what does not
     fit, without changing the model."""
     positions = state.get("decoder_pos_embed")
-    state = {our_name(name): value for name, value in state.items() if name != "decoder_pos_embed"}
+    state = with_our_names(state)
     if problems := mismatches(state, model.state_dict()):
         raise CheckpointError(f"these weights do not fit the model: {problems}")
     # The decoder computes its positions, which are fixed; half precision rounds by less than 1e-3.

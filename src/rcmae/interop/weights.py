@@ -1,6 +1,7 @@
 """Reading weights from files, whatever surrounds them: containers, prefixes, optimizers, averaged copies."""
 
 import argparse
+import logging
 import pickle
 import re
 import warnings
@@ -15,8 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..engine.checkpoint import newest
 from ..errors import CheckpointError, first_line
 from .names import State, from_transformers
+
+log = logging.getLogger("rcmae")
 
 KINDS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
 "Endings of files with weights."
@@ -119,6 +123,20 @@ def _read(path: Path) -> Weights:
         names=tuple(name for name in tensors if _owner(name, present_prefixes) in (None, *prefixes)),
         epoch=content.get("epoch"),
     )
+
+
+def weights_of_run(run: Path) -> tuple[Path, State]:
+    """All weights of the newest intact checkpoint of a run, or of a folder of `rcmae import`, by their names
+    in the method (student.*, teacher.model.*), and their file. Raises CheckpointError."""
+    file = run / "weights.safetensors"
+    if file.exists():  # its teacher is not wrapped
+        return file, {
+            re.sub(r"^teacher\.", "teacher.model.", k): v for k, v in _read_safetensors(file).items()
+        }
+    checkpoint = newest(run / "checkpoints", lambda text: log.warning("note: %s: %s", run, text))
+    if checkpoint is None:
+        raise CheckpointError(f"{run} has no checkpoint yet; `rcmae pretrain --out {run}` writes one")
+    return checkpoint / "model.safetensors", _read_safetensors(checkpoint / "model.safetensors")
 
 
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:

@@ -71,24 +71,12 @@ def plot(
     levels: dict[str, float] | None = None,
     ylabel: str = "",
     log: bool = False,
-    markers: bool = False,
-    xlabel: str = "step",
-    xlog: bool = False,
-    symlog: float | None = None,
-    ticks: dict[int, str] | None = None,
-    right: tuple[str, float] | None = None,
-    span: float = 0.0,
+    **options: Any,
 ) -> str:
-    """An SVG of curves, over steps by default, with dashed gray reference `levels` labeled at the right edge.
-    A linear y axis of values of 0 or more does not start below 0.
-
-    `symlog` and `span` are those of `methods.diagnostics.Figure`. `ticks`: labels by position on the x axis.
-    `right`: name of a second y axis, and its units per unit of the first.
-    """
-    arguments = locals()
+    """An SVG of curves in the colors of the page; the arguments are those of `draw`."""
     file = io.StringIO()
     with rc_context(SETTINGS):
-        figure = _figure(COLORS, **arguments)
+        figure = draw(COLORS, lines, levels, ylabel, log, **options)
         figure.savefig(
             file,
             format="svg",
@@ -106,15 +94,15 @@ def plot(
 
 
 def png(lines: list[Line], **options: Any) -> bytes:
-    """The figure of `plot`, with its options, as a PNG in the colors of light mode."""
+    """A PNG of curves in the colors of light mode; the options are those of `draw`."""
     file = io.BytesIO()
     with rc_context(SETTINGS):
-        figure = _figure(LIGHT, lines, **options)
+        figure = draw(LIGHT, lines, **options)
         figure.savefig(file, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     return file.getvalue()
 
 
-def _figure(
+def draw(
     colors: Mapping[str, str],
     lines: list[Line],
     levels: dict[str, float] | None = None,
@@ -128,7 +116,12 @@ def _figure(
     right: tuple[str, float] | None = None,
     span: float = 0.0,
 ) -> Figure:
-    """The figure of `plot` in the colors of COLORS or LIGHT, within SETTINGS."""
+    """Curves, over steps by default, with dashed gray reference `levels` labeled at the right edge. A linear
+    y axis of values of 0 or more does not start below 0. To be called and saved within SETTINGS.
+
+    `colors` are COLORS or LIGHT. `symlog` and `span` are those of `methods.diagnostics.Figure`. `ticks`:
+    labels by position on the x axis. `right`: name of a second y axis, and its units per unit of the first.
+    """
     turned = len("".join((ticks or {}).values())) > 24
     figure = Figure(figsize=(WIDTH, HEIGHT + turned), layout="constrained")
     FigureCanvasSVG(figure)

@@ -23,7 +23,7 @@ from ..data.sources import Source
 from ..data.views import center
 from ..engine.checkpoint import replace_file
 from ..engine.console import ShowProgress, no_progress
-from ..engine.metrics import of_kind
+from ..engine.metrics import BASELINES, INITIAL, KINDS, PIXELS, RANDOM, of_kind
 from ..models.backbone import Backbone
 from .attentive_probe import attentive_correct
 from .features import features
@@ -34,15 +34,6 @@ from .nearest_neighbors import NearestNeighbors
 Scores = dict[str, float]
 Correct = dict[str, Bool[np.ndarray, " m"]]
 "By probe, which test images it classifies correctly."
-
-KINDS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
-"""The probes and their names: linear and k-NN use the mean over the patches, the attentive one all tokens."""
-
-PIXELS, RANDOM, INITIAL = "raw pixels", "randomly initialized encoder", "initial weights"
-"The baselines of the probes; the last one only for runs that start from weights."
-
-BASELINES = {"raw_pixels": PIXELS, "random_init": RANDOM, "initial_weights": INITIAL}
-"Their keys in the records of a run."
 
 TEST_IMAGE_KEY = "test images"
 "Key of the numbers of the test images, beside the results of the probes."
